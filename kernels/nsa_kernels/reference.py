@@ -1,0 +1,387 @@
+"""Native Sparse Attention in plain PyTorch: the one truth that every kernel and parallel path is held to.
+
+Written from the equations of arXiv 2502.11089, in any floating dtype (fp64 included) on any device. Nothing here
+imports a kernel. Memory is bounded by working on chunks of queries; backward recomputes each chunk.
+
+Shapes      T = query tokens here, R = key rows here, M = compressed blocks of the whole sequence,
+            Hq / Hkv = query / key-value heads, G = Hq // Hkv, Dk / Dv = head dims of q,k / v,
+            l / d / l' = cmp_block_len / cmp_stride / slc_block_len, n = num_slc_blocks
+Order       Query heads h*G .. h*G+G-1 share key-value head h.
+Positions   `position[t]` is a token's place in the stream in which every document is padded to whole selection
+            blocks, so `position // l'` is its global selection block; -1 marks a padding row, which sees nothing.
+Numerics    bf16 and fp16 are computed in fp32 and rounded once, to the dtype of q. `softmax_lse` is the natural log,
+            fp32 (fp64 for fp64 inputs). A row that sees no key is (out = 0, softmax_lse = -inf).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Scores held at once by one chunk of queries: 2**24 fp32 numbers are 64 MiB.
+MAX_SCORES = 2**24
+
+
+# --- Compression (section 3.3.1, eq. 7) ------------------------------------------------------------------------
+
+
+def gather_blocks(x: Tensor, block_rows: Tensor, block_len: int) -> Tensor:
+    """Rows `block_rows[i] .. block_rows[i] + block_len` of `x` [R, Hkv, D], as [M, block_len, Hkv, D]."""
+    rows = block_rows.long()[:, None] + torch.arange(block_len, device=x.device)
+    return x.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+
+def compress_mean(x: Tensor, block_rows: Tensor, block_len: int) -> Tensor:
+    """The parameter-free phi: the mean of every block of `x` [R, Hkv, D], as [M, Hkv, D]."""
+    blocks = gather_blocks(x, block_rows, block_len)
+    return blocks.to(_compute_dtype(x)).mean(1).to(x.dtype)
+
+
+def compress_mlp(x: Tensor, block_rows: Tensor, pos_emb: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """The learnable phi (eq. 7): an MLP over the concatenated block, its intra-block position embedding added first.
+
+        y[i, h] = gelu(vec(x[block i, h] + pos_emb[h]) @ w1[h]) @ w2[h]        gelu in its tanh form
+
+    x           [R, Hkv, D]         block i is rows block_rows[i] .. block_rows[i] + l
+    pos_emb     [Hkv, l, D]         w1 [Hkv, l * D, F]        w2 [Hkv, F, D]
+    returns     [M, Hkv, D]         dtype of x
+    """
+    block_len = pos_emb.shape[1]
+    dtype = _compute_dtype(x)
+    blocks = gather_blocks(x, block_rows, block_len).to(dtype)  # [M, l, Hkv, D]
+    flat = (blocks.transpose(1, 2) + pos_emb.to(dtype)).flatten(2)  # [M, Hkv, l * D]
+    hidden = F.gelu(torch.bmm(flat.transpose(0, 1), w1.to(dtype)), approximate="tanh")  # [Hkv, M, F]
+    return torch.bmm(hidden, w2.to(dtype)).transpose(0, 1).to(x.dtype)
+
+
+# --- Attention over one interval of keys per query: the compressed and the window branch ------------------------
+
+
+def compressed_attention(
+    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, *, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query to the compressed blocks it may see, rows `[begin[t], end[t])` (section 3.3.1).
+
+    q [T, Hq, Dk]   k [M, Hkv, Dk]   v [M, Hkv, Dv]   begin, end int32 [T], both non-decreasing
+    returns out [T, Hq, Dv] in the dtype of q, softmax_lse [T, Hq]
+    """
+    return _interval_attention(q, k, v, begin, end, softmax_scale)
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, *, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query to its window, rows `[begin[t], end[t])` of k and v (section 3.3.3).
+
+    Keys may begin before the first query: a halo from another rank. Shapes as `compressed_attention`, with R rows.
+    """
+    return _interval_attention(q, k, v, begin, end, softmax_scale)
+
+
+def _interval_attention(q, k, v, begin, end, softmax_scale):
+    _check_heads(q, k, v)
+    num_queries, num_q_heads = q.shape[:2]
+    lo, hi = begin.tolist(), end.tolist()
+    # Chunks of queries whose scores against the rows they span stay within MAX_SCORES.
+    chunks: list[tuple[slice, slice]] = []
+    start = 0
+    while start < num_queries:
+        stop = min(start + 128, num_queries)
+        first, last = min(lo[start:stop]), max(hi[start:stop])
+        while stop - start > 1 and (stop - start) * (last - first) * num_q_heads > MAX_SCORES:
+            stop = start + (stop - start) // 2
+            first, last = min(lo[start:stop]), max(hi[start:stop])
+        chunks.append((slice(start, stop), slice(first, max(first, last))))
+        start = stop
+
+    def attend(rows: slice, keys: slice, q_: Tensor, k_: Tensor, v_: Tensor) -> tuple[Tensor, Tensor]:
+        row = torch.arange(keys.start, keys.stop, device=q.device)
+        visible = (row >= begin[rows, None]) & (row < end[rows, None])  # [C, K]
+        return _softmax_attention(q_, k_, v_, visible, softmax_scale)
+
+    return _QueryChunks.apply(attend, chunks, q, k, v)
+
+
+# --- Importance and selection (section 3.3.2, eq. 8 to 12) ------------------------------------------------------
+
+
+def overlap_weights(cmp_block_len: int, cmp_stride: int, slc_block_len: int) -> dict[int, int]:
+    """`w(i - j * l'/d)`: how many stride-sized cells compressed block i shares with selection block j (eq. 9).
+
+    >>> overlap_weights(32, 16, 64)
+    {-1: 1, 0: 2, 1: 2, 2: 2, 3: 1}
+    """
+    cells_per_cmp, cells_per_slc = cmp_block_len // cmp_stride, slc_block_len // cmp_stride
+    return {
+        k: min(k + cells_per_cmp, cells_per_slc) - max(k, 0) for k in range(1 - cells_per_cmp, cells_per_slc)
+    }
+
+
+@torch.no_grad()
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse_cmp: Tensor,
+    cmp_begin: Tensor,
+    cmp_end: Tensor,
+    position: Tensor,
+    doc_start: Tensor,
+    *,
+    softmax_scale: float,
+    cmp_block_len: int,
+    cmp_stride: int,
+    slc_block_len: int,
+    num_slc_blocks: int,
+    num_init_blocks: int,
+    num_local_blocks: int,
+) -> Tensor:
+    """The n selection blocks of every query and key-value head, forced ones included, ascending, -1 for none.
+
+    Importance is eq. 9 over the compressed probabilities, summed over the G heads of the group (eq. 10). Forced: the
+    document's first `num_init_blocks` and the last `num_local_blocks` up to the query's own. Among the others larger
+    importance wins, ties go to the lower index. No gradient passes.
+
+    q, k_cmp, cmp_begin, cmp_end as `compressed_attention`, lse_cmp [T, Hq] its softmax_lse; position, doc_start
+    integer [T] in the padded stream (doc_start: of the first token of the query's document)
+    returns block_indices int32 [T, Hkv, n], global block ids
+    """
+    num_queries, num_q_heads = q.shape[:2]
+    num_kv_heads = k_cmp.shape[1]
+    weights = overlap_weights(cmp_block_len, cmp_stride, slc_block_len)
+    cmp_per_slc = slc_block_len // cmp_stride
+    out = torch.full((num_queries, num_kv_heads, num_slc_blocks), -1, dtype=torch.int32, device=q.device)
+    lo, hi, pos_list, doc_list = (t.tolist() for t in (cmp_begin, cmp_end, position, doc_start))
+
+    start = 0
+    while start < num_queries:
+        stop = min(start + 128, num_queries)
+        first, last = min(lo[start:stop]), max(hi[start:stop])
+        while stop - start > 1 and (stop - start) * (last - first) * num_q_heads > MAX_SCORES:
+            stop = start + (stop - start) // 2
+            first, last = min(lo[start:stop]), max(hi[start:stop])
+        rows = slice(start, stop)
+        p = _group_probabilities(
+            q[rows], k_cmp[first:last], lse_cmp[rows], cmp_begin[rows] - first, cmp_end[rows] - first, softmax_scale
+        )  # [C, Hkv, K]
+        # A selection block j of the query's document starts at compressed row cmp_begin + j * l'/d.
+        own = torch.div(position[rows] - doc_start[rows], slc_block_len, rounding_mode="floor")  # [C], -1 or less: padding
+        num_blocks = max(
+            (pos - doc) // slc_block_len + 1 for pos, doc in zip(pos_list[rows], doc_list[rows], strict=True)
+        )
+        start = stop
+        if num_blocks <= 0:
+            continue
+        j = torch.arange(num_blocks, device=q.device)
+        imp = torch.zeros(*p.shape[:2], num_blocks, dtype=p.dtype, device=q.device)
+        if last > first:
+            base = (cmp_begin[rows, None] - first) + j * cmp_per_slc  # [C, J]
+            for offset, weight in weights.items():
+                i = base + offset
+                inside = (i >= cmp_begin[rows, None] - first) & (i < cmp_end[rows, None] - first)
+                i = i.clamp(0, last - first - 1)[:, None].expand_as(imp)
+                imp += weight * p.gather(-1, i).masked_fill(~inside[:, None], 0)
+        visible = j <= own[:, None]  # [C, J]
+        forced = (j < num_init_blocks) | (j > own[:, None] - num_local_blocks)
+        imp = imp.masked_fill(forced[:, None], math.inf).masked_fill(~visible[:, None], -math.inf)
+        # A stable sort keeps the lower index first among equals; torch.topk promises no order.
+        best = imp.sort(dim=-1, descending=True, stable=True).indices[..., :num_slc_blocks]
+        chosen = visible[:, None].expand_as(imp).gather(-1, best)
+        ids = best.masked_fill(~chosen, num_blocks).sort(-1).values  # the unchosen go last
+        first_block = torch.div(doc_start[rows], slc_block_len, rounding_mode="floor")[:, None, None]
+        ids = torch.where(ids < num_blocks, ids + first_block, -1)
+        out[rows, :, : ids.shape[-1]] = ids.to(torch.int32)
+    return out
+
+
+def _group_probabilities(q, k_cmp, lse_cmp, begin, end, softmax_scale):
+    """p_cmp summed over the heads of each group (eq. 8, 10): [C, Hkv, K], fp32 or better, 0 where not visible."""
+    num_rows, num_q_heads = q.shape[:2]
+    num_kv_heads = k_cmp.shape[1]
+    dtype = _compute_dtype(q)
+    row = torch.arange(k_cmp.shape[0], device=q.device)
+    visible = (row >= begin[:, None]) & (row < end[:, None])  # [C, K]
+    grouped = q.to(dtype).unflatten(1, (num_kv_heads, num_q_heads // num_kv_heads))  # [C, Hkv, G, Dk]
+    scores = torch.einsum("chgd,khd->chgk", grouped, k_cmp.to(dtype)) * softmax_scale
+    lse = lse_cmp.to(dtype).unflatten(1, grouped.shape[1:3])[..., None]
+    p = torch.exp(scores - lse).masked_fill(~visible[:, None, None], 0)
+    return p.sum(2)
+
+
+# --- Selected attention (section 3.3.2) -------------------------------------------------------------------------
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_table: Tensor,
+    position: Tensor,
+    *,
+    slc_block_len: int,
+    softmax_scale: float,
+    k_remote: Tensor | None = None,
+    v_remote: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query to the tokens of its selected blocks, causal inside its own block.
+
+    q               [T, Hq, Dk]
+    k, v            [R, Hkv, Dk or Dv]      whole blocks: page p is rows p*l' .. (p+1)*l'
+    block_indices   int32 [T, Hkv, n]       global block ids, -1 for none
+    block_table     int32 [Hkv, num_blocks] global block id -> page; pages from R // l' on are remote ones
+    position        integer [T]             padded-stream position of each query
+    k_remote, v_remote  [pages, l', Dk or Dv]   pages fetched from other ranks, each for one key-value head
+    returns out [T, Hq, Dv] in the dtype of q, softmax_lse [T, Hq]
+    """
+    _check_heads(q, k, v)
+    num_kv_heads = k.shape[1]
+    group = q.shape[1] // num_kv_heads
+    outs, lses = [], []
+    for head in range(num_kv_heads):
+        pages_k = k[:, head].unflatten(0, (-1, slc_block_len))  # [pages, l', Dk]
+        pages_v = v[:, head].unflatten(0, (-1, slc_block_len))
+        if k_remote is not None and v_remote is not None:
+            pages_k, pages_v = torch.cat([pages_k, k_remote]), torch.cat([pages_v, v_remote])
+        out, lse = _selected_one_head(
+            q[:, head * group : (head + 1) * group],
+            pages_k,
+            pages_v,
+            block_indices[:, head].long(),
+            block_table[head].long(),
+            position,
+            softmax_scale,
+        )
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, 1), torch.cat(lses, 1)
+
+
+def _selected_one_head(q, pages_k, pages_v, block_indices, block_table, position, softmax_scale):
+    """One key-value head: each chunk of queries reads the union of its blocks once, under a mask."""
+    num_queries, group = q.shape[:2]
+    block_len = pages_k.shape[1]
+    token = torch.arange(block_len, device=q.device)
+    # 64 queries that share no block at all hold 64 * n blocks; halve the chunk until that bound fits.
+    step = 64
+    while step > 1 and step * step * block_indices.shape[1] * block_len * group > MAX_SCORES:
+        step //= 2
+    chunks, unions = [], []
+    for start in range(0, num_queries, step):
+        rows = slice(start, min(start + step, num_queries))
+        union = block_indices[rows].unique()
+        union = union[union >= 0]
+        chunks.append((rows, block_table[union]))
+        unions.append(union)
+    union_of = {rows.start: union for (rows, _), union in zip(chunks, unions, strict=True)}
+
+    def attend(rows: slice, _: Tensor, q_: Tensor, k_: Tensor, v_: Tensor) -> tuple[Tensor, Tensor]:
+        union = union_of[rows.start]  # [U] global block ids
+        chosen = (block_indices[rows, :, None] == union).any(1)  # [C, U]
+        causal = union[:, None] * block_len + token <= position[rows, None, None]  # [C, U, l']
+        visible = (chosen[..., None] & causal).flatten(1)
+        return _softmax_attention(q_, k_.flatten(0, 1)[:, None], v_.flatten(0, 1)[:, None], visible, softmax_scale)
+
+    return _QueryChunks.apply(attend, chunks, q, pages_k, pages_v)
+
+
+# --- Putting branches and partial results together --------------------------------------------------------------
+
+
+def combine(gates: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor) -> Tensor:
+    """`sum_b gate_b * out_b` (eq. 5). gates [T, Hq, 3] in the order cmp, slc, win; out_* [T, Hq, Dv]."""
+    dtype = _compute_dtype(out_cmp)
+    weighted = [gates[..., b, None].to(dtype) * out.to(dtype) for b, out in enumerate((out_cmp, out_slc, out_win))]
+    return (weighted[0] + weighted[1] + weighted[2]).to(out_cmp.dtype)
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge attention over two disjoint sets of keys: out_* [T, Hq, Dv], lse_* [T, Hq] (arXiv:1805.02867, 3.1).
+
+    A row that saw no key is (0, -inf) on its side; where neither side saw one the result is (0, -inf) again.
+    """
+    lse = torch.logaddexp(lse_a, lse_b)
+    # exp(-inf - -inf) is NaN, in the gradient too: subtract 0 on rows without keys.
+    base = lse.masked_fill(lse == -math.inf, 0.0)
+    weight_a, weight_b = torch.exp(lse_a - base)[..., None], torch.exp(lse_b - base)[..., None]
+    dtype = _compute_dtype(out_a)
+    return (weight_a * out_a.to(dtype) + weight_b * out_b.to(dtype)).to(out_a.dtype), lse
+
+
+# --- Shared pieces ----------------------------------------------------------------------------------------------
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.shape[1] % k.shape[1] or k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: the key-value heads must divide "
+            f"the query heads, k and v must have the same rows and heads, q and k the same head dim"
+        )
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float):
+    """softmax(q k^T) v under a mask: q [C, Hq, Dk], k [K, Hkv, Dk], v [K, Hkv, Dv], visible [C, K]."""
+    num_rows, num_q_heads = q.shape[:2]
+    num_kv_heads = k.shape[1]
+    dtype = _compute_dtype(q)
+    grouped = q.to(dtype).unflatten(1, (num_kv_heads, num_q_heads // num_kv_heads))
+    grouped = grouped.permute(1, 0, 2, 3).flatten(1, 2)  # [Hkv, C * G, Dk]
+    scores = torch.bmm(grouped, k.to(dtype).permute(1, 2, 0)) * softmax_scale  # [Hkv, C * G, K]
+    scores = scores.unflatten(1, (num_rows, -1)).masked_fill(~visible[:, None], -math.inf)  # [Hkv, C, G, K]
+    lse = torch.logsumexp(scores, -1)  # [Hkv, C, G]
+    p = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+    out = torch.bmm(p.flatten(1, 2), v.to(dtype).transpose(0, 1)).unflatten(1, (num_rows, -1))  # [Hkv, C, G, Dv]
+    return out.transpose(0, 1).flatten(1, 2).to(q.dtype), lse.transpose(0, 1).flatten(1)
+
+
+class _QueryChunks(torch.autograd.Function):
+    """Apply `attend(rows, keys, q[rows], k[keys], v[keys]) -> (out, lse)` chunk by chunk.
+
+    Forward keeps nothing of a chunk; backward runs it again under autograd and adds its key gradients in place, in
+    fp32 or better. So memory is one chunk's scores, and what is differentiated is the forward as it is written.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        attend: Callable[..., tuple[Tensor, Tensor]],
+        chunks: Sequence[tuple[slice, slice | Tensor]],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ):
+        ctx.attend, ctx.chunks = attend, chunks
+        ctx.save_for_backward(q, k, v)
+        ctx.set_materialize_grads(False)
+        out = q.new_zeros(*q.shape[:2], v.shape[-1])
+        lse = torch.full(q.shape[:2], -math.inf, dtype=_compute_dtype(q), device=q.device)
+        for rows, keys in chunks:
+            out[rows], lse[rows] = attend(rows, keys, q[rows], k[keys], v[keys])
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        q, k, v = ctx.saved_tensors
+        dtype = _compute_dtype(q)
+        dq, dk, dv = (torch.zeros_like(t, dtype=dtype) for t in (q, k, v))
+        for rows, keys in ctx.chunks:
+            inputs = [t.detach().requires_grad_() for t in (q[rows], k[keys], v[keys])]
+            with torch.enable_grad():
+                out, lse = ctx.attend(rows, keys, *inputs)
+            pairs = [(y, g[rows]) for y, g in ((out, grad_out), (lse, grad_lse)) if g is not None]
+            grads = torch.autograd.grad([y for y, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+            for total, where, grad in zip((dq, dk, dv), (rows, keys, keys), grads, strict=True):
+                if grad is None:
+                    continue
+                if isinstance(where, slice):
+                    total[where] += grad
+                else:
+                    total.index_add_(0, where, grad.to(dtype))
+        return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
