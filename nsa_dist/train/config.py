@@ -1,0 +1,236 @@
+"""What one training run is: every key of a configuration file but the launcher's own, typed and checked.
+
+A field's name occurs in one section only, so a launcher may accept `resume=true` for `run.resume=true`. Rules between
+sections are checked here as well; what depends on the number of processes is `TrainConfig.data_parallel_size`.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from nsa_dist.config import NSAConfig
+
+
+class Section(BaseModel):
+    """A frozen part of a configuration that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """A GPT decoder over bytes: RMSNorm, SwiGLU, no biases, no dropout."""
+
+    num_layers: int = Field(default=2, ge=1)
+    hidden_size: int = Field(default=128, ge=1)
+    num_attention_heads: int = Field(default=4, ge=1)
+    num_query_groups: int = Field(default=1, ge=1, description="key/value heads")
+    head_dim: int = Field(default=32, ge=2)
+    ffn_hidden_size: int = Field(default=384, ge=1)
+    init_std: float = Field(default=0.02, gt=0)
+    tie_embeddings: bool = False
+    recompute_attention: bool = Field(default=False, description="run the attention again in backward, keep nothing")
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> "ModelSection":
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        if heads % groups:
+            raise ValueError(
+                f"num_attention_heads={heads} must be a multiple of num_query_groups={groups}, so that every key/value "
+                f"head serves as many query heads; take num_attention_heads={_round_up(heads, groups)}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} must be even, because rotary positions turn pairs of numbers; "
+                f"take head_dim={self.head_dim + 1}"
+            )
+        return self
+
+
+class NSASection(Section):
+    """The sizes of `NSAConfig` and the choices the layer leaves open."""
+
+    cmp_block_len: int = 32
+    cmp_stride: int = 16
+    slc_block_len: int = 64
+    num_slc_blocks: int = 16
+    num_init_blocks: int = 1
+    num_local_blocks: int = 2
+    window_len: int = 512
+    shared_kv: bool = Field(default=False, description="one K/V for the three branches instead of one each")
+    compression: Literal["mlp", "mean"] = "mlp"
+    compress_before_rope: bool = True
+    rotary_base: float = Field(default=10_000.0, gt=1)
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> "NSASection":
+        self.sizes()
+        return self
+
+    def sizes(self) -> NSAConfig:
+        """The hyper-parameters that `nsa_attention` takes."""
+        return NSAConfig(
+            cmp_block_len=self.cmp_block_len,
+            cmp_stride=self.cmp_stride,
+            slc_block_len=self.slc_block_len,
+            num_slc_blocks=self.num_slc_blocks,
+            num_init_blocks=self.num_init_blocks,
+            num_local_blocks=self.num_local_blocks,
+            window_len=self.window_len,
+        )
+
+
+class ParallelSection(Section):
+    """How many ways the model and the sequence are cut; what is left of the processes is data parallel."""
+
+    tensor_model_parallel_size: int = Field(default=1, ge=1)
+    pipeline_model_parallel_size: int = Field(default=1, ge=1)
+    context_parallel_size: int = Field(default=1, ge=1)
+    sequence_parallel: bool = False
+    layout: Literal["zigzag", "contiguous"] = "zigzag"
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one replica of the model and one sequence."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+class DataSection(Section):
+    """Text files read as bytes; none given means the running interpreter's own standard library."""
+
+    folder: Path | None = None
+    pattern: str = "*.py"
+    validation_fraction: float = Field(default=0.05, gt=0, lt=1, description="of the files")
+    max_file_bytes: int = Field(default=1_000_000, ge=1, description="longer files are left out: they are tables")
+
+
+class OptimizerSection(Section):
+    """AdamW with a warmup and a decay, counted in steps."""
+
+    lr: float = Field(default=3e-3, gt=0)
+    min_lr: float = Field(default=3e-4, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(default=10, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_grad: float = Field(default=1.0, ge=0, description="0 turns clipping off")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    adam_eps: float = Field(default=1e-8, gt=0)
+    distributed_optimizer: bool = Field(
+        default=False, description="shard the optimizer's state over data parallel ranks"
+    )
+
+    @model_validator(mode="after")
+    def _check_rates(self) -> "OptimizerSection":
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"min_lr={self.min_lr:g} must be at most lr={self.lr:g}, because the schedule decays from one to the "
+                f"other; take min_lr={self.lr / 10:g}"
+            )
+        return self
+
+
+class RunSection(Section):
+    """Lengths, intervals and places of one run."""
+
+    output_dir: Path
+    steps: int = Field(default=300, ge=1)
+    sequence_length: int = Field(default=4096, ge=1)
+    micro_batch_size: int = Field(default=1, ge=1)
+    global_batch_size: int = Field(default=1, ge=1)
+    seed: int = Field(default=1234, ge=0)
+    resume: bool = Field(default=False, description="go on from the last checkpoint in output_dir")
+    eval_interval: int = Field(default=50, ge=1, description="steps")
+    eval_batches: int = Field(default=4, ge=1, description="global batches of one evaluation")
+    checkpoint_interval: int = Field(default=100, ge=1, description="steps")
+    keep_checkpoints: int = Field(default=2, ge=1)
+    log_interval: int = Field(default=1, ge=1, description="steps")
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+class TrainConfig(Section):
+    """One whole run. Raises ValueError (pydantic's ValidationError) that says what to change."""
+
+    run: RunSection
+    model: ModelSection = ModelSection()
+    nsa: NSASection = NSASection()
+    parallel: ParallelSection = ParallelSection()
+    data: DataSection = DataSection()
+    optimizer: OptimizerSection = OptimizerSection()
+
+    @model_validator(mode="after")
+    def _check_sections_together(self) -> "TrainConfig":
+        _check_sequence(self)
+        _check_model_parallel(self)
+        _check_warmup(self)
+        return self
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas that `world_size` processes make. ValueError when they do not come out whole."""
+        per_replica = self.parallel.model_parallel_size
+        if world_size % per_replica:
+            raise ValueError(
+                f"{world_size} processes must be a multiple of tensor * pipeline * context parallel size = "
+                f"{per_replica}, so that every replica of the model is whole; "
+                f"start {_round_up(world_size, per_replica)} processes"
+            )
+        replicas = world_size // per_replica
+        samples = replicas * self.run.micro_batch_size
+        if self.run.global_batch_size % samples:
+            raise ValueError(
+                f"global_batch_size={self.run.global_batch_size} must be a multiple of data parallel replicas * "
+                f"micro_batch_size = {replicas} * {self.run.micro_batch_size} = {samples}, so that every replica "
+                f"takes as many samples; take global_batch_size={_round_up(self.run.global_batch_size, samples)}"
+            )
+        return replicas
+
+
+def _check_sequence(config: TrainConfig) -> None:
+    length, size, block = config.run.sequence_length, config.parallel.context_parallel_size, config.nsa.slc_block_len
+    chunks = 2 * size if config.parallel.layout == "zigzag" else size
+    if length % (chunks * block):
+        formula = "2 * context_parallel_size" if config.parallel.layout == "zigzag" else "context_parallel_size"
+        raise ValueError(
+            f"sequence_length={length} must be a multiple of {formula} * slc_block_len = {chunks} * {block} = "
+            f"{chunks * block}, so that every rank holds whole selection blocks; "
+            f"take sequence_length={_round_up(length, chunks * block)}"
+        )
+
+
+def _check_model_parallel(config: TrainConfig) -> None:
+    model, parallel = config.model, config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if model.num_query_groups % tensor:
+        raise ValueError(
+            f"num_query_groups={model.num_query_groups} must be a multiple of tensor_model_parallel_size={tensor}, "
+            f"because a key/value head is never split; take num_query_groups="
+            f"{_round_up(model.num_query_groups, tensor)} or a smaller tensor_model_parallel_size"
+        )
+    if model.ffn_hidden_size % tensor:
+        raise ValueError(
+            f"ffn_hidden_size={model.ffn_hidden_size} must be a multiple of tensor_model_parallel_size={tensor}, so "
+            f"that every rank holds as many columns; take ffn_hidden_size={_round_up(model.ffn_hidden_size, tensor)}"
+        )
+    if model.num_layers % pipeline:
+        raise ValueError(
+            f"num_layers={model.num_layers} must be a multiple of pipeline_model_parallel_size={pipeline}, so that "
+            f"every stage holds as many layers; take num_layers={_round_up(model.num_layers, pipeline)}"
+        )
+    if parallel.sequence_parallel and tensor == 1:
+        raise ValueError(
+            "sequence_parallel=true needs tensor_model_parallel_size above 1, because it shares the tokens among "
+            "tensor parallel ranks; set sequence_parallel=false"
+        )
+
+
+def _check_warmup(config: TrainConfig) -> None:
+    warmup, steps = config.optimizer.warmup_steps, config.run.steps
+    if warmup >= steps:
+        raise ValueError(
+            f"warmup_steps={warmup} must be below steps={steps}, so that the decay has a length; "
+            f"take warmup_steps={steps // 10}"
+        )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,15 @@
+"""The few questions a training run asks of whatever launched it. It knows nothing else of its launcher."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class Hooks:
+    """Answers of a launcher that has nothing to say; subclass and override."""
+
+    def should_stop(self) -> bool:
+        """Asked on rank 0 before every step. True: save a checkpoint after this step and return."""
+        return False
+
+    def on_checkpoint(self, step: int, path: Path, metrics: Mapping[str, float]) -> None:
+        """Told on every rank once the checkpoint of `step` at `path` is complete and `latest.json` names it."""
