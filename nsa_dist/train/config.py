@@ -116,9 +116,6 @@ class OptimizerSection(Section):
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     adam_eps: float = Field(default=1e-8, gt=0)
-    distributed_optimizer: bool = Field(
-        default=False, description="shard the optimizer's state over data parallel ranks"
-    )
 
     @model_validator(mode="after")
     def _check_rates(self) -> "OptimizerSection":
@@ -140,6 +137,7 @@ class RunSection(Section):
     global_batch_size: int = Field(default=1, ge=1)
     seed: int = Field(default=1234, ge=0)
     resume: bool = Field(default=False, description="go on from the last checkpoint in output_dir")
+    overwrite: bool = Field(default=False, description="start afresh in an output_dir that holds a run, removing it")
     eval_interval: int = Field(default=50, ge=1, description="steps")
     eval_batches: int = Field(default=4, ge=1, description="global batches of one evaluation")
     checkpoint_interval: int = Field(default=100, ge=1, description="steps")
@@ -164,6 +162,11 @@ class TrainConfig(Section):
         _check_model_parallel(self)
         _check_warmup(self)
         return self
+
+    def resuming(self) -> "TrainConfig":
+        """A copy that goes on from the last checkpoint if there is one: what every attempt but the first needs."""
+        run = self.run.model_copy(update={"resume": True, "overwrite": False})
+        return self.model_copy(update={"run": run})
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas that `world_size` processes make. ValueError when they do not come out whole."""

@@ -13,3 +13,6 @@ class Hooks:
 
     def on_checkpoint(self, step: int, path: Path, metrics: Mapping[str, float]) -> None:
         """Told on every rank once the checkpoint of `step` at `path` is complete and `latest.json` names it."""
+
+    def on_metrics(self, record: Mapping[str, float | str]) -> None:
+        """Given, on rank 0, every record as it is written to metrics.jsonl."""
