@@ -115,9 +115,7 @@ def overlap_weights(cmp_block_len: int, cmp_stride: int, slc_block_len: int) -> 
     {-1: 1, 0: 2, 1: 2, 2: 2, 3: 1}
     """
     cells_per_cmp, cells_per_slc = cmp_block_len // cmp_stride, slc_block_len // cmp_stride
-    return {
-        k: min(k + cells_per_cmp, cells_per_slc) - max(k, 0) for k in range(1 - cells_per_cmp, cells_per_slc)
-    }
+    return {k: min(k + cells_per_cmp, cells_per_slc) - max(k, 0) for k in range(1 - cells_per_cmp, cells_per_slc)}
 
 
 @torch.no_grad()
@@ -167,7 +165,9 @@ def select_blocks(
             q[rows], k_cmp[first:last], lse_cmp[rows], cmp_begin[rows] - first, cmp_end[rows] - first, softmax_scale
         )  # [C, Hkv, K]
         # A selection block j of the query's document starts at compressed row cmp_begin + j * l'/d.
-        own = torch.div(position[rows] - doc_start[rows], slc_block_len, rounding_mode="floor")  # [C], -1 or less: padding
+        own = torch.div(
+            position[rows] - doc_start[rows], slc_block_len, rounding_mode="floor"
+        )  # [C], -1 or less: padding
         num_blocks = max(
             (pos - doc) // slc_block_len + 1 for pos, doc in zip(pos_list[rows], doc_list[rows], strict=True)
         )
@@ -330,13 +330,21 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax
     num_rows, num_q_heads = q.shape[:2]
     num_kv_heads = k.shape[1]
     dtype = _compute_dtype(q)
-    grouped = q.to(dtype).unflatten(1, (num_kv_heads, num_q_heads // num_kv_heads))
+    grouped = (q.to(dtype) * softmax_scale).unflatten(1, (num_kv_heads, num_q_heads // num_kv_heads))
     grouped = grouped.permute(1, 0, 2, 3).flatten(1, 2)  # [Hkv, C * G, Dk]
-    scores = torch.bmm(grouped, k.to(dtype).permute(1, 2, 0)) * softmax_scale  # [Hkv, C * G, K]
+    scores = torch.bmm(grouped, k.to(dtype).permute(1, 2, 0))  # [Hkv, C * G, K]
     scores = scores.unflatten(1, (num_rows, -1)).masked_fill(~visible[:, None], -math.inf)  # [Hkv, C, G, K]
-    lse = torch.logsumexp(scores, -1)  # [Hkv, C, G]
-    p = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
-    out = torch.bmm(p.flatten(1, 2), v.to(dtype).transpose(0, 1)).unflatten(1, (num_rows, -1))  # [Hkv, C, G, Dv]
+    if scores.shape[-1] == 0:  # a maximum over nothing is an error
+        return q.new_zeros(num_rows, num_q_heads, v.shape[-1]), q.new_full(
+            (num_rows, num_q_heads), -math.inf, dtype=dtype
+        )
+    # softmax does not depend on the offset; a row that sees no key has none and takes 0.
+    offset = scores.detach().amax(-1, keepdim=True)
+    weight = torch.exp(scores - offset.masked_fill(offset == -math.inf, 0.0))
+    total = weight.sum(-1, keepdim=True)  # at least 1, or 0 where there is no key
+    safe_total = total.masked_fill(total == 0, 1.0)
+    lse = (offset + safe_total.log()).squeeze(-1)  # [Hkv, C, G], -inf + 0 without keys
+    out = torch.bmm(weight.flatten(1, 2), v.to(dtype).transpose(0, 1)).unflatten(1, (num_rows, -1)) / safe_total
     return out.transpose(0, 1).flatten(1, 2).to(q.dtype), lse.transpose(0, 1).flatten(1)
 
 

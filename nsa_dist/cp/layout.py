@@ -1,0 +1,192 @@
+"""What the kernels of one rank need to know of a plan: index tensors per query, per block and per halo row.
+
+Kernels never see a layout's name. They get, for every local query, an interval of key rows (`cmp_begin .. cmp_end` in
+the compressed keys of the whole sequence, `win_begin .. win_end` in the local rows with their halo) and its position
+in the stream; for every own compressed block the row where it starts; and a table from global selection blocks to
+pages.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsa_dist.config import NSAConfig
+from nsa_dist.cp.plan import Segment, ShardPlan
+
+
+@dataclass(frozen=True)
+class Halo:
+    """Rows of the same document that stand left of each local segment, and how they get here.
+
+    The extended buffer is `[halo of segment 0 | segment 0 | halo of segment 1 | segment 1]`, E rows.
+    """
+
+    num_rows: int  # E
+    local_runs: tuple[tuple[int, int, int], ...]  # (first local row, first extended row, length) of each segment
+    send_rows: Tensor  # int64 [sum(send_sizes)]: local rows to send, by destination rank
+    recv_rows: Tensor  # int64 [sum(recv_sizes)]: extended rows to fill, by source rank
+    send_sizes: tuple[int, ...]
+    recv_sizes: tuple[int, ...]
+
+    def extended_row(self, local_row: Tensor) -> Tensor:
+        shift = torch.zeros_like(local_row)
+        for local_start, extended_start, _ in self.local_runs:
+            shift = torch.where(local_row >= local_start, extended_start - local_start, shift)
+        return local_row + shift
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """Index tensors of one rank, on the device of its queries. T local tokens, M compressed blocks of the sequence."""
+
+    position: Tensor  # int32 [T]: stream position, -1 for padding
+    doc_start: Tensor  # int32 [T]: stream position of the document's first token
+    cmp_begin: Tensor  # int32 [T]: compressed rows this query sees, [begin, end)
+    cmp_end: Tensor
+    win_begin: Tensor  # int32 [T]: extended rows in this query's window, [begin, end)
+    win_end: Tensor
+    cmp_rows: Tensor  # int32 [own blocks]: extended row (cmp_halo) where each own compressed block starts
+    cmp_block_start: Tensor  # int64 [own blocks]: position in its document of each own block's first token
+    num_cmp_max: int  # own blocks of the rank that has most
+    cmp_gather_rows: Tensor  # int64 [M]: row of each compressed block in the gathered [P * num_cmp_max]
+    local_blocks: Tensor  # int64 [T // l']: global id of each local selection block
+    block_owner: Tensor  # int64 [num_blocks]: rank that holds each selection block
+    cmp_halo: Halo
+    win_halo: Halo
+
+
+def rank_layout(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device) -> RankLayout:
+    """The layout of `rank`, computed once per plan, config and device.
+
+    Raises ValueError if the plan's blocks are not the config's.
+    """
+    if plan.block_len != cfg.slc_block_len:
+        raise ValueError(
+            f"the plan has block_len={plan.block_len} but the config slc_block_len={cfg.slc_block_len}: a selection "
+            f"block would straddle two ranks; build the plan with block_len={cfg.slc_block_len}"
+        )
+    return plan.memo(("layout", cfg, rank, device), lambda: _compute(plan, cfg, rank, device))
+
+
+def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device) -> RankLayout:
+    stream = plan.stream_positions(rank)
+    document, offset = plan.locate(stream)
+    padding = document < 0
+    local_row = torch.arange(plan.tokens_per_rank)
+
+    # One left halo for the straddling compressed blocks (l - d rows: starts are multiples of d) and one for the
+    # window, which is whole blocks so that an extended row and its stream position agree modulo the block length.
+    cmp_halo = _halo(plan, rank, cfg.cmp_block_len - cfg.cmp_stride)
+    win_halo = _halo(plan, rank, -(-(cfg.window_len - 1) // plan.block_len) * plan.block_len)
+
+    counts = torch.tensor([cfg.num_cmp_blocks(length) for length in torch.tensor(plan.cu_seqlens).diff().tolist()])
+    first_cmp = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])  # [num_docs + 1]
+    seen = torch.div(offset + 1 - cfg.cmp_block_len, cfg.cmp_stride, rounding_mode="floor") + 1
+    cmp_begin = first_cmp[document.clamp(min=0)].masked_fill(padding, 0)
+    cmp_end = cmp_begin + seen.clamp(min=0).masked_fill(padding, 0)
+    cmp_end = cmp_end.cummax(0).values  # padding rows see nothing, and keep begin and end from decreasing
+    cmp_begin = torch.where(padding, cmp_end, cmp_begin)
+
+    row = win_halo.extended_row(local_row)
+    win_begin = torch.where(padding, row, row - offset.clamp(max=cfg.window_len - 1))
+    win_end = torch.where(padding, row, row + 1)
+
+    blocks = _compressed_blocks(plan, cfg, counts, first_cmp)
+    own = blocks.owner == rank
+    num_cmp_max = int(torch.bincount(blocks.owner, minlength=plan.cp_size).max())
+    last_row = cmp_halo.extended_row(blocks.last_local_row[own])
+    first_block = torch.arange(plan.num_blocks) * plan.block_len
+
+    def ints(x: Tensor) -> Tensor:
+        return x.to(torch.int32).to(device)
+
+    return RankLayout(
+        position=ints(stream.masked_fill(padding, -1)),
+        doc_start=ints(torch.tensor(plan.stream_starts)[document.clamp(min=0)]),
+        cmp_begin=ints(cmp_begin),
+        cmp_end=ints(cmp_end),
+        win_begin=ints(win_begin),
+        win_end=ints(win_end),
+        cmp_rows=ints(last_row - (cfg.cmp_block_len - 1)),
+        cmp_block_start=blocks.doc_offset[own].to(device),
+        num_cmp_max=num_cmp_max,
+        cmp_gather_rows=_gather_rows(blocks.owner, plan.cp_size, num_cmp_max).to(device),
+        local_blocks=(stream[:: plan.block_len] // plan.block_len).to(device),
+        block_owner=plan.owner(first_block)[0].to(device),
+        cmp_halo=_halo_to(cmp_halo, device),
+        win_halo=_halo_to(win_halo, device),
+    )
+
+
+@dataclass(frozen=True)
+class _CompressedBlocks:
+    """All compressed blocks of the sequence, document by document: [M]. A block belongs to its last token's rank."""
+
+    owner: Tensor
+    last_local_row: Tensor  # on the owner
+    doc_offset: Tensor  # position of the first token in its document
+
+
+def _compressed_blocks(plan: ShardPlan, cfg: NSAConfig, counts: Tensor, first: Tensor) -> _CompressedBlocks:
+    document = torch.arange(plan.num_documents).repeat_interleave(counts)
+    doc_offset = (torch.arange(int(first[-1])) - first[document]) * cfg.cmp_stride
+    last = torch.tensor(plan.stream_starts)[document] + doc_offset + cfg.cmp_block_len - 1
+    owner, last_local_row = plan.owner(last)
+    return _CompressedBlocks(owner, last_local_row, doc_offset)
+
+
+def _gather_rows(owner: Tensor, cp_size: int, num_cmp_max: int) -> Tensor:
+    rows = torch.empty_like(owner)
+    for rank in range(cp_size):
+        own = (owner == rank).nonzero().squeeze(1)
+        rows[own] = rank * num_cmp_max + torch.arange(len(own))
+    return rows
+
+
+def _halo(plan: ShardPlan, rank: int, halo_len: int) -> Halo:
+    runs, wanted, targets = [], [], []
+    local_start = extended_start = 0
+    for segment in plan.segments(rank):
+        halo = _halo_positions(plan, segment, halo_len)
+        wanted.append(halo)
+        targets.append(extended_start + torch.arange(len(halo)))
+        extended_start += len(halo)
+        runs.append((local_start, extended_start, segment.length))
+        local_start += segment.length
+        extended_start += segment.length
+    source, _ = plan.owner(torch.cat(wanted))
+    order = source.argsort(stable=True)  # by source; ascending within one, as the source sends them
+
+    send_rows, send_sizes = [], []
+    for destination in range(plan.cp_size):
+        asked = torch.cat([_halo_positions(plan, s, halo_len) for s in plan.segments(destination)])
+        owner, row = plan.owner(asked)
+        send_rows.append(row[owner == rank])
+        send_sizes.append(len(send_rows[-1]))
+    return Halo(
+        num_rows=extended_start,
+        local_runs=tuple(runs),
+        send_rows=torch.cat(send_rows),
+        recv_rows=torch.cat(targets)[order],
+        send_sizes=tuple(send_sizes),
+        recv_sizes=tuple(torch.bincount(source, minlength=plan.cp_size).tolist()),
+    )
+
+
+def _halo_positions(plan: ShardPlan, segment: Segment, halo_len: int) -> Tensor:
+    """Stream positions of the at most `halo_len` tokens left of a segment that are in its first token's document."""
+    document, offset = plan.locate(torch.tensor([segment.start]))
+    reach = 0 if int(document) < 0 else min(halo_len, int(offset))
+    return torch.arange(segment.start - reach, segment.start)
+
+
+def _halo_to(halo: Halo, device: torch.device) -> Halo:
+    return Halo(
+        halo.num_rows,
+        halo.local_runs,
+        halo.send_rows.to(device),
+        halo.recv_rows.to(device),
+        halo.send_sizes,
+        halo.recv_sizes,
+    )
