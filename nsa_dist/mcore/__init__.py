@@ -1,0 +1,7 @@
+"""NSA inside Megatron-core models: `GPTModel(config, nsa_layer_spec(config), ..., position_embedding_type="none")`."""
+
+from nsa_dist.mcore.attention import NSASelfAttention
+from nsa_dist.mcore.config import NSATransformerConfig
+from nsa_dist.mcore.specs import nsa_block_spec, nsa_layer_spec
+
+__all__ = ["NSASelfAttention", "NSATransformerConfig", "nsa_block_spec", "nsa_layer_spec"]

@@ -1,0 +1,184 @@
+"""Native Sparse Attention as the self-attention of a Megatron-core transformer layer."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import Attention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.utils import get_pg_rank, get_pg_size
+from torch import Tensor, nn
+
+from nsa_dist.mcore.config import NSATransformerConfig
+from nsa_dist.mcore.core import NSACoreAttention
+from nsa_dist.mcore.plans import PlanCache, RankPlan
+
+
+@dataclass
+class NSASelfAttentionSubmodules:
+    """The two linear layers; local or Transformer Engine ones."""
+
+    linear_qkv: ModuleSpec | type
+    linear_proj: ModuleSpec | type
+
+
+class NSASelfAttention(Attention):
+    """Replaces `SelfAttention` in a layer spec; see `nsa_layer_spec`.
+
+    One column-parallel `linear_qkv` projects everything, interleaved by key/value head so that a tensor-parallel cut
+    takes whole heads, with G = query heads per key/value head:
+
+        [ q: G * Dk | k_cmp v_cmp k_slc v_slc k_win v_win: 3 * (Dk + Dv), or one pair if shared | gate: 3 * G ]
+
+    Tokens of a sequence are those that `config.nsa_layout` gives to this context-parallel rank; the layer derives
+    their positions itself. `attention_mask` is ignored (the attention is causal), `rotary_pos_emb` as well.
+
+    Raises ValueError for what the layer does not do: inference caches, attention biases, cross attention, packed
+    sequences over several context-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        config: NSATransformerConfig,
+        submodules: NSASelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        plans: PlanCache | None = None,
+        **later_versions: Any,
+    ) -> None:
+        if not isinstance(config, NSATransformerConfig):
+            raise ValueError(
+                f"NSASelfAttention was given a {type(config).__name__}, but needs an NSATransformerConfig, which holds "
+                f"the sizes of the three branches; build the model's config from nsa_dist.mcore.NSATransformerConfig"
+            )
+        if attn_mask_type != AttnMaskType.causal:
+            raise ValueError(
+                f"attn_mask_type={attn_mask_type} is not causal, but NSA's blocks are chosen from the past only; "
+                f"set attn_mask_type=AttnMaskType.causal"
+            )
+        super().__init__(
+            config=config,
+            submodules=SelfAttentionSubmodules(linear_qkv=_NotBuilt, core_attention=_NotBuilt, linear_proj=_NotBuilt),
+            layer_number=layer_number,
+            attn_mask_type=attn_mask_type,
+            attention_type="self",
+            cp_comm_type=cp_comm_type,
+            pg_collection=pg_collection,
+            **later_versions,
+        )
+        self.plans = plans or PlanCache(config.nsa_layout, config.nsa.slc_block_len)
+        self.core_attention = NSACoreAttention(config, self.pg_collection)
+        self._build_projections(submodules)
+
+    def _build_projections(self, submodules: NSASelfAttentionSubmodules) -> None:
+        config = self.config
+        heads_per_group = config.num_attention_heads // config.num_query_groups
+        pairs = 1 if config.nsa_shared_kv else 3
+        self.group_widths = [
+            heads_per_group * config.kv_channels,
+            pairs * (config.kv_channels + config.v_head_dim),
+            heads_per_group * 3,
+        ]
+        common = {"config": config, "is_expert": False, "tp_group": self.pg_collection.tp}
+        self.linear_qkv = build_module(
+            submodules.linear_qkv,
+            config.hidden_size,
+            config.num_query_groups * sum(self.group_widths),
+            init_method=config.init_method,
+            gather_output=False,
+            bias=config.add_bias_linear or config.add_qkv_bias,
+            skip_bias_add=False,
+            tp_comm_buffer_name="qkv",
+            **common,
+        )
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            config.num_attention_heads * config.v_head_dim,
+            config.hidden_size,
+            init_method=config.output_layer_init_method,
+            bias=config.add_bias_linear,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="proj",
+            **common,
+        )
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, key_value_states: Tensor | None = None, **later_versions: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[s, b, h] -> q [s, b, Hq, Dk], kv [s, b, Hkv, pairs * (Dk + Dv)], gate logits [s, b, Hq, 3], local heads."""
+        mixed, _ = self.linear_qkv(hidden_states)
+        mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, sum(self.group_widths)))
+        q, kv, gate_logits = mixed.split(self.group_widths, -1)
+        return (
+            q.unflatten(-1, (-1, self.config.kv_channels)).flatten(2, 3),
+            kv,
+            gate_logits.unflatten(-1, (-1, 3)).flatten(2, 3),
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        inference_context: Any = None,
+        rotary_pos_emb: Any = None,
+        rotary_pos_cos: Tensor | None = None,
+        rotary_pos_sin: Tensor | None = None,
+        rotary_pos_cos_sin: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        sequence_len_offset: int | None = None,
+        *,
+        inference_params: Any = None,
+        **later_versions: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, h] -> (output [s, b, h], bias or None), s = the tokens of this rank."""
+        _refuse(
+            key_value_states=key_value_states,
+            inference_context=inference_context,
+            inference_params=inference_params,
+            attention_bias=attention_bias,
+            sequence_len_offset=sequence_len_offset,
+            **later_versions,
+        )
+        q, kv, gate_logits = self.get_query_key_value_tensors(hidden_states)
+        core = partial(self.core_attention, rank_plan=self._rank_plan(q, packed_seq_params))
+        if self.checkpoint_core_attention and self.training:
+            out = tensor_parallel.checkpoint(core, False, q, kv, gate_logits)
+        else:
+            out = core(q, kv, gate_logits)
+        return self.linear_proj(out)
+
+    def backward_dw(self) -> None:
+        """Weight gradients that Transformer Engine delayed."""
+        self.linear_proj.backward_dw()
+        self.linear_qkv.backward_dw()
+
+    def _rank_plan(self, q: Tensor, packed: PackedSeqParams | None) -> RankPlan:
+        cp_size, cp_rank = get_pg_size(self.pg_collection.cp), get_pg_rank(self.pg_collection.cp)
+        if packed is not None:
+            return self.plans.of_packed(packed, q.shape[0], cp_size, q.device)
+        return self.plans.of_sequence(q.shape[0], cp_size, cp_rank, q.device)
+
+
+class _NotBuilt(nn.Module):
+    """Stands where Megatron's `Attention` would build modules of a shape that NSA does not have."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+
+def _refuse(**arguments: Any) -> None:
+    given = [name for name, value in arguments.items() if value is not None and value is not False]
+    if given:
+        raise ValueError(
+            f"NSASelfAttention was given {', '.join(given)}, which it does not support: it trains and evaluates "
+            f"causal self-attention over whole sequences; leave {', '.join(given)} out, or use a dense layer"
+        )

@@ -1,0 +1,91 @@
+"""The block compression phi inside a Megatron model: sharded by key/value head over tensor-parallel ranks."""
+
+from types import ModuleType
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+from megatron.core.utils import get_pg_rank, get_pg_size
+from nsa_kernels import reference
+from torch import Tensor, nn
+
+from nsa_dist.compress import CompressMLP
+from nsa_dist.mcore.config import NSATransformerConfig
+from nsa_dist.mcore.rope import rotate
+
+
+class ParallelCompressMLP(CompressMLP):
+    """`CompressMLP` of this tensor-parallel rank's heads; turns what it compressed if `rotary_base` is given.
+
+    Every parameter has the head as its first axis, so tensor parallelism cuts axis 0 and nothing is replicated: no
+    gradient needs a sum over tensor-parallel ranks. On a CPU every rank draws the whole model's values and keeps its
+    own, so that initial values do not depend on the tensor-parallel size.
+    """
+
+    def __init__(
+        self,
+        config: NSATransformerConfig,
+        head_dim: int,
+        pg_collection: ProcessGroupCollection,
+        rotary_base: float | None = None,
+    ) -> None:
+        local_heads = config.num_query_groups // get_pg_size(pg_collection.tp)
+        device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
+        sizes = (head_dim, config.nsa.cmp_block_len, None, device, config.params_dtype)
+        if config.use_cpu_initialization:
+            super().__init__(local_heads, *sizes)
+            self._take_heads(CompressMLP(config.num_query_groups, *sizes), get_pg_rank(pg_collection.tp))
+        else:
+            with get_cuda_rng_tracker().fork():
+                super().__init__(local_heads, *sizes)
+        self.tp_group = pg_collection.tp
+        self.rotary_base = rotary_base
+        for parameter in self.parameters():
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+
+    @torch.no_grad()
+    def _take_heads(self, whole: CompressMLP, tp_rank: int) -> None:
+        for mine, all_heads in zip(self.parameters(), whole.parameters(), strict=True):
+            heads = mine.shape[0]
+            mine.copy_(all_heads[tp_rank * heads : (tp_rank + 1) * heads])
+
+    def forward(
+        self,
+        x: Tensor,
+        block_start: Tensor,
+        block_rows: Tensor | None = None,
+        ops: ModuleType = reference,
+    ) -> Tensor:
+        """As `CompressMLP.forward`, then turned to the position of each block's first token."""
+        compressed = super().forward(x, block_start, block_rows, ops)
+        return compressed if self.rotary_base is None else rotate(compressed, block_start, self.rotary_base)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Megatron's checkpoint entries: the head axis is cut over tensor-parallel ranks."""
+        state = self.state_dict(prefix="", keep_vars=True)  # optimizers find their state by parameter identity
+        return make_sharded_tensors_for_checkpoint(
+            state,
+            prefix,
+            dict.fromkeys(state, 0),
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+
+
+class MeanCompress(nn.Module):
+    """The parameter-free phi, the mean of a block; turns what it compressed if `rotary_base` is given."""
+
+    takes_rows = True
+
+    def __init__(self, block_len: int, rotary_base: float | None = None) -> None:
+        super().__init__()
+        self.block_len = block_len
+        self.rotary_base = rotary_base
+
+    def forward(self, x: Tensor, block_start: Tensor, block_rows: Tensor, ops: ModuleType) -> Tensor:
+        """Rows [R, Hkv, D], the first row of each block [M] and its position [M] -> [M, Hkv, D]."""
+        compressed = ops.compress_mean(x, block_rows, self.block_len)
+        return compressed if self.rotary_base is None else rotate(compressed, block_start, self.rotary_base)

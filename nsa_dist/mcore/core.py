@@ -1,0 +1,89 @@
+"""The core of the layer: from projected q, k, v and gate logits to the attention's output, sample by sample."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_pg_size
+from torch import Tensor
+
+from nsa_dist.attention import BranchKV, nsa_attention
+from nsa_dist.mcore.compressor import MeanCompress, ParallelCompressMLP
+from nsa_dist.mcore.config import NSATransformerConfig
+from nsa_dist.mcore.plans import RankPlan
+from nsa_dist.mcore.rope import rotate
+
+
+class NSACoreAttention(MegatronModule):
+    """Rotary positions, compression and `nsa_attention`. Its only parameters are those of the two compressors."""
+
+    def __init__(self, config: NSATransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__(config=config)
+        self.tp_group = pg_collection.tp
+        self.cp_group = pg_collection.cp if get_pg_size(pg_collection.cp) > 1 else None
+        key_base = config.nsa_rotary_base if config.nsa_compress_before_rope else None
+        self.compress_k = _build_compressor(config, config.kv_channels, pg_collection, key_base)
+        self.compress_v = _build_compressor(config, config.v_head_dim, pg_collection, None)
+        self._recorded: list[Tensor] | None = None
+
+    def forward(self, q: Tensor, kv: Tensor, gate_logits: Tensor, rank_plan: RankPlan) -> Tensor:
+        """q [T, b, Hq, Dk], kv [T, b, Hkv, pairs * (Dk + Dv)], gate_logits [T, b, Hq, 3] -> [T, b, Hq * Dv]."""
+        samples = [self._attend(q[:, i], kv[:, i], gate_logits[:, i], rank_plan).flatten(1) for i in range(q.shape[1])]
+        return torch.stack(samples, 1)
+
+    @contextmanager
+    def recording_blocks(self) -> Iterator[list[Tensor]]:
+        """Inside, every sample's block_indices, int32 [T, Hkv, n], are appended to the list this yields."""
+        recorded: list[Tensor] = []
+        self._recorded = recorded
+        try:
+            yield recorded
+        finally:
+            self._recorded = None
+
+    def _attend(self, q: Tensor, kv: Tensor, gate_logits: Tensor, rank_plan: RankPlan) -> Tensor:
+        plan = rank_plan.plan
+        if plan.cp_size == 1:  # pads documents to whole blocks; more ranks were given whole blocks
+            q, kv, gate_logits = (plan.shard(x, 0) for x in (q, kv, gate_logits))
+        out, block_indices = nsa_attention(
+            self._rotate(q, rank_plan),
+            self._branches(kv, rank_plan),
+            torch.sigmoid(gate_logits.to(torch.promote_types(gate_logits.dtype, torch.float32))),
+            self.config.nsa,
+            compress_k=self.compress_k,
+            compress_v=self.compress_v,
+            plan=plan,
+            cp_group=self.cp_group,
+            softmax_scale=self.config.softmax_scale,
+            return_block_indices=True,
+        )
+        if plan.cp_size == 1:
+            out, block_indices = plan.unshard([out]), plan.unshard([block_indices])
+        if self._recorded is not None:
+            self._recorded.append(block_indices)
+        return out
+
+    def _branches(self, kv: Tensor, rank_plan: RankPlan) -> BranchKV:
+        """The pairs of `kv` [T, Hkv, pairs * (Dk + Dv)] as branches; keys that are rotated before use are."""
+        dims = [self.config.kv_channels, self.config.v_head_dim]
+        if self.config.nsa_shared_kv:
+            k, v = kv.split(dims, -1)
+            turned = self._rotate(k, rank_plan)
+            return BranchKV(k if self.config.nsa_compress_before_rope else turned, v, turned, v, turned, v)
+        k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = kv.split(dims * 3, -1)
+        if not self.config.nsa_compress_before_rope:
+            k_cmp = self._rotate(k_cmp, rank_plan)
+        return BranchKV(k_cmp, v_cmp, self._rotate(k_slc, rank_plan), v_slc, self._rotate(k_win, rank_plan), v_win)
+
+    def _rotate(self, x: Tensor, rank_plan: RankPlan) -> Tensor:
+        return rotate(x, rank_plan.document_position, self.config.nsa_rotary_base)
+
+
+def _build_compressor(
+    config: NSATransformerConfig, head_dim: int, pg_collection: ProcessGroupCollection, rotary_base: float | None
+) -> torch.nn.Module:
+    if config.nsa_compression == "mean":
+        return MeanCompress(config.nsa.cmp_block_len, rotary_base)
+    return ParallelCompressMLP(config, head_dim, pg_collection, rotary_base)
