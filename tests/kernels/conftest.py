@@ -19,19 +19,9 @@ if not torch.cuda.is_available():
         )
     os.environ["TRITON_INTERPRET"] = "1"
 
-    from triton.runtime import interpreter
+    from kernels.interpreter import repair
 
-    _patch_lang_tensor = interpreter._patch_lang_tensor
-
-    def _scalars_are_integers(tensor, scope) -> None:
-        """Scalars of triton 3.6's interpreter are arrays of shape [1], which numpy 2.4 no longer takes for integers.
-
-        Without this, a loop bound that was loaded or computed in a kernel is a TypeError.
-        """
-        _patch_lang_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = _scalars_are_integers
+    repair()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,46 @@
+"""Three repairs to triton 3.6's interpreter, without which bf16 kernels and loops over loaded bounds are wrong on a CPU.
+
+- numpy 2.4 no longer takes an array of shape [1] for an integer, and that is what a scalar is: loop bounds fail.
+- fp32 is cut down to bf16, where a GPU rounds to the nearest even.
+- `tl.dot` multiplies the bit patterns of bf16, for that is how they are held: uint16.
+"""
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def repair() -> None:
+    """Change triton's interpreter in this process. Calling it twice changes nothing more."""
+    if InterpreterBuilder.cast_impl is _cast:
+        return
+    patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def with_integers(tensor, scope) -> None:
+        patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = with_integers
+    InterpreterBuilder.cast_impl = _cast
+    create_dot = InterpreterBuilder.create_dot
+
+    def dot_of_values(self, a, b, *args):
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return create_dot(self, a, b, *args)
+
+    InterpreterBuilder.create_dot = dot_of_values
+
+
+def _cast(self, src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
+    """The builder's `cast_impl`, bf16 by way of torch."""
+    source, target = src.dtype.scalar, dst_type.scalar
+    if source != tl.bfloat16 and target != tl.bfloat16:
+        return TensorHandle(src.data.astype(interpreter._get_np_dtype(dst_type)), target)
+    values = torch.from_numpy(np.ascontiguousarray(src.data).reshape(src.data.shape).copy())
+    if source == tl.bfloat16:
+        values = values.view(torch.bfloat16)
+    if target == tl.bfloat16:
+        return TensorHandle(values.to(torch.bfloat16).view(torch.uint16).numpy(), target)
+    return TensorHandle(values.to(torch.float64).numpy().astype(interpreter._get_np_dtype(dst_type)), target)
