@@ -1,4 +1,4 @@
-"""Three repairs to triton 3.6's interpreter, without which bf16 kernels and loops over loaded bounds are wrong on a CPU.
+"""Three repairs to triton 3.6's interpreter, without which loops over loaded bounds and bf16 are wrong on a CPU.
 
 - numpy 2.4 no longer takes an array of shape [1] for an integer, and that is what a scalar is: loop bounds fail.
 - fp32 is cut down to bf16, where a GPU rounds to the nearest even.
