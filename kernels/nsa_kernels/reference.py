@@ -83,19 +83,7 @@ def window_attention(
 
 def _interval_attention(q, k, v, begin, end, softmax_scale):
     _check_heads(q, k, v)
-    num_queries, num_q_heads = q.shape[:2]
-    lo, hi = begin.tolist(), end.tolist()
-    # Chunks of queries whose scores against the rows they span stay within MAX_SCORES.
-    chunks: list[tuple[slice, slice]] = []
-    start = 0
-    while start < num_queries:
-        stop = min(start + 128, num_queries)
-        first, last = min(lo[start:stop]), max(hi[start:stop])
-        while stop - start > 1 and (stop - start) * (last - first) * num_q_heads > MAX_SCORES:
-            stop = start + (stop - start) // 2
-            first, last = min(lo[start:stop]), max(hi[start:stop])
-        chunks.append((slice(start, stop), slice(first, max(first, last))))
-        start = stop
+    chunks = [c for c in _interval_chunks(begin, end, q.shape[1]) if c[1].start < c[1].stop]
 
     def attend(rows: slice, keys: slice, q_: Tensor, k_: Tensor, v_: Tensor) -> tuple[Tensor, Tensor]:
         row = torch.arange(keys.start, keys.stop, device=q.device)
@@ -103,6 +91,21 @@ def _interval_attention(q, k, v, begin, end, softmax_scale):
         return _softmax_attention(q_, k_, v_, visible, softmax_scale)
 
     return _QueryChunks.apply(attend, chunks, q, k, v)
+
+
+def _interval_chunks(begin: Tensor, end: Tensor, num_q_heads: int) -> list[tuple[slice, slice]]:
+    """(queries, rows they span): at most 128 queries, whose scores against those rows fit in MAX_SCORES."""
+    lo, hi = begin.tolist(), end.tolist()
+    chunks = []
+    start = 0
+    while start < len(lo):
+        stop = min(start + 128, len(lo))
+        # Both ends are non-decreasing, so the first and the last query bound the rows of a chunk.
+        while stop - start > 1 and (stop - start) * (hi[stop - 1] - lo[start]) * num_q_heads > MAX_SCORES:
+            stop = start + (stop - start) // 2
+        chunks.append((slice(start, stop), slice(lo[start], max(lo[start], hi[stop - 1]))))
+        start = stop
+    return chunks
 
 
 # --- Importance and selection (section 3.3.2, eq. 8 to 12) ------------------------------------------------------
@@ -147,59 +150,49 @@ def select_blocks(
     returns block_indices int32 [T, Hkv, n], global block ids
     """
     num_queries, num_q_heads = q.shape[:2]
-    num_kv_heads = k_cmp.shape[1]
+    out = torch.full((num_queries, k_cmp.shape[1], num_slc_blocks), -1, dtype=torch.int32, device=q.device)
+    own_block = torch.div(position - doc_start, slc_block_len, rounding_mode="floor").long()  # [T], < 0 for padding
+    first_block = torch.div(doc_start, slc_block_len, rounding_mode="floor").long()
     weights = overlap_weights(cmp_block_len, cmp_stride, slc_block_len)
-    cmp_per_slc = slc_block_len // cmp_stride
-    out = torch.full((num_queries, num_kv_heads, num_slc_blocks), -1, dtype=torch.int32, device=q.device)
-    lo, hi, pos_list, doc_list = (t.tolist() for t in (cmp_begin, cmp_end, position, doc_start))
-
-    start = 0
-    while start < num_queries:
-        stop = min(start + 128, num_queries)
-        first, last = min(lo[start:stop]), max(hi[start:stop])
-        while stop - start > 1 and (stop - start) * (last - first) * num_q_heads > MAX_SCORES:
-            stop = start + (stop - start) // 2
-            first, last = min(lo[start:stop]), max(hi[start:stop])
-        rows = slice(start, stop)
-        p = _group_probabilities(
-            q[rows], k_cmp[first:last], lse_cmp[rows], cmp_begin[rows] - first, cmp_end[rows] - first, softmax_scale
-        )  # [C, Hkv, K]
-        # A selection block j of the query's document starts at compressed row cmp_begin + j * l'/d.
-        own = torch.div(
-            position[rows] - doc_start[rows], slc_block_len, rounding_mode="floor"
-        )  # [C], -1 or less: padding
-        num_blocks = max(
-            (pos - doc) // slc_block_len + 1 for pos, doc in zip(pos_list[rows], doc_list[rows], strict=True)
-        )
-        start = stop
+    for rows, keys in _interval_chunks(cmp_begin, cmp_end, num_q_heads):
+        own = own_block[rows, None]  # [C, 1]
+        num_blocks = int(own.max()) + 1
         if num_blocks <= 0:
             continue
+        begin, end = (t[rows].long() - keys.start for t in (cmp_begin, cmp_end))
+        p = _group_probabilities(q[rows], k_cmp[keys], lse_cmp[rows], begin, end, softmax_scale)  # [C, Hkv, K]
+        imp = _importance(p, begin, end, num_blocks, slc_block_len // cmp_stride, weights)  # [C, Hkv, J]
         j = torch.arange(num_blocks, device=q.device)
-        imp = torch.zeros(*p.shape[:2], num_blocks, dtype=p.dtype, device=q.device)
-        if last > first:
-            base = (cmp_begin[rows, None] - first) + j * cmp_per_slc  # [C, J]
-            for offset, weight in weights.items():
-                i = base + offset
-                inside = (i >= cmp_begin[rows, None] - first) & (i < cmp_end[rows, None] - first)
-                i = i.clamp(0, last - first - 1)[:, None].expand_as(imp)
-                imp += weight * p.gather(-1, i).masked_fill(~inside[:, None], 0)
-        visible = j <= own[:, None]  # [C, J]
-        forced = (j < num_init_blocks) | (j > own[:, None] - num_local_blocks)
+        visible = j <= own  # [C, J]
+        forced = (j < num_init_blocks) | (j > own - num_local_blocks)
         imp = imp.masked_fill(forced[:, None], math.inf).masked_fill(~visible[:, None], -math.inf)
         # A stable sort keeps the lower index first among equals; torch.topk promises no order.
         best = imp.sort(dim=-1, descending=True, stable=True).indices[..., :num_slc_blocks]
         chosen = visible[:, None].expand_as(imp).gather(-1, best)
         ids = best.masked_fill(~chosen, num_blocks).sort(-1).values  # the unchosen go last
-        first_block = torch.div(doc_start[rows], slc_block_len, rounding_mode="floor")[:, None, None]
-        ids = torch.where(ids < num_blocks, ids + first_block, -1)
+        ids = torch.where(ids < num_blocks, ids + first_block[rows, None, None], -1)
         out[rows, :, : ids.shape[-1]] = ids.to(torch.int32)
     return out
 
 
+def _importance(p: Tensor, begin: Tensor, end: Tensor, num_blocks: int, cmp_per_slc: int, weights: dict[int, int]):
+    """Eq. 9: p [C, Hkv, K] over compressed rows -> [C, Hkv, num_blocks]; document starts at row `begin` [C]."""
+    imp = p.new_zeros(*p.shape[:2], num_blocks)
+    if p.shape[-1] == 0:
+        return imp
+    # Compressed block i = j * l'/d + offset of the document is row begin + i.
+    first = begin[:, None] + torch.arange(num_blocks, device=p.device) * cmp_per_slc  # [C, J]
+    for offset, weight in weights.items():
+        row = first + offset
+        inside = (row >= begin[:, None]) & (row < end[:, None])
+        row = row.clamp(0, p.shape[-1] - 1)[:, None].expand_as(imp)
+        imp += weight * p.gather(-1, row).masked_fill(~inside[:, None], 0)
+    return imp
+
+
 def _group_probabilities(q, k_cmp, lse_cmp, begin, end, softmax_scale):
     """p_cmp summed over the heads of each group (eq. 8, 10): [C, Hkv, K], fp32 or better, 0 where not visible."""
-    num_rows, num_q_heads = q.shape[:2]
-    num_kv_heads = k_cmp.shape[1]
+    num_q_heads, num_kv_heads = q.shape[1], k_cmp.shape[1]
     dtype = _compute_dtype(q)
     row = torch.arange(k_cmp.shape[0], device=q.device)
     visible = (row >= begin[:, None]) & (row < end[:, None])  # [C, K]
@@ -273,8 +266,9 @@ def _selected_one_head(q, pages_k, pages_v, block_indices, block_table, position
         rows = slice(start, min(start + step, num_queries))
         union = block_indices[rows].unique()
         union = union[union >= 0]
-        chunks.append((rows, block_table[union]))
-        unions.append(union)
+        if len(union):
+            chunks.append((rows, block_table[union]))
+            unions.append(union)
     union_of = {rows.start: union for (rows, _), union in zip(chunks, unions, strict=True)}
 
     def attend(rows: slice, _: Tensor, q_: Tensor, k_: Tensor, v_: Tensor) -> tuple[Tensor, Tensor]:
@@ -334,10 +328,6 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax
     grouped = grouped.permute(1, 0, 2, 3).flatten(1, 2)  # [Hkv, C * G, Dk]
     scores = torch.bmm(grouped, k.to(dtype).permute(1, 2, 0))  # [Hkv, C * G, K]
     scores = scores.unflatten(1, (num_rows, -1)).masked_fill(~visible[:, None], -math.inf)  # [Hkv, C, G, K]
-    if scores.shape[-1] == 0:  # a maximum over nothing is an error
-        return q.new_zeros(num_rows, num_q_heads, v.shape[-1]), q.new_full(
-            (num_rows, num_q_heads), -math.inf, dtype=dtype
-        )
     # softmax does not depend on the offset; a row that sees no key has none and takes 0.
     offset = scores.detach().amax(-1, keepdim=True)
     weight = torch.exp(scores - offset.masked_fill(offset == -math.inf, 0.0))
@@ -349,7 +339,9 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax
 
 
 class _QueryChunks(torch.autograd.Function):
-    """Apply `attend(rows, keys, q[rows], k[keys], v[keys]) -> (out, lse)` chunk by chunk.
+    """Apply `attend(rows, keys, q[rows], k[keys], v[keys]) -> (out, lse)` chunk by chunk; no chunk is without keys.
+
+    Queries of no chunk see nothing: (0, -inf).
 
     Forward keeps nothing of a chunk; backward runs it again under autograd and adds its key gradients in place, in
     fp32 or better. So memory is one chunk's scores, and what is differentiated is the forward as it is written.

@@ -10,6 +10,7 @@ whole chunks, so that no selection block straddles two ranks. Padding is added b
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class ShardPlan:
 
     def __post_init__(self) -> None:
         cu = self.cu_seqlens
-        if len(cu) < 2 or cu[0] != 0 or cu[-1] < 1 or any(b < a for a, b in zip(cu, cu[1:], strict=False)):
+        if len(cu) < 2 or cu[0] != 0 or cu[-1] < 1 or any(b < a for a, b in pairwise(cu)):
             raise ValueError(
                 f"cu_seqlens={list(cu[:8])}{'...' if len(cu) > 8 else ''} must start at 0, never decrease and end at "
                 f"the number of tokens, as it bounds the documents of a pack; for one document pass [0, num_tokens]"
@@ -82,7 +83,7 @@ class ShardPlan:
     def stream_starts(self) -> tuple[int, ...]:
         """Where each document starts in the stream, and where the last one's padding ends: [num_docs + 1]."""
         starts = [0]
-        for a, b in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False):
+        for a, b in pairwise(self.cu_seqlens):
             starts.append(starts[-1] + -(-(b - a) // self.block_len) * self.block_len)
         return tuple(starts)
 

@@ -1,0 +1,111 @@
+"""Plans are plain data: no process, no device."""
+
+import pytest
+import torch
+from cases import SMALL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nsa_dist import NSAConfig, ShardPlan
+from nsa_dist.cp.layout import rank_layout
+
+plans = st.builds(
+    lambda lengths, size, block, layout: ShardPlan((0, *torch.tensor(lengths).cumsum(0).tolist()), size, block, layout),
+    st.lists(st.integers(1, 90), min_size=1, max_size=6),
+    st.integers(1, 5),
+    st.sampled_from([4, 16]),
+    st.sampled_from(["zigzag", "contiguous"]),
+)
+
+
+@given(plans)
+@settings(max_examples=200, deadline=None)
+def test_shard_and_unshard_are_inverse(plan):
+    x = torch.arange(plan.num_tokens)
+    shards = [plan.shard(x, rank) for rank in range(plan.cp_size)]
+    assert all(len(s) == plan.tokens_per_rank for s in shards)
+    assert torch.equal(plan.unshard(shards), x)
+    for rank, shard in enumerate(shards):
+        position = plan.positions(rank)
+        assert torch.equal(shard[position >= 0], position[position >= 0])
+        assert shard[position < 0].eq(0).all()
+        assert torch.equal(plan.padding(rank), position < 0)
+
+
+@given(plans)
+@settings(max_examples=100, deadline=None)
+def test_owner_finds_every_position(plan):
+    for rank in range(plan.cp_size):
+        owner, row = plan.owner(plan.stream_positions(rank))
+        assert owner.eq(rank).all()
+        assert torch.equal(row, torch.arange(plan.tokens_per_rank))
+        assert all(s.start % plan.block_len == 0 and s.length % plan.block_len == 0 for s in plan.segments(rank))
+
+
+@given(plans)
+@settings(max_examples=100, deadline=None)
+def test_document_positions(plan):
+    expected = torch.cat([torch.arange(b - a) for a, b in zip(plan.cu_seqlens, plan.cu_seqlens[1:], strict=False)])
+    shards = [plan.document_positions(rank) for rank in range(plan.cp_size)]
+    assert torch.equal(plan.unshard(shards), expected)
+
+
+@given(plans)
+@settings(max_examples=100, deadline=None)
+def test_intervals_never_decrease_and_cover_their_keys(plan):
+    cfg = NSAConfig(8, 4, plan.block_len, 5, 1, 2, 20)
+    blocks = 0
+    for rank in range(plan.cp_size):
+        layout = rank_layout(plan, cfg, rank, torch.device("cpu"))
+        blocks += len(layout.cmp_rows)
+        for begin, end, rows in (
+            (layout.cmp_begin, layout.cmp_end, len(layout.cmp_gather_rows)),
+            (layout.win_begin, layout.win_end, layout.win_halo.num_rows),
+        ):
+            assert (begin.diff() >= 0).all()
+            assert (end.diff() >= 0).all()
+            assert (begin <= end).all()
+            assert begin.min() >= 0
+            assert end.max() <= rows
+        real = ~plan.padding(rank)
+        sees = torch.minimum(plan.document_positions(rank) + 1, torch.tensor(cfg.window_len))
+        assert torch.equal((layout.win_end - layout.win_begin)[real].long(), sees[real])
+        # An extended row and its stream position agree modulo the block length: kernels anchor their tiles on it.
+        assert torch.equal((layout.win_end[real] - 1) % plan.block_len, layout.position[real] % plan.block_len)
+    assert blocks == sum(cfg.num_cmp_blocks(b - a) for a, b in zip(plan.cu_seqlens, plan.cu_seqlens[1:], strict=False))
+
+
+def test_zigzag_is_megatrons_order():
+    plan = ShardPlan.zigzag([0, 256], 2, 64)
+    assert plan.positions(0).tolist() == [*range(64), *range(192, 256)]
+    assert plan.positions(1).tolist() == list(range(64, 192))
+
+
+def test_one_rank_without_padding_copies_nothing():
+    x = torch.arange(128)
+    for plan in (ShardPlan.zigzag([0, 128], 1), ShardPlan.contiguous([0, 64, 128], 1)):
+        assert plan.shard(x, 0) is x
+        assert plan.unshard([x]) is x
+
+
+def test_padding_never_reads_the_first_row():
+    x = torch.full((3, 2), torch.nan)
+    assert ShardPlan.zigzag([0, 3], 2, 4).shard(x, 1).eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (lambda: ShardPlan.zigzag([0], 2), r"for one document pass \[0, num_tokens\]"),
+        (lambda: ShardPlan.zigzag([0, 5, 3], 2), "never decrease"),
+        (lambda: ShardPlan.zigzag([0, 5], 0), "at least 1"),
+        (lambda: ShardPlan((0, 5), 2, 64, "spiral"), "use ShardPlan.zigzag or ShardPlan.contiguous"),
+        (lambda: ShardPlan.zigzag([0, 5], 2).shard(torch.zeros(4), 0), "build the plan from the cu_seqlens of this x"),
+        (lambda: ShardPlan.zigzag([0, 5], 2).shard(torch.zeros(5), 2), r"ranks 0\.\.1"),
+        (lambda: ShardPlan.zigzag([0, 5], 2).unshard([torch.zeros(128)]), "pass what `shard` returned"),
+        (lambda: rank_layout(ShardPlan.zigzag([0, 5], 2), SMALL, 0, torch.device("cpu")), "block_len=16"),
+    ],
+)
+def test_errors_name_the_remedy(make, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        make()
