@@ -1,0 +1,139 @@
+"""The GPT model of a configuration, with Megatron's data parallelism, optimizer and learning-rate schedule."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import Float16Module
+
+from nsa_dist.mcore import NSASelfAttention, NSATransformerConfig, nsa_block_spec
+from nsa_dist.train.config import OptimizerSection, TrainConfig
+from nsa_dist.train.corpus import VOCAB_SIZE
+from nsa_dist.train.world import World
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What a step needs of the model, and a checkpoint of all of it."""
+
+    config: NSATransformerConfig
+    module: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    @property
+    def bare_model(self) -> GPTModel:
+        """The model without the wrappers of data parallelism and mixed precision."""
+        inner = self.module.module
+        return inner.module if isinstance(inner, Float16Module) else inner
+
+    def attention(self, layer: int) -> NSASelfAttention:
+        """The attention of this stage's `layer`, which may be negative."""
+        return self.bare_model.decoder.layers[layer].self_attention
+
+
+def build(config: TrainConfig, world: World) -> Trainable:
+    """Called inside `world.entered`, on every process."""
+    megatron = transformer_config(config, world)
+    model = GPTModel(
+        config=megatron,
+        transformer_layer_spec=nsa_block_spec(megatron),
+        vocab_size=VOCAB_SIZE,
+        max_sequence_length=config.run.sequence_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="none",  # the attention turns its own queries and keys
+        share_embeddings_and_output_weights=config.model.tie_embeddings,
+        parallel_output=True,
+    )
+    model.model_type = ModelType.encoder_or_decoder
+    if world.device.type == "cuda":
+        model.cuda(world.device)
+    inner = Float16Module(megatron, model) if megatron.bf16 else model
+    module = DistributedDataParallel(
+        megatron, DistributedDataParallelConfig(grad_reduce_in_fp32=True, check_for_nan_in_grad=True), inner
+    )
+    module.broadcast_params()
+    optimizer = get_megatron_optimizer(_optimizer_config(config.optimizer, megatron), [module])
+    megatron.finalize_model_grads_func = finalize_model_grads
+    megatron.grad_scale_func = optimizer.scale_loss
+    return Trainable(megatron, module, optimizer, _schedule(config, optimizer))
+
+
+def transformer_config(config: TrainConfig, world: World) -> NSATransformerConfig:
+    """Megatron's configuration of the model and its parallelism."""
+    model, nsa, parallel = config.model, config.nsa, config.parallel
+    dtype = torch.bfloat16 if config.run.dtype == "bf16" else torch.float32
+    recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return NSATransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_hidden_size,
+        init_method_std=model.init_std,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        bf16=config.run.dtype == "bf16",
+        # The mean over the tokens of all ranks: a mean of the ranks' means would weigh tokens unequally.
+        calculate_per_token_loss=True,
+        use_cpu_initialization=world.device.type == "cpu",
+        nsa=nsa.sizes(),
+        nsa_shared_kv=nsa.shared_kv,
+        nsa_compression=nsa.compression,
+        nsa_compress_before_rope=nsa.compress_before_rope,
+        nsa_rotary_base=nsa.rotary_base,
+        nsa_layout=parallel.layout,
+        **(recompute if model.recompute_attention else {}),
+    )
+
+
+def _optimizer_config(section: OptimizerSection, megatron: NSATransformerConfig) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=section.min_lr,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.adam_beta1,
+        adam_beta2=section.adam_beta2,
+        adam_eps=section.adam_eps,
+        clip_grad=section.clip_grad,
+        bf16=megatron.bf16,
+        params_dtype=megatron.params_dtype,
+        use_distributed_optimizer=False,
+    )
+
+
+def _schedule(config: TrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    section = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=section.lr / (section.warmup_steps + 1),  # the first step is a step, too
+        max_lr=section.lr,
+        min_lr=section.min_lr,
+        lr_warmup_steps=section.warmup_steps,
+        lr_decay_steps=config.run.steps,
+        lr_decay_style=section.schedule,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=config.run.steps,
+        wd_incr_style="constant",
+    )

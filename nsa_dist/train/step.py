@@ -1,0 +1,79 @@
+"""One optimizer step and one evaluation, over Megatron's forward-backward schedules."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor
+
+from nsa_dist.train.data import Batch, BatchCutter
+from nsa_dist.train.model import Trainable
+from nsa_dist.train.world import World
+
+
+class StepResult(NamedTuple):
+    """Of one step over all ranks: mean loss in nats per token, gradient norm before clipping, the rate used."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    stop: bool
+
+
+def train_step(
+    model: Trainable, cutter: BatchCutter, dataset: GPTDataset, step: int, world: World, should_stop: Callable[[], bool]
+) -> StepResult:
+    """Step number `step`, counted from 0. `should_stop` is asked on process 0 and the answer reaches all of them."""
+    model.module.train()
+    model.module.zero_grad_buffer()
+    model.optimizer.zero_grad()
+    totals = _forward_backward(model, cutter, dataset, step, forward_only=False)
+    lr = model.optimizer.param_groups[0]["lr"]
+    _, grad_norm, _ = model.optimizer.step()
+    model.scheduler.step(1)
+    asked = torch.tensor([float(world.is_main and should_stop())], dtype=torch.float64, device=world.device)
+    loss_sum, num_tokens, stop = world.sum(torch.cat([totals, asked])).tolist()
+    return StepResult(loss_sum / num_tokens, float(grad_norm or 0.0), lr, stop > 0)
+
+
+@torch.no_grad()
+def evaluate(model: Trainable, cutter: BatchCutter, dataset: GPTDataset, num_batches: int, world: World) -> float:
+    """Mean loss in nats per token over the first `num_batches` global batches of `dataset`."""
+    model.module.eval()
+    batches = [_forward_backward(model, cutter, dataset, i, forward_only=True) for i in range(num_batches)]
+    loss_sum, num_tokens = world.sum(torch.stack(batches).sum(0)).tolist()
+    return loss_sum / num_tokens
+
+
+def _forward_backward(
+    model: Trainable, cutter: BatchCutter, dataset: GPTDataset, batch_index: int, forward_only: bool
+) -> Tensor:
+    """[loss sum, tokens] of this process, fp64; zeros where the pipeline stage computes no loss."""
+    micro_losses = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=cutter.micro_batches(dataset, batch_index),
+        model=model.module,
+        num_microbatches=cutter.num_micro_batches,
+        seq_length=cutter.config.run.sequence_length,
+        micro_batch_size=cutter.config.run.micro_batch_size,
+        forward_only=forward_only,
+    )
+    totals = torch.zeros(2, dtype=torch.float64, device=cutter.world.device)
+    return sum((micro["loss"] for micro in micro_losses), totals)
+
+
+def _forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+    batch = next(batches)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(_loss, batch["loss_mask"])
+
+
+def _loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Megatron's form for `calculate_per_token_loss`: the sum over this rank's tokens, and their number."""
+    loss_sum = (token_losses.float() * loss_mask).sum()
+    num_tokens = loss_mask.sum()
+    report = torch.stack([loss_sum.detach().double(), num_tokens.double()])
+    return loss_sum, num_tokens.to(torch.int), {"loss": report}

@@ -1,0 +1,89 @@
+"""The process groups of one run and the few exchanges its loop needs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from nsa_dist.cp.comm import Comm
+from nsa_dist.mcore.cpu import megatron_on_cpu
+from nsa_dist.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands in the run. Megatron's rank order makes process 0 the first of every group."""
+
+    device: torch.device
+    rank: int
+    size: int
+    dp_rank: int
+    dp_size: int
+    cp: Comm
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, added in the order of ranks: the same bits in every run."""
+        return Comm(dist.group.WORLD).all_gather(values, "metrics").sum(0)
+
+    def barrier(self) -> None:
+        """Return when every process has come here."""
+        self.sum(torch.zeros(1, device=self.device)).cpu()
+
+
+@contextmanager
+def entered(config: TrainConfig, device: torch.device) -> Iterator[World]:
+    """Inside, Megatron's process groups and random states are those of `config`; afterwards they are gone.
+
+    ValueError without an initialised torch.distributed, if its processes do not fit the configuration, or if a CPU
+    run is asked of a process that sees a GPU (Megatron would use the GPU).
+    """
+    if not dist.is_initialized():
+        raise ValueError(
+            "torch.distributed is not initialised, so this process knows no other rank; "
+            "call torch.distributed.init_process_group before train, as the launchers do (one process is fine)"
+        )
+    config.data_parallel_size(dist.get_world_size())
+    if device.type == "cpu" and torch.cuda.is_available():
+        raise ValueError(
+            "device=cpu was asked of a process that sees a GPU, where Megatron-core would put its buffers all the "
+            "same; hide the GPU from it with CUDA_VISIBLE_DEVICES='' or train on cuda"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with megatron_on_cpu():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+            context_parallel_size=config.parallel.context_parallel_size,
+        )
+        try:
+            _seed(config.run.seed)
+            yield _this_process(device)
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+def _seed(seed: int) -> None:
+    """Stages of a pipeline hold different layers and so draw different numbers."""
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+
+
+def _this_process(device: torch.device) -> World:
+    return World(
+        device=device,
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        cp=Comm(parallel_state.get_context_parallel_group()),
+    )
