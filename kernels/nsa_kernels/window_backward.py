@@ -1,0 +1,327 @@
+"""Gradients of window attention, in three kernels without atomics: delta, then dK and dV, then dQ.
+
+    P  = exp(softmax_scale * Q K^T - softmax_lse)         recomputed tile by tile
+    dV = P^T dO         dP = dO V^T         dS = P * (dP - delta)         dQ = scale * dS K         dK = scale * dS^T Q
+    delta[t, h] = sum_d dO[t, h, d] * out[t, h, d] - grad_lse[t, h]
+
+`softmax_lse` shifts every score of a row alike, so its gradient joins dS as `+ P * grad_lse`: it is taken off delta.
+
+dK, dV      A program owns 64 key rows of one key-value head and walks the (query, head) rows that see any of them, so
+            the sum over queries and over the G heads stays in fp32 registers and is rounded once.
+dQ          A program owns the rows of a forward tile and walks their key tiles again. The scores are thus computed
+            twice: 7 products in place of 5, the price of no atomics.
+Shapes      as window_attention.py; grad_out [T, Hq, Dv] of any strides, grad_lse [T, Hq] fp32 or None
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.window_tiles import KEY_TILE, split_head_dim, window_tiles
+
+
+@triton.jit
+def _delta_kernel(
+    out_ptr,
+    grad_out_ptr,
+    grad_lse_ptr,
+    delta_ptr,
+    stride_dt,
+    stride_dh,
+    num_rows,
+    num_q_heads,
+    DV: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """delta of BLOCK_M (token, head) rows; out, grad_lse and delta are contiguous."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < num_rows
+    dv = tl.arange(0, DV)
+    out = tl.load(out_ptr + row[:, None] * DV + dv[None, :], mask=inside[:, None], other=0.0)
+    grad_rows = grad_out_ptr + (row // num_q_heads) * stride_dt + (row % num_q_heads) * stride_dh
+    grad_out = tl.load(grad_rows[:, None] + dv[None, :], mask=inside[:, None], other=0.0)
+    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
+    if HAS_GRAD_LSE:
+        delta -= tl.load(grad_lse_ptr + row, mask=inside, other=0.0)
+    tl.store(delta_ptr + row, delta, mask=inside)
+
+
+@triton.jit
+def _keys_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    begin_ptr,
+    end_ptr,
+    bounds_ptr,
+    lse_ptr,
+    delta_ptr,
+    grad_out_ptr,
+    dk_ptr,
+    dv_ptr,
+    stride_qt,
+    stride_qh,
+    stride_kr,
+    stride_kh,
+    stride_vr,
+    stride_vh,
+    stride_dt,
+    stride_dh,
+    num_keys,
+    num_kv_heads,
+    softmax_scale,
+    scale_log2,
+    G: tl.constexpr,
+    DK: tl.constexpr,
+    DK_TAIL: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dK and dV of BLOCK_N key rows. Scores are transposed, [keys, rows]: P^T and dS^T then feed from registers."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    num_q_heads = num_kv_heads * G
+    log2e: tl.constexpr = 1.4426950408889634
+
+    # A row that sees nothing has lse = -inf and P = exp(inf), but it is in no full tile, and the mask gives it 0.
+    bounds = bounds_ptr + tile * 4
+    first_row, last_row = tl.load(bounds) * G, tl.load(bounds + 3) * G
+    first_full, last_full = tl.load(bounds + 1) * G, tl.load(bounds + 2) * G
+
+    key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    present = key < num_keys
+    dim_k, dim_v = tl.arange(0, DK), tl.arange(0, DV)
+    k_rows = k_ptr + key.to(tl.int64) * stride_kr + head.to(tl.int64) * stride_kh
+    v_rows = v_ptr + key.to(tl.int64) * stride_vr + head.to(tl.int64) * stride_vh
+    k = tl.load(k_rows[:, None] + dim_k[None, :], mask=present[:, None], other=0.0)  # [BLOCK_N, DK]
+    v = tl.load(v_rows[:, None] + dim_v[None, :], mask=present[:, None], other=0.0)  # [BLOCK_N, DV]
+    dk = tl.zeros([BLOCK_N, DK], tl.float32)
+    dv = tl.zeros([BLOCK_N, DV], tl.float32)
+    if DK_TAIL > 0:
+        dim_tail = DK + tl.arange(0, DK_TAIL)
+        k_tail = tl.load(k_rows[:, None] + dim_tail[None, :], mask=present[:, None], other=0.0)
+        dk_tail = tl.zeros([BLOCK_N, DK_TAIL], tl.float32)
+
+    for start in range(first_row, last_row, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        inside = row < last_row
+        token = (row // G).to(tl.int64)
+        q_head = head * G + row % G
+        q_rows = q_ptr + token * stride_qt + q_head * stride_qh
+        q = tl.load(q_rows[:, None] + dim_k[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, DK]
+        lse = tl.load(lse_ptr + token * num_q_heads + q_head, mask=inside, other=float("inf"))
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        if DK_TAIL > 0:
+            q_tail = tl.load(q_rows[:, None] + dim_tail[None, :], mask=inside[:, None], other=0.0)
+            s = tl.dot(k_tail, tl.trans(q_tail), s, input_precision=PRECISION)
+        p = tl.exp2(s * scale_log2 - (lse * log2e)[None, :])
+        if (start < first_full) | (start + BLOCK_M > last_full):
+            row_begin = tl.load(begin_ptr + token, mask=inside, other=0)
+            row_end = tl.load(end_ptr + token, mask=inside, other=0)
+            visible = (key[:, None] >= row_begin[None, :]) & (key[:, None] < row_end[None, :])
+            p = tl.where(visible, p, 0.0)
+        grad_rows = grad_out_ptr + token * stride_dt + q_head * stride_dh
+        grad_out = tl.load(grad_rows[:, None] + dim_v[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, DV]
+        dv = tl.dot(p.to(grad_out.dtype), grad_out, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        delta = tl.load(delta_ptr + token * num_q_heads + q_head, mask=inside, other=0.0)
+        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        if DK_TAIL > 0:
+            dk_tail = tl.dot(ds, q_tail, dk_tail, input_precision=PRECISION)
+
+    out_row = key.to(tl.int64) * num_kv_heads + head
+    dv_ptrs = dv_ptr + out_row[:, None] * DV + dim_v[None, :]
+    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=present[:, None])
+    dk_rows = dk_ptr + out_row * (DK + DK_TAIL)
+    dk *= softmax_scale
+    tl.store(dk_rows[:, None] + dim_k[None, :], dk.to(dk_ptr.dtype.element_ty), mask=present[:, None])
+    if DK_TAIL > 0:
+        dk_tail *= softmax_scale
+        tl.store(dk_rows[:, None] + dim_tail[None, :], dk_tail.to(dk_ptr.dtype.element_ty), mask=present[:, None])
+
+
+@triton.jit
+def _queries_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    begin_ptr,
+    end_ptr,
+    lse_ptr,
+    delta_ptr,
+    grad_out_ptr,
+    dq_ptr,
+    stride_qt,
+    stride_qh,
+    stride_kr,
+    stride_kh,
+    stride_vr,
+    stride_vh,
+    stride_dt,
+    stride_dh,
+    num_queries,
+    num_kv_heads,
+    softmax_scale,
+    scale_log2,
+    G: tl.constexpr,
+    DK: tl.constexpr,
+    DK_TAIL: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dQ of one tile of BLOCK_M (query, head) rows of one key-value head; the walk of the forward kernel."""
+    first_row = tl.program_id(0) * BLOCK_M
+    head = tl.program_id(1)
+    log2e: tl.constexpr = 1.4426950408889634
+
+    row = first_row + tl.arange(0, BLOCK_M)
+    inside = row // G < num_queries
+    token = (row // G).to(tl.int64)
+    q_head = head * G + row % G
+    row_begin = tl.load(begin_ptr + token, mask=inside, other=0)  # [BLOCK_M]
+    row_end = tl.load(end_ptr + token, mask=inside, other=0)
+    first_token = first_row // G
+    last_token = tl.minimum((first_row + BLOCK_M - 1) // G, num_queries - 1)
+    low, low_last = tl.load(begin_ptr + first_token), tl.load(begin_ptr + last_token)
+    high_first, high = tl.load(end_ptr + first_token), tl.load(end_ptr + last_token)
+
+    dim_k, dim_v = tl.arange(0, DK), tl.arange(0, DV)
+    out_row = token * (num_kv_heads * G) + q_head
+    lse_log2 = tl.load(lse_ptr + out_row, mask=inside, other=0.0) * log2e
+    delta = tl.load(delta_ptr + out_row, mask=inside, other=0.0)
+    q_rows = q_ptr + token * stride_qt + q_head * stride_qh
+    q = tl.load(q_rows[:, None] + dim_k[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, DK]
+    grad_rows = grad_out_ptr + token * stride_dt + q_head * stride_dh
+    grad_out = tl.load(grad_rows[:, None] + dim_v[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, DV]
+    dq = tl.zeros([BLOCK_M, DK], tl.float32)
+    if DK_TAIL > 0:
+        dim_tail = DK + tl.arange(0, DK_TAIL)
+        q_tail = tl.load(q_rows[:, None] + dim_tail[None, :], mask=inside[:, None], other=0.0)
+        dq_tail = tl.zeros([BLOCK_M, DK_TAIL], tl.float32)
+    k_head = k_ptr + head.to(tl.int64) * stride_kh
+    v_head = v_ptr + head.to(tl.int64) * stride_vh
+
+    for start in range(low // BLOCK_N * BLOCK_N, high, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        seen = (key >= low) & (key < high)
+        k_rows = k_head + key.to(tl.int64) * stride_kr
+        k = tl.load(k_rows[:, None] + dim_k[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, DK]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if DK_TAIL > 0:
+            k_tail = tl.load(k_rows[:, None] + dim_tail[None, :], mask=seen[:, None], other=0.0)
+            s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision=PRECISION)
+        v_rows = v_head + key.to(tl.int64) * stride_vr
+        v = tl.load(v_rows[:, None] + dim_v[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, DV]
+        dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(s * scale_log2 - lse_log2[:, None])
+        if (start < low_last) | (start + BLOCK_N > high_first):
+            visible = (key[None, :] >= row_begin[:, None]) & (key[None, :] < row_end[:, None])
+            p = tl.where(visible, p, 0.0)
+        ds = (p * (dp - delta[:, None])).to(k.dtype)
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+        if DK_TAIL > 0:
+            dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision=PRECISION)
+
+    dq_rows = dq_ptr + out_row * (DK + DK_TAIL)
+    dq *= softmax_scale
+    tl.store(dq_rows[:, None] + dim_k[None, :], dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None])
+    if DK_TAIL > 0:
+        dq_tail *= softmax_scale
+        tl.store(dq_rows[:, None] + dim_tail[None, :], dq_tail.to(dq_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+def window_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    *,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the dtypes of q, k, v, from what the forward saved. `out` and `lse` are contiguous."""
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_()
+    if grad_out.stride(-1) != 1:  # an expanded gradient, say of out.sum()
+        grad_out = grad_out.contiguous()
+    delta = _delta(out, grad_out, grad_lse)
+    num_queries, num_q_heads, dim_k = q.shape
+    num_keys, num_kv_heads, dim_v = v.shape
+    main, tail = split_head_dim(dim_k)
+    tiles = window_tiles(dim_k, q.element_size())
+    strides = [stride for t in (q, k, v, grad_out) for stride in t.stride()[:2]]
+    scales = (softmax_scale, softmax_scale * math.log2(math.e))
+    group = num_q_heads // num_kv_heads
+    dims = {"G": group, "DK": main, "DK_TAIL": tail, "DV": dim_v, "BLOCK_N": KEY_TILE, "PRECISION": "ieee"}
+
+    if num_keys:
+        tile = tiles.keys
+        _keys_kernel[(triton.cdiv(num_keys, KEY_TILE), num_kv_heads)](
+            *(q, k, v, begin, end, _seeing_queries(begin, end, num_keys), lse, delta, grad_out),
+            *(dk, dv),
+            *(*strides, num_keys, num_kv_heads, *scales),
+            **dims,
+            BLOCK_M=tile.block_m,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    tile = tiles.queries
+    _queries_kernel[(triton.cdiv(num_queries * group, tile.block_m), num_kv_heads)](
+        *(q, k, v, begin, end, lse, delta, grad_out),
+        dq,
+        *(*strides, num_queries, num_kv_heads, *scales),
+        **dims,
+        BLOCK_M=tile.block_m,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return dq, dk, dv
+
+
+def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """rowsum(grad_out * out) - grad_lse, fp32 [T, Hq]."""
+    num_queries, num_q_heads, dim_v = out.shape
+    delta = torch.empty(num_queries, num_q_heads, dtype=torch.float32, device=out.device)
+    block_m = max(16, 4096 // dim_v)
+    _delta_kernel[(triton.cdiv(delta.numel(), block_m),)](
+        *(out, grad_out, None if grad_lse is None else grad_lse.contiguous()),
+        delta,
+        *(*grad_out.stride()[:2], delta.numel(), num_q_heads),
+        DV=dim_v,
+        HAS_GRAD_LSE=grad_lse is not None,
+        BLOCK_M=block_m,
+    )
+    return delta
+
+
+def _seeing_queries(begin: Tensor, end: Tensor, num_keys: int) -> Tensor:
+    """Which queries see each key tile: int32 [tiles, 4], found by bisection as begin and end do not decrease.
+
+    Queries [0] .. [3] see some key of rows [first, last] of the tile, queries [1] .. [2] all of them.
+
+    With a window of 3 over 6 tokens, begin = 0 0 0 1 2 3 and end = 1 2 3 4 5 6: a tile of rows 2 and 3 is seen by
+    queries 2 .. 6 (exclusive), wholly by queries 3 .. 5.
+    """
+    first = torch.arange(0, num_keys, KEY_TILE, dtype=torch.int32, device=begin.device)
+    last = (first + (KEY_TILE - 1)).clamp_(max=num_keys - 1)
+    bounds = [
+        torch.searchsorted(end, first, right=True),  # the first query with end > first
+        torch.searchsorted(end, last, right=True),
+        torch.searchsorted(begin, first, right=True),  # one past the last query with begin <= first
+        torch.searchsorted(begin, last, right=True),
+    ]
+    return torch.stack(bounds, 1).to(torch.int32)

@@ -1,0 +1,38 @@
+"""Tile sizes of the window kernels: one table, chosen by head dims, with the measurement beside each row."""
+
+from dataclasses import dataclass
+
+# Key tiles start at multiples of this many rows. Ranks lay the same keys at rows that are congruent modulo 64, so with
+# this one number every rank adds up a query's keys in the same tiles, and gets the same bits.
+KEY_TILE = 64
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`block_m` (query, head) rows are worked on by `num_warps` warps, loads run `num_stages` tiles ahead."""
+
+    block_m: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class WindowTiles:
+    forward: Tile
+    keys: Tile  # dK and dV: KEY_TILE keys are owned, block_m rows walked
+    queries: Tile  # dQ
+
+
+def window_tiles(dim_k: int, itemsize: int) -> WindowTiles:
+    """The tiles for a head dim of q and k (Dv is never larger) and a dtype of `itemsize` bytes."""
+    if itemsize == 4:  # fp32 is for checking, not for speed: what fits in shared memory at any head dim
+        return WindowTiles(Tile(64, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1))
+    if dim_k > 128:
+        return WindowTiles(Tile(128, 8, 2), Tile(64, 8, 1), Tile(128, 8, 1))
+    return WindowTiles(Tile(128, 8, 2), Tile(64, 4, 2), Tile(128, 8, 2))
+
+
+def split_head_dim(dim: int) -> tuple[int, int]:
+    """A head dim as two tile widths, a power of two and a smaller one or 0: 192 is (128, 64)."""
+    main = 1 << (dim.bit_length() - 1)
+    return main, dim - main
