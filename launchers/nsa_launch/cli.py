@@ -1,0 +1,56 @@
+"""The command line: `nsa-dist train CONFIG.yaml [key=value ...]` and `nsa-dist doctor`.
+
+Imports are inside the commands, so that --help and mistakes answer at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from nsa_launch import exit_codes
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code (`nsa_launch.exit_codes`)."""
+    arguments = _parser().parse_args(argv)
+    return arguments.command(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nsa-dist", description="Context-parallel Native Sparse Attention.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train through Ray as a YAML file says",
+        description="Start or join Ray and train. Exit codes: 0 done, 1 failed, 2 refused, 75 no room in the cluster "
+        "(submit again), 130 or 143 stopped by Ctrl-C or SIGTERM after a checkpoint.",
+    )
+    train.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="for example resume=true or run.steps=100")
+    train.set_defaults(command=_train)
+    doctor = commands.add_parser("doctor", help="what this machine has, and what each part will therefore do")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from nsa_launch import doctor, ray_driver, run_folder
+    from nsa_launch.config import load
+
+    with ExitStack() as stack:
+        try:
+            config = load(arguments.config, arguments.overrides)
+            plan = ray_driver.plan(config, doctor.machine())
+            folder = stack.enter_context(run_folder.claimed(config))
+        except ValueError as error:
+            print(f"nsa-dist: {error}", file=sys.stderr)
+            return exit_codes.BAD_CONFIG
+        return ray_driver.run(plan, folder)
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from nsa_launch import doctor
+
+    return doctor.report()

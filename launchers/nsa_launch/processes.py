@@ -1,0 +1,101 @@
+"""Which processes a run needs, and whether they fit: plain arithmetic, before any of them is started."""
+
+from dataclasses import dataclass
+from math import ceil
+
+from nsa_launch.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one machine offers."""
+
+    cores: int
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run with every `auto` decided. One process is one rank."""
+
+    nodes: int
+    per_node: int
+    device: str  # "cpu" or "cuda"
+    backend: str  # "gloo" or "nccl"
+    cpus_each: float
+    gpus_each: float  # below 1 when several processes share a GPU
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.per_node
+
+    @property
+    def threads_each(self) -> int:
+        """CPU threads of one process; the same for every launcher, because sums depend on it."""
+        return max(1, int(self.cpus_each))
+
+
+def check_groups(config: RunConfig) -> None:
+    """ValueError unless replicas come out whole and tensor x context parallel groups stay within a node."""
+    config.data_parallel_size(config.world_size)
+    group, per_node, launch = config.group_size, config.processes_per_node, config.launch
+    if launch.nodes == 1 or launch.allow_split_groups or per_node % group == 0:
+        return
+    if launch.nvlink_label and group % per_node == 0:
+        return
+    raise ValueError(
+        f"processes_per_node={per_node} must be a multiple of tensor * context parallel size = {group}, so that the "
+        f"ranks which talk in every layer share one node's links; take "
+        f"processes_per_node={ceil(per_node / group) * group}, name a node label of a wider NVLink domain in "
+        f"launch.nvlink_label, or accept the network with launch.allow_split_groups=true"
+    )
+
+
+def decide(config: RunConfig, gpus_per_node: int) -> Processes:
+    """Settle device, backend and shares for nodes with that many GPUs. ValueError on what contradicts itself."""
+    launch, per_node = config.launch, config.processes_per_node
+    device = _device(launch.device, gpus_per_node)
+    backend = launch.backend if launch.backend != "auto" else {"cuda": "nccl", "cpu": "gloo"}[device]
+    if device == "cpu" and backend == "nccl":
+        raise ValueError("launch.backend=nccl needs launch.device=cuda, because NCCL moves GPU memory; take gloo")
+    shares_gpus = device == "cuda" and per_node > gpus_per_node
+    if shares_gpus and backend == "nccl":
+        raise ValueError(
+            f"processes_per_node={per_node} is more than the {gpus_per_node} GPUs of a node, and NCCL refuses two "
+            f"ranks on one GPU; take processes_per_node={gpus_per_node}, or launch.backend=gloo, slowly shared"
+        )
+    return Processes(
+        nodes=launch.nodes,
+        per_node=per_node,
+        device=device,
+        backend=backend,
+        cpus_each=launch.cpus_per_process,
+        gpus_each=0.0 if device == "cpu" else gpus_per_node / per_node if shares_gpus else 1.0,
+    )
+
+
+def check_machine(processes: Processes, machine: Machine) -> None:
+    """ValueError unless this machine alone can hold the run."""
+    if processes.nodes > 1:
+        raise ValueError(
+            f"launch.nodes={processes.nodes}, but a Ray of one's own has this one machine; "
+            f"give launch.address=HOST:PORT of a cluster, or take launch.nodes=1"
+        )
+    needed = processes.world_size * processes.cpus_each
+    if needed > machine.cores:
+        share = int(100 * machine.cores / processes.world_size) / 100
+        raise ValueError(
+            f"{processes.world_size} processes * cpus_per_process={processes.cpus_each:g} need {needed:g} cores, and "
+            f"this machine lets us use {machine.cores}; start fewer processes, or let them share cores with "
+            f"launch.cpus_per_process={share:g}"
+        )
+
+
+def _device(requested: str, gpus_per_node: int) -> str:
+    if requested == "auto":
+        return "cuda" if gpus_per_node else "cpu"
+    if requested == "cuda" and not gpus_per_node:
+        raise ValueError(
+            "launch.device=cuda, but no GPU is visible here; take launch.device=cpu, or see nsa-dist doctor"
+        )
+    return requested

@@ -1,0 +1,53 @@
+"""What one rank does, whoever started it: find its place, check everybody's, train."""
+
+import json
+import os
+import socket
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+from nsa_dist.train.loop import TrainResult, train
+
+from nsa_dist.train.hooks import Hooks
+from nsa_launch import placement
+from nsa_launch.config import RunConfig
+from nsa_launch.placement import RankPlace
+from nsa_launch.processes import Processes
+from nsa_launch.run_folder import RunFolder
+
+
+def run(config: RunConfig, processes: Processes, hooks: Hooks, node: str, nvlink_domain: str) -> TrainResult:
+    """Train as this rank. torch.distributed is initialised; `hooks` speaks for the launcher.
+
+    Raises ValueError when a tensor x context parallel group leaves its NVLink domain unasked.
+    """
+    folder = RunFolder(config.run.output_dir)
+    device = claim_device(processes)
+    torch.set_num_threads(processes.threads_each)
+    rank = dist.get_rank()
+    mine = RankPlace(rank, socket.gethostname(), os.getpid(), node, nvlink_domain, str(device))
+    places = placement.exchange(mine, device if processes.backend == "nccl" else torch.device("cpu"))
+    if rank == 0:
+        folder.topology.write_text(json.dumps([asdict(place) for place in places], indent=1), encoding="utf-8")
+    if not config.launch.allow_split_groups:
+        placement.check(places, config.group_size)
+    if rank == 0:
+        latest = folder.latest_checkpoint()
+        folder.record("start", world_size=len(places), step=latest["step"] if latest else 0)
+    result = train(config.resuming(), hooks, device)
+    if rank == 0:
+        folder.record("stop" if result.stopped else "end", step=result.step)
+    return result
+
+
+def claim_device(processes: Processes) -> torch.device:
+    """The device of this rank, made current: a GPU for each local rank, or shares of them in equal runs."""
+    if processes.device == "cpu":
+        return torch.device("cpu")
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    num_gpus = torch.cuda.device_count()
+    index = local_rank if local_size <= num_gpus else local_rank * num_gpus // local_size
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,52 @@
+"""The environment that Ray reads when it is imported, and the one its processes get.
+
+Ray has no other way to set most of this. Nothing outside this file touches the environment for Ray's sake.
+"""
+
+import os
+from collections.abc import Mapping
+
+from nsa_launch.config import RunConfig
+from nsa_launch.processes import Processes
+
+
+def ray_settings(config: RunConfig) -> dict[str, str]:
+    """Environment of driver, controller and workers."""
+    launch = config.launch
+    return {
+        "RAY_TRAIN_V2_ENABLED": "1",
+        # How soon a dead rank is noticed, and for how long ray.train.report blocks: 2 s by default.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{launch.start_timeout_s:g}",
+        # Both wait for ever, or half a minute for each hung rank, unless told otherwise.
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": f"{launch.process_group_timeout_s:g}",
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+        # Every print would appear twice, every report once per rank, and tracebacks merged line by line.
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+        "RAY_DEDUP_LOGS": "0",
+    }
+
+
+def worker_environment(config: RunConfig, processes: Processes) -> dict[str, str]:
+    """Environment of each rank, set before its process starts. `launch.env` has the last word."""
+    return {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron-core needs kernels in the order of their launches
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        "OMP_NUM_THREADS": str(processes.threads_each),
+        "PYTHONUNBUFFERED": "1",
+        **config.launch.env,
+    }
+
+
+def prepare_driver(settings: Mapping[str, str]) -> None:
+    """Set what the driver's own import of Ray reads. What the user has set stays."""
+    for name, value in {**settings, "RAY_USAGE_STATS_ENABLED": "0"}.items():
+        os.environ.setdefault(name, value)
+
+
+def cluster_address(configured: str) -> str | None:
+    """Where to join a cluster, or None to start a Ray of one's own. `ray job submit` sets RAY_ADDRESS."""
+    if configured == "local":
+        return None
+    return os.environ.get("RAY_ADDRESS") or None if configured == "auto" else configured

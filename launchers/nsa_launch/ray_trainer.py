@@ -1,0 +1,78 @@
+"""Our configuration in Ray Train's words. Import it after `ray_env.prepare_driver`."""
+
+from typing import Any
+
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from nsa_launch import ray_worker
+from nsa_launch.config import RunConfig
+from nsa_launch.processes import Processes
+from nsa_launch.ray_env import worker_environment
+from nsa_launch.run_folder import RunFolder
+
+
+class FailureLog(ray.train.UserCallback):
+    """Writes down which ranks failed, from Ray Train's controller, before it starts them again."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        ranks = {str(rank): last_line(error) for rank, error in sorted(worker_exceptions.items())}
+        self._folder.record("failure", ranks=ranks)
+
+
+def last_line(error: BaseException) -> str:
+    """An exception in one line: the last of its text, where Ray puts the original error."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip()[:300] if lines else type(error).__name__
+
+
+def trainer(config: RunConfig, processes: Processes, launch_id: str) -> TorchTrainer:
+    """One launch. Ray Train keeps its own record of it in a folder that is new each time.
+
+    A record that a crash tore, or that names a checkpoint which has been pruned since, stops every later launch of the
+    same name; and it is not needed, because ranks resume from latest.json.
+    """
+    folder = RunFolder(config.run.output_dir)
+    return TorchTrainer(
+        ray_worker.run_rank,
+        train_loop_config=ray_worker.payload(config, processes, launch_id),
+        torch_config=TorchConfig(backend=processes.backend, timeout_s=int(config.launch.process_group_timeout_s)),
+        scaling_config=_scaling(config, processes),
+        run_config=ray.train.RunConfig(
+            name=launch_id,
+            storage_path=str(folder.ray),
+            failure_config=_patience(config),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            callbacks=[FailureLog(folder)],
+            worker_runtime_env={"env_vars": worker_environment(config, processes)},
+        ),
+    )
+
+
+def _scaling(config: RunConfig, processes: Processes) -> ray.train.ScalingConfig:
+    """A fixed number of identical workers: Ray's elastic sizes know nothing of tensor or context parallel groups.
+
+    Ray numbers the workers of one placement group contiguously by node, so groups of consecutive ranks stay together.
+    """
+    resources = {"CPU": processes.cpus_each}
+    if processes.device == "cuda":
+        resources["GPU"] = processes.gpus_each
+    return ray.train.ScalingConfig(
+        num_workers=processes.world_size,
+        use_gpu=processes.device == "cuda",
+        resources_per_worker=resources,
+        placement_strategy="STRICT_PACK" if processes.nodes == 1 else "PACK",
+        accelerator_type=config.launch.accelerator_type,
+        label_selector=config.launch.label_selector or None,
+    )
+
+
+def _patience(config: RunConfig) -> ray.train.FailureConfig:
+    """Restarts after lost ranks, and how many attempts to find room before giving up; Ray's default is for ever."""
+    launch = config.launch
+    attempts = max(1, round(launch.resources_timeout_s / launch.start_timeout_s))
+    return ray.train.FailureConfig(max_failures=launch.max_failures, controller_failure_limit=attempts)

@@ -1,0 +1,73 @@
+"""The same run without Ray: `torchrun --nproc-per-node 2 -m nsa_launch.torchrun CONFIG.yaml [key=value ...]`.
+
+torchrun decides how many processes there are; `launch.nodes` and `launch.processes_per_node` are not read. The first
+SIGINT or SIGTERM saves a checkpoint; torchrun itself kills what has not ended 30 s later. A process that fails is
+started again from the last checkpoint with `torchrun --max-restarts N`.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from nsa_launch import doctor, exit_codes, rank
+from nsa_launch.config import RunConfig, load
+from nsa_launch.hooks import FolderHooks
+from nsa_launch.processes import Processes, check_groups, decide
+from nsa_launch.run_folder import RunFolder, claimed
+from nsa_launch.stop_signals import StopSignals
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """One rank's exit code. Only rank 0 speaks."""
+    path, *overrides = sys.argv[1:] if argv is None else argv
+    with ExitStack() as stack:
+        try:
+            config = _as_started(load(Path(path), overrides))
+            check_groups(config)
+            processes = decide(config, doctor.machine().gpus)
+            folder = _claim(config, stack)
+        except ValueError as error:
+            _say(f"nsa-dist: {error}")
+            return exit_codes.BAD_CONFIG
+        return _train(config, processes, folder)
+
+
+def _as_started(config: RunConfig) -> RunConfig:
+    """The configuration with torchrun's own numbers of nodes and processes."""
+    per_node, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    launch = config.launch.model_copy(update={"processes_per_node": per_node, "nodes": world // per_node})
+    return config.model_copy(update={"launch": launch})
+
+
+def _claim(config: RunConfig, stack: ExitStack) -> RunFolder:
+    """Rank 0 claims the run's folder; a restart by torchrun goes on with what the first attempt left."""
+    if int(os.environ["RANK"]) != 0:
+        return RunFolder(config.run.output_dir)
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    run = config.run.model_copy(update={"resume": True}) if is_restart else config.run
+    return stack.enter_context(claimed(config.model_copy(update={"run": run})))
+
+
+def _train(config: RunConfig, processes: Processes, folder: RunFolder) -> int:
+    timeout = timedelta(seconds=config.launch.process_group_timeout_s)
+    with StopSignals(lambda _: folder.stop.touch()) as signals:
+        dist.init_process_group(processes.backend, timeout=timeout)
+        host = socket.gethostname()
+        result = rank.run(config, processes, FolderHooks(folder), node=host, nvlink_domain=host)
+        dist.destroy_process_group()
+    return exit_codes.stopped_by(signals.received) if signals.received and result.stopped else exit_codes.OK
+
+
+def _say(text: str) -> None:
+    if int(os.environ["RANK"]) == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
