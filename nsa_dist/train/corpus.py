@@ -70,10 +70,10 @@ def write_corpus(data: DataSection, folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     splits = split_files(find_files(data), data.validation_fraction)
+    listing = {}
     for split, files in splits.items():
         _write_split(files, folder / split)
-    listing = {split: {"bytes": sum(len(f.content) for f in files), "files": [f.name for f in files]}
-               for split, files in splits.items()}  # fmt: skip
+        listing[split] = {"bytes": sum(len(f.content) for f in files), "files": [f.name for f in files]}
     write_atomically(folder / "corpus.json", json.dumps(listing, indent=1) + "\n")
 
 

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -24,7 +25,7 @@ class ByteTokenizer:
     vocab_size = VOCAB_SIZE
     eod = END_OF_DOCUMENT
     pad = -1  # no such token: every sample is full
-    unique_identifiers = OrderedDict(tokenizer="bytes")
+    unique_identifiers: ClassVar = OrderedDict(tokenizer="bytes")
 
 
 @dataclass(frozen=True)

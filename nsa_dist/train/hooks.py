@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from nsa_dist.train.records import Record
+
 
 class Hooks:
     """Answers of a launcher that has nothing to say; subclass and override."""
@@ -14,5 +16,5 @@ class Hooks:
     def on_checkpoint(self, step: int, path: Path, metrics: Mapping[str, float]) -> None:
         """Told on every rank once the checkpoint of `step` at `path` is complete and `latest.json` names it."""
 
-    def on_metrics(self, record: Mapping[str, float | str]) -> None:
+    def on_metrics(self, record: Record) -> None:
         """Given, on rank 0, every record as it is written to metrics.jsonl."""

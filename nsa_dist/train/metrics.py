@@ -1,17 +1,16 @@
-"""The numbers of a run: JSON lines for programs, TensorBoard events for people, and reading them back."""
+"""Writing the numbers of a run: JSON lines for programs, TensorBoard events for people. `records` reads them."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
-Record = Mapping[str, float | str]
+from nsa_dist.train.records import Record
 
 
 class MetricsLog:
-    """Writes every record to `metrics.jsonl` (one object a line, at once on the disk's way) and to TensorBoard.
+    """Writes every record to `metrics.jsonl`, one object a line, and to TensorBoard.
 
     A record has a `kind`, "train" or "validation", a `step` and numbers. The file only ever grows: after a resume
     some steps occur twice, and the later line counts.
@@ -36,31 +35,6 @@ class MetricsLog:
         for name, value in record.items():
             if name not in ("kind", "step") and not isinstance(value, str):
                 self._events.add_scalar(f"{record['kind']}/{name}", value, step)
-
-
-class MetricsFollower:
-    """Reads a growing `metrics.jsonl`, of this process or another one."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-
-    def poll(self) -> list[dict]:
-        """The records whose lines are complete and new since the last call; none while there is no file."""
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines() if line.strip()]
-
-
-def read_metrics(path: Path, kind: str) -> list[dict]:
-    """The records of a kind in order of their steps, each step once, as it was written last."""
-    by_step = {record["step"]: record for record in MetricsFollower(path).poll() if record["kind"] == kind}
-    return [by_step[step] for step in sorted(by_step)]
 
 
 def _end_torn_line(path: Path) -> None:

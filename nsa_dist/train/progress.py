@@ -1,10 +1,11 @@
 """A progress bar fed with the records of a run, wherever they come from."""
 
-from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nsa_dist.train.records import Record
 
 
 class TrainProgress:
@@ -36,7 +37,7 @@ class TrainProgress:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
 
-    def feed(self, record: Mapping[str, float | str]) -> None:
+    def feed(self, record: Record) -> None:
         """Show a record; kinds other than "train" and "validation" are passed over."""
         if record["kind"] == "train":
             self._progress.update(

@@ -1,0 +1,171 @@
+"""START HERE: one training run, from configuration to the last checkpoint and the pictures."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from nsa_dist.train import checkpoint
+from nsa_dist.train.config import TrainConfig
+from nsa_dist.train.corpus import VOCAB_SIZE
+from nsa_dist.train.data import BatchCutter, Datasets, build_datasets, sequence_plan
+from nsa_dist.train.hooks import Hooks
+from nsa_dist.train.metrics import MetricsLog
+from nsa_dist.train.model import Trainable, build
+from nsa_dist.train.output import OutputDir, check_empty
+from nsa_dist.train.plots import plot_losses, plot_selection
+from nsa_dist.train.records import Record, read_metrics
+from nsa_dist.train.selection import selected_blocks
+from nsa_dist.train.step import StepResult, evaluate, train_step
+from nsa_dist.train.world import World, entered
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended; the same on every process, plain data. Losses are None if no step was made here."""
+
+    step: int
+    stopped: bool  # asked to, before the last step
+    train_loss: float | None
+    validation_loss: float | None
+    checkpoint: str | None
+
+
+def train(config: TrainConfig, hooks: Hooks, device: torch.device) -> TrainResult:
+    """Train as `config` says, from the last checkpoint if `run.resume`. Call it on every process, in any thread.
+
+    torch.distributed must be initialised. ValueError for a configuration that does not fit the processes, or an
+    output_dir that holds a run when `run.resume` is false.
+    """
+    output = OutputDir(config.run.output_dir)
+    if not config.run.resume:
+        check_empty(config.run)
+    with entered(config, device) as world:
+        datasets = build_datasets(config, output.data, world)
+        cutter = BatchCutter(config, world, sequence_plan(config))
+        model = build(config, world)
+        latest = output.latest_checkpoint()
+        first_step = 0 if latest is None else checkpoint.restore(model, latest)
+        run = _Run(config, hooks, output, world, model, cutter, datasets)
+        with run.logging(first_step):
+            result = run.steps_from(first_step)
+        if not result.stopped:
+            run.draw()
+        return result
+
+
+@dataclass
+class _Run:
+    """The parts of a run and the losses it saw last."""
+
+    config: TrainConfig
+    hooks: Hooks
+    output: OutputDir
+    world: World
+    model: Trainable
+    cutter: BatchCutter
+    datasets: Datasets
+    log: MetricsLog | None = None  # on process 0
+    validation_loss: float | None = None
+    clock: "_Clock" = field(default_factory=lambda: _Clock())
+
+    @contextmanager
+    def logging(self, first_step: int) -> Iterator[None]:
+        """Inside, process 0 writes records."""
+        if not self.world.is_main:
+            yield
+            return
+        with MetricsLog(self.output.metrics, self.output.tensorboard, first_step + 1) as self.log:
+            yield
+
+    def steps_from(self, first_step: int) -> TrainResult:
+        """The steps `first_step` .. `run.steps`, with what is due between them."""
+        run = self.config.run
+        step, stop, loss, path = first_step, False, None, self.output.latest_checkpoint()
+        if step == 0:
+            self.validate(0)
+        while step < run.steps and not stop:
+            with self.clock:
+                result = train_step(
+                    self.model, self.cutter, self.datasets.train, step, self.world, self.hooks.should_stop
+                )
+            step, loss = step + 1, result.loss
+            stop = result.stop and step < run.steps
+            is_last = step == run.steps
+            if step % run.log_interval == 0 or is_last:
+                self.report(step, result)
+            if step % run.eval_interval == 0 or is_last:
+                self.validate(step)
+            if step % run.checkpoint_interval == 0 or is_last or stop:
+                path = checkpoint.save(self.model, self.output, step, run.keep_checkpoints, self.world)
+                self.hooks.on_checkpoint(step, path, self.losses(loss))
+        return TrainResult(step, stop, loss, self.validation_loss, None if path is None else str(path))
+
+    def report(self, step: int, result: StepResult) -> None:
+        """One training record."""
+        run = self.config.run
+        per_step = run.global_batch_size * run.sequence_length
+        steps, seconds = self.clock.lap()
+        self.write(
+            {
+                "kind": "train",
+                "step": step,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": result.lr,
+                "tokens": step * per_step,
+                "tokens_per_s": steps * per_step / seconds,
+                "time_s": self.clock.total_s,
+            }
+        )
+
+    def validate(self, step: int) -> None:
+        """One validation record, over the same sequences every time."""
+        self.validation_loss = evaluate(
+            self.model, self.cutter, self.datasets.validation, self.config.run.eval_batches, self.world
+        )
+        self.write({"kind": "validation", "step": step, "loss": self.validation_loss})
+
+    def write(self, record: Record) -> None:
+        if self.log is not None:
+            self.log.write(record)
+            self.hooks.on_metrics(record)
+
+    def losses(self, train_loss: float) -> dict[str, float]:
+        validation = {} if self.validation_loss is None else {"validation_loss": self.validation_loss}
+        return {"train_loss": train_loss, **validation}
+
+    def draw(self) -> None:
+        """`loss.png` and `selection.png`, of the last layer of process 0's stage."""
+        layer = self.config.model.num_layers // self.config.parallel.pipeline_model_parallel_size - 1
+        blocks = selected_blocks(self.model, self.cutter, self.datasets.validation, layer, self.world)
+        if self.world.is_main:
+            train, validation = (read_metrics(self.output.metrics, kind) for kind in ("train", "validation"))
+            plot_losses(train, validation, VOCAB_SIZE, self.output.root / "loss.png")
+            where = f"layer {layer + 1}, first head, a validation sequence"
+            plot_selection(blocks, self.config.nsa.sizes(), where, self.output.root / "selection.png")
+
+
+class _Clock:
+    """Seconds spent inside `with clock:`, in all and since the last lap."""
+
+    def __init__(self) -> None:
+        self.total_s = 0.0
+        self._lap_s, self._laps = 0.0, 0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        seconds = time.perf_counter() - self._start
+        self.total_s += seconds
+        self._lap_s += seconds
+        self._laps += 1
+
+    def lap(self) -> tuple[int, float]:
+        """(times inside, seconds inside) since the last lap."""
+        steps, seconds = self._laps, self._lap_s
+        self._lap_s, self._laps = 0.0, 0
+        return steps, seconds
