@@ -4,8 +4,9 @@ import math
 from types import ModuleType
 
 import torch
-from nsa_kernels import reference
 from torch import Tensor, nn
+
+from nsa_kernels import reference
 
 
 class CompressMLP(nn.Module):

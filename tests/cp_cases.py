@@ -5,12 +5,12 @@ import traceback
 from types import SimpleNamespace
 
 import torch
-from cases import PAPER, SMALL, make_inputs, run
-from nsa_kernels import reference
-from ranks import groups_up_to
 
+from cases import PAPER, SMALL, make_inputs, run
 from nsa_dist import NSAConfig, ShardPlan
 from nsa_dist.cp.comm import Traffic
+from nsa_kernels import reference
+from ranks import groups_up_to
 
 WORLD = 4
 LAYOUTS = ("zigzag", "contiguous")

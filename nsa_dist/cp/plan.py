@@ -89,7 +89,7 @@ class ShardPlan:
 
     @property
     def chunks_per_rank(self) -> int:
-        return 2 if self.layout == "zigzag" else 1
+        return 2 if self.layout == "zigzag" and self.cp_size > 1 else 1
 
     @cached_property
     def chunk_len(self) -> int:
@@ -113,7 +113,7 @@ class ShardPlan:
         """The runs of the stream that `rank` holds, ascending; neighbouring chunks are one segment."""
         self._check_rank(rank)
         size, length = self.cp_size, self.chunk_len
-        if self.layout == "contiguous":
+        if self.chunks_per_rank == 1:
             return (Segment(rank * length, length),)
         if rank == size - 1:  # its two chunks touch in the middle of the stream
             return (Segment(rank * length, 2 * length),)
@@ -158,7 +158,7 @@ class ShardPlan:
         """(rank, local row) that holds each stream position."""
         chunk = torch.div(stream_position, self.chunk_len, rounding_mode="floor")
         within = stream_position - chunk * self.chunk_len
-        if self.layout == "contiguous":
+        if self.chunks_per_rank == 1:
             return chunk, within
         mirrored = 2 * self.cp_size - 1 - chunk
         return torch.minimum(chunk, mirrored), within + (chunk > mirrored) * self.chunk_len

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cases import SMALL
 from nsa_dist import NSAConfig, ShardPlan
 from nsa_dist.cp.layout import rank_layout
 

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from cp_cases import CASES, LAYOUTS, WORLD, everything
 from ranks import run_ranks
 

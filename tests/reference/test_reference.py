@@ -2,13 +2,13 @@
 
 import math
 
-import naive
 import pytest
 import torch
-from cases import PAPER, SMALL, make_inputs, run
-from nsa_kernels import reference
 
+import naive
+from cases import PAPER, SMALL, make_inputs, run
 from nsa_dist import BranchKV, NSAConfig, nsa_attention
+from nsa_kernels import reference
 
 LENGTHS = {
     "one token": [1],

@@ -1,0 +1,116 @@
+"""What `nsa_attention` refuses, and what it promises a caller on one device."""
+
+import pytest
+import torch
+
+from cases import SMALL, make_inputs, run
+from nsa_dist import BranchKV, NSAConfig, ShardPlan, nsa_attention
+from nsa_dist.attention import default_ops
+from nsa_kernels import reference
+
+
+def call(num_tokens=40, **changes):
+    inputs = make_inputs(num_tokens)
+    arguments = {"q": inputs.q, "kv": inputs.kv, "gates": inputs.gates, "cfg": SMALL, **changes}
+    return nsa_attention(
+        arguments.pop("q"), arguments.pop("kv"), arguments.pop("gates"), arguments.pop("cfg"), **arguments
+    )
+
+
+def kv(**changes):
+    return make_inputs(40).kv._replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"kv": kv(v_win=torch.zeros(40, 1, 8))}, r"kv\.v_win has shape \(40, 1, 8\).*must be \(40, 2, 8\)"),
+        ({"kv": kv(k_slc=torch.zeros(39, 2, 8))}, r"kv\.k_slc"),
+        ({"q": torch.zeros(40, 3, 8), "gates": torch.zeros(40, 3, 3)}, "the kv heads must divide them"),
+        ({"gates": torch.zeros(40, 4, 2)}, r"must be \(40, 4, 3\)"),
+        ({"cu_seqlens": torch.tensor([0, 41])}, r"cu_seqlens\[-1\] says 41"),
+        ({"cu_seqlens": torch.tensor([1, 40])}, "must start at 0"),
+        ({"plan": ShardPlan.zigzag([0, 40], 2, 16)}, "build the plan with cp_size=1"),
+        ({"plan": ShardPlan.zigzag([0, 40], 1, 16)}, "shard with plan.shard"),
+        ({"plan": ShardPlan.contiguous([0, 40], 1, 8)}, "build the plan with block_len=16"),
+        (
+            {"plan": ShardPlan.contiguous([0, 40], 1, 8), "cu_seqlens": torch.tensor([0, 20, 40])},
+            "build the plan from this cu_seqlens",
+        ),
+    ],
+)
+def test_bad_input_names_the_remedy(changes, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        call(**changes)
+
+
+def test_a_plan_of_one_rank_is_the_same_function():
+    inputs = make_inputs(48)
+    plan = ShardPlan.zigzag([0, 48], 1, 16)
+    for a, b in zip(run(inputs, SMALL, [48])[2], run(inputs, SMALL, [48], plan, 0)[2], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_any_callable_compresses():
+    inputs = make_inputs(70)
+    starts = []
+
+    def mean(blocks, block_start):
+        starts.append(block_start)
+        return blocks.mean(1)
+
+    cu = torch.tensor([0, 33, 70])
+    out = nsa_attention(inputs.q, inputs.kv, inputs.gates, SMALL, compress_k=mean, compress_v=mean, cu_seqlens=cu)
+    torch.testing.assert_close(out, nsa_attention(inputs.q, inputs.kv, inputs.gates, SMALL, cu_seqlens=cu))
+    assert starts[0].tolist() == [*range(0, 26, 4), *range(0, 30, 4)]
+
+
+def test_compress_mlp_takes_blocks_or_rows():
+    inputs = make_inputs(60)
+    by_rows = nsa_attention(inputs.q, inputs.kv, inputs.gates, SMALL, compress_k=inputs.phi_k)
+    by_blocks = nsa_attention(
+        inputs.q, inputs.kv, inputs.gates, SMALL, compress_k=lambda blocks, start: inputs.phi_k(blocks, start)
+    )
+    torch.testing.assert_close(by_rows, by_blocks)
+
+
+def test_one_pair_for_three_branches():
+    inputs = make_inputs(60)
+    k, v = inputs.kv[:2]
+    out = nsa_attention(inputs.q, BranchKV(k, v, k, v, k, v), inputs.gates, SMALL)
+    grad_k, grad_v = torch.autograd.grad(out.sum(), (k, v))
+    assert grad_k.ne(0).any(-1).all()
+    assert grad_v.ne(0).any(-1).all()
+
+
+def test_block_indices_are_global_and_ascending():
+    lengths = [40, 1, 100]
+    inputs = make_inputs(sum(lengths))
+    _, ids, *_ = run(inputs, SMALL, lengths)
+    assert ids.dtype == torch.int32
+    assert ids.shape == (141, 2, SMALL.num_slc_blocks)
+    first = torch.tensor([0, 3, 4]).repeat_interleave(torch.tensor(lengths))  # 40 tokens are 3 blocks of 16
+    own = first + torch.cat([torch.arange(length) // 16 for length in lengths])
+    for t in range(len(ids)):
+        for row in ids[t]:
+            chosen = row[row >= 0]
+            assert chosen.diff().gt(0).all()
+            assert row[len(chosen) :].eq(-1).all()
+            assert chosen[0] == first[t]
+            assert chosen[-1] == own[t]
+            assert len(chosen) == min(SMALL.num_slc_blocks, own[t] - first[t] + 1)
+
+
+def test_the_cpu_takes_the_reference():
+    assert default_ops(torch.zeros(1)) is reference
+
+
+def test_dense_when_everything_is_selected():
+    """With every block selected and the other gates shut, NSA is causal attention."""
+    inputs = make_inputs(100)
+    gates = torch.zeros(100, 4, 3, dtype=torch.float64)
+    gates[..., 1] = 1
+    out = nsa_attention(inputs.q, inputs.kv, gates, NSAConfig(8, 4, 16, 64, 1, 2, 20))
+    q, k, v = (x.detach().transpose(0, 1)[None] for x in (inputs.q, inputs.kv.k_slc, inputs.kv.v_slc))
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, dense[0].transpose(0, 1))

@@ -1,0 +1,136 @@
+"""Who may import whom, and what only one place may do. Read from the source text: nothing is imported."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+THIRD_PARTY = {"torch", "triton", "megatron", "ray", "pydantic", "yaml", "rich", "matplotlib", "tensorboard", "numpy"}
+KERNELS = {"torch", "triton", "nsa_kernels"}
+CP = {"torch", "nsa_kernels", "nsa_dist.cp", "nsa_dist.config"}
+ATTENTION = CP | {"nsa_dist.attention", "nsa_dist.compress"}
+MCORE = ATTENTION | {"nsa_dist", "nsa_dist.mcore", "megatron"}
+TRAIN = MCORE | {"nsa_dist.train", "pydantic", "yaml", "rich", "matplotlib", "numpy"}
+LAUNCH = TRAIN | {"nsa_launch", "ray"}
+
+# From the bottom of the house to its top: what each storey may import beyond the standard library.
+STOREYS = {
+    "kernels/nsa_kernels": KERNELS,
+    "nsa_dist/config.py": set(),
+    "nsa_dist/cp": CP,
+    "nsa_dist/compress.py": CP,
+    "nsa_dist/attention.py": ATTENTION,
+    "nsa_dist/__init__.py": ATTENTION,
+    "nsa_dist/mcore": MCORE,
+    "nsa_dist/train": TRAIN,
+    "launchers/nsa_launch": LAUNCH,
+}
+COLLECTIVES = {
+    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_object", "reduce_scatter",
+    "reduce_scatter_tensor", "reduce_scatter_single", "all_to_all", "all_to_all_single", "broadcast",
+    "broadcast_object_list", "barrier", "send", "recv", "isend", "irecv", "batch_isend_irecv", "gather", "scatter",
+    "gather_object", "scatter_object_list", "reduce",
+}  # fmt: skip
+
+
+def sources(place: str) -> list[Path]:
+    path = ROOT / place
+    return [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Modules a file imports, by absolute name; the names of `from x import y` count as `x` only."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 1, f"{path.relative_to(ROOT)} reaches out of its package by a relative import"
+    return names
+
+
+def allowed(name: str, may_import: set[str]) -> bool:
+    parts = name.split(".")
+    prefixes = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+    if parts[0] == "nsa_dist":  # `nsa_dist` alone does not open the storeys inside of it
+        return name in may_import or bool((prefixes - {"nsa_dist"}) & may_import)
+    return parts[0] not in THIRD_PARTY | {"nsa_kernels", "nsa_launch"} or parts[0] in may_import
+
+
+def test_every_source_file_has_a_storey():
+    covered = {path for place in STOREYS for path in sources(place)}
+    found = {path for root in ("nsa_dist", "kernels/nsa_kernels", "launchers/nsa_launch") for path in sources(root)}
+    assert found == covered
+
+
+@pytest.mark.parametrize(("place", "may_import"), STOREYS.items(), ids=STOREYS.keys())
+def test_imports_only_from_below(place, may_import):
+    for path in sources(place):
+        wrong = {name for name in imported(path) if not allowed(name, may_import)}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}, which lies above it or is not its to use"
+
+
+def test_the_rule_catches_what_it_should():
+    assert not allowed("ray.train", TRAIN)
+    assert not allowed("nsa_dist.mcore.attention", ATTENTION)
+    assert not allowed("nsa_dist", CP)
+    assert not allowed("nsa_dist.cp.plan", KERNELS)
+    assert allowed("nsa_dist.cp.plan", CP)
+    assert allowed("torch.nn", KERNELS)
+    assert allowed("dataclasses", KERNELS)
+
+
+def attribute_uses(path: Path) -> set[str]:
+    """Dotted names such as `dist.all_reduce` or `os.environ` in a file."""
+    return {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+
+
+def test_collectives_live_in_comm_alone():
+    modules = {"dist", "torch.distributed"}
+    for root in ("nsa_dist", "kernels/nsa_kernels", "launchers/nsa_launch"):
+        for path in sources(root):
+            if path == ROOT / "nsa_dist/cp/comm.py":
+                continue
+            tree = ast.parse(path.read_text())
+            used = {
+                u
+                for u in attribute_uses(path)
+                if u.rpartition(".")[0] in modules and u.rpartition(".")[2] in COLLECTIVES
+            }
+            from_import = {
+                alias.name
+                for node in ast.walk(tree)
+                if isinstance(node, ast.ImportFrom) and node.module == "torch.distributed"
+                for alias in node.names
+                if alias.name in COLLECTIVES
+            }
+            assert not used | from_import, f"{path.relative_to(ROOT)} calls {used | from_import}; use nsa_dist.cp.comm"
+
+
+def test_no_environment_below_the_launchers():
+    for root in ("nsa_dist", "kernels"):
+        for path in sources(root):
+            if "bench" in path.parts:
+                continue
+            uses = {u for u in attribute_uses(path) if u.startswith(("os.environ", "os.getenv", "os.putenv"))}
+            assert not uses, f"{path.relative_to(ROOT)} reads {uses}; take an argument"
+
+
+def test_no_module_state():
+    for root in ("nsa_dist", "kernels/nsa_kernels"):
+        for path in sources(root):
+            for node in ast.walk(ast.parse(path.read_text())):
+                assert not isinstance(node, ast.Global), f"{path.relative_to(ROOT)} rebinds {node.names} of its module"
+
+
+def test_the_reference_never_calls_a_kernel():
+    names = imported(ROOT / "kernels/nsa_kernels/reference.py")
+    assert not {n for n in names if n.startswith(("triton", "nsa_"))}
+
+
+def test_source_roots_are_not_packages():
+    for root in ("kernels", "launchers", "kernels/bench"):
+        assert not (ROOT / root / "__init__.py").exists(), f"{root} is a source root; a package there shadows others"
