@@ -1,7 +1,6 @@
 """Native Sparse Attention as the self-attention of a Megatron-core transformer layer."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from megatron.core import tensor_parallel
@@ -149,12 +148,14 @@ class NSASelfAttention(Attention):
             **later_versions,
         )
         q, kv, gate_logits = self.get_query_key_value_tensors(hidden_states)
-        core = partial(self.core_attention, rank_plan=self._rank_plan(q, packed_seq_params))
+        rank_plan = self._rank_plan(q, packed_seq_params)
+
+        def core(*projected: Tensor) -> Tensor:
+            return self.core_attention(*projected, rank_plan)
+
         if self.checkpoint_core_attention and self.training:
-            out = tensor_parallel.checkpoint(core, False, q, kv, gate_logits)
-        else:
-            out = core(q, kv, gate_logits)
-        return self.linear_proj(out)
+            return self.linear_proj(tensor_parallel.checkpoint(core, False, q, kv, gate_logits))
+        return self.linear_proj(core(q, kv, gate_logits))
 
     def backward_dw(self) -> None:
         """Weight gradients that Transformer Engine delayed."""

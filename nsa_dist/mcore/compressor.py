@@ -8,12 +8,12 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_pg_rank, get_pg_size
-from nsa_kernels import reference
 from torch import Tensor, nn
 
 from nsa_dist.compress import CompressMLP
-from nsa_dist.mcore.config import NSATransformerConfig
+from nsa_dist.mcore.config import NSATransformerConfig, parameter_device
 from nsa_dist.mcore.rope import rotate
+from nsa_kernels import reference
 
 
 class ParallelCompressMLP(CompressMLP):
@@ -32,10 +32,10 @@ class ParallelCompressMLP(CompressMLP):
         rotary_base: float | None = None,
     ) -> None:
         local_heads = config.num_query_groups // get_pg_size(pg_collection.tp)
-        device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
-        sizes = (head_dim, config.nsa.cmp_block_len, None, device, config.params_dtype)
+        sizes = (head_dim, config.nsa.cmp_block_len, None, parameter_device(config), config.params_dtype)
         if config.use_cpu_initialization:
-            super().__init__(local_heads, *sizes)
+            with torch.random.fork_rng(devices=[]):  # what the local heads draw is thrown away
+                super().__init__(local_heads, *sizes)
             self._take_heads(CompressMLP(config.num_query_groups, *sizes), get_pg_rank(pg_collection.tp))
         else:
             with get_cuda_rng_tracker().fork():

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nsa_dist.config import NSAConfig
@@ -69,3 +70,10 @@ class NSATransformerConfig(TransformerConfig):
                 f"key/value head with its blocks is never split; take num_query_groups="
                 f"{-(-groups // tensor) * tensor} or a smaller tensor_model_parallel_size"
             )
+
+
+def parameter_device(config: TransformerConfig) -> torch.device:
+    """Where Megatron wants new parameters: the CPU if it initialises there, else the current CUDA device."""
+    if config.use_cpu_initialization:
+        return torch.device("cpu")
+    return torch.empty(0, device=torch.cuda.current_device()).device

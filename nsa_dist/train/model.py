@@ -1,6 +1,7 @@
 """The GPT model of a configuration, with Megatron's data parallelism, optimizer and learning-rate schedule."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -70,7 +71,7 @@ def transformer_config(config: TrainConfig, world: World) -> NSATransformerConfi
     """Megatron's configuration of the model and its parallelism."""
     model, nsa, parallel = config.model, config.nsa, config.parallel
     dtype = torch.bfloat16 if config.run.dtype == "bf16" else torch.float32
-    recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    recompute: dict[str, Any] = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return NSATransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
