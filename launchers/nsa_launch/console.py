@@ -1,45 +1,64 @@
-"""What a person sees of a run: its milestones, a progress bar, and at the end where everything is.
+"""What a person sees of a run: its milestones, its progress, and at the end where everything is.
 
 It reads the run's files and nothing else, so it shows the same wherever the ranks are.
 """
 
+import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
+from rich.console import Console as Terminal
+
+from nsa_dist.train.progress import TrainProgress
+from nsa_dist.train.records import MetricsFollower, Record, read_metrics
 from nsa_launch import rank_output
 from nsa_launch.config import RunConfig
-from nsa_launch.json_lines import Follower
 from nsa_launch.run_folder import RunFolder
 
-_RANKS_SHOWN = 2  # of those that failed; one dead rank takes all others with it
+_RANKS_SHOWN = 2  # of those that failed: one dead rank takes all others with it
+_LINE_INTERVAL_S = 10.0  # between lines of progress, where no bar can be drawn
 
 
 class Console:
-    """Follows `launches.jsonl` and `metrics.jsonl` of one run and prints."""
+    """Follows `launches.jsonl` and `metrics.jsonl` of one run and shows what is new in them."""
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self._config = config
         self._folder = folder
-        self._events = Follower(folder.launches)
-        self._metrics = Follower(folder.metrics)
+        self._terminal = Terminal(highlight=False, soft_wrap=True)
+        self._stack = ExitStack()
+        self._progress: TrainProgress | LineProgress | None = None
+        self._events, self._metrics = MetricsFollower(folder.launches), MetricsFollower(folder.output.metrics)
+        for follower in (self._events, self._metrics):
+            follower.poll()  # what earlier launches wrote is not news
         self.ranks_are_up = False
 
     def __enter__(self) -> "Console":
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self._stack.close()
 
     def say(self, text: str) -> None:
-        """One line above the progress bar."""
-        print(text, flush=True)
+        """Lines above the progress bar."""
+        self._terminal.print(text, markup=False)
 
     def update(self) -> None:
         """Show what has been written since the last call."""
-        for event in self._events.read():
+        for event in self._events.poll():
             self._show_event(event)
-        for record in self._metrics.read():
-            print(record)
+        for record in self._metrics.poll():
+            self._bar().feed(record)
+
+    def _bar(self) -> "TrainProgress | LineProgress":
+        if self._progress is None:
+            steps = self._config.run.steps
+            if self._terminal.is_terminal:
+                self._progress = self._stack.enter_context(TrainProgress(steps, self._terminal))
+            else:
+                self._progress = LineProgress(self, steps)
+        return self._progress
 
     def _show_event(self, event: Mapping[str, Any]) -> None:
         kind = event["event"]
@@ -47,16 +66,53 @@ class Console:
         if kind == "start":
             self.say(f"{event['world_size']} ranks are up, training from step {event['step']}")
         elif kind == "failure":
-            ranks = ", ".join(f"rank {rank} ({reason})" for rank, reason in event["ranks"].items())
-            self.say(f"lost {ranks}")
+            ranks = "; ".join(f"rank {rank}: {reason}" for rank, reason in event["ranks"].items())
+            self.say(f"ranks were lost ({ranks})")
 
-    def finish(self, step: int, stopped: bool) -> None:
-        """The last words of a run whose ranks came to an end."""
-        self.say(f"{'stopped at' if stopped else 'finished'} step {step}")
+    def finish(self, ended: Mapping[str, Any]) -> None:
+        """The last words of a run whose ranks came to an end: how far, how good, and where everything is."""
+        self._stack.close()
+        output = self._folder.output
+        stopped = ended["stopped"]
+        self.say(f"{'stopped after' if stopped else 'finished'} step {ended['step']} of {self._config.run.steps}")
+        validation = read_metrics(output.metrics, "validation")
+        if validation:
+            first, last = validation[0], validation[-1]
+            self.say(
+                f"validation loss {first['loss']:.4f} (step {first['step']}) -> {last['loss']:.4f} "
+                f"(step {last['step']}), nats per byte"
+            )
+        self.say(f"metrics      {output.metrics}, and TensorBoard: tensorboard --logdir {output.tensorboard}")
+        pictures = [str(path) for path in sorted(output.root.glob("*.png"))]
+        if pictures:
+            self.say(f"plots        {' '.join(pictures)}")
+        self.say(f"checkpoints  {output.checkpoints}")
+        if stopped:
+            self.say("go on with   the same command and resume=true")
 
     def show_failure(self, failures: Mapping[int, BaseException]) -> None:
         """The ends of the files of ranks that failed for good."""
+        self._stack.close()
         for rank in sorted(failures)[:_RANKS_SHOWN]:
             path = self._folder.rank_log(rank)
             self.say(f"--- rank {rank}: the end of {path}\n{rank_output.tail(path)}")
-        self.say(f"training failed on {len(failures)} ranks; their output is in {self._folder.rank_log(0).parent}")
+        ranks = ", ".join(map(str, sorted(failures)))
+        self.say(f"--- training failed on ranks {ranks}; what every rank wrote is in {self._folder.logs}")
+
+
+class LineProgress:
+    """Progress for files and pipes: a line for each validation, and one every few seconds in between."""
+
+    def __init__(self, console: Console, total_steps: int) -> None:
+        self._console = console
+        self._total_steps = total_steps
+        self._due_s = 0.0
+
+    def feed(self, record: Record) -> None:
+        """Print a record of `metrics.jsonl` when its turn has come."""
+        step = f"step {record['step']}/{self._total_steps}"
+        if record["kind"] == "validation":
+            self._console.say(f"{step}  validation {record['loss']:.4f}")
+        elif record["kind"] == "train" and (time.monotonic() >= self._due_s or record["step"] == self._total_steps):
+            self._due_s = time.monotonic() + _LINE_INTERVAL_S
+            self._console.say(f"{step}  loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s")

@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
-from nsa_dist.train.loop import TrainResult, train
 
 from nsa_dist.train.hooks import Hooks
+from nsa_dist.train.loop import TrainResult, train
 from nsa_launch import placement
 from nsa_launch.config import RunConfig
 from nsa_launch.placement import RankPlace
@@ -33,8 +33,7 @@ def run(config: RunConfig, processes: Processes, hooks: Hooks, node: str, nvlink
     if not config.launch.allow_split_groups:
         placement.check(places, config.group_size)
     if rank == 0:
-        latest = folder.latest_checkpoint()
-        folder.record("start", world_size=len(places), step=latest["step"] if latest else 0)
+        folder.record("start", world_size=len(places), step=folder.checkpointed_step())
     result = train(config.resuming(), hooks, device)
     if rank == 0:
         folder.record("stop" if result.stopped else "end", step=result.step)

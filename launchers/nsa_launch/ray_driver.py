@@ -146,7 +146,7 @@ class Launch:
         stopped_by = self.signals.received
         if attempt.result is not None:
             ended = attempt.result.return_value
-            self.console.finish(ended["step"], ended["stopped"])
+            self.console.finish(ended)
             return exit_codes.stopped_by(stopped_by) if stopped_by and ended["stopped"] else exit_codes.OK
         if stopped_by:
             self.console.say("stopped without an answer from the ranks; the last checkpoint is the one to resume from")

@@ -30,7 +30,9 @@ def ray_settings(config: RunConfig) -> dict[str, str]:
 
 def worker_environment(config: RunConfig, processes: Processes) -> dict[str, str]:
     """Environment of each rank, set before its process starts. `launch.env` has the last word."""
+    hidden_gpus = {"CUDA_VISIBLE_DEVICES": ""} if processes.device == "cpu" else {}
     return {
+        **hidden_gpus,  # Megatron-core uses a GPU that it sees
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron-core needs kernels in the order of their launches
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         "OMP_NUM_THREADS": str(processes.threads_each),

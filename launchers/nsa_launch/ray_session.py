@@ -1,5 +1,6 @@
 """A Ray to work in: one's own on this machine, or a cluster that is there already."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def _initialised(settings: Mapping[str, str], **options: Any) -> Iterator[None]:
     import ray
 
     # log_to_driver: what ranks print is in their own files, and what goes wrong comes back as an exception.
-    ray.init(**options, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": dict(settings)})
+    ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": dict(settings)})
     try:
         yield
     finally:

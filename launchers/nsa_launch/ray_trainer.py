@@ -3,13 +3,15 @@
 from typing import Any
 
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
+import ray.train.torch
 
 from nsa_launch import ray_worker
 from nsa_launch.config import RunConfig
 from nsa_launch.processes import Processes
 from nsa_launch.ray_env import worker_environment
 from nsa_launch.run_folder import RunFolder
+
+_V2: Any = ray.train  # on import it puts the classes of version 2 under names which type checkers read as version 1
 
 
 class FailureLog(ray.train.UserCallback):
@@ -29,31 +31,33 @@ def last_line(error: BaseException) -> str:
     return lines[-1].strip()[:300] if lines else type(error).__name__
 
 
-def trainer(config: RunConfig, processes: Processes, launch_id: str) -> TorchTrainer:
+def trainer(config: RunConfig, processes: Processes, launch_id: str) -> Any:
     """One launch. Ray Train keeps its own record of it in a folder that is new each time.
 
     A record that a crash tore, or that names a checkpoint which has been pruned since, stops every later launch of the
     same name; and it is not needed, because ranks resume from latest.json.
     """
     folder = RunFolder(config.run.output_dir)
-    return TorchTrainer(
+    return _V2.torch.TorchTrainer(
         ray_worker.run_rank,
         train_loop_config=ray_worker.payload(config, processes, launch_id),
-        torch_config=TorchConfig(backend=processes.backend, timeout_s=int(config.launch.process_group_timeout_s)),
+        torch_config=_V2.torch.TorchConfig(
+            backend=processes.backend, timeout_s=int(config.launch.process_group_timeout_s)
+        ),
         scaling_config=_scaling(config, processes),
-        run_config=ray.train.RunConfig(
+        run_config=_V2.RunConfig(
             name=launch_id,
             storage_path=str(folder.ray),
             failure_config=_patience(config),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            checkpoint_config=_V2.CheckpointConfig(num_to_keep=2),
+            logging_config=_V2.LoggingConfig(log_level="ERROR"),
             callbacks=[FailureLog(folder)],
             worker_runtime_env={"env_vars": worker_environment(config, processes)},
         ),
     )
 
 
-def _scaling(config: RunConfig, processes: Processes) -> ray.train.ScalingConfig:
+def _scaling(config: RunConfig, processes: Processes) -> Any:
     """A fixed number of identical workers: Ray's elastic sizes know nothing of tensor or context parallel groups.
 
     Ray numbers the workers of one placement group contiguously by node, so groups of consecutive ranks stay together.
@@ -61,7 +65,7 @@ def _scaling(config: RunConfig, processes: Processes) -> ray.train.ScalingConfig
     resources = {"CPU": processes.cpus_each}
     if processes.device == "cuda":
         resources["GPU"] = processes.gpus_each
-    return ray.train.ScalingConfig(
+    return _V2.ScalingConfig(
         num_workers=processes.world_size,
         use_gpu=processes.device == "cuda",
         resources_per_worker=resources,
@@ -71,8 +75,8 @@ def _scaling(config: RunConfig, processes: Processes) -> ray.train.ScalingConfig
     )
 
 
-def _patience(config: RunConfig) -> ray.train.FailureConfig:
+def _patience(config: RunConfig) -> Any:
     """Restarts after lost ranks, and how many attempts to find room before giving up; Ray's default is for ever."""
     launch = config.launch
     attempts = max(1, round(launch.resources_timeout_s / launch.start_timeout_s))
-    return ray.train.FailureConfig(max_failures=launch.max_failures, controller_failure_limit=attempts)
+    return _V2.FailureConfig(max_failures=launch.max_failures, controller_failure_limit=attempts)

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import ray.train
 
-from nsa_launch import rank, rank_output
+from nsa_launch import rank_output
 from nsa_launch.config import RunConfig
 from nsa_launch.hooks import RayHooks
 from nsa_launch.processes import Processes
@@ -29,8 +29,10 @@ def run_rank(sent: Mapping[str, Any]) -> dict[str, Any]:
     folder = RunFolder(config.run.output_dir)
     my_rank = ray.train.get_context().get_world_rank()
     rank_output.redirect(folder.rank_log(my_rank), f"rank {my_rank}, {sent['launch_id']}")
+    from nsa_launch import rank  # only ranks pay for importing Megatron-core, and its warnings go to their files
+
     here = ray.get_runtime_context()
-    node = here.get_node_id()
-    domain = here.get_node_labels().get(config.launch.nvlink_label or "", node)
+    node = str(here.get_node_id())
+    domain = str(here.get_node_labels().get(config.launch.nvlink_label or "", node))
     result = rank.run(config, processes, RayHooks(folder, my_rank), node, domain)
-    return {"step": result.step, "stopped": result.stopped}
+    return asdict(result)

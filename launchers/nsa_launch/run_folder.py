@@ -1,9 +1,7 @@
-"""A run's folder: what the launcher keeps there, and who may start in it.
+"""A run's folder: what the launcher adds to `nsa_dist.train.output`, and who may start there.
 
 config.yaml       the whole configuration, as it was checked; itself a CONFIG.yaml
-latest.json       names the last complete checkpoint: the only authority on where a resumed run begins
-metrics.jsonl     one line a logged step
-launches.jsonl    starts, failures and stops, one line each
+launches.jsonl    launches, starts, failures and ends, one line each
 topology.json     which rank ran where, under which process id
 logs/rank-*.log   what each rank wrote to stdout and stderr
 STOP              its appearance asks for a checkpoint and an end; `touch` it from anywhere
@@ -12,7 +10,8 @@ ray/              Ray Train's own folder, a new one for each launch
 
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from nsa_dist.train.output import OutputDir, prepare_output, write_atomically
 from nsa_launch.config import RunConfig
 
 
@@ -31,12 +31,9 @@ class RunFolder:
     path: Path
 
     @property
-    def latest(self) -> Path:
-        return self.path / "latest.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+    def output(self) -> OutputDir:
+        """The trainer's part of the folder."""
+        return OutputDir(self.path)
 
     @property
     def launches(self) -> Path:
@@ -54,8 +51,12 @@ class RunFolder:
     def ray(self) -> Path:
         return self.path / "ray"
 
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
     def rank_log(self, rank: int) -> Path:
-        return self.path / "logs" / f"rank-{rank:04d}.log"
+        return self.logs / f"rank-{rank:04d}.log"
 
     def record(self, event: str, **details: Any) -> None:
         """Append one line to launches.jsonl; one short write, so that several processes may do so."""
@@ -63,18 +64,17 @@ class RunFolder:
         with self.launches.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def latest_checkpoint(self) -> Mapping[str, Any] | None:
-        """What latest.json says, or None before the first checkpoint."""
-        if not self.latest.exists():
-            return None
-        return json.loads(self.latest.read_text(encoding="utf-8"))
+    def checkpointed_step(self) -> int:
+        """The step after which the newest complete checkpoint was taken; 0 before the first."""
+        latest = self.output.latest
+        return json.loads(latest.read_text(encoding="utf-8"))["step"] if latest.exists() else 0
 
 
 @contextmanager
 def claimed(config: RunConfig) -> Iterator[RunFolder]:
     """The folder of `config`, ready for a launch and locked against a second one while the context lasts.
 
-    Raises ValueError when another launch is at work there, or when the folder holds a run that was not to be resumed.
+    ValueError when another launch is at work there, or the folder holds a run and nothing says what to do with it.
     """
     folder = RunFolder(config.run.output_dir)
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -86,24 +86,17 @@ def claimed(config: RunConfig) -> Iterator[RunFolder]:
                 f"another launch is at work in {folder.path}, and two would overwrite each other's checkpoints; "
                 f"stop it (touch {folder.stop}) or take another output_dir"
             ) from None
-        refuse_to_overwrite(folder, config.run.resume)
-        prepare(folder, config)
+        prepare_output(config)
+        _prepare(folder, config)
         yield folder
 
 
-def refuse_to_overwrite(folder: RunFolder, resume: bool) -> None:
-    """ValueError when a run has begun in the folder and `resume` does not ask to go on with it."""
-    started = [path.name for path in (folder.latest, folder.metrics) if path.exists()]
-    if started and not resume:
-        raise ValueError(
-            f"{folder.path} already holds a run ({' and '.join(started)}), and a new one would mix with it; "
-            f"go on with resume=true, or take another output_dir=PATH"
-        )
-
-
-def prepare(folder: RunFolder, config: RunConfig) -> None:
-    """Take away an old STOP and write down what is about to run."""
+def _prepare(folder: RunFolder, config: RunConfig) -> None:
+    """Take away an old STOP, and all of an old run that is to be overwritten; write down what is about to run."""
     folder.stop.unlink(missing_ok=True)
-    (folder.path / "logs").mkdir(exist_ok=True)
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    (folder.path / "config.yaml").write_text(text, encoding="utf-8")
+    if config.run.overwrite:
+        folder.launches.unlink(missing_ok=True)
+        for old in (folder.logs, folder.ray):
+            shutil.rmtree(old, ignore_errors=True)
+    folder.logs.mkdir(exist_ok=True)
+    write_atomically(folder.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

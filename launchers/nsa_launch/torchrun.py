@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         try:
             config = _as_started(load(Path(path), overrides))
+            if config.launch.device == "cpu":
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Megatron-core uses a GPU that it sees
             check_groups(config)
             processes = decide(config, doctor.machine().gpus)
             folder = _claim(config, stack)
