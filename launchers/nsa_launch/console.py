@@ -14,7 +14,7 @@ from nsa_dist.train.progress import TrainProgress
 from nsa_dist.train.records import MetricsFollower, Record, read_metrics
 from nsa_launch import rank_output
 from nsa_launch.config import RunConfig
-from nsa_launch.run_folder import RunFolder
+from nsa_launch.run_folder import PROCESS_DIED, RunFolder
 
 _RANKS_SHOWN = 2  # of those that failed: one dead rank takes all others with it
 _LINE_INTERVAL_S = 10.0  # between lines of progress, where no bar can be drawn
@@ -32,7 +32,9 @@ class Console:
         self._events, self._metrics = MetricsFollower(folder.launches), MetricsFollower(folder.output.metrics)
         for follower in (self._events, self._metrics):
             follower.poll()  # what earlier launches wrote is not news
+        self._num_failures = 0
         self.ranks_are_up = False
+        self.refusal = ""  # what a rank found wrong with the configuration
 
     def __enter__(self) -> "Console":
         return self
@@ -62,12 +64,23 @@ class Console:
 
     def _show_event(self, event: Mapping[str, Any]) -> None:
         kind = event["event"]
-        self.ranks_are_up = kind == "start"
-        if kind == "start":
+        if kind == "launch":
+            self.ranks_are_up = False
+        elif kind == "start":
+            self.ranks_are_up = True
             self.say(f"{event['world_size']} ranks are up, training from step {event['step']}")
         elif kind == "failure":
-            ranks = "; ".join(f"rank {rank}: {reason}" for rank, reason in event["ranks"].items())
-            self.say(f"ranks were lost ({ranks})")
+            self.ranks_are_up = False
+            self._num_failures += 1
+            self.say(f"{_culprits(event['ranks'])}; {self._consequence()}")
+        elif kind == "refused":
+            self.refusal = event["reason"]
+
+    def _consequence(self) -> str:
+        allowed = self._config.launch.max_failures
+        if self._num_failures > allowed:
+            return f"that was one failure more than launch.max_failures={allowed}"
+        return f"all ranks start again from the last checkpoint ({self._num_failures} of {allowed} times)"
 
     def finish(self, ended: Mapping[str, Any]) -> None:
         """The last words of a run whose ranks came to an end: how far, how good, and where everything is."""
@@ -98,6 +111,15 @@ class Console:
             self.say(f"--- rank {rank}: the end of {path}\n{rank_output.tail(path)}")
         ranks = ", ".join(map(str, sorted(failures)))
         self.say(f"--- training failed on ranks {ranks}; what every rank wrote is in {self._folder.logs}")
+
+
+def _culprits(ranks: Mapping[str, str]) -> str:
+    """The ranks that died, or else the first that raised: the others only lost their partners."""
+    dead = [f"rank {rank}" for rank, reason in ranks.items() if reason == PROCESS_DIED]
+    if dead:
+        return f"{', '.join(dead)} died"
+    rank, reason = next(iter(ranks.items()))
+    return f"rank {rank} failed: {reason}"
 
 
 class LineProgress:

@@ -131,11 +131,13 @@ class Launch:
         return Attempt(trainer(self.config, self.processes, launch_id))
 
     def _watch(self, attempt: Attempt) -> None:
-        """Until the attempt ends, or a signal's grace is over, or no rank is there to hear of the signal."""
+        """Until the attempt ends, a rank refuses, a signal's grace is over, or no rank is there to hear the signal."""
         deadline = None
         while attempt.thread.is_alive():
             attempt.thread.join(_POLL_S)
             self.console.update()
+            if self.console.refusal:
+                return
             if self.signals.received is None:
                 continue
             deadline = deadline or time.monotonic() + self.config.launch.stop_grace_s
@@ -144,6 +146,9 @@ class Launch:
 
     def _verdict(self, attempt: Attempt) -> int:
         stopped_by = self.signals.received
+        if self.console.refusal:
+            self.console.say(self.console.refusal)
+            return exit_codes.BAD_CONFIG
         if attempt.result is not None:
             ended = attempt.result.return_value
             self.console.finish(ended)

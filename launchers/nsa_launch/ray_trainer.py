@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import ray.exceptions
 import ray.train
 import ray.train.torch
 
@@ -9,7 +10,7 @@ from nsa_launch import ray_worker
 from nsa_launch.config import RunConfig
 from nsa_launch.processes import Processes
 from nsa_launch.ray_env import worker_environment
-from nsa_launch.run_folder import RunFolder
+from nsa_launch.run_folder import PROCESS_DIED, RunFolder
 
 _V2: Any = ray.train  # on import it puts the classes of version 2 under names which type checkers read as version 1
 
@@ -21,14 +22,15 @@ class FailureLog(ray.train.UserCallback):
         self._folder = folder
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        ranks = {str(rank): last_line(error) for rank, error in sorted(worker_exceptions.items())}
-        self._folder.record("failure", ranks=ranks)
+        self._folder.record("failure", ranks={str(rank): reason(error) for rank, error in worker_exceptions.items()})
 
 
-def last_line(error: BaseException) -> str:
-    """An exception in one line: the last of its text, where Ray puts the original error."""
+def reason(error: Exception) -> str:
+    """Why a rank failed, in one line: PROCESS_DIED, or the last line of its exception."""
+    if isinstance(getattr(error, "health_check_failure", None), ray.exceptions.RayActorError):
+        return PROCESS_DIED
     lines = str(error).strip().splitlines()
-    return lines[-1].strip()[:300] if lines else type(error).__name__
+    return lines[-1].strip()[:160] if lines else type(error).__name__
 
 
 def trainer(config: RunConfig, processes: Processes, launch_id: str) -> Any:

@@ -34,5 +34,9 @@ def run_rank(sent: Mapping[str, Any]) -> dict[str, Any]:
     here = ray.get_runtime_context()
     node = str(here.get_node_id())
     domain = str(here.get_node_labels().get(config.launch.nvlink_label or "", node))
-    result = rank.run(config, processes, RayHooks(folder, my_rank), node, domain)
-    return asdict(result)
+    try:
+        return asdict(rank.run(config, processes, RayHooks(folder, my_rank), node, domain))
+    except ValueError as refusal:
+        # A caller's mistake: starting again cannot help, and Ray Train has no word for that.
+        folder.record("refused", reason=str(refusal))
+        raise

@@ -23,6 +23,8 @@ import yaml
 from nsa_dist.train.output import OutputDir, prepare_output, write_atomically
 from nsa_launch.config import RunConfig
 
+PROCESS_DIED = "its process died"  # killed, out of memory, or crashed: the reason in a "failure" event
+
 
 @dataclass(frozen=True)
 class RunFolder:

@@ -1,0 +1,63 @@
+"""The command line answers at once, and refuses with one message and exit code 2 before Ray starts."""
+
+import subprocess
+import sys
+
+import pytest
+
+from launch_cases import tiny_file
+from nsa_launch import cli, exit_codes, ray_driver
+from nsa_launch.run_folder import RunFolder
+
+
+def test_help_imports_nothing_heavy():
+    check = "import sys, nsa_launch.cli; print(sorted({'torch', 'ray', 'megatron', 'pydantic'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", check], text=True) == "[]\n"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "--help"])
+    assert ended.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["stpes=3"], "did you mean run.steps?"),
+        (["sequence_length=300"], "take sequence_length=512"),
+        (["processes_per_node=3"], "start 4 processes"),
+        (["processes_per_node=4000", "global_batch_size=2000"], "start fewer processes"),
+        (["nodes=2", "processes_per_node=2", "global_batch_size=2"], "or take launch.nodes=1"),
+        (["address=ray://head:10001"], "ray job submit"),
+    ],
+)
+def test_what_cannot_run_is_refused(tmp_path, capsys, monkeypatch, words, remedy):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray_driver, "run", lambda *_: pytest.fail("it was started"))
+    assert cli.main(["train", str(tiny_file(tmp_path)), *words]) == exit_codes.BAD_CONFIG
+    captured = capsys.readouterr()
+    assert remedy in captured.err
+    assert captured.out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_begun_run_is_refused(tmp_path, capsys):
+    folder = RunFolder(tmp_path / "run")
+    folder.output.set_latest(3)
+    assert cli.main(["train", str(tiny_file(tmp_path))]) == exit_codes.BAD_CONFIG
+    assert "resume=true" in capsys.readouterr().err
+
+
+def test_doctor_finds_what_this_environment_has(capsys):
+    assert cli.main(["doctor"]) == exit_codes.OK
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("python", "cores", "torch", "megatron-core", "ray", "attention", "GPU"))
+
+
+def test_doctor_names_what_is_missing(capsys, monkeypatch):
+    from nsa_launch import doctor
+
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: "" if name == "psutil" else version(name))
+    assert cli.main(["doctor"]) == exit_codes.FAILED
+    said = capsys.readouterr().out
+    assert "MISSING psutil" in said
+    assert "Megatron-core's checkpoints hang without it" in said

@@ -1,0 +1,87 @@
+"""What the console says follows from the run's files alone."""
+
+import pytest
+
+from launch_cases import tiny
+from nsa_launch.console import Console
+from nsa_launch.run_folder import PROCESS_DIED, RunFolder, claimed
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    with claimed(tiny(tmp_path)) as folder:
+        return folder
+
+
+def write(folder: RunFolder, *lines: str) -> None:
+    with folder.output.metrics.open("a") as file:
+        file.writelines(line + "\n" for line in lines)
+
+
+def test_old_news_is_not_told_again(tmp_path, folder, capsys):
+    folder.record("start", world_size=2, step=0)
+    with Console(tiny(tmp_path), folder) as console:
+        console.update()
+        assert capsys.readouterr().out == ""
+        assert not console.ranks_are_up
+        folder.record("start", world_size=2, step=5)
+        console.update()
+    assert capsys.readouterr().out == "2 ranks are up, training from step 5\n"
+    assert console.ranks_are_up
+
+
+def test_the_dead_rank_is_blamed_not_its_partners(tmp_path, folder, capsys):
+    with Console(tiny(tmp_path, "max_failures=1"), folder) as console:
+        for _ in range(2):
+            folder.record("failure", ranks={"0": "Connection closed by peer", "1": PROCESS_DIED})
+        console.update()
+    assert capsys.readouterr().out.splitlines() == [
+        "rank 1 died; all ranks start again from the last checkpoint (1 of 1 times)",
+        "rank 1 died; that was one failure more than launch.max_failures=1",
+    ]
+
+
+def test_a_refusal_is_kept_for_the_exit_code(tmp_path, folder):
+    with Console(tiny(tmp_path), folder) as console:
+        folder.record("refused", reason="no text files in x")
+        console.update()
+        assert console.refusal == "no text files in x"
+
+
+def test_pipes_get_lines_of_progress(tmp_path, folder, capsys):
+    with Console(tiny(tmp_path), folder) as console:
+        write(
+            folder,
+            '{"kind": "validation", "step": 0, "loss": 5.5}',
+            '{"kind": "train", "step": 1, "loss": 5.25, "tokens_per_s": 1500}',
+            '{"kind": "train", "step": 2, "loss": 5.0, "tokens_per_s": 1500}',
+            '{"kind": "train", "step": 24, "loss": 4.0, "tokens_per_s": 1500}',
+        )
+        console.update()
+    assert capsys.readouterr().out.splitlines() == [
+        "step 0/24  validation 5.5000",
+        "step 1/24  loss 5.2500  1,500 tokens/s",  # the second comes too soon after it
+        "step 24/24  loss 4.0000  1,500 tokens/s",
+    ]
+
+
+def test_the_last_words_name_losses_and_places(tmp_path, folder, capsys):
+    write(folder, '{"kind": "validation", "step": 0, "loss": 5.5}', '{"kind": "validation", "step": 24, "loss": 2.25}')
+    (folder.path / "loss.png").touch()
+    with Console(tiny(tmp_path), folder) as console:
+        console.finish({"step": 24, "stopped": False})
+    said = capsys.readouterr().out
+    assert "finished step 24 of 24" in said
+    assert "validation loss 5.5000 (step 0) -> 2.2500 (step 24)" in said
+    assert all(str(folder.path / name) in said for name in ("metrics.jsonl", "checkpoints", "loss.png"))
+
+
+def test_a_failure_shows_the_end_of_what_ranks_wrote(tmp_path, folder, capsys):
+    folder.rank_log(1).write_text("".join(f"line {i}\n" for i in range(100)))
+    with Console(tiny(tmp_path), folder) as console:
+        console.show_failure({0: RuntimeError(), 1: RuntimeError()})
+    said = capsys.readouterr().out
+    assert "line 99" in said
+    assert "line 20\n" not in said
+    assert "rank-0000.log was never written" in said
+    assert f"what every rank wrote is in {folder.logs}" in said
