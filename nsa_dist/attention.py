@@ -106,7 +106,12 @@ def nsa_attention(
     )
     if plan is None:
         out, block_indices = local_plan.unshard([out]), local_plan.unshard([block_indices])
-    return (out, block_indices) if return_block_indices else out
+    if not return_block_indices:
+        return out
+    if local_plan.block_ids is not None:
+        ids = local_plan.block_ids.to(block_indices.device)[block_indices.clamp(min=0).long()]
+        block_indices = torch.where(block_indices >= 0, ids, -1).to(torch.int32)
+    return out, block_indices
 
 
 def _attend(

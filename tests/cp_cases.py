@@ -13,7 +13,7 @@ from nsa_kernels import reference
 from ranks import groups_up_to
 
 WORLD = 4
-LAYOUTS = ("zigzag", "contiguous")
+LAYOUTS = ("zigzag", "contiguous", "zigzag_documents")
 EVERYTHING = NSAConfig(8, 4, 16, 64, 1, 2, 20)  # n beyond the number of blocks
 
 # name: (config, document lengths, Hq, Hkv, Dk, Dv, rule that replaces the selection)
@@ -112,9 +112,8 @@ def formulas(plan: ShardPlan, own_ids: torch.Tensor, rank: int) -> dict[str, int
     width, others = 2 * (12 + 8) * 8, WORLD - 1  # bytes of one row of K and V over both kv heads
     ids = [torch.empty_like(own_ids) for _ in range(WORLD)]
     torch.distributed.all_gather(ids, own_ids)
-    holders = {
-        b: r for r in range(WORLD) for b in (plan.stream_positions(r)[:: plan.block_len] // plan.block_len).tolist()
-    }
+    names = range(plan.num_blocks) if plan.block_ids is None else plan.block_ids.tolist()
+    holders = {names[p // plan.block_len]: r for r in range(WORLD) for p in plan.stream_positions(r).tolist()}
     pages = sum(
         holders[block] == rank
         for r in range(WORLD) if r != rank

@@ -34,7 +34,6 @@ class _ExchangeHalos(torch.autograd.Function):
     @staticmethod
     def forward(ctx, comm: Comm, halos: tuple[Halo, ...], *tensors: Tensor):
         ctx.comm, ctx.halos = comm, halos
-        ctx.shapes = [x.shape for x in tensors]
         received = _exchange(
             [x.index_select(0, halo.send_rows) for x, halo in zip(tensors, halos, strict=True)],
             [halo.send_sizes for halo in halos],
@@ -45,9 +44,8 @@ class _ExchangeHalos(torch.autograd.Function):
         extended = []
         for x, halo, rows in zip(tensors, halos, received, strict=True):
             y = x.new_empty(halo.num_rows, *x.shape[1:])
-            for local_start, extended_start, length in halo.local_runs:
-                y[extended_start : extended_start + length] = x[local_start : local_start + length]
-            y[halo.recv_rows] = rows
+            y.index_copy_(0, halo.extended_rows, x)
+            y.index_copy_(0, halo.recv_rows, rows)
             extended.append(y)
         return tuple(extended)
 
@@ -64,10 +62,8 @@ class _ExchangeHalos(torch.autograd.Function):
             "halo.grad",
         )
         result = []
-        for dy, halo, shape, rows in zip(grads, halos, ctx.shapes, returned, strict=True):
-            dx = dy.new_empty(shape, dtype=dtype)
-            for local_start, extended_start, length in halo.local_runs:
-                dx[local_start : local_start + length] = dy[extended_start : extended_start + length]
+        for dy, halo, rows in zip(grads, halos, returned, strict=True):
+            dx = dy.index_select(0, halo.extended_rows).to(dtype)
             start = 0
             for size in halo.send_sizes:  # one destination asks for a row at most once
                 dx.index_add_(0, halo.send_rows[start : start + size], rows[start : start + size])

@@ -6,13 +6,13 @@ in the stream; for every own compressed block the row where it starts; and a tab
 pages.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nsa_dist.config import NSAConfig
-from nsa_dist.cp.plan import Segment, ShardPlan
+from nsa_dist.cp.plan import ShardPlan
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,11 @@ class Halo:
     """
 
     num_rows: int  # E
-    local_runs: tuple[tuple[int, int, int], ...]  # (first local row, first extended row, length) of each segment
+    extended_rows: Tensor  # int64 [T]: extended row of each local row
     send_rows: Tensor  # int64 [sum(send_sizes)]: local rows to send, by destination rank
     recv_rows: Tensor  # int64 [sum(recv_sizes)]: extended rows to fill, by source rank
     send_sizes: tuple[int, ...]
     recv_sizes: tuple[int, ...]
-
-    def extended_row(self, local_row: Tensor) -> Tensor:
-        shift = torch.zeros_like(local_row)
-        for local_start, extended_start, _ in self.local_runs:
-            shift = torch.where(local_row >= local_start, extended_start - local_start, shift)
-        return local_row + shift
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,6 @@ def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device) -
     stream = plan.stream_positions(rank)
     document, offset = plan.locate(stream)
     padding = document < 0
-    local_row = torch.arange(plan.tokens_per_rank)
 
     # One left halo for the straddling compressed blocks (l - d rows: starts are multiples of d) and one for the
     # window, which is whole blocks so that an extended row and its stream position agree modulo the block length.
@@ -88,14 +81,14 @@ def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device) -
     cmp_end = cmp_end.cummax(0).values  # padding rows see nothing, and keep begin and end from decreasing
     cmp_begin = torch.where(padding, cmp_end, cmp_begin)
 
-    row = win_halo.extended_row(local_row)
+    row = win_halo.extended_rows
     win_begin = torch.where(padding, row, row - offset.clamp(max=cfg.window_len - 1))
     win_end = torch.where(padding, row, row + 1)
 
     blocks = _compressed_blocks(plan, cfg, counts, first_cmp)
     own = blocks.owner == rank
     num_cmp_max = int(torch.bincount(blocks.owner, minlength=plan.cp_size).max())
-    last_row = cmp_halo.extended_row(blocks.last_local_row[own])
+    last_row = cmp_halo.extended_rows[blocks.last_local_row[own]]
     first_block = torch.arange(plan.num_blocks) * plan.block_len
 
     def ints(x: Tensor) -> Tensor:
@@ -145,48 +138,49 @@ def _gather_rows(owner: Tensor, cp_size: int, num_cmp_max: int) -> Tensor:
 
 
 def _halo(plan: ShardPlan, rank: int, halo_len: int) -> Halo:
-    runs, wanted, targets = [], [], []
-    local_start = extended_start = 0
-    for segment in plan.segments(rank):
-        halo = _halo_positions(plan, segment, halo_len)
-        wanted.append(halo)
-        targets.append(extended_start + torch.arange(len(halo)))
-        extended_start += len(halo)
-        runs.append((local_start, extended_start, segment.length))
-        local_start += segment.length
-        extended_start += segment.length
-    source, _ = plan.owner(torch.cat(wanted))
+    starts, reach = _reach(plan, rank, halo_len)
+    lengths = torch.tensor([segment.length for segment in plan.segments(rank)])
+    # Row of each segment's first halo row in the extended buffer, and of its first own row.
+    halo_at = torch.cat([torch.zeros(1, dtype=torch.int64), (reach + lengths).cumsum(0)])
+    source, _ = plan.owner(_runs(starts - reach, reach))
     order = source.argsort(stable=True)  # by source; ascending within one, as the source sends them
 
-    send_rows, send_sizes = [], []
+    send_rows = []
     for destination in range(plan.cp_size):
-        asked = torch.cat([_halo_positions(plan, s, halo_len) for s in plan.segments(destination)])
-        owner, row = plan.owner(asked)
+        first, count = _reach(plan, destination, halo_len)
+        owner, row = plan.owner(_runs(first - count, count))
         send_rows.append(row[owner == rank])
-        send_sizes.append(len(send_rows[-1]))
     return Halo(
-        num_rows=extended_start,
-        local_runs=tuple(runs),
+        num_rows=int(halo_at[-1]),
+        extended_rows=_runs(halo_at[:-1] + reach, lengths),
         send_rows=torch.cat(send_rows),
-        recv_rows=torch.cat(targets)[order],
-        send_sizes=tuple(send_sizes),
+        recv_rows=_runs(halo_at[:-1], reach)[order],
+        send_sizes=tuple(map(len, send_rows)),
         recv_sizes=tuple(torch.bincount(source, minlength=plan.cp_size).tolist()),
     )
 
 
-def _halo_positions(plan: ShardPlan, segment: Segment, halo_len: int) -> Tensor:
-    """Stream positions of the at most `halo_len` tokens left of a segment that are in its first token's document."""
-    document, offset = plan.locate(torch.tensor([segment.start]))
-    reach = 0 if int(document) < 0 else min(halo_len, int(offset))
-    return torch.arange(segment.start - reach, segment.start)
+def _reach(plan: ShardPlan, rank: int, halo_len: int) -> tuple[Tensor, Tensor]:
+    """Start of each segment, and how many rows left of it, at most `halo_len`, are in its first token's document."""
+    starts = torch.tensor([segment.start for segment in plan.segments(rank)])
+    document, offset = plan.locate(starts)
+    return starts, offset.clamp(max=halo_len).masked_fill(document < 0, 0)
+
+
+def _runs(starts: Tensor, lengths: Tensor) -> Tensor:
+    """The concatenation of `arange(start, start + length)`.
+
+    >>> _runs(torch.tensor([5, 0]), torch.tensor([2, 3])).tolist()
+    [5, 6, 0, 1, 2]
+    """
+    before = lengths.cumsum(0) - lengths
+    return (starts - before).repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
 
 
 def _halo_to(halo: Halo, device: torch.device) -> Halo:
-    return Halo(
-        halo.num_rows,
-        halo.local_runs,
-        halo.send_rows.to(device),
-        halo.recv_rows.to(device),
-        halo.send_sizes,
-        halo.recv_sizes,
+    return replace(
+        halo,
+        extended_rows=halo.extended_rows.to(device),
+        send_rows=halo.send_rows.to(device),
+        recv_rows=halo.recv_rows.to(device),
     )

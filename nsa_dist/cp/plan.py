@@ -10,12 +10,12 @@ whole chunks, so that no selection block straddles two ranks. Padding is added b
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-LAYOUTS = ("zigzag", "contiguous")
+LAYOUTS = ("zigzag", "contiguous", "zigzag_documents")
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The assignment of a packed sequence's tokens to context-parallel ranks. Build it with `zigzag` or `contiguous`.
+    """The assignment of a packed sequence's tokens to context-parallel ranks. Build it with one of its class methods.
 
-    zigzag      the stream in 2P chunks, rank r holds chunks r and 2P-1-r: Megatron's order for one document. It
-                balances causal work: early chunks see few keys, late ones many.
-    contiguous  the stream in P chunks, rank r holds chunk r: for packs of short documents.
+    zigzag              the stream in 2P chunks, rank r holds chunks r and 2P-1-r: Megatron's order for one document.
+                        It balances causal work: early chunks see few keys, late ones many.
+    contiguous          the stream in P chunks, rank r holds chunk r: for packs of short documents.
+    zigzag_documents    every document is a zigzag of its own: Megatron's order for packs. Documents are padded to
+                        2P blocks.
 
     Raises ValueError on a cu_seqlens that is not one, or sizes below 1.
     """
@@ -57,7 +59,7 @@ class ShardPlan:
         if self.cp_size < 1 or self.block_len < 1 or self.layout not in LAYOUTS:
             raise ValueError(
                 f"cp_size={self.cp_size} and block_len={self.block_len} must be at least 1 and layout="
-                f"{self.layout!r} one of {LAYOUTS}; use ShardPlan.zigzag or ShardPlan.contiguous"
+                f"{self.layout!r} one of {LAYOUTS}; use ShardPlan.zigzag, .contiguous or .zigzag_documents"
             )
 
     @classmethod
@@ -67,6 +69,17 @@ class ShardPlan:
     @classmethod
     def contiguous(cls, cu_seqlens: Tensor | Sequence[int], cp_size: int, block_len: int = 64) -> "ShardPlan":
         return cls(_as_tuple(cu_seqlens), cp_size, block_len, "contiguous")
+
+    @classmethod
+    def zigzag_documents(cls, cu_seqlens: Tensor | Sequence[int], cp_size: int, block_len: int = 64) -> "ShardPlan":
+        return cls(_as_tuple(cu_seqlens), cp_size, block_len, "zigzag_documents")
+
+    @classmethod
+    def auto(cls, cu_seqlens: Tensor | Sequence[int], cp_size: int, block_len: int = 64) -> "ShardPlan":
+        """`zigzag` where one document is at least 1.5 times a rank's share, so that its causal work needs balancing."""
+        cu = _as_tuple(cu_seqlens)
+        longest = max((b - a for a, b in pairwise(cu)), default=0)
+        return (cls.zigzag if longest * cp_size >= 1.5 * cu[-1] else cls.contiguous)(cu, cp_size, block_len)
 
     # --- sizes -----------------------------------------------------------------------------------------------
 
@@ -79,45 +92,53 @@ class ShardPlan:
     def num_documents(self) -> int:
         return len(self.cu_seqlens) - 1
 
+    @property
+    def chunks_per_rank(self) -> int:
+        """Of each region: a zigzag gives every rank an early and a late one."""
+        return 1 if self.layout == "contiguous" or self.cp_size == 1 else 2
+
     @cached_property
     def stream_starts(self) -> tuple[int, ...]:
         """Where each document starts in the stream, and where the last one's padding ends: [num_docs + 1]."""
-        starts = [0]
-        for a, b in pairwise(self.cu_seqlens):
-            starts.append(starts[-1] + -(-(b - a) // self.block_len) * self.block_len)
-        return tuple(starts)
-
-    @property
-    def chunks_per_rank(self) -> int:
-        return 2 if self.layout == "zigzag" and self.cp_size > 1 else 1
+        unit = self.block_len
+        if self.layout == "zigzag_documents":
+            unit *= self.cp_size * self.chunks_per_rank
+        padded = (_round_up(b - a, unit) for a, b in pairwise(self.cu_seqlens))
+        return tuple(accumulate(padded, initial=0))
 
     @cached_property
-    def chunk_len(self) -> int:
-        num_chunks = self.cp_size * self.chunks_per_rank
-        num_blocks = self.stream_starts[-1] // self.block_len
-        return -(-num_blocks // num_chunks) * self.block_len
+    def regions(self) -> tuple[int, ...]:
+        """Bounds of the parts of the stream that are dealt to the ranks one by one: [num_regions + 1]."""
+        if self.layout == "zigzag_documents":
+            return self.stream_starts
+        return (0, _round_up(self.stream_starts[-1], self.block_len * self.cp_size * self.chunks_per_rank))
 
     @property
     def tokens_per_rank(self) -> int:
         """T, padding counted: the same on every rank."""
-        return self.chunk_len * self.chunks_per_rank
+        return self.regions[-1] // self.cp_size
 
     @property
     def num_blocks(self) -> int:
         """Selection blocks of the stream, padding blocks at its end included."""
-        return self.tokens_per_rank * self.cp_size // self.block_len
+        return self.regions[-1] // self.block_len
 
     # --- who holds what --------------------------------------------------------------------------------------
 
     def segments(self, rank: int) -> tuple[Segment, ...]:
         """The runs of the stream that `rank` holds, ascending; neighbouring chunks are one segment."""
         self._check_rank(rank)
-        size, length = self.cp_size, self.chunk_len
-        if self.chunks_per_rank == 1:
-            return (Segment(rank * length, length),)
-        if rank == size - 1:  # its two chunks touch in the middle of the stream
-            return (Segment(rank * length, 2 * length),)
-        return (Segment(rank * length, length), Segment((2 * size - 1 - rank) * length, length))
+        num_chunks = self.cp_size * self.chunks_per_rank
+        runs: list[Segment] = []
+        for start, stop in pairwise(self.regions):
+            length = (stop - start) // num_chunks
+            for chunk in (rank, num_chunks - 1 - rank)[: self.chunks_per_rank]:
+                first = start + chunk * length
+                if runs and runs[-1].stop == first:
+                    runs[-1] = Segment(runs[-1].start, runs[-1].length + length)
+                elif length:
+                    runs.append(Segment(first, length))
+        return tuple(runs)
 
     def stream_positions(self, rank: int) -> Tensor:
         """Stream position of every local token, int64 [T], padding included."""
@@ -156,12 +177,31 @@ class ShardPlan:
 
     def owner(self, stream_position: Tensor) -> tuple[Tensor, Tensor]:
         """(rank, local row) that holds each stream position."""
-        chunk = torch.div(stream_position, self.chunk_len, rounding_mode="floor")
-        within = stream_position - chunk * self.chunk_len
+        bounds = torch.tensor(self.regions)
+        num_chunks = self.cp_size * self.chunks_per_rank
+        region = torch.searchsorted(bounds[1:], stream_position, right=True)
+        length = bounds.diff()[region] // num_chunks
+        offset = stream_position - bounds[region]
+        chunk = torch.div(offset, length, rounding_mode="floor")
+        row = bounds[region] // self.cp_size + offset - chunk * length
         if self.chunks_per_rank == 1:
-            return chunk, within
-        mirrored = 2 * self.cp_size - 1 - chunk
-        return torch.minimum(chunk, mirrored), within + (chunk > mirrored) * self.chunk_len
+            return chunk, row
+        mirrored = num_chunks - 1 - chunk
+        return torch.minimum(chunk, mirrored), row + (chunk > mirrored) * length
+
+    @cached_property
+    def block_ids(self) -> Tensor | None:
+        """For each selection block of the stream its id in the stream of `zigzag` and `contiguous`, int64 [num_blocks].
+
+        Those are the ids callers see: they do not depend on the number of ranks. None where they are the same;
+        -1 for blocks of padding alone.
+        """
+        if self.layout != "zigzag_documents" or self.cp_size == 1:
+            return None
+        document, offset = self.locate(torch.arange(self.num_blocks) * self.block_len)
+        plain = ShardPlan.contiguous(self.cu_seqlens, 1, self.block_len)
+        first = torch.tensor(plain.stream_starts)[document.clamp(min=0)]
+        return torch.where(document >= 0, torch.div(first + offset, self.block_len, rounding_mode="floor"), -1)
 
     # --- moving tokens ---------------------------------------------------------------------------------------
 
@@ -218,6 +258,10 @@ class ShardPlan:
 
     def _on(self, device: torch.device, key: tuple, compute) -> Tensor:
         return self.memo((*key, device), lambda: compute().to(device))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def _as_tuple(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from cases import SMALL
 from nsa_dist import NSAConfig, ShardPlan
 from nsa_dist.cp.layout import rank_layout
+from nsa_dist.cp.plan import LAYOUTS
 
 plans = st.builds(
     lambda lengths, size, block, layout: ShardPlan((0, *torch.tensor(lengths).cumsum(0).tolist()), size, block, layout),
     st.lists(st.integers(1, 90), min_size=1, max_size=6),
     st.integers(1, 5),
     st.sampled_from([4, 16]),
-    st.sampled_from(["zigzag", "contiguous"]),
+    st.sampled_from(LAYOUTS),
 )
 
 
@@ -81,6 +82,19 @@ def test_zigzag_is_megatrons_order():
     assert plan.positions(1).tolist() == list(range(64, 192))
 
 
+def test_zigzag_documents_is_megatrons_order_for_packs():
+    plan = ShardPlan.zigzag_documents([0, 16, 24], 2, 4)
+    assert plan.positions(0).tolist() == [*range(4), *range(12, 16), *range(16, 20), *[-1] * 4]
+    assert plan.positions(1).tolist() == [*range(4, 12), *range(20, 24), *[-1] * 4]
+    assert plan.block_ids.tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
+
+
+def test_auto_balances_long_documents_only():
+    assert ShardPlan.auto([0, 1000], 4).layout == "zigzag"
+    assert ShardPlan.auto([0, 374, 1000], 4).layout == "zigzag"
+    assert ShardPlan.auto([0, 350, 700, 1000], 4).layout == "contiguous"
+
+
 def test_one_rank_without_padding_copies_nothing():
     x = torch.arange(128)
     for plan in (ShardPlan.zigzag([0, 128], 1), ShardPlan.contiguous([0, 64, 128], 1)):
@@ -99,7 +113,7 @@ def test_padding_never_reads_the_first_row():
         (lambda: ShardPlan.zigzag([0], 2), r"for one document pass \[0, num_tokens\]"),
         (lambda: ShardPlan.zigzag([0, 5, 3], 2), "never decrease"),
         (lambda: ShardPlan.zigzag([0, 5], 0), "at least 1"),
-        (lambda: ShardPlan((0, 5), 2, 64, "spiral"), "use ShardPlan.zigzag or ShardPlan.contiguous"),
+        (lambda: ShardPlan((0, 5), 2, 64, "spiral"), "use ShardPlan.zigzag, .contiguous or"),
         (lambda: ShardPlan.zigzag([0, 5], 2).shard(torch.zeros(4), 0), "build the plan from the cu_seqlens of this x"),
         (lambda: ShardPlan.zigzag([0, 5], 2).shard(torch.zeros(5), 2), r"ranks 0\.\.1"),
         (lambda: ShardPlan.zigzag([0, 5], 2).unshard([torch.zeros(128)]), "pass what `shard` returned"),
