@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nsa_dist.config import NSAConfig
 
+VOCAB_SIZE = 256  # a token is a byte
+
 
 class Section(BaseModel):
     """A frozen part of a configuration that refuses unknown keys."""

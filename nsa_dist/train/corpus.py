@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from nsa_dist.train.config import DataSection
+from nsa_dist.train.config import VOCAB_SIZE, DataSection
 from nsa_dist.train.output import write_atomically
 
-VOCAB_SIZE = 256
 END_OF_DOCUMENT = 0
 SPLITS = ("train", "validation")
 

@@ -12,8 +12,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import Tensor
 
 from nsa_dist.cp.plan import ShardPlan
-from nsa_dist.train.config import TrainConfig
-from nsa_dist.train.corpus import END_OF_DOCUMENT, SPLITS, VOCAB_SIZE, write_corpus
+from nsa_dist.train.config import VOCAB_SIZE, TrainConfig
+from nsa_dist.train.corpus import END_OF_DOCUMENT, SPLITS, write_corpus
 from nsa_dist.train.world import World
 
 Batch = dict[str, Tensor]

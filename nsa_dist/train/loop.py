@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nsa_dist.train import checkpoint
-from nsa_dist.train.config import TrainConfig
-from nsa_dist.train.corpus import VOCAB_SIZE
+from nsa_dist.train.config import VOCAB_SIZE, TrainConfig
 from nsa_dist.train.data import BatchCutter, Datasets, build_datasets, sequence_plan
 from nsa_dist.train.hooks import Hooks
 from nsa_dist.train.metrics import MetricsLog

@@ -14,8 +14,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module
 
 from nsa_dist.mcore import NSASelfAttention, NSATransformerConfig, nsa_block_spec
-from nsa_dist.train.config import OptimizerSection, TrainConfig
-from nsa_dist.train.corpus import VOCAB_SIZE
+from nsa_dist.train.config import VOCAB_SIZE, OptimizerSection, TrainConfig
 from nsa_dist.train.world import World
 
 
