@@ -1,0 +1,61 @@
+"""Pages of keys and values for the selected branch, read and written where they lie.
+
+A page is one selection block of one key-value head. Local page p is rows p*l' .. (p+1)*l' of [R, Hkv, D]; the pages
+from R // l' on are remote ones, [pages, l', D], possibly strided views of one buffer that holds keys and values side
+by side. Kernels choose between the two by page number, so nothing is ever copied together.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def load_page(
+    local, remote, page, head,
+    num_local_pages, stride_row, stride_head, stride_page, stride_page_row,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, LEN: tl.constexpr, HAS_REMOTE: tl.constexpr,
+):  # fmt: skip
+    """Columns FIRST .. FIRST + WIDTH of a page of `head`, in the dtype of `local`: [LEN, WIDTH]."""
+    row = tl.arange(0, LEN)[:, None]
+    column = FIRST + tl.arange(0, WIDTH)[None, :]
+    if HAS_REMOTE:
+        if page >= num_local_pages:
+            base = remote + (page - num_local_pages).to(tl.int64) * stride_page
+            tile = tl.load(base + row * stride_page_row + column).to(local.dtype.element_ty)
+        else:
+            base = local + page.to(tl.int64) * LEN * stride_row + head * stride_head
+            tile = tl.load(base + row * stride_row + column)
+    else:
+        base = local + page.to(tl.int64) * LEN * stride_row + head * stride_head
+        tile = tl.load(base + row * stride_row + column)
+    return tile
+
+
+@triton.jit
+def page_pointers(
+    local, remote, page, head, row, column,
+    num_local_pages, stride_row, stride_head, stride_page, stride_page_row,
+    LEN: tl.constexpr,
+):  # fmt: skip
+    """Where elements (row, column) of a page lie, for a `local` and a `remote` of the same dtype."""
+    at_local = page.to(tl.int64) * LEN * stride_row + head * stride_head
+    at_remote = (page - num_local_pages).to(tl.int64) * stride_page
+    is_remote = page >= num_local_pages
+    base = tl.where(is_remote, remote + at_remote, local + at_local)
+    return base + row * tl.where(is_remote, stride_page_row, stride_row) + column
+
+
+def page_strides(local: Tensor, remote: Tensor | None) -> tuple[int, int, int, int]:
+    """(row, head) strides of local pages, (page, row) strides of remote ones: what the kernels above take."""
+    stride_page, stride_page_row = remote.stride()[:2] if remote is not None else (0, 0)
+    return local.stride(0), local.stride(1), stride_page, stride_page_row
+
+
+def split_width(width: int) -> tuple[int, int]:
+    """A head dim as two powers of two, the second 0 for a power of two: 192 -> (128, 64), 128 -> (128, 0).
+
+    Kernels take tiles whose sides are powers of two; two dots of 128 and 64 columns cost less than one of 256.
+    """
+    first = 1 << (width.bit_length() - 1)
+    return first, width - first
