@@ -1,0 +1,245 @@
+"""What the ranks of tests/mcore run: importable, because spawned processes find their work by name."""
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from nsa_dist import NSAConfig, ShardPlan
+from nsa_dist.mcore import NSASelfAttention, NSATransformerConfig, nsa_layer_spec
+from nsa_dist.mcore.cpu import megatron_on_cpu
+
+WORLD = 2
+TOKENS, BATCH, HIDDEN = 256, 2, 32
+SIZES = NSAConfig(8, 4, 16, 4, 1, 2, 20)  # 16 blocks, 4 of them selected
+
+VARIANTS: dict[str, dict] = {
+    "mlp": {},
+    "mean": {"nsa_compression": "mean"},
+    "shared K/V": {"nsa_shared_kv": True},
+    "shared K/V, compressed after RoPE": {"nsa_shared_kv": True, "nsa_compress_before_rope": False},
+    "compressed after RoPE": {"nsa_compress_before_rope": False},
+    "Dk != Dv": {"nsa_v_head_dim": 4},
+    "biases": {"add_bias_linear": True},
+    "recompute": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the two ranks share the work."""
+
+    tp: int = 1
+    cp: int = 1
+    sequence_parallel: bool = False
+    order: str = "zigzag"
+
+
+SINGLE = Layout()
+LAYOUTS = {
+    "CP2 zigzag": Layout(cp=2),
+    "CP2 contiguous": Layout(cp=2, order="contiguous"),
+    "TP2": Layout(tp=2),
+    "TP2 with sequence parallelism": Layout(tp=2, sequence_parallel=True),
+}
+
+
+def make_config(layout: Layout = SINGLE, **changes) -> NSATransformerConfig:
+    defaults = {
+        "num_layers": 1,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 8,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "init_method_std": 0.2,
+        "params_dtype": torch.float64,
+        "use_cpu_initialization": True,
+        "tensor_model_parallel_size": layout.tp,
+        "context_parallel_size": layout.cp,
+        "sequence_parallel": layout.sequence_parallel,
+        "nsa": SIZES,
+        "nsa_layout": layout.order,
+    }
+    return NSATransformerConfig(**{**defaults, **changes})
+
+
+def build_attention(config: NSATransformerConfig, seed: int = 1) -> NSASelfAttention:
+    torch.manual_seed(seed)
+    return build_module(
+        nsa_layer_spec(config).submodules.self_attention,
+        config=config,
+        layer_number=1,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"]),
+    )
+
+
+def in_groups(layout: Layout, work: Callable, *args):
+    """`work(*args)` inside Megatron's process groups of `layout`."""
+    with megatron_on_cpu():
+        parallel_state.initialize_model_parallel(layout.tp, 1, context_parallel_size=layout.cp)
+        try:
+            tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+            return work(*args)
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+def everything(rank: int, folder: str) -> dict[str, str]:
+    """{what was tried: "" or how it failed on this rank}."""
+    tried: dict[str, Callable[[], None]] = {}
+    for variant, changes in VARIANTS.items():
+        expected = in_groups(SINGLE, attend, SINGLE, changes)
+        for name, layout in LAYOUTS.items():
+            tried[f"{name}: {variant}"] = lambda layout=layout, changes=changes, expected=expected: assert_same(
+                in_groups(layout, attend, layout, changes), expected
+            )
+    tried["recompute changes nothing"] = recompute_changes_nothing
+    tried["a pack is its documents one by one"] = lambda: in_groups(SINGLE, packed_is_one_by_one)
+    tried["checkpoint of TP2 in TP1"] = lambda: checkpoint_crosses(folder, Layout(tp=2), SINGLE)
+    tried["checkpoint of TP1 in TP2"] = lambda: checkpoint_crosses(folder, SINGLE, Layout(tp=2))
+    tried["recorded blocks"] = lambda: in_groups(Layout(cp=2), recorded_blocks)
+    tried["lengths that do not divide"] = lambda: in_groups(Layout(cp=2), refuses_odd_lengths)
+    tried["packs over several ranks"] = lambda: in_groups(Layout(cp=2), refuses_packs)
+    return {name: message(work) for name, work in tried.items()}
+
+
+def message(work: Callable[[], None]) -> str:
+    try:
+        work()
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
+def attend(layout: Layout, changes: dict) -> dict[str, Tensor]:
+    """Output and every gradient of the layer, put together from the ranks: the whole sequence, all heads."""
+    config = make_config(layout, **changes)
+    attention = build_attention(config)
+    generator = torch.Generator().manual_seed(2)
+    x, upstream = torch.randn(2, TOKENS, BATCH, HIDDEN, dtype=torch.float64, generator=generator)
+    plan = getattr(ShardPlan, layout.order)([0, TOKENS], layout.cp, config.nsa.slc_block_len)
+    mine = share(x, plan, layout).requires_grad_()
+    out, bias = attention(mine, None)
+    out = out if bias is None else out + bias
+    (out * share(upstream, plan, layout)).sum().backward()
+    result = {"out": whole(out.detach(), plan, layout), "dx": whole(mine.grad, plan, layout)}
+    for name, parameter in attention.named_parameters():
+        result[f"d {name}"] = whole_gradient(parameter, layout)
+    return result
+
+
+def share(x: Tensor, plan: ShardPlan, layout: Layout) -> Tensor:
+    local = plan.shard(x, parallel_state.get_context_parallel_rank())
+    if layout.sequence_parallel:
+        local = local.chunk(layout.tp)[parallel_state.get_tensor_model_parallel_rank()]
+    return local.clone()
+
+
+def whole(x: Tensor, plan: ShardPlan, layout: Layout) -> Tensor:
+    if layout.sequence_parallel:
+        x = torch.cat(gathered(x, parallel_state.get_tensor_model_parallel_group()))
+    return plan.unshard(gathered(x, parallel_state.get_context_parallel_group()))
+
+
+def whole_gradient(parameter: torch.nn.Parameter, layout: Layout) -> Tensor:
+    grad = parameter.grad.clone()
+    dist.all_reduce(grad, group=parallel_state.get_context_parallel_group())
+    group = parallel_state.get_tensor_model_parallel_group()
+    if getattr(parameter, "tensor_model_parallel", False):
+        return torch.cat(gathered(grad, group), parameter.partition_dim)
+    if layout.sequence_parallel:  # the output bias: each rank saw its own tokens
+        dist.all_reduce(grad, group=group)
+    return grad
+
+
+def gathered(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return parts
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+        assert value.abs().max() > 0, f"{name} is all zero: this proves nothing"
+
+
+def recompute_changes_nothing() -> None:
+    kept = in_groups(SINGLE, attend, SINGLE, {})
+    again = in_groups(SINGLE, attend, SINGLE, VARIANTS["recompute"])
+    for name, value in kept.items():
+        assert torch.equal(again[name], value), name
+
+
+def packed_is_one_by_one() -> None:
+    attention = build_attention(make_config())
+    lengths = [1, 31, 50, 65]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    x = torch.randn(sum(lengths), 1, HIDDEN, dtype=torch.float64)
+    pack = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    together, _ = attention(x, None, packed_seq_params=pack)
+    alone = [attention(document, None)[0] for document in x.split(lengths)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=1e-12)
+
+
+def checkpoint_crosses(folder: str, saver: Layout, loader: Layout) -> None:
+    """What `saver` wrote is, in `loader`, what `loader` would have been built with."""
+    path = Path(folder, f"tp{saver.tp}-to-tp{loader.tp}")
+
+    def save() -> None:
+        path.mkdir(exist_ok=True)
+        dist.barrier()
+        dist_checkpointing.save(build_attention(make_config(saver)).sharded_state_dict(), str(path))
+
+    def load() -> None:
+        config = make_config(loader)
+        other, expected = build_attention(config, seed=9), build_attention(config)
+        other.load_state_dict(dist_checkpointing.load(other.sharded_state_dict(), str(path)))
+        for (name, got), wanted in zip(other.named_parameters(), expected.parameters(), strict=True):
+            assert torch.equal(got, wanted), name
+
+    in_groups(saver, save)
+    in_groups(loader, load)
+
+
+def recorded_blocks() -> None:
+    config = make_config(Layout(cp=2))
+    attention = build_attention(config)
+    x = torch.randn(TOKENS // 2, BATCH, HIDDEN, dtype=torch.float64)
+    with attention.core_attention.recording_blocks() as recorded:
+        attention(x, None)
+    attention(x, None)
+    assert [tuple(blocks.shape) for blocks in recorded] == [(TOKENS // 2, 2, 4)] * BATCH
+    own = ShardPlan.zigzag([0, TOKENS], 2, 16).positions(parallel_state.get_context_parallel_rank()) // 16
+    assert (recorded[0].amax(-1) == own[:, None]).all(), "a query's own block is its last"
+
+
+def refuses_odd_lengths() -> None:
+    attention = build_attention(make_config(Layout(cp=2)))
+    expect_error(lambda: attention(torch.zeros(100, 1, HIDDEN, dtype=torch.float64), None), "pad the batch to 256")
+
+
+def refuses_packs() -> None:
+    attention = build_attention(make_config(Layout(cp=2)))
+    pack = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor([0, 256], dtype=torch.int32))
+    x = torch.zeros(128, 1, HIDDEN, dtype=torch.float64)
+    expect_error(lambda: attention(x, None, packed_seq_params=pack), "set context_parallel_size=1")
+
+
+def expect_error(work: Callable[[], object], remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        work()
