@@ -89,7 +89,7 @@ class Console:
         stopped = ended["stopped"]
         self.say(f"{'stopped after' if stopped else 'finished'} step {ended['step']} of {self._config.run.steps}")
         validation = read_metrics(output.metrics, "validation")
-        if validation:
+        if len(validation) > 1:
             first, last = validation[0], validation[-1]
             self.say(
                 f"validation loss {first['loss']:.4f} (step {first['step']}) -> {last['loss']:.4f} "

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -81,16 +81,22 @@ def claimed(config: RunConfig) -> Iterator[RunFolder]:
     folder = RunFolder(config.run.output_dir)
     folder.path.mkdir(parents=True, exist_ok=True)
     with (folder.path / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another launch is at work in {folder.path}, and two would overwrite each other's checkpoints; "
-                f"stop it (touch {folder.stop}) or take another output_dir"
-            ) from None
+        _lock(lock, folder)
         prepare_output(config)
         _prepare(folder, config)
         yield folder
+
+
+def _lock(lock: TextIO, folder: RunFolder) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another launch is at work in {folder.path}, and two would overwrite each other's checkpoints; "
+            f"stop it (touch {folder.stop}) or take another output_dir"
+        ) from None
+    except OSError as error:  # some network file systems have no locks, and are fit for runs all the same
+        print(f"{folder.path} cannot be locked ({error.strerror}): mind that no second launch starts there", flush=True)
 
 
 def _prepare(folder: RunFolder, config: RunConfig) -> None:
