@@ -30,7 +30,7 @@ from .slc_tiles import backward_tiles
 DQ_RANGE = tl.constexpr(1 / 32768)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_heads"])
 def _rows_kernel(
     out, grad_out, grad_lse,
     delta, norm,
@@ -58,7 +58,7 @@ def _dq_bound(norm, delta, key_peak, value_norm, softmax_scale):
     return tl.where(bound > 0, bound, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_q_heads", "num_lists", "num_blocks", "head_start", "num_local_pages"])
 def _items_kernel(
     q, k, v, k_remote, v_remote, grad_out, lse, delta, norm, position,
     block_table, entries, offsets, item_offsets, item_list,
@@ -155,7 +155,7 @@ def _items_kernel(
     tl.store(page_row + DK0 + DK1 + tl.arange(0, DV), dv)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_q_heads", "num_blocks", "head_start"])
 def _dq_kernel(
     dq_part, bounds, delta, norm, block_indices, position,
     dq,
@@ -195,7 +195,7 @@ def _dq_kernel(
     tl.store(at, acc.to(dq.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "head_start", "num_heads", "num_local_pages"])
 def _pages_kernel(
     dkv_part, item_offsets, block_table,
     dk, dv, dk_remote, dv_remote,

@@ -24,12 +24,14 @@ from .slc_index import BlockIndex, is_gathered
 from .slc_pages import load_page, page_strides, split_width
 from .slc_tiles import forward_tiles
 
+# Sizes that differ from chunk to chunk: one compiled kernel must serve all.
+_SIZES = ["num_queries", "num_lists", "num_blocks", "head_start", "num_local_pages"]
 NO_BLOCK = tl.constexpr(2**30)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _partials_kernel(
     q, k, v, k_remote, v_remote, block_table, entries, offsets, item_offsets, item_list,
     part, part_lse, peak,
@@ -94,7 +96,7 @@ def _partials_kernel(
         tl.store(part_lse + part_row, top + tl.log2(total), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[x for x in _SIZES if x != "num_lists"])
 def _finish_kernel(
     q, k, v, k_remote, v_remote, block_table, block_indices, position, part, part_lse, peak,
     out, lse,

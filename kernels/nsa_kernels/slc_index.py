@@ -97,7 +97,7 @@ def _popcount(x):
     return ((x * 0x01010101) >> 24).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries", "num_heads", "num_blocks", "num_words"])
 def _mark_kernel(
     block_indices, position,
     bitmap,
@@ -114,7 +114,7 @@ def _mark_kernel(
     tl.atomic_or(bitmap + which.to(tl.int64) * num_words + t // 32, bit, mask=gathered, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups"])
 def _prefix_kernel(
     bitmap,
     prefix, counts,
@@ -136,7 +136,7 @@ def _prefix_kernel(
     tl.store(counts + which, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries", "num_heads", "num_blocks", "num_groups"])
 def _place_kernel(
     block_indices, position, bitmap, prefix, offsets,
     entries,
