@@ -18,11 +18,12 @@ from torch import Tensor
 
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.comm import Comm, Traffic
-from nsa_dist.cp.fetch import fetch_selected
+from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.cp.gather import gather_compressed
 from nsa_dist.cp.halo import exchange_halos
 from nsa_dist.cp.layout import RankLayout, rank_layout
 from nsa_dist.cp.plan import ShardPlan
+from nsa_dist.cp.selected import selected_over_ranks
 
 # phi: ([M, l, Hkv, D], in-document start of each block [M]) -> [M, Hkv, D]
 Compress = Callable[..., Tensor]
@@ -52,6 +53,7 @@ def nsa_attention(
     cp_group: dist.ProcessGroup | None = None,
     ops: ModuleType | None = None,
     softmax_scale: float | None = None,
+    fetch: FetchOptions | None = None,
     traffic: Traffic | None = None,
     return_block_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -67,6 +69,8 @@ def nsa_attention(
     ops         a module with the functions of `nsa_kernels.reference`; None: the Triton kernels on a GPU, the
                 reference on a CPU and for fp64
     softmax_scale                   default Dk ** -0.5
+    fetch                           budget, rounds and modes of the remote blocks; None: one round, fetch again in
+                                    backward
     traffic     counts the bytes sent, by kind
     returns     out [T, Hq, Dv] in the dtype of q; with return_block_indices also int32 [T, Hkv, n], global ids of
                 the selected blocks (documents padded to whole blocks), ascending, -1 for none
@@ -103,6 +107,7 @@ def nsa_attention(
         comm,
         ops or default_ops(q),
         softmax_scale,
+        fetch or FetchOptions(),
     )
     if plan is None:
         out, block_indices = local_plan.unshard([out]), local_plan.unshard([block_indices])
@@ -124,6 +129,7 @@ def _attend(
     comm: Comm,
     ops: ModuleType,
     softmax_scale: float,
+    fetch: FetchOptions,
 ) -> tuple[Tensor, Tensor]:
     """The algorithm, on one rank's padded shard."""
     k_cmp_rows, v_cmp_rows, k_win, v_win = exchange_halos(
@@ -160,18 +166,17 @@ def _attend(
         num_init_blocks=cfg.num_init_blocks,
         num_local_blocks=cfg.num_local_blocks,
     )
-    pages = fetch_selected(kv.k_slc, kv.v_slc, block_indices, layout, comm)
-    out_slc, _ = ops.selected_attention(
+    out_slc = selected_over_ranks(
         q,
         kv.k_slc,
         kv.v_slc,
         block_indices,
-        pages.block_table,
-        layout.position,
+        layout=layout,
+        comm=comm,
+        ops=ops,
+        options=fetch,
         slc_block_len=cfg.slc_block_len,
         softmax_scale=softmax_scale,
-        k_remote=pages.k,
-        v_remote=pages.v,
     )
     out_win, _ = ops.window_attention(q, k_win, v_win, layout.win_begin, layout.win_end, softmax_scale=softmax_scale)
     return ops.combine(gates, out_cmp, out_slc, out_win), block_indices

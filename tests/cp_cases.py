@@ -9,6 +9,7 @@ import torch
 from cases import PAPER, SMALL, make_inputs, run
 from nsa_dist import NSAConfig, ShardPlan
 from nsa_dist.cp.comm import Traffic
+from nsa_dist.cp.fetch import FetchOptions
 from nsa_kernels import reference
 from ranks import groups_up_to
 
@@ -34,6 +35,20 @@ CASES = {
     "nobody chooses anything": (SMALL, [260], 4, 2, 8, 8, "nothing"),
     "heads choose differently": (SMALL, [260], 4, 2, 8, 8, "by head"),
 }
+
+PAGE_BYTES = 16 * 2 * 8 * 8  # of SMALL, fp64, Dk = Dv = 8
+MODES = {
+    "one page a round": FetchOptions(kv_fetch_budget_bytes=1),
+    "three pages a round": FetchOptions(kv_fetch_budget_bytes=3 * PAGE_BYTES + 1),
+    "kept pages, rounds": FetchOptions(kv_fetch_budget_bytes=5 * PAGE_BYTES, keep_pages=True),
+    "kept pages": FetchOptions(keep_pages=True),
+    "always whole shards": FetchOptions(whole_shard_fraction=1e-9),
+    "whole shards from a half": FetchOptions(whole_shard_fraction=0.5, kv_fetch_budget_bytes=7 * PAGE_BYTES),
+}
+FETCH = dict.fromkeys(CASES) | MODES
+CASES |= {name: (SMALL, [150, 33, 80], 4, 2, 8, 8, None) for name in MODES}
+CASES |= {"rounds without keys": (SMALL, [260], 4, 2, 8, 8, "by head")}
+FETCH |= {"rounds without keys": FetchOptions(kv_fetch_budget_bytes=1)}
 
 
 def forced_selection(rule: str):
@@ -75,7 +90,7 @@ def all_cases(rank: int) -> dict[tuple, str]:
             if rank >= size:
                 continue
             plan = make_plan(layout, lengths, size, cfg)
-            got = run(inputs, cfg, lengths, plan, rank, groups[size], ops=ops)
+            got = run(inputs, cfg, lengths, plan, rank, groups[size], ops=ops, fetch=FETCH[name])
             for grad in got[3]:  # phi's parameters: every rank has its part
                 torch.distributed.all_reduce(grad, group=groups[size])
             try:
@@ -136,14 +151,14 @@ def formulas(plan: ShardPlan, own_ids: torch.Tensor, rank: int) -> dict[str, int
     ]
     most = max(sum(position[p] == r for p in last_tokens) for r in range(WORLD))
     page = plan.block_len * (12 + 8) * 8
-    # What a rank receives of pages and halos it returns as gradients, so only the senders' side is a formula here.
+    # Backward fetches again. What comes back as gradients the test sums over the ranks.
     return {
         "layout": others * 16,
         "halo": halo,
         "compressed": others * most * width,
         "compressed.grad": others * most * width,
         "bitmap": others * 2 * -(-plan.num_blocks // 8),
-        "pages": pages * page,
+        "pages": 2 * pages * page,
     }
 
 

@@ -14,12 +14,12 @@ Numerics    bf16 and fp16 are computed in fp32 and rounded once, to the dtype of
 """
 
 import math
-from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from nsa_kernels.reference_chunks import QueryChunks, chunk_gradients, compute_dtype, softmax_attention
 
 # Scores held at once by one chunk of queries: 2**24 fp32 numbers are 64 MiB.
 MAX_SCORES = 2**24
@@ -37,7 +37,7 @@ def gather_blocks(x: Tensor, block_rows: Tensor, block_len: int) -> Tensor:
 def compress_mean(x: Tensor, block_rows: Tensor, block_len: int) -> Tensor:
     """The parameter-free phi: the mean of every block of `x` [R, Hkv, D], as [M, Hkv, D]."""
     blocks = gather_blocks(x, block_rows, block_len)
-    return blocks.to(_compute_dtype(x)).mean(1).to(x.dtype)
+    return blocks.to(compute_dtype(x)).mean(1).to(x.dtype)
 
 
 def compress_mlp(x: Tensor, block_rows: Tensor, pos_emb: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def compress_mlp(x: Tensor, block_rows: Tensor, pos_emb: Tensor, w1: Tensor, w2:
     returns     [M, Hkv, D]         dtype of x
     """
     block_len = pos_emb.shape[1]
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     blocks = gather_blocks(x, block_rows, block_len).to(dtype)  # [M, l, Hkv, D]
     flat = (blocks.transpose(1, 2) + pos_emb.to(dtype)).flatten(2)  # [M, Hkv, l * D]
     hidden = F.gelu(torch.bmm(flat.transpose(0, 1), w1.to(dtype)), approximate="tanh")  # [Hkv, M, F]
@@ -88,9 +88,9 @@ def _interval_attention(q, k, v, begin, end, softmax_scale):
     def attend(rows: slice, keys: slice, q_: Tensor, k_: Tensor, v_: Tensor) -> tuple[Tensor, Tensor]:
         row = torch.arange(keys.start, keys.stop, device=q.device)
         visible = (row >= begin[rows, None]) & (row < end[rows, None])  # [C, K]
-        return _softmax_attention(q_, k_, v_, visible, softmax_scale)
+        return softmax_attention(q_, k_, v_, visible, softmax_scale)
 
-    return _QueryChunks.apply(attend, chunks, q, k, v)
+    return QueryChunks.apply(attend, chunks, q, k, v)
 
 
 def _interval_chunks(begin: Tensor, end: Tensor, num_q_heads: int) -> list[tuple[slice, slice]]:
@@ -193,7 +193,7 @@ def _importance(p: Tensor, begin: Tensor, end: Tensor, num_blocks: int, cmp_per_
 def _group_probabilities(q, k_cmp, lse_cmp, begin, end, softmax_scale):
     """p_cmp summed over the heads of each group (eq. 8, 10): [C, Hkv, K], fp32 or better, 0 where not visible."""
     num_q_heads, num_kv_heads = q.shape[1], k_cmp.shape[1]
-    dtype = _compute_dtype(q)
+    dtype = compute_dtype(q)
     row = torch.arange(k_cmp.shape[0], device=q.device)
     visible = (row >= begin[:, None]) & (row < end[:, None])  # [C, K]
     grouped = q.to(dtype).unflatten(1, (num_kv_heads, num_q_heads // num_kv_heads))  # [C, Hkv, G, Dk]
@@ -230,55 +230,101 @@ def selected_attention(
     returns out [T, Hq, Dv] in the dtype of q, softmax_lse [T, Hq]
     """
     _check_heads(q, k, v)
-    num_kv_heads = k.shape[1]
-    group = q.shape[1] // num_kv_heads
+    group = q.shape[1] // k.shape[1]
     outs, lses = [], []
-    for head in range(num_kv_heads):
-        pages_k = k[:, head].unflatten(0, (-1, slc_block_len))  # [pages, l', Dk]
-        pages_v = v[:, head].unflatten(0, (-1, slc_block_len))
-        if k_remote is not None and v_remote is not None:
-            pages_k, pages_v = torch.cat([pages_k, k_remote]), torch.cat([pages_v, v_remote])
-        out, lse = _selected_one_head(
-            q[:, head * group : (head + 1) * group],
-            pages_k,
-            pages_v,
-            block_indices[:, head].long(),
-            block_table[head].long(),
-            position,
-            softmax_scale,
+    for head in range(k.shape[1]):
+        heads = slice(head * group, (head + 1) * group)
+        pages = _head_pages(head, k, v, k_remote, v_remote, slc_block_len)
+        attend, chunks = _selected_chunks(
+            block_indices[:, head].long(), block_table[head].long(), position, slc_block_len, group, softmax_scale
         )
+        out, lse = QueryChunks.apply(attend, chunks, q[:, heads], *pages)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 1), torch.cat(lses, 1)
 
 
-def _selected_one_head(q, pages_k, pages_v, block_indices, block_table, position, softmax_scale):
-    """One key-value head: each chunk of queries reads the union of its blocks once, under a mask."""
-    num_queries, group = q.shape[:2]
-    block_len = pages_k.shape[1]
-    token = torch.arange(block_len, device=q.device)
+def selected_attention_backward(
+    grad_out: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_table: Tensor,
+    position: Tensor,
+    *,
+    slc_block_len: int,
+    softmax_scale: float,
+    k_remote: Tensor | None = None,
+    v_remote: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `selected_attention` where these blocks may be only a part of what a query attended to.
+
+    grad_out, out [T, Hq, Dv] and softmax_lse [T, Hq] belong to the whole, merged result; the others are as in
+    `selected_attention`. Returns dq, dk, dv, dk_remote, dv_remote in fp32 or better.
+    """
+    dtype = compute_dtype(q)
+    group, num_local = q.shape[1] // k.shape[1], k.shape[0] // slc_block_len
+    given = (q, k, v, k_remote, v_remote)
+    dq, dk, dv, dk_remote, dv_remote = (None if x is None else torch.zeros_like(x, dtype=dtype) for x in given)
+    for head in range(k.shape[1]):
+        heads = slice(head * group, (head + 1) * group)
+
+        def upstream(rows: slice, part: Tensor, part_lse: Tensor, heads=heads) -> list[Tensor]:
+            # The whole is sum_r w_r part_r with w_r = exp(lse_r - lse): so the part gets w_r dO, and its lse
+            # w_r dO . (part_r - whole).
+            seen = part_lse > -math.inf
+            weight = torch.exp((part_lse - softmax_lse[rows, heads]).masked_fill(~seen, -math.inf))
+            grad = weight[..., None] * grad_out[rows, heads].to(dtype)
+            return [grad.to(part.dtype), (grad * (part.to(dtype) - out[rows, heads].to(dtype))).sum(-1)]
+
+        pages = _head_pages(head, k, v, k_remote, v_remote, slc_block_len)
+        attend, chunks = _selected_chunks(
+            block_indices[:, head].long(), block_table[head].long(), position, slc_block_len, group, softmax_scale
+        )
+        dq[:, heads], *page_grads = chunk_gradients(attend, chunks, upstream, q[:, heads], *pages)
+        for local, remote, grad in zip((dk, dv), (dk_remote, dv_remote), page_grads, strict=True):
+            local[:, head] = grad[:num_local].flatten(0, 1)
+            if remote is not None:
+                remote += grad[num_local:]
+    return dq, dk, dv, dk_remote, dv_remote
+
+
+def _head_pages(head, k, v, k_remote, v_remote, block_len):
+    """One head's local pages, then all remote ones: [pages, l', Dk], [pages, l', Dv]."""
+    pages = [x[:, head].unflatten(0, (-1, block_len)) for x in (k, v)]
+    if k_remote is None:
+        return pages
+    return [torch.cat([local, remote]) for local, remote in zip(pages, (k_remote, v_remote), strict=True)]
+
+
+def _selected_chunks(block_indices, block_table, position, block_len, group, softmax_scale):
+    """One key-value head: (attend, chunks); each chunk of queries reads the union of its blocks once, under a mask."""
+    num_queries = len(block_indices)
+    token = torch.arange(block_len, device=position.device)
     # 64 queries that share no block at all hold 64 * n blocks; halve the chunk until that bound fits.
     step = 64
     while step > 1 and step * step * block_indices.shape[1] * block_len * group > MAX_SCORES:
         step //= 2
-    chunks, unions = [], []
+    chunks, union_of = [], {}
     for start in range(0, num_queries, step):
         rows = slice(start, min(start + step, num_queries))
         union = block_indices[rows].unique()
         union = union[union >= 0]
         if len(union):
             chunks.append((rows, block_table[union]))
-            unions.append(union)
-    union_of = {rows.start: union for (rows, _), union in zip(chunks, unions, strict=True)}
+            union_of[start] = union
 
     def attend(rows: slice, _: Tensor, q_: Tensor, k_: Tensor, v_: Tensor) -> tuple[Tensor, Tensor]:
         union = union_of[rows.start]  # [U] global block ids
         chosen = (block_indices[rows, :, None] == union).any(1)  # [C, U]
         causal = union[:, None] * block_len + token <= position[rows, None, None]  # [C, U, l']
         visible = (chosen[..., None] & causal).flatten(1)
-        return _softmax_attention(q_, k_.flatten(0, 1)[:, None], v_.flatten(0, 1)[:, None], visible, softmax_scale)
+        return softmax_attention(q_, k_.flatten(0, 1)[:, None], v_.flatten(0, 1)[:, None], visible, softmax_scale)
 
-    return _QueryChunks.apply(attend, chunks, q, pages_k, pages_v)
+    return attend, chunks
 
 
 # --- Putting branches and partial results together --------------------------------------------------------------
@@ -286,7 +332,7 @@ def _selected_one_head(q, pages_k, pages_v, block_indices, block_table, position
 
 def combine(gates: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor) -> Tensor:
     """`sum_b gate_b * out_b` (eq. 5). gates [T, Hq, 3] in the order cmp, slc, win; out_* [T, Hq, Dv]."""
-    dtype = _compute_dtype(out_cmp)
+    dtype = compute_dtype(out_cmp)
     weighted = [gates[..., b, None].to(dtype) * out.to(dtype) for b, out in enumerate((out_cmp, out_slc, out_win))]
     return (weighted[0] + weighted[1] + weighted[2]).to(out_cmp.dtype)
 
@@ -300,15 +346,11 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     # exp(-inf - -inf) is NaN, in the gradient too: subtract 0 on rows without keys.
     base = lse.masked_fill(lse == -math.inf, 0.0)
     weight_a, weight_b = torch.exp(lse_a - base)[..., None], torch.exp(lse_b - base)[..., None]
-    dtype = _compute_dtype(out_a)
+    dtype = compute_dtype(out_a)
     return (weight_a * out_a.to(dtype) + weight_b * out_b.to(dtype)).to(out_a.dtype), lse
 
 
 # --- Shared pieces ----------------------------------------------------------------------------------------------
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -317,71 +359,3 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: the key-value heads must divide "
             f"the query heads, k and v must have the same rows and heads, q and k the same head dim"
         )
-
-
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float):
-    """softmax(q k^T) v under a mask: q [C, Hq, Dk], k [K, Hkv, Dk], v [K, Hkv, Dv], visible [C, K]."""
-    num_rows, num_q_heads = q.shape[:2]
-    num_kv_heads = k.shape[1]
-    dtype = _compute_dtype(q)
-    grouped = (q.to(dtype) * softmax_scale).unflatten(1, (num_kv_heads, num_q_heads // num_kv_heads))
-    grouped = grouped.permute(1, 0, 2, 3).flatten(1, 2)  # [Hkv, C * G, Dk]
-    scores = torch.bmm(grouped, k.to(dtype).permute(1, 2, 0))  # [Hkv, C * G, K]
-    scores = scores.unflatten(1, (num_rows, -1)).masked_fill(~visible[:, None], -math.inf)  # [Hkv, C, G, K]
-    # softmax does not depend on the offset; a row that sees no key has none and takes 0.
-    offset = scores.detach().amax(-1, keepdim=True)
-    weight = torch.exp(scores - offset.masked_fill(offset == -math.inf, 0.0))
-    total = weight.sum(-1, keepdim=True)  # at least 1, or 0 where there is no key
-    safe_total = total.masked_fill(total == 0, 1.0)
-    lse = (offset + safe_total.log()).squeeze(-1)  # [Hkv, C, G], -inf + 0 without keys
-    out = torch.bmm(weight.flatten(1, 2), v.to(dtype).transpose(0, 1)).unflatten(1, (num_rows, -1)) / safe_total
-    return out.transpose(0, 1).flatten(1, 2).to(q.dtype), lse.transpose(0, 1).flatten(1)
-
-
-class _QueryChunks(torch.autograd.Function):
-    """Apply `attend(rows, keys, q[rows], k[keys], v[keys]) -> (out, lse)` chunk by chunk; no chunk is without keys.
-
-    Queries of no chunk see nothing: (0, -inf).
-
-    Forward keeps nothing of a chunk; backward runs it again under autograd and adds its key gradients in place, in
-    fp32 or better. So memory is one chunk's scores, and what is differentiated is the forward as it is written.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        attend: Callable[..., tuple[Tensor, Tensor]],
-        chunks: Sequence[tuple[slice, slice | Tensor]],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-    ):
-        ctx.attend, ctx.chunks = attend, chunks
-        ctx.save_for_backward(q, k, v)
-        ctx.set_materialize_grads(False)
-        out = q.new_zeros(*q.shape[:2], v.shape[-1])
-        lse = torch.full(q.shape[:2], -math.inf, dtype=_compute_dtype(q), device=q.device)
-        for rows, keys in chunks:
-            out[rows], lse[rows] = attend(rows, keys, q[rows], k[keys], v[keys])
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        q, k, v = ctx.saved_tensors
-        dtype = _compute_dtype(q)
-        dq, dk, dv = (torch.zeros_like(t, dtype=dtype) for t in (q, k, v))
-        for rows, keys in ctx.chunks:
-            inputs = [t.detach().requires_grad_() for t in (q[rows], k[keys], v[keys])]
-            with torch.enable_grad():
-                out, lse = ctx.attend(rows, keys, *inputs)
-            pairs = [(y, g[rows]) for y, g in ((out, grad_out), (lse, grad_lse)) if g is not None]
-            grads = torch.autograd.grad([y for y, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
-            for total, where, grad in zip((dq, dk, dv), (rows, keys, keys), grads, strict=True):
-                if grad is None:
-                    continue
-                if isinstance(where, slice):
-                    total[where] += grad
-                else:
-                    total.index_add_(0, where, grad.to(dtype))
-        return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -23,12 +23,19 @@ class Traffic:
 
     Forward and backward are counted apart: the gradient of `pages` travels as `pages.grad`. A ring or tree inside a
     collective may move them more than once; what is counted is the data each rank contributes to each other rank.
+    `union_fractions` has for each call, in order, u of every kv head: chosen remote blocks / remote blocks.
     """
 
     sent_bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    union_fractions: list[list[float]] = field(default_factory=list)
 
     def add(self, kind: str, num_bytes: int) -> None:
         self.sent_bytes[kind] += num_bytes
+
+    def count_union(self, chosen: Tensor, num_local: int) -> None:
+        """chosen bool [Hkv, num_blocks] on the CPU: the remote blocks this rank's queries chose."""
+        num_remote = chosen.shape[1] - num_local
+        self.union_fractions.append((chosen.sum(1) / max(1, num_remote)).tolist())
 
     @property
     def total_bytes(self) -> int:

@@ -1,57 +1,57 @@
-"""Fetch only the selected blocks: a bitmap tells every owner what to send, pages travel once, gradients go home.
+"""Which selected blocks travel, and how: bitmaps tell every owner what to send, pages move in rounds that fit a budget.
 
 Per key-value head a rank marks the global selection blocks its queries chose and it does not hold. Bitmaps are
-exchanged; their set bits in ascending order are the list of pages on both sides, so no index ever travels.
+gathered; their set bits in ascending order are the list of pages on both sides, so no index ever travels, and every
+rank knows everybody's rounds.
 
     owner 0 holds blocks 0 1, rank 1 marks 1 1 0 0 for head 0 and 0 1 0 0 for head 1
-    owner 0 sends rank 1 the pages  (head 0, block 0) (head 0, block 1) (head 1, block 1)
+    rank 1 gets from rank 0  (head 0, block 0) (head 0, block 1) (head 1, block 1)
+    with a budget of two pages it gets the first two in round 0 and the third in round 1
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.layout import RankLayout
 
 
 @dataclass(frozen=True)
-class FetchedPages:
-    """What the selected-attention kernel reads through. `k`, `v` are None when nothing can be remote."""
+class FetchOptions:
+    """How the remote blocks of the selected branch are moved. Every rank of a group must use the same.
 
-    k: Tensor | None  # [pages, l', Dk]
-    v: Tensor | None  # [pages, l', Dv]
-    block_table: Tensor  # int32 [Hkv, num_blocks]: page of each block, local pages first; -1 for those not here
+    Raises ValueError on a budget below 1 byte or a fraction outside of (0, 1].
+    """
+
+    kv_fetch_budget_bytes: int | None = None  # pages held at once on a rank; None: as many as are chosen, one round
+    whole_shard_fraction: float = 1.0  # of an (owner, kv head)'s blocks chosen: from here on all of them are sent
+    keep_pages: bool = False  # keep fetched pages for backward instead of fetching them again
+
+    def __post_init__(self) -> None:
+        if self.kv_fetch_budget_bytes is not None and self.kv_fetch_budget_bytes < 1:
+            raise ValueError(
+                f"kv_fetch_budget_bytes={self.kv_fetch_budget_bytes} must be positive: a round moves at least one "
+                f"page; pass None for no bound"
+            )
+        if not 0 < self.whole_shard_fraction <= 1:
+            raise ValueError(
+                f"whole_shard_fraction={self.whole_shard_fraction} is a fraction of an owner's blocks and must lie in "
+                f"(0, 1]; 1 sends only what was chosen"
+            )
 
 
 @dataclass(frozen=True)
-class _Route:
-    """Pages to send and to receive, each list ordered by the other rank, then head, then block."""
+class Route:
+    """One round's pages to send and to receive, each list ordered by the other rank, then head, then block."""
 
     send_head: Tensor  # int64 [sum(send_sizes)]
     send_page: Tensor  # int64, local page
+    recv_head: Tensor  # int64 [sum(recv_sizes)]
+    recv_block: Tensor  # int64, global block
     send_sizes: tuple[int, ...]
     recv_sizes: tuple[int, ...]
-
-
-def fetch_selected(k: Tensor, v: Tensor, block_indices: Tensor, layout: RankLayout, comm: Comm) -> FetchedPages:
-    """The remote blocks that `block_indices` [T, Hkv, n] names, from the ranks that hold them.
-
-    k [T, Hkv, Dk] and v [T, Hkv, Dv] are this rank's own; differentiable in both.
-    """
-    num_kv_heads, num_blocks = k.shape[1], len(layout.block_owner)
-    table = torch.full((num_kv_heads, num_blocks), -1, dtype=torch.int32, device=k.device)
-    num_local = len(layout.local_blocks)
-    table[:, layout.local_blocks] = torch.arange(num_local, dtype=torch.int32, device=k.device)
-    if comm.size == 1:
-        return FetchedPages(None, None, table)
-    wanted = exchange_bitmaps(chosen_elsewhere(block_indices, layout), comm)  # [P, Hkv, num_blocks]
-    route, recv_head, recv_block = _route(wanted, table, layout, comm)
-    pages = _FetchPages.apply(k, v, route, layout, comm)
-    table[recv_head, recv_block] = num_local + torch.arange(len(recv_head), dtype=torch.int32, device=k.device)
-    return FetchedPages(pages[..., : k.shape[-1]], pages[..., k.shape[-1] :], table)
 
 
 def chosen_elsewhere(block_indices: Tensor, layout: RankLayout) -> Tensor:
@@ -75,50 +75,77 @@ def exchange_bitmaps(marks: Tensor, comm: Comm) -> Tensor:
     return ((gathered[..., None] >> shifts) & 1).flatten(2)[..., :num_blocks].bool()
 
 
-def _route(wanted: Tensor, table: Tensor, layout: RankLayout, comm: Comm) -> tuple[_Route, Tensor, Tensor]:
-    """The page lists of both directions; also (head, block) of every page received. Waits for the device once."""
-    sends, recvs = [], []
-    for rank in range(comm.size):
-        sends.append(wanted[rank][:, layout.local_blocks].nonzero())  # (head, local page), head by head
-        recvs.append((wanted[comm.rank] & (layout.block_owner == rank)).nonzero())  # (head, block)
-    send, recv = torch.cat(sends), torch.cat(recvs)
-    # Local blocks ascend, so ascending local pages are ascending blocks: both sides list the same order.
-    route = _Route(send[:, 0], send[:, 1], tuple(map(len, sends)), tuple(map(len, recvs)))
-    return route, recv[:, 0], recv[:, 1]
+def widen_to_whole_shards(wanted: Tensor, block_owner: Tensor, fraction: float) -> Tensor:
+    """Where at least `fraction` of an owner's blocks of a head are wanted, want all of them: [P, Hkv, B] -> same."""
+    if fraction == 1.0:
+        return wanted
+    wanted = wanted.clone()
+    for owner in range(wanted.shape[0]):
+        held = block_owner == owner
+        dense = wanted[..., held].float().mean(-1) >= fraction  # [P, Hkv]
+        wanted[..., held] |= dense[..., None]
+    return wanted
 
 
-class _FetchPages(torch.autograd.Function):
-    """Pages of K and V side by side, packed by their owners; one all_to_all.
+def plan_rounds(wanted: Tensor, layout: RankLayout, rank: int, page_bytes: int, options: FetchOptions) -> list[Route]:
+    """This rank's part in every round; the same number of rounds on every rank, at least one.
 
-    forward    pages [fetched, l', Dk + Dv] = what the owners sent: their (k | v)[page, :, head]
-    backward   dk, dv of the owner = the sum over ranks of the gradients of each copy, ascending rank, in fp32
+    wanted      bool [P, Hkv, B] on the CPU, row r being what rank r lacks; page_bytes of one page's keys and values
     """
+    owner = layout.block_owner.cpu()
+    page_of_block = torch.full_like(owner, -1)
+    page_of_block[layout.local_blocks.cpu()] = torch.arange(len(layout.local_blocks))
+    wanted = widen_to_whole_shards(wanted, owner, options.whole_shard_fraction)
+    lists = [_page_list(wanted[receiver], owner) for receiver in range(len(wanted))]
+    longest = max(len(pages) for pages in lists)
+    budget = options.kv_fetch_budget_bytes
+    per_round = max(1, longest if budget is None else budget // page_bytes)
+    rounds = []
+    for start in range(0, max(1, longest), per_round):
+        parts = [pages[start : start + per_round] for pages in lists]
+        sends = [part[part[:, 0] == rank] for part in parts]
+        send, recv = torch.cat(sends), parts[rank]
+        rounds.append(
+            Route(
+                send_head=send[:, 1],
+                send_page=page_of_block[send[:, 2]],
+                recv_head=recv[:, 1],
+                recv_block=recv[:, 2],
+                send_sizes=tuple(map(len, sends)),
+                recv_sizes=tuple(torch.bincount(recv[:, 0], minlength=len(lists)).tolist()),
+            )
+        )
+    return rounds
 
-    @staticmethod
-    def forward(ctx, k: Tensor, v: Tensor, route: _Route, layout: RankLayout, comm: Comm):
-        ctx.route, ctx.comm = route, comm
-        ctx.shapes, ctx.dim_k = (k.shape, v.shape), k.shape[-1]
-        ctx.block_len = k.shape[0] // len(layout.local_blocks)
-        packed = torch.cat([_paged(x, ctx.block_len)[route.send_page, :, route.send_head] for x in (k, v)], -1)
-        return comm.all_to_all(packed, route.send_sizes, route.recv_sizes, "pages")
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        route = ctx.route
-        dtype = torch.promote_types(grad.dtype, torch.float32)
-        grad_home = ctx.comm.all_to_all(grad.to(dtype), route.recv_sizes, route.send_sizes, "pages.grad")
-        results = []
-        for shape, part in zip(ctx.shapes, (grad_home[..., : ctx.dim_k], grad_home[..., ctx.dim_k :]), strict=True):
-            total = torch.zeros(shape, dtype=dtype, device=grad.device)
-            pages = _paged(total, ctx.block_len).transpose(1, 2)  # [pages, Hkv, l', D], a view of total
-            start = 0
-            for size in route.send_sizes:  # no rank asks for a page twice, so within one source nothing collides
-                rows = slice(start, start + size)
-                pages[route.send_page[rows], route.send_head[rows]] += part[rows]
-                start += size
-            results.append(total.to(grad.dtype))
-        return *results, None, None, None
+def _page_list(wanted: Tensor, owner: Tensor) -> Tensor:
+    """int64 [pages, 3] of (owner, head, block), in that order; wanted bool [Hkv, B]."""
+    head, block = wanted.nonzero(as_tuple=True)
+    pages = torch.stack([owner[block], head, block], 1)
+    return pages[pages[:, 0].argsort(stable=True)]
+
+
+def send_pages(k: Tensor, v: Tensor, route: Route, block_len: int, comm: Comm) -> Tensor:
+    """The pages of one round: k [T, Hkv, Dk], v [T, Hkv, Dv] of the owners -> [received, l', Dk + Dv]."""
+    head, page = route.send_head.to(k.device), route.send_page.to(k.device)
+    packed = torch.cat([_paged(x, block_len)[page, :, head] for x in (k, v)], -1)
+    return comm.all_to_all(packed, route.send_sizes, route.recv_sizes, "pages")
+
+
+def return_gradients(grad: Tensor, dk: Tensor, dv: Tensor, route: Route, block_len: int, comm: Comm) -> None:
+    """The dual of `send_pages`: what every receiver found for its copies is added to the owners' dk and dv.
+
+    grad [received, l', Dk + Dv] and dk, dv are fp32 or better; sources are added in ascending rank order.
+    """
+    home = comm.all_to_all(grad, route.recv_sizes, route.send_sizes, "pages.grad")
+    head, page = route.send_head.to(dk.device), route.send_page.to(dk.device)
+    for total, part in ((dk, home[..., : dk.shape[-1]]), (dv, home[..., dk.shape[-1] :])):
+        pages = _paged(total, block_len).transpose(1, 2)  # [pages, Hkv, l', D], a view of total
+        start = 0
+        for size in route.send_sizes:  # no rank asks for a page twice, so within one source nothing collides
+            rows = slice(start, start + size)
+            pages[page[rows], head[rows]] += part[rows]
+            start += size
 
 
 def _paged(x: Tensor, block_len: int) -> Tensor:
