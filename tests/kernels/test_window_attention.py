@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+
 from kernels.judge import assert_twice
 from kernels.plain import interval_attention
 from nsa_kernels import reference
-from nsa_kernels.window_attention import window_attention
-from nsa_kernels.window_backward import _seeing_queries
+from nsa_kernels.win_attention import window_attention
+from nsa_kernels.win_backward import _seeing_queries
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -190,7 +191,7 @@ def test_only_lse_is_used(device):
 
 def test_seeing_queries_worked_example(monkeypatch):
     """The example of the docstring: a window of 3 over 6 tokens, tiles of 2 rows."""
-    monkeypatch.setattr("nsa_kernels.window_backward.KEY_TILE", 2)
+    monkeypatch.setattr("nsa_kernels.win_backward.KEY_TILE", 2)
     begin, end = causal_window([6], window=3)
     assert _seeing_queries(begin, end, 6).tolist() == [[0, 1, 3, 4], [2, 3, 5, 6], [4, 5, 6, 6]]
 

@@ -13,12 +13,10 @@ Tiles       The rows of a tile are queries x heads of one group, flattened: 128 
 Numerics    Scores, softmax and accumulators in fp32; P is rounded to the dtype of v for the tensor cores, out once.
             Key tiles lie at multiples of 64 rows whatever the queries are, and a tile that a row does not see leaves
             its registers as they were: the bits of a row do not depend on the rows that share its tile.
-Gradients   dq, dk, dv, for gradients of both out and softmax_lse: window_backward.py. No atomics, so bits repeat.
+Gradients   dq, dk, dv, for gradients of both out and softmax_lse: win_backward.py. No atomics, so bits repeat.
 Reference   nsa_kernels.reference.window_attention
 Source      Dao 2023, arXiv:2307.08691 (online softmax); Milakov & Gimelshein 2018, arXiv:1805.02867.
 """
-
-import math
 
 import torch
 import triton
@@ -26,8 +24,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nsa_kernels.window_backward import window_backward
-from nsa_kernels.window_tiles import KEY_TILE, split_head_dim, window_tiles
+from nsa_kernels.rows import token_head_strides, unit_stride
+from nsa_kernels.win_backward import window_backward
+from nsa_kernels.win_tiles import Tile, kernel_dims, split_head_dim, window_tiles
 
 
 @triton.jit
@@ -47,7 +46,7 @@ def _forward_kernel(
     stride_vh,
     num_queries,
     num_kv_heads,
-    scale_log2,
+    softmax_scale,
     G: tl.constexpr,
     DK: tl.constexpr,
     DK_TAIL: tl.constexpr,
@@ -59,6 +58,8 @@ def _forward_kernel(
     """One tile of BLOCK_M (query, head) rows of one key-value head against the key rows its queries see."""
     first_row = tl.program_id(0) * BLOCK_M
     head = tl.program_id(1)
+    log2e: tl.constexpr = 1.4426950408889634
+    scale_log2 = softmax_scale * log2e
 
     row = first_row + tl.arange(0, BLOCK_M)
     token = row // G
@@ -112,46 +113,18 @@ def _forward_kernel(
     out_row = token.to(tl.int64) * (num_kv_heads * G) + q_head
     out_ptrs = out_ptr + out_row[:, None] * DV + dv[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
-    ln2: tl.constexpr = 0.6931471805599453
-    tl.store(lse_ptr + out_row, (row_max + tl.log2(row_sum)) * ln2, mask=inside)
+    tl.store(lse_ptr + out_row, (row_max + tl.log2(row_sum)) / log2e, mask=inside)
 
 
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, begin, end, softmax_scale):
-        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        num_queries, num_q_heads, dim_k = q.shape
-        num_kv_heads, dim_v = v.shape[1:]
-        group = num_q_heads // num_kv_heads
-        out = torch.empty(num_queries, num_q_heads, dim_v, dtype=q.dtype, device=q.device)
-        lse = torch.empty(num_queries, num_q_heads, dtype=torch.float32, device=q.device)
-        tile = window_tiles(dim_k, q.element_size()).forward
-        dk, dk_tail = split_head_dim(dim_k)
-        if out.numel():
-            _forward_kernel[(triton.cdiv(num_queries * group, tile.block_m), num_kv_heads)](
-                q,
-                k,
-                v,
-                begin,
-                end,
-                out,
-                lse,
-                *q.stride()[:2],
-                *k.stride()[:2],
-                *v.stride()[:2],
-                num_queries,
-                num_kv_heads,
-                softmax_scale * math.log2(math.e),
-                G=group,
-                DK=dk,
-                DK_TAIL=dk_tail,
-                DV=dim_v,
-                BLOCK_M=tile.block_m,
-                BLOCK_N=KEY_TILE,
-                PRECISION="ieee",
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-            )
+        q, k, v = (unit_stride(t) for t in (q, k, v))
+        out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        if q.numel():
+            tile = window_tiles(q.shape[2], q.element_size()).forward
+            _launch_forward(q, k, v, begin, end, out, lse, softmax_scale, tile)
         ctx.save_for_backward(q, k, v, begin, end, out, lse)
         ctx.softmax_scale = softmax_scale
         ctx.set_materialize_grads(False)
@@ -165,6 +138,28 @@ class _WindowAttention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         grads = window_backward(q, k, v, begin, end, out, lse, grad_out, grad_lse, softmax_scale=ctx.softmax_scale)
         return *grads, None, None, None
+
+
+def _launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    tile: Tile,
+) -> None:
+    num_queries, num_kv_heads = q.shape[0], k.shape[1]
+    num_rows = num_queries * (q.shape[1] // num_kv_heads)
+    _forward_kernel[(triton.cdiv(num_rows, tile.block_m), num_kv_heads)](
+        *(q, k, v, begin, end),
+        *(out, lse),
+        *(*token_head_strides(q, k, v), num_queries, num_kv_heads, softmax_scale),
+        **kernel_dims(q, k, v),
+        **tile.launch(),
+    )
 
 
 def window_attention(

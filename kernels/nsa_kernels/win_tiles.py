@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 # Key tiles start at multiples of this many rows. Ranks lay the same keys at rows that are congruent modulo 64, so with
 # this one number every rank adds up a query's keys in the same tiles, and gets the same bits.
 KEY_TILE = 64
@@ -14,6 +16,16 @@ class Tile:
     block_m: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # registers a thread, where one program more fits an SM with fewer
+
+    def launch(self) -> dict[str, int | None]:
+        """The keyword arguments of a kernel launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.maxnreg,
+        }
 
 
 @dataclass(frozen=True)
@@ -36,3 +48,11 @@ def split_head_dim(dim: int) -> tuple[int, int]:
     """A head dim as two tile widths, a power of two and a smaller one or 0: 192 is (128, 64)."""
     main = 1 << (dim.bit_length() - 1)
     return main, dim - main
+
+
+def kernel_dims(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int | str]:
+    """The constexprs that the three kernels share."""
+    dk, dk_tail = split_head_dim(q.shape[2])
+    group = q.shape[1] // k.shape[1]
+    # fp32 in full precision; 16-bit inputs have one way only.
+    return {"G": group, "DK": dk, "DK_TAIL": dk_tail, "DV": v.shape[2], "BLOCK_N": KEY_TILE, "PRECISION": "ieee"}

@@ -10,17 +10,16 @@ dK, dV      A program owns 64 key rows of one key-value head and walks the (quer
             the sum over queries and over the G heads stays in fp32 registers and is rounded once.
 dQ          A program owns the rows of a forward tile and walks their key tiles again. The scores are thus computed
             twice: 7 products in place of 5, the price of no atomics.
-Shapes      as window_attention.py; grad_out [T, Hq, Dv] of any strides, grad_lse [T, Hq] fp32 or None
+Shapes      as win_attention.py; grad_out [T, Hq, Dv] of any strides, grad_lse [T, Hq] fp32 or None
 """
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.window_tiles import KEY_TILE, split_head_dim, window_tiles
+from nsa_kernels.rows import token_head_strides, unit_stride
+from nsa_kernels.win_tiles import KEY_TILE, Tile, kernel_dims, window_tiles
 
 
 @triton.jit
@@ -74,7 +73,6 @@ def _keys_kernel(
     num_keys,
     num_kv_heads,
     softmax_scale,
-    scale_log2,
     G: tl.constexpr,
     DK: tl.constexpr,
     DK_TAIL: tl.constexpr,
@@ -88,6 +86,7 @@ def _keys_kernel(
     head = tl.program_id(1)
     num_q_heads = num_kv_heads * G
     log2e: tl.constexpr = 1.4426950408889634
+    scale_log2 = softmax_scale * log2e
 
     # A row that sees nothing has lse = -inf and P = exp(inf), but it is in no full tile, and the mask gives it 0.
     bounds = bounds_ptr + tile * 4
@@ -169,7 +168,6 @@ def _queries_kernel(
     num_queries,
     num_kv_heads,
     softmax_scale,
-    scale_log2,
     G: tl.constexpr,
     DK: tl.constexpr,
     DK_TAIL: tl.constexpr,
@@ -182,6 +180,7 @@ def _queries_kernel(
     first_row = tl.program_id(0) * BLOCK_M
     head = tl.program_id(1)
     log2e: tl.constexpr = 1.4426950408889634
+    scale_log2 = softmax_scale * log2e
 
     row = first_row + tl.arange(0, BLOCK_M)
     inside = row // G < num_queries
@@ -256,40 +255,40 @@ def window_backward(
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
-    if grad_out.stride(-1) != 1:  # an expanded gradient, say of out.sum()
-        grad_out = grad_out.contiguous()
+    grad_out = unit_stride(grad_out)
     delta = _delta(out, grad_out, grad_lse)
-    num_queries, num_q_heads, dim_k = q.shape
-    num_keys, num_kv_heads, dim_v = v.shape
-    main, tail = split_head_dim(dim_k)
-    tiles = window_tiles(dim_k, q.element_size())
-    strides = [stride for t in (q, k, v, grad_out) for stride in t.stride()[:2]]
-    scales = (softmax_scale, softmax_scale * math.log2(math.e))
-    group = num_q_heads // num_kv_heads
-    dims = {"G": group, "DK": main, "DK_TAIL": tail, "DV": dim_v, "BLOCK_N": KEY_TILE, "PRECISION": "ieee"}
+    inputs = (q, k, v, begin, end, lse, delta, grad_out)
+    tiles = window_tiles(q.shape[2], q.element_size())
+    if k.numel():
+        _launch_keys(inputs, dk, dv, softmax_scale, tiles.keys)
+    _launch_queries(inputs, dq, softmax_scale, tiles.queries)
+    return dq, dk, dv
 
-    if num_keys:
-        tile = tiles.keys
-        _keys_kernel[(triton.cdiv(num_keys, KEY_TILE), num_kv_heads)](
-            *(q, k, v, begin, end, _seeing_queries(begin, end, num_keys), lse, delta, grad_out),
-            *(dk, dv),
-            *(*strides, num_keys, num_kv_heads, *scales),
-            **dims,
-            BLOCK_M=tile.block_m,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-    tile = tiles.queries
-    _queries_kernel[(triton.cdiv(num_queries * group, tile.block_m), num_kv_heads)](
+
+def _launch_keys(inputs: tuple[Tensor, ...], dk: Tensor, dv: Tensor, softmax_scale: float, tile: Tile) -> None:
+    q, k, v, begin, end, lse, delta, grad_out = inputs
+    num_keys, num_kv_heads = k.shape[:2]
+    bounds = _seeing_queries(begin, end, num_keys)
+    _keys_kernel[(triton.cdiv(num_keys, KEY_TILE), num_kv_heads)](
+        *(q, k, v, begin, end, bounds, lse, delta, grad_out),
+        *(dk, dv),
+        *(*token_head_strides(q, k, v, grad_out), num_keys, num_kv_heads, softmax_scale),
+        **kernel_dims(q, k, v),
+        **tile.launch(),
+    )
+
+
+def _launch_queries(inputs: tuple[Tensor, ...], dq: Tensor, softmax_scale: float, tile: Tile) -> None:
+    q, k, v, begin, end, lse, delta, grad_out = inputs
+    num_queries, num_kv_heads = q.shape[0], k.shape[1]
+    num_rows = num_queries * (q.shape[1] // num_kv_heads)
+    _queries_kernel[(triton.cdiv(num_rows, tile.block_m), num_kv_heads)](
         *(q, k, v, begin, end, lse, delta, grad_out),
         dq,
-        *(*strides, num_queries, num_kv_heads, *scales),
-        **dims,
-        BLOCK_M=tile.block_m,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        *(*token_head_strides(q, k, v, grad_out), num_queries, num_kv_heads, softmax_scale),
+        **kernel_dims(q, k, v),
+        **tile.launch(),
     )
-    return dq, dk, dv
 
 
 def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:

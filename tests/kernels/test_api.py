@@ -1,0 +1,44 @@
+"""The public names of nsa_kernels: each the twin of a reference function, none of them needing triton to be imported."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import nsa_kernels
+from nsa_kernels import reference
+
+
+@pytest.mark.parametrize("name", nsa_kernels.__all__)
+def test_signature_is_the_references(name):
+    """The reference's parameters, in order and of the same kind; a kernel may add keyword options with defaults."""
+    actual = list(inspect.signature(getattr(nsa_kernels, name)).parameters.values())
+    expected = list(inspect.signature(getattr(reference, name)).parameters.values())
+    for ours, theirs in zip(actual, expected, strict=False):
+        assert (ours.name, ours.kind, ours.default) == (theirs.name, theirs.kind, theirs.default)
+    assert len(actual) >= len(expected)
+    for option in actual[len(expected) :]:
+        assert option.kind is inspect.Parameter.KEYWORD_ONLY
+        assert option.default is not inspect.Parameter.empty
+
+
+@pytest.mark.parametrize("name", nsa_kernels.__all__)
+def test_importing_its_module_does_not_hide_a_function(name):
+    inspect.getmodule(getattr(nsa_kernels, name))
+    assert inspect.isfunction(getattr(nsa_kernels, name))
+
+
+def test_every_function_of_the_contract_is_public():
+    contract = "compress_mean compress_mlp compressed_attention window_attention select_blocks selected_attention"
+    assert set(nsa_kernels.__all__) == {*contract.split(), "combine", "merge"}
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="its public names are combine"):
+        nsa_kernels.flash_attention  # noqa: B018
+
+
+def test_the_reference_needs_no_triton():
+    script = "import sys; sys.modules['triton'] = None; import nsa_kernels.reference; nsa_kernels.reference.combine"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
