@@ -1,4 +1,4 @@
-"""What kernels that pass over [tokens, heads, dim] tensors row by row share: strides, and how rows are cut into tiles."""
+"""What kernels that pass over [tokens, heads, dim] tensors row by row share: strides, and tiles of rows."""
 
 import triton
 from torch import Tensor
