@@ -101,7 +101,7 @@ class DataSection(Section):
     """Text files read as bytes; none given means the running interpreter's own standard library."""
 
     folder: Path | None = None
-    pattern: str = "*.py"
+    pattern: str = Field(default="*", description="of the file names below folder; the standard library has its own")
     validation_fraction: float = Field(default=0.05, gt=0, lt=1, description="of the files")
     max_file_bytes: int = Field(default=1_000_000, ge=1, description="longer files are left out: they are tables")
 

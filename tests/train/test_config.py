@@ -1,0 +1,98 @@
+"""Every rule of a configuration, and that its error names the remedy."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nsa_dist.train.config import TrainConfig
+from nsa_dist.train.config_errors import parse
+
+ROOT = Path(__file__).parent.parent.parent
+RUN = {"output_dir": "out"}
+
+
+def check(raw: dict) -> TrainConfig:
+    return parse(TrainConfig, {"run": RUN, **raw}, "a.yaml")
+
+
+def test_defaults_hold_together():
+    config = check({})
+    assert config.data_parallel_size(1) == 1
+    assert config.nsa.sizes().num_slc_blocks == 16
+
+
+@pytest.mark.parametrize(
+    ("raw", "remedy"),
+    [
+        ({"run": {**RUN, "sequence_length": 1000}}, "take sequence_length=1024"),
+        (
+            {"run": {**RUN, "sequence_length": 1024}, "parallel": {"context_parallel_size": 3}},
+            "2 \\* context_parallel_size \\* slc_block_len = 6 \\* 64 = 384.*take sequence_length=1152",
+        ),
+        (
+            {
+                "run": {**RUN, "sequence_length": 1000},
+                "parallel": {"context_parallel_size": 2, "layout": "contiguous"},
+            },
+            "take sequence_length=1024",
+        ),
+        ({"parallel": {"tensor_model_parallel_size": 2}}, "take num_query_groups=2 or a smaller"),
+        (
+            {"model": {"num_query_groups": 2, "ffn_hidden_size": 383}, "parallel": {"tensor_model_parallel_size": 2}},
+            "take ffn_hidden_size=384",
+        ),
+        ({"model": {"num_layers": 3}, "parallel": {"pipeline_model_parallel_size": 2}}, "take num_layers=4"),
+        ({"parallel": {"sequence_parallel": True}}, "set sequence_parallel=false"),
+        ({"model": {"num_attention_heads": 6, "num_query_groups": 4}}, "take num_attention_heads=8"),
+        ({"model": {"head_dim": 7}}, "take head_dim=8"),
+        ({"nsa": {"cmp_stride": 17}}, "take cmp_block_len=34"),
+        ({"nsa": {"num_slc_blocks": 2}}, "raise it to 3 or force fewer"),
+        ({"optimizer": {"lr": 1e-4}}, "take min_lr=1e-05"),
+        ({"run": {**RUN, "steps": 10}, "optimizer": {"warmup_steps": 10}}, "take warmup_steps=1"),
+        ({"run": {**RUN, "stpes": 3}}, "run.stpes: no such key; did you mean 'steps'"),
+        ({"modle": {}}, "modle: no such key; did you mean 'model'"),
+        ({"run": {**RUN, "lr": 1}}, "it belongs to the section 'optimizer'"),
+        ({"run": {}}, "run.output_dir: this key is needed"),
+        ({"run": {**RUN, "steps": "many"}}, "run.steps: .*integer.*given 'many'"),
+        ({"nsa": {"compression": "max"}}, "nsa.compression: .*'mlp' or 'mean'.*given 'max'"),
+    ],
+)
+def test_errors_name_the_remedy(raw, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        check(raw)
+
+
+def test_every_problem_gets_a_line():
+    with pytest.raises(ValueError, match=r"(?s)a\.yaml is not.*run\.stpes.*optimizer\.lr"):
+        check({"run": {**RUN, "stpes": 3}, "optimizer": {"lr": -1}})
+
+
+def test_processes_must_make_whole_replicas():
+    config = check({"parallel": {"context_parallel_size": 2}, "run": {**RUN, "global_batch_size": 2}})
+    assert config.data_parallel_size(4) == 2
+    with pytest.raises(ValueError, match="start 4 processes"):
+        config.data_parallel_size(3)
+    with pytest.raises(ValueError, match="take global_batch_size=4"):
+        config.data_parallel_size(8)
+
+
+def test_a_key_lives_in_one_section_only():
+    names = [name for section in TrainConfig.model_fields.values() for name in section.annotation.model_fields]
+    assert len(names) == len(set(names))
+
+
+def test_resuming_is_a_copy():
+    config = check({"run": {**RUN, "overwrite": True}})
+    assert (config.resuming().run.resume, config.resuming().run.overwrite) == (True, False)
+    assert (config.run.resume, config.run.overwrite) == (False, True)
+
+
+def test_the_tiny_job_selects_among_more_blocks_than_it_takes():
+    raw = yaml.safe_load((ROOT / "configs/tiny-cpu.yaml").read_text())
+    raw.pop("launch", None)
+    config = parse(TrainConfig, raw, "tiny-cpu.yaml")
+    assert config.parallel.context_parallel_size == 2
+    assert config.run.sequence_length >= 4096
+    assert config.run.sequence_length // config.nsa.slc_block_len > 2 * config.nsa.num_slc_blocks
+    assert config.nsa.window_len < config.run.sequence_length

@@ -1,0 +1,145 @@
+"""Small runs of `nsa_dist.train`, and what their ranks do: importable, because spawned processes find work by name."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from nsa_dist.train.config import TrainConfig
+from nsa_dist.train.config_errors import parse
+from nsa_dist.train.hooks import Hooks
+from nsa_dist.train.loop import TrainResult, train
+from nsa_dist.train.records import read_metrics
+
+ROOT = Path(__file__).parent.parent
+STEPS, FORK_STEP, KILL_STEP = 6, 2, 5
+
+# Every layout goes on from one checkpoint of a single process.
+LAYOUTS: dict[str, dict] = {
+    "CP2 zigzag": {"parallel": {"context_parallel_size": 2}},
+    "CP2 contiguous": {"parallel": {"context_parallel_size": 2, "layout": "contiguous"}},
+    "DP2": {},
+    "TP2": {"parallel": {"tensor_model_parallel_size": 2}},
+    "TP2 with sequence parallelism": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+    "PP2": {"parallel": {"pipeline_model_parallel_size": 2}},
+    "CP2 with recompute": {"parallel": {"context_parallel_size": 2}, "model": {"recompute_attention": True}},
+}
+TINY_JOBS: dict[str, dict] = {
+    "CP2 zigzag": {"context_parallel_size": 2, "layout": "zigzag"},
+    "CP2 contiguous": {"context_parallel_size": 2, "layout": "contiguous"},
+}
+
+
+def write_texts(folder: Path, num_files: int = 8) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(num_files):
+        (folder / f"{i}.txt").write_text("".join(f"{i} times {j} is {i * j}\n" for j in range(400)))
+    return folder
+
+
+def small_config(base: Path, name: str, **sections: dict) -> TrainConfig:
+    """16 blocks of which 4 are selected, two layers, a second to train."""
+    raw: dict[str, dict] = {
+        "model": {
+            "num_layers": 2, "hidden_size": 32, "num_query_groups": 2, "head_dim": 8, "ffn_hidden_size": 48,
+            "init_std": 0.1,
+        },
+        "nsa": {
+            "cmp_block_len": 8, "cmp_stride": 4, "slc_block_len": 16, "num_slc_blocks": 4, "window_len": 20,
+        },
+        "data": {"folder": base / "texts", "validation_fraction": 0.25},
+        "optimizer": {"warmup_steps": 2},
+        "run": {
+            "output_dir": base / name, "steps": STEPS, "sequence_length": 256, "global_batch_size": 4,
+            "micro_batch_size": 2, "eval_interval": 3, "eval_batches": 1, "checkpoint_interval": 2,
+        },
+    }  # fmt: skip
+    for section, keys in sections.items():
+        raw[section] = {**raw.get(section, {}), **keys}
+    return parse(TrainConfig, raw, "small")
+
+
+def run(config: TrainConfig, hooks: Hooks | None = None) -> TrainResult:
+    return train(config, hooks or Hooks(), torch.device("cpu"))
+
+
+def records(base: Path, name: str, kind: str = "train") -> list[dict]:
+    return read_metrics(base / name / "metrics.jsonl", kind)
+
+
+class StopAfter(Hooks):
+    """Asks for an end after the given step of this launch."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def should_stop(self) -> bool:
+        self.left -= 1
+        return self.left == 0
+
+
+class KillAfter(StopAfter):
+    """Dies without a word in the given step."""
+
+    def should_stop(self) -> bool:
+        if super().should_stop():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return False
+
+
+class Listener(Hooks):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.checkpoints: list[tuple[int, str, list[str]]] = []
+        self.num_records = 0
+
+    def on_checkpoint(self, step, path, metrics) -> None:
+        self.checkpoints.append((step, path.name, sorted(metrics)))
+
+    def on_metrics(self, record) -> None:
+        self.num_records += 1
+
+
+def single_process(rank: int, base: Path) -> tuple[TrainResult, TrainResult, Listener]:
+    """A run that stops at FORK_STEP; a copy of it that goes on to the end; and the tiny job."""
+    stopped = run(small_config(base, "fork"), StopAfter(FORK_STEP))
+    shutil.copytree(base / "fork", base / "single")
+    listener = Listener()
+    ended = run(small_config(base, "single").resuming(), listener)
+    tiny_job(base, "CP1", {"context_parallel_size": 1})
+    return stopped, ended, listener
+
+
+def two_processes(rank: int, base: Path) -> None:
+    """Every layout from the fork to the end; an undisturbed run; the tiny jobs."""
+    for name, sections in LAYOUTS.items():
+        if rank == 0:
+            shutil.copytree(base / "fork", base / name)
+        dist.barrier()
+        run(small_config(base, name, **sections).resuming())
+    run(small_config(base, "undisturbed", **LAYOUTS["CP2 zigzag"]))
+    for name, parallel in TINY_JOBS.items():
+        tiny_job(base, name, parallel)
+
+
+def killed(rank: int, base: Path) -> None:
+    run(small_config(base, "killed", **LAYOUTS["CP2 zigzag"]), KillAfter(KILL_STEP))
+
+
+def resumed(rank: int, base: Path) -> TrainResult:
+    return run(small_config(base, "killed", **LAYOUTS["CP2 zigzag"]).resuming())
+
+
+def tiny_job(base: Path, name: str, parallel: dict) -> None:
+    """The first steps of configs/tiny-cpu.yaml."""
+    raw = yaml.safe_load((ROOT / "configs/tiny-cpu.yaml").read_text())
+    raw.pop("launch", None)
+    raw["parallel"] = parallel
+    raw["run"].update(output_dir=base / "tiny" / name, steps=3, eval_batches=1)
+    raw["optimizer"]["warmup_steps"] = 1
+    run(parse(TrainConfig, raw, "tiny-cpu.yaml"))
