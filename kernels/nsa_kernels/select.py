@@ -1,0 +1,274 @@
+"""Which n blocks every query attends to: importance streamed from compressed scores, then the top n (section 3.3.2).
+
+    imp[t, h, j] = sum_i w(i - j * S) * sum_g exp(softmax_scale * q[t, h*G + g] . k_cmp[i, h] - lse[t, h*G + g])
+
+over the compressed blocks i that query t sees (eq. 8 to 10), where S = l' / d and w counts the stride-sized cells that
+compressed block i shares with selection block j. Both are counted from the query's document: compressed block i is
+row cmp_begin[t] + i of k_cmp.
+
+Two kernels take turns on a chunk of queries, over one buffer of at most MAX_BUFFER_BYTES:
+1. A tile of (queries x G heads) against compressed keys: probabilities in registers, weighed and added up over the S
+   keys of a block and over the group. Keys i of block j = i // S also touch blocks j + 1, j + 2, ...: layer `o` of the
+   buffer holds at [o, j] what the keys of block j give to block j + o. (l/d, S) = (2, 4) has two layers.
+2. The top n of `sum_o buffer[o, j - o]`: one int64 per block, the bits of its importance above those of ~j, so that
+   sorting integers prefers larger importance, then the lower index.
+
+Example     l, d, l' = 32, 16, 64 and p = 1 everywhere on 8 compressed blocks: layer 0 holds 7, 7 (weights 2, 2, 2, 1),
+            layer 1 holds 1, 1 (the last key of a block reaches into the next), so imp = 7, 8.
+Shapes      T = query tokens here, M = compressed blocks of the whole sequence, n = num_slc_blocks
+    q [T, Hq, Dk], k_cmp [M, Hkv, Dk]   bf16, fp16 or fp32      lse_cmp fp32 [T, Hq]      cmp_begin, cmp_end int32 [T]
+    position, doc_start     int32 or int64 [T], in the padded stream; position < doc_start: padding, which chooses none
+    returns                 int32 [T, Hkv, n], global block ids, ascending, -1 for none
+Numerics    products of bf16 are exact in fp32; everything after the tensor cores is fp32. What a query chooses does not
+            depend on the queries beside it.
+Work        2 * Dk FLOP and one exp2 a visible (query, head, key)
+Reference   nsa_kernels.reference.select_blocks
+Source      Yuan et al. 2025, arXiv:2502.11089, eq. 8 to 12
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.cmp_tiles import check_dtypes, check_intervals, rows_contiguous, split_head_dim
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+FAR = tl.constexpr(2**31 - 1)
+INFINITY_BITS = tl.constexpr(0x7F800000)  # of fp32: more than any importance
+
+MAX_BUFFER_BYTES = 2**28
+
+
+@triton.jit
+def _importance_kernel(
+    q_ptr, k_ptr, lse_ptr, begin_ptr, end_ptr,
+    imp_ptr,
+    first_query, last_query, chunk_len, num_keys, num_heads_kv, num_blocks, softmax_scale,
+    stride_qt, stride_qh, stride_kn, stride_kh, stride_lt, stride_lh,
+    G: tl.constexpr, G_PAD: tl.constexpr, DK_A: tl.constexpr, DK_B: tl.constexpr,
+    CELLS_CMP: tl.constexpr, CELLS_SLC: tl.constexpr, SLC_PAD: tl.constexpr, NUM_LAYERS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """buffer[h, query of the chunk, layer, j] for BLOCK_Q queries and every block j that holds a key they see."""
+    head = tl.program_id(0) % num_heads_kv
+    query = first_query + tl.program_id(0) // num_heads_kv * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    begin, num_seen = _interval(begin_ptr, end_ptr, query, last_query)
+    row = tl.arange(0, BLOCK_Q * G_PAD)  # row r is query r // G_PAD, head r % G_PAD
+    row_query = first_query + tl.program_id(0) // num_heads_kv * BLOCK_Q + row // G_PAD
+    row_begin, row_seen = _interval(begin_ptr, end_ptr, row_query, last_query)
+    row_query = tl.minimum(row_query, last_query - 1).to(tl.int64)
+    row_head = head * G + tl.minimum(row % G_PAD, G - 1)
+
+    dim_a = tl.arange(0, DK_A)
+    q_rows = q_ptr + (row_query * stride_qt + row_head.to(tl.int64) * stride_qh)[:, None]
+    q_a = tl.load(q_rows + dim_a)
+    if DK_B:
+        dim_b = DK_A + tl.arange(0, DK_B)
+        q_b = tl.load(q_rows + dim_b)
+    lse = tl.load(lse_ptr + row_query * stride_lt + row_head.to(tl.int64) * stride_lh)
+    base = tl.where((row % G_PAD < G) & (row_seen > 0), lse * LOG2_E, float("inf"))  # p = 0 on the rows that pad
+    scale = softmax_scale * LOG2_E
+    k_ptr += head.to(tl.int64) * stride_kh
+    imp_rows = imp_ptr + (head.to(tl.int64) * chunk_len + query - first_query)[:, None] * NUM_LAYERS * num_blocks
+
+    # Columns run over residues slowly, blocks fast: the S keys of a block then lie in one thread's registers.
+    column = tl.arange(0, SLC_PAD * BLOCK_J)
+    column_key = column % BLOCK_J * CELLS_SLC + column // BLOCK_J
+    residue = tl.arange(0, SLC_PAD)[None, None, :, None]
+
+    # One turn for each document that the tile holds; nearly always there is one.
+    doc = tl.min(tl.where(num_seen > 0, begin, FAR))
+    while doc < FAR:
+        seen = tl.where(row_begin == doc, row_seen, 0)  # [rows], keys of this document that the row sees
+        most = tl.max(seen)
+        least = tl.min(seen)
+        for first_key in tl.range(0, most, BLOCK_J * CELLS_SLC):
+            key = first_key + column_key  # counted from the document's first
+            key_row = tl.minimum(doc + key, num_keys - 1).to(tl.int64)
+            k_rows = k_ptr + key_row[None, :] * stride_kn
+            s = tl.dot(q_a, tl.load(k_rows + dim_a[:, None]), input_precision=PRECISION)  # [rows, columns]
+            if DK_B:
+                s = tl.dot(q_b, tl.load(k_rows + dim_b[:, None]), s, input_precision=PRECISION)
+            if first_key + BLOCK_J * CELLS_SLC > least:
+                s = tl.where(key[None, :] < seen[:, None], s, float("-inf"))
+            p = tl.exp2(tl.fma(s, scale, -base[:, None]))
+            p = tl.reshape(p, [BLOCK_Q, G_PAD, SLC_PAD, BLOCK_J])
+
+            block = first_key // CELLS_SLC + tl.arange(0, BLOCK_J)
+            stored = (begin == doc)[:, None] & (num_seen > 0)[:, None] & (block < num_blocks)[None, :]
+            for layer in tl.static_range(NUM_LAYERS):
+                # Eq. 9 for offset k = residue - layer * S; a padding residue weighs nothing.
+                cells = tl.minimum(residue - layer * CELLS_SLC + CELLS_CMP, CELLS_SLC)
+                cells -= tl.maximum(residue - layer * CELLS_SLC, 0)
+                weight = tl.where(residue < CELLS_SLC, tl.maximum(cells, 0), 0).to(tl.float32)
+                share = tl.sum(tl.sum(p * weight, 2), 1)  # [BLOCK_Q, BLOCK_J]
+                tl.store(imp_rows + layer * num_blocks + block[None, :], share, mask=stored)
+        doc = tl.min(tl.where((num_seen > 0) & (begin > doc), begin, FAR))
+
+
+@triton.jit
+def _interval(begin_ptr, end_ptr, query, last_query):
+    """The first compressed key of each query and how many it sees; none past the end of the chunk."""
+    begin = tl.load(begin_ptr + query, mask=query < last_query, other=0)
+    end = tl.load(end_ptr + query, mask=query < last_query, other=0)
+    return begin, tl.maximum(end - begin, 0)
+
+
+@triton.jit
+def _top_kernel(
+    imp_ptr, begin_ptr, end_ptr, position_ptr, doc_start_ptr,
+    out_ptr,
+    first_query, last_query, chunk_len, num_heads_kv, num_blocks,
+    SLC_LEN: tl.constexpr, CELLS_SLC: tl.constexpr, NUM_LAYERS: tl.constexpr,
+    NUM_CHOSEN: tl.constexpr, NUM_CHOSEN_PAD: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """The ids of the NUM_CHOSEN most important blocks of BLOCK_Q queries, ascending."""
+    head = tl.program_id(0) % num_heads_kv
+    query = first_query + tl.program_id(0) // num_heads_kv * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    live = query < last_query
+    _, num_seen = _interval(begin_ptr, end_ptr, query, last_query)
+    num_scored = tl.cdiv(num_seen, CELLS_SLC)[:, None]  # blocks with a key that the query sees
+    position = tl.load(position_ptr + query, mask=live, other=-1)
+    doc_start = tl.load(doc_start_ptr + query, mask=live, other=0)
+    own = tl.where(position >= doc_start, (position - doc_start) // SLC_LEN, -1).to(tl.int32)[:, None]  # [BLOCK_Q, 1]
+    imp_rows = imp_ptr + (head.to(tl.int64) * chunk_len + query - first_query)[:, None] * NUM_LAYERS * num_blocks
+
+    best = tl.full([BLOCK_Q, NUM_CHOSEN_PAD], -1, tl.int64)  # descending; -1: none
+    for start in tl.range(0, tl.max(own) + 1, BLOCK_J):
+        block = start + tl.arange(0, BLOCK_J)[None, :]
+        imp = tl.zeros([BLOCK_Q, BLOCK_J], tl.float32)
+        for layer in tl.static_range(NUM_LAYERS):
+            source = block - layer
+            there = (source >= 0) & (source < num_scored)
+            imp += tl.load(imp_rows + layer * num_blocks + source, mask=there, other=0.0)
+        forced = (block < NUM_INIT) | (block > own - NUM_LOCAL)
+        bits = tl.where(forced, INFINITY_BITS, imp.to(tl.int32, bitcast=True))
+        packed = (bits.to(tl.int64) << 32) | (block ^ FAR).to(tl.int64)
+        packed = tl.where(block <= own, packed, -1)
+        best = _merge_sorted(best, tl.topk(packed, NUM_CHOSEN_PAD))
+
+    rank = tl.arange(0, NUM_CHOSEN_PAD)[None, :]
+    block = tl.where((best >= 0) & (rank < NUM_CHOSEN), (best & FAR).to(tl.int32) ^ FAR, FAR)
+    block = tl.sort(block)  # the unchosen go last
+    first_block = (doc_start // SLC_LEN).to(tl.int32)[:, None]
+    ids = tl.where(block < FAR, block + first_block, -1)
+    out_rows = out_ptr + ((query.to(tl.int64) * num_heads_kv + head) * NUM_CHOSEN)[:, None]
+    tl.store(out_rows + rank, ids, mask=live[:, None] & (rank < NUM_CHOSEN))
+
+
+@triton.jit
+def _merge_sorted(a, b):
+    """The larger half of two descending sequences, descending: max(a[i], b[K-1-i]) is bitonic (Batcher 1968)."""
+    half = tl.maximum(a, tl.flip(b, 1))
+    return tl.bitonic_merge(half, descending=True)
+
+
+def _importance_tile(dtype: torch.dtype, group_pad: int) -> dict[str, int]:
+    """Rows of a tile are BLOCK_Q * group_pad, keys BLOCK_J * S."""
+    rows = 32 if dtype == torch.float32 else 128
+    return {"BLOCK_Q": max(1, rows // group_pad), "num_warps": 4 if dtype == torch.float32 else 8, "num_stages": 2}
+
+
+def _top_tile(num_blocks: int, chosen_pad: int) -> dict[str, int]:
+    block_j = max(chosen_pad, min(512, triton.next_power_of_2(max(1, num_blocks))))
+    return {"BLOCK_Q": 4, "BLOCK_J": block_j, "num_warps": 4}
+
+
+@torch.no_grad()
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse_cmp: Tensor,
+    cmp_begin: Tensor,
+    cmp_end: Tensor,
+    position: Tensor,
+    doc_start: Tensor,
+    *,
+    softmax_scale: float,
+    cmp_block_len: int,
+    cmp_stride: int,
+    slc_block_len: int,
+    num_slc_blocks: int,
+    num_init_blocks: int,
+    num_local_blocks: int,
+) -> Tensor:
+    """The n selection blocks of every query and key-value head, forced ones included, ascending, -1 for none.
+
+    Forced: the document's first `num_init_blocks` and the last `num_local_blocks` up to the query's own. Among the
+    others larger importance wins, ties go to the lower index. No gradient passes.
+
+    returns block_indices int32 [T, Hkv, n], global block ids
+    raises ValueError on shapes, dtypes and block lengths that do not fit together
+    """
+    _check(q, k_cmp, lse_cmp, cmp_begin, cmp_end, position, doc_start, softmax_scale)
+    _check_block_lengths(cmp_block_len, cmp_stride, slc_block_len)
+    q, k_cmp = rows_contiguous(q), rows_contiguous(k_cmp)
+    begin, end, position, doc_start = (t.contiguous() for t in (cmp_begin, cmp_end, position, doc_start))
+    num_queries, num_q_heads, head_dim = q.shape
+    num_keys, num_kv_heads = k_cmp.shape[:2]
+    cells_cmp, cells_slc = cmp_block_len // cmp_stride, slc_block_len // cmp_stride
+    num_layers = 1 + triton.cdiv(cells_cmp - 1, cells_slc)
+    num_blocks = triton.cdiv(num_keys, cells_slc)
+    group = num_q_heads // num_kv_heads
+    group_pad = triton.next_power_of_2(group)
+    chosen_pad = triton.next_power_of_2(num_slc_blocks)
+    tile, top_tile = _importance_tile(q.dtype, group_pad), _top_tile(num_blocks, chosen_pad)
+
+    row_bytes = 4 * num_kv_heads * num_layers * max(1, num_blocks)
+    chunk_len = max(tile["BLOCK_Q"], MAX_BUFFER_BYTES // row_bytes // tile["BLOCK_Q"] * tile["BLOCK_Q"])
+    chunk_len = min(num_queries, chunk_len)
+    importance = q.new_empty(num_kv_heads, chunk_len, num_layers, num_blocks, dtype=torch.float32)
+    out = torch.empty(num_queries, num_kv_heads, num_slc_blocks, dtype=torch.int32, device=q.device)
+    for first in range(0, num_queries, max(1, chunk_len)):
+        last = min(first + chunk_len, num_queries)
+        if num_keys:
+            _importance_kernel[(triton.cdiv(last - first, tile["BLOCK_Q"]) * num_kv_heads,)](
+                q, k_cmp, lse_cmp, begin, end,
+                importance,
+                first, last, chunk_len, num_keys, num_kv_heads, num_blocks, softmax_scale,
+                *q.stride()[:2], *k_cmp.stride()[:2], *lse_cmp.stride(),
+                G=group, G_PAD=group_pad, DK_A=split_head_dim(head_dim)[0], DK_B=split_head_dim(head_dim)[1],
+                CELLS_CMP=cells_cmp, CELLS_SLC=cells_slc, SLC_PAD=triton.next_power_of_2(cells_slc),
+                NUM_LAYERS=num_layers, BLOCK_J=max(1, 128 // triton.next_power_of_2(cells_slc)),
+                PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **tile,
+            )  # fmt: skip
+        _top_kernel[(triton.cdiv(last - first, top_tile["BLOCK_Q"]) * num_kv_heads,)](
+            importance, begin, end, position, doc_start,
+            out,
+            first, last, chunk_len, num_kv_heads, num_blocks,
+            SLC_LEN=slc_block_len, CELLS_SLC=cells_slc, NUM_LAYERS=num_layers,
+            NUM_CHOSEN=num_slc_blocks, NUM_CHOSEN_PAD=chosen_pad, NUM_INIT=num_init_blocks, NUM_LOCAL=num_local_blocks,
+            **top_tile,
+        )  # fmt: skip
+    return out
+
+
+def _check(q, k_cmp, lse_cmp, begin, end, position, doc_start, softmax_scale) -> None:
+    if k_cmp.shape[1] == 0 or q.shape[1] % k_cmp.shape[1] or q.shape[2] != k_cmp.shape[2]:
+        raise ValueError(
+            f"q {tuple(q.shape)} and k_cmp {tuple(k_cmp.shape)} do not fit: the key-value heads must divide the query "
+            f"heads, and both need one head dim"
+        )
+    check_dtypes(q=q, k_cmp=k_cmp)
+    check_intervals(q, begin, end, softmax_scale)
+    if lse_cmp.shape != q.shape[:2] or lse_cmp.dtype != torch.float32:
+        raise ValueError(
+            f"lse_cmp {lse_cmp.dtype} {tuple(lse_cmp.shape)} must be the float32 [T, Hq] = {list(q.shape[:2])} that "
+            f"compressed_attention returned for the same q, or probabilities do not add up to one; pass that one"
+        )
+    if position.shape != q.shape[:1] or doc_start.shape != q.shape[:1]:
+        raise ValueError(
+            f"position {tuple(position.shape)} and doc_start {tuple(doc_start.shape)} must be [T] = [{q.shape[0]}], "
+            f"one place in the padded stream per query; expand doc_start to one entry per token"
+        )
+
+
+def _check_block_lengths(cmp_block_len: int, cmp_stride: int, slc_block_len: int) -> None:
+    for name, length in (("cmp_block_len", cmp_block_len), ("slc_block_len", slc_block_len)):
+        if length % cmp_stride:
+            raise ValueError(
+                f"{name}={length} must be a multiple of cmp_stride={cmp_stride}, so that importance is counted in "
+                f"whole strides; take {name}={triton.cdiv(length, cmp_stride) * cmp_stride}"
+            )
