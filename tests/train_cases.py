@@ -123,8 +123,15 @@ def two_processes(rank: int, base: Path) -> None:
         dist.barrier()
         run(small_config(base, name, **sections).resuming())
     run(small_config(base, "undisturbed", **LAYOUTS["CP2 zigzag"]))
+    run(bf16_config(base, "bf16"))
+    run(bf16_config(base, "bf16 in two parts"), StopAfter(FORK_STEP))
+    run(bf16_config(base, "bf16 in two parts").resuming())
     for name, parallel in TINY_JOBS.items():
         tiny_job(base, name, parallel)
+
+
+def bf16_config(base: Path, name: str) -> TrainConfig:
+    return small_config(base, name, **LAYOUTS["CP2 zigzag"], run={"dtype": "bf16"})
 
 
 def killed(rank: int, base: Path) -> None:

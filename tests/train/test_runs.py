@@ -60,6 +60,12 @@ def test_recompute_changes_no_bit(base, pair):
     assert losses(records(base, "CP2 with recompute")) == losses(records(base, "CP2 zigzag"))
 
 
+def test_bf16_trains_like_fp32_and_resumes_with_every_bit(base, pair):
+    bf16, fp32 = records(base, "bf16"), records(base, "undisturbed")
+    assert largest_difference(bf16, fp32, names=("loss",)) < 0.01
+    assert losses(records(base, "bf16 in two parts")) == losses(bf16)
+
+
 @pytest.mark.parametrize("name", TINY_JOBS)
 def test_the_tiny_job_does_not_depend_on_how_it_is_cut(base, pair, name):
     assert largest_difference(records(base, f"tiny/{name}"), records(base, "tiny/CP1"), names=("loss",)) < 1e-4

@@ -1,0 +1,326 @@
+"""The planner against models that are really built, against sums of its own parts, and against arithmetic by hand."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from nsa_dist.train.config import ModelSection, NSASection, ParallelSection, RunSection, TrainConfig
+from nsa_dist.train.planner import memory
+from nsa_dist.train.planner.cluster import Cluster, load_cluster
+from nsa_dist.train.planner.knobs import turn_knobs
+from nsa_dist.train.planner.report import as_data
+from nsa_dist.train.planner.shape import Shape
+from nsa_dist.train.planner.strategies import GIB, Options, Strategy
+from nsa_dist.train.planner.sweep import make_plan
+from nsa_dist.train.planner.verdict import break_even, verdict
+from ranks import run_ranks
+
+CLUSTER_FILE = Path(__file__).parents[2] / "configs" / "clusters" / "h200-8.yaml"
+
+
+def long_config(**sections) -> TrainConfig:
+    """A million tokens through a model that fills eight GPUs."""
+    given = {
+        "run": RunSection(output_dir="unused", sequence_length=2**20, dtype="bf16"),
+        "model": ModelSection(
+            num_layers=4, hidden_size=2048, num_attention_heads=64, num_query_groups=4, head_dim=128,
+            ffn_hidden_size=5632, recompute_attention=True,
+        ),
+    }  # fmt: skip
+    return TrainConfig(**(given | sections))
+
+
+@cache
+def cluster() -> Cluster:
+    return load_cluster(CLUSTER_FILE)
+
+
+@cache
+def long_plan():
+    return make_plan(long_config(), cluster())
+
+
+# --- Against a model that is built ----------------------------------------------------------------------------------
+
+
+def tiny_config(dtype: str, num_layers: int, **changes) -> TrainConfig:
+    """Several key/value heads, untied embeddings; the sizes are all different, so that none stands for another."""
+    return TrainConfig(
+        run=RunSection(output_dir="unused", sequence_length=256, dtype=dtype),
+        model=ModelSection(
+            num_layers=num_layers, hidden_size=48, num_attention_heads=4, num_query_groups=2, head_dim=16,
+            ffn_hidden_size=80, recompute_attention=True, tie_embeddings=changes.pop("tie_embeddings", False),
+        ),
+        nsa=NSASection(num_slc_blocks=4, window_len=64, **changes),
+    )  # fmt: skip
+
+
+BUILT = {
+    "fp32": tiny_config("fp32", 2),
+    "bf16": tiny_config("bf16", 2),
+    "one layer": tiny_config("fp32", 1),
+    "tied": tiny_config("fp32", 1, tie_embeddings=True),
+    "shared kv, mean": tiny_config("bf16", 1, shared_kv=True, compression="mean"),
+}
+
+
+def build_and_measure(rank: int) -> dict[str, dict[str, int]]:
+    """{name: bytes by kind} of models built by the trainer, after one forward, backward and optimizer step."""
+    from nsa_dist.train.world import entered
+
+    found = {}
+    for name, config in BUILT.items():
+        with entered(config, torch.device("cpu")) as world:
+            found[name] = _measure(config, world)
+    return found
+
+
+def _measure(config: TrainConfig, world) -> dict[str, int]:
+    from nsa_dist.train.model import build
+
+    model = build(config, world)
+    parameters = list(model.module.parameters())
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in known:
+            saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    length = config.run.sequence_length
+    tokens = torch.arange(length)[None] % 256
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = model.module(tokens, torch.arange(length)[None], None, labels=tokens)
+    loss.sum().backward()
+    model.optimizer.step()
+    return {
+        "weights": sum(p.nbytes for p in parameters),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in model.module.buffers),
+        "optimizer": _tensor_bytes(model.optimizer.state_dict()),
+        "saved": sum(x.untyped_storage().nbytes() for x in saved.values()),
+    }
+
+
+def _tensor_bytes(state: object) -> int:
+    """Of all tensors in nested containers; Adam's step counts, scalars, are left out."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes if state.dim() else 0
+    if isinstance(state, dict):
+        return sum(map(_tensor_bytes, state.values()))
+    return sum(map(_tensor_bytes, state)) if isinstance(state, list | tuple) else 0
+
+
+@pytest.fixture(scope="module")
+def built():
+    return run_ranks(1, build_and_measure)[0]
+
+
+def planned(config: TrainConfig) -> dict[str, int]:
+    shape = Shape.of(config, 1, "zigzag")
+    return memory.rank_memory(shape, Strategy("fetch", 1.0), Options(), cluster(), 1)
+
+
+@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("kind", ["weights", "gradients", "optimizer"])
+def test_model_states_are_those_of_a_built_model(built, name, kind):
+    assert planned(BUILT[name])[kind] == built[name][kind]
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_saved_tensors_are_those_of_a_built_model(built, name):
+    """With the core recomputed, everything autograd holds after forward, byte for byte.
+
+    On a CPU RMSNorm is not fused: it saves its input and the normalised rows in fp32, beside its output.
+    """
+    config = BUILT[name]
+    shape, kinds = Shape.of(config, 1, "zigzag"), planned(config)
+    tokens, e = shape.tokens, shape.element_bytes
+    probabilities = tokens * 256 * 4
+    core_kv = memory.core_kv_bytes(shape)  # lives in the recomputed core only
+    expected = kinds["activations"] + kinds["kv"] - core_kv + probabilities
+    # bf16: fp32 input and rows, bf16 output, instead of both in bf16; fp32: input, rows and output instead of two.
+    more = 2 * 4 + 2 - 2 * 2 if e == 2 else 3 * 4 - 2 * 4
+    norms = 2 * config.model.num_layers + 1
+    assert built[name]["saved"] == expected + norms * more * tokens * config.model.hidden_size
+
+
+# --- Properties -----------------------------------------------------------------------------------------------------
+
+
+def test_memory_falls_as_the_group_grows():
+    totals = [c.judged.total_bytes for c in long_plan().candidates]
+    assert [c.cp_size for c in long_plan().candidates] == [1, 2, 4, 8]
+    assert totals == sorted(totals, reverse=True)
+    for kind in ("weights", "optimizer", "gradients"):
+        assert len({c.judged.memory_bytes[kind] for c in long_plan().candidates}) == 1
+
+
+def test_only_eight_gpus_hold_a_million_tokens():
+    assert [c.fits(cluster()) for c in long_plan().candidates] == [False, False, False, True]
+    assert long_plan().best.cp_size == 8
+    assert long_plan().best.layout == "zigzag"
+
+
+def test_sums_add_up():
+    for candidate in as_data(long_plan())["candidates"]:
+        for row in candidate["strategies"]:
+            assert sum(row["memory_bytes"].values()) == row["total_memory_bytes"]
+            assert sum(row["compute_s"].values()) + sum(row["wire_s"].values()) == pytest.approx(row["step_s"])
+            assert set(row["memory_bytes"]) == set(memory.KINDS)
+
+
+def test_the_alternatives_send_the_whole_sequence():
+    """S forward and 3 S backward of what other ranks hold; the recomputed forward is one more S."""
+    candidate = long_plan().candidates[-1]
+    whole = 2**20 * 4 * 256 * 2 * 7 // 8 * 4  # bf16 K and V of 4 heads on 7 of 8 ranks, 4 layers
+    for how in ("all-gather", "ring", "whole shard"):
+        sent = candidate.outcome(how).sent_bytes
+        assert sent["pages"] == 3 * whole
+        assert sent["pages.grad"] == 2 * whole
+        assert sent["bitmap"] == 0
+
+
+def test_fewer_chosen_blocks_cost_less():
+    outcomes = [o for o in long_plan().best.outcomes if o.strategy.how == "fetch"]
+    assert [o.strategy.union_fraction for o in outcomes] == [1.0, 0.2, 0.05]
+    for figure in (lambda o: o.time.total_s, lambda o: o.total_bytes, lambda o: o.sent_bytes["pages"]):
+        values = [figure(o) for o in outcomes]
+        assert values == sorted(values, reverse=True)
+
+
+def test_kept_pages_are_sent_once_and_held_longer():
+    kept = make_plan(long_config(), cluster(), Options(refetch=False), [8]).best.judged
+    again = long_plan().best.judged
+    assert again.sent_bytes["pages"] * 2 == kept.sent_bytes["pages"] * 3  # forward, recomputed forward, backward
+    assert kept.memory_bytes["pages"] > again.memory_bytes["pages"]
+
+
+def test_a_page_budget_bounds_pages_and_costs_rounds():
+    plan = make_plan(long_config(), cluster(), Options(page_budget_bytes=GIB // 2), [8])
+    judged, free = plan.best.judged, long_plan().best.judged
+    assert judged.memory_bytes["pages"] == 3 * GIB // 2  # the pages, and their gradients twice as wide
+    assert free.time.compute_s["merge"] == 0 < judged.time.compute_s["merge"]
+
+
+def test_overlap_hides_the_wire_and_nothing_else():
+    hidden = make_plan(long_config(), cluster(), Options(overlap=1.0), [8]).best.judged.time
+    assert sum(hidden.wire_s.values()) == 0
+    assert hidden.compute_s == long_plan().best.judged.time.compute_s
+
+
+def test_break_even_separates_quicker_from_slower():
+    plan, best = long_plan(), long_plan().best
+    even = break_even(plan, best, "all-gather")
+    assert 0 < even < 1
+    beside = make_plan(long_config(), cluster(), Options(union_fractions=(even - 0.05, even + 0.05)), [8]).best
+    lower, higher = (o.time.total_s for o in beside.outcomes[:2])
+    assert lower < best.outcome("all-gather").time.total_s < higher
+
+
+def test_fetching_pays_less_between_nodes():
+    """A page crosses to a node as often as its ranks want it; an all-gathered shard crosses once."""
+    several = cluster().model_copy(update={"num_nodes": 4})
+    plan = make_plan(long_config(), several, cp_sizes=[8, 32])
+    inside, across = (break_even(plan, candidate, "all-gather") for candidate in plan.candidates)
+    assert across < inside
+
+
+def test_replicas_take_what_the_batch_feeds():
+    run = RunSection(output_dir="unused", sequence_length=2**14, dtype="bf16", global_batch_size=2)
+    plan = make_plan(long_config(run=run), cluster(), cp_sizes=[1, 2, 4, 8])
+    assert [c.replicas for c in plan.candidates] == [2, 2, 2, 1]
+    assert [c.idle_gpus for c in plan.candidates] == [6, 4, 0, 0]
+    assert [c.micro_batches for c in plan.candidates] == [1, 1, 1, 2]
+
+
+def test_parallel_sizes_divide_a_rank_of_the_model():
+    whole = Shape.of(long_config(), 2, "zigzag")
+    cut = Shape.of(
+        long_config(
+            parallel=ParallelSection(
+                tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True
+            )
+        ),
+        2,
+        "zigzag",
+    )
+    assert cut.linear_parameters * 2 == whole.linear_parameters
+    assert cut.phi_parameters * 2 == whole.phi_parameters
+    assert cut.layers_per_stage * 2 == whole.layers_per_stage
+    assert memory.layer_activation_bytes(cut) * 2 == memory.layer_activation_bytes(whole)
+    both_stages = sum(cut.stage_parameters(stage) for stage in range(2))
+    norms = 2048 * (2 * 4 + 1)  # whole on every tensor-parallel rank
+    assert (both_stages - norms) * 2 + norms == whole.stage_parameters(0)
+
+
+# --- Words and errors -----------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_told_with_a_knob_that_helps():
+    model = long_config().model.model_copy(update={"num_layers": 12})
+    plan = make_plan(long_config(model=model), cluster())
+    words = "\n".join(verdict(plan))
+    assert plan.best is None
+    assert "Nothing fits" in words
+    assert "run.sequence_length=524288 fits" in words
+    knobs = turn_knobs(plan)
+    assert [k.fits for k in knobs] == sorted((k.fits for k in knobs), reverse=True)
+
+
+def test_verdict_says_when_fetching_pays():
+    words = "\n".join(verdict(long_plan()))
+    assert "Take cp 8" in words
+    assert "only while u is below 0." in words
+    assert "Fetch for the memory bound, not for speed." in words
+
+
+@pytest.mark.parametrize(
+    ("sizes", "remedy"),
+    [((3,), "take a size that divides them"), ((16,), "describe a larger cluster with --cluster")],
+)
+def test_sizes_that_do_not_fit_the_cluster(sizes, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        make_plan(long_config(), cluster(), cp_sizes=sizes)
+
+
+def test_lengths_that_do_not_divide():
+    run = RunSection(output_dir="unused", sequence_length=256)
+    with pytest.raises(ValueError, match="take sequence_length=512"):
+        make_plan(TrainConfig(run=run), cluster(), cp_sizes=[4])
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"union_fractions": (2.0,)}, "pass for example --u"),
+        ({"union_fractions": ()}, "pass for example --u"),
+        ({"overlap": -1.0}, "pass 0 for what is certain"),
+        ({"page_budget_bytes": 0}, "leave it out for no bound"),
+    ],
+)
+def test_options_that_make_no_sense(options, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        replace(Options(), **options)
+
+
+def test_a_constant_without_a_source_is_refused(tmp_path):
+    raw = yaml.safe_load(CLUSTER_FILE.read_text())
+    del raw["link_efficiency"]["source"]
+    raw["num_node"] = raw.pop("num_nodes")
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ValueError, match="did you mean 'num_nodes'") as error:
+        load_cluster(path)
+    assert "link_efficiency.source: this key is needed" in str(error.value)
+
+
+def test_every_constant_says_where_it_comes_from():
+    constants = cluster().constants()
+    assert {c.evidence for c in constants.values()} == {"measured", "given", "assumed"}
+    assert all(len(c.source) > 10 for c in constants.values() if c.source not in ("as forward",))
+    assert "attention.slc.backward" in constants
