@@ -85,11 +85,15 @@ def halo_rows(plan: ShardPlan, halo_len: int) -> Matrix:
 
     The halos of two segments may overlap; a row in both travels twice.
     """
-    received = []
-    for rank in range(plan.cp_size):
-        halos = [_held_by(plan, rank, [interval]) for interval in _halo_intervals(plan, rank, halo_len)]
-        received.append([sum(column) for column in zip([0] * plan.cp_size, *halos, strict=True)])
-    return received
+
+    def compute() -> Matrix:
+        received = []
+        for rank in range(plan.cp_size):
+            halos = [_held_by(plan, rank, [interval]) for interval in _halo_intervals(plan, rank, halo_len)]
+            received.append([sum(column) for column in zip([0] * plan.cp_size, *halos, strict=True)])
+        return received
+
+    return plan.memo(("halo_rows", halo_len), compute)
 
 
 def _halo_intervals(plan: ShardPlan, rank: int, halo_len: int) -> list[tuple[int, int]]:
@@ -113,7 +117,10 @@ def halo_lengths(cfg: NSAConfig) -> tuple[int, int]:
 
 def own_cmp_blocks(plan: ShardPlan, cfg: NSAConfig, rank: int) -> int:
     """Compressed blocks whose last token `rank` holds."""
-    return sum(cfg.num_cmp_blocks(p.stop) - cfg.num_cmp_blocks(p.start) for p in pieces(plan, rank))
+    return plan.memo(
+        ("own_cmp_blocks", cfg, rank),
+        lambda: sum(cfg.num_cmp_blocks(p.stop) - cfg.num_cmp_blocks(p.start) for p in pieces(plan, rank)),
+    )
 
 
 def total_cmp_blocks(plan: ShardPlan, cfg: NSAConfig) -> int:
@@ -126,7 +133,10 @@ def total_cmp_blocks(plan: ShardPlan, cfg: NSAConfig) -> int:
 
 def visible_remote_blocks(plan: ShardPlan) -> Matrix:
     """Selection blocks that rank q holds and some query of rank r may choose: the most that r can fetch for a head."""
-    return [_held_by(plan, rank, _visible_blocks(plan, rank), plan.block_len) for rank in range(plan.cp_size)]
+    return plan.memo(
+        ("visible_remote_blocks",),
+        lambda: [_held_by(plan, r, _visible_blocks(plan, r), plan.block_len) for r in range(plan.cp_size)],
+    )
 
 
 def _visible_blocks(plan: ShardPlan, rank: int) -> list[tuple[int, int]]:
@@ -178,27 +188,30 @@ def _owner_by_block_id(plan: ShardPlan) -> Tensor:
 
 
 def sent_bytes(
-    plan: ShardPlan, cfg: NSAConfig, heads: HeadSizes, rank: int, pages: Matrix, *, refetch: bool
-) -> dict[str, int]:
-    """What `rank` sends in one forward and backward of one layer, by kind, as `Traffic.sent_bytes` counts it.
+    plan: ShardPlan, cfg: NSAConfig, heads: HeadSizes, pages: Matrix, *, refetch: bool
+) -> list[dict[str, int]]:
+    """What each rank sends in one forward and backward of one layer, by kind, as `Traffic.sent_bytes` counts it.
 
     pages       from `pages_of` or `pages_at`
     refetch     backward fetches the pages again instead of keeping them
     A group of one sends nothing. The check of the layouts (kind `layout`, once per shape) is not in it.
     """
     others, page = plan.cp_size - 1, plan.block_len * (heads.dim_k + heads.dim_v)
+    row_bytes, row_grad_bytes = heads.row_elements * heads.element_bytes, heads.row_elements * heads.grad_bytes
     halos = [halo_rows(plan, length) for length in halo_lengths(cfg)]
-    most = max(own_cmp_blocks(plan, cfg, r) for r in range(plan.cp_size))
-    sent_pages, fetched_pages = sum(row[rank] for row in pages), sum(pages[rank])
-    return {
-        "halo": sum(row[rank] for halo in halos for row in halo) * heads.row_elements * heads.element_bytes,
-        "halo.grad": sum(sum(halo[rank]) for halo in halos) * heads.row_elements * heads.grad_bytes,
-        "compressed": others * most * heads.row_elements * heads.element_bytes,
-        "compressed.grad": others * most * heads.row_elements * heads.grad_bytes,
-        "bitmap": others * heads.num_kv_heads * -(-plan.num_blocks // 8),
-        "pages": (2 if refetch else 1) * sent_pages * page * heads.element_bytes,
-        "pages.grad": fetched_pages * page * heads.grad_bytes,
-    }
+    most = max(own_cmp_blocks(plan, cfg, rank) for rank in range(plan.cp_size))
+    return [
+        {
+            "halo": sum(row[rank] for halo in halos for row in halo) * row_bytes,
+            "halo.grad": sum(sum(halo[rank]) for halo in halos) * row_grad_bytes,
+            "compressed": others * most * row_bytes,
+            "compressed.grad": others * most * row_grad_bytes,
+            "bitmap": others * heads.num_kv_heads * -(-plan.num_blocks // 8),
+            "pages": (2 if refetch else 1) * sum(row[rank] for row in pages) * page * heads.element_bytes,
+            "pages.grad": sum(pages[rank]) * page * heads.grad_bytes,
+        }
+        for rank in range(plan.cp_size)
+    ]
 
 
 def sequence_kv_bytes(plan: ShardPlan, heads: HeadSizes) -> int:

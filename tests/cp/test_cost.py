@@ -120,8 +120,7 @@ def test_formulas_equal_counted_bytes(name, layout):
     plan = make_plan(layout, lengths, WORLD, cfg)
     traffic, ids = zip(*(counted()[rank][name, layout] for rank in range(WORLD)), strict=True)
     pages = cost.pages_of(plan, ids)
-    for rank in range(WORLD):
-        expected = cost.sent_bytes(plan, cfg, HEADS, rank, pages, refetch=refetches(plan, traffic, pages))
+    for rank, expected in enumerate(cost.sent_bytes(plan, cfg, HEADS, pages, refetch=refetches(plan, traffic, pages))):
         expected["layout"] = cost.layout_check_bytes(plan)
         assert traffic[rank] == {kind: num_bytes for kind, num_bytes in expected.items() if kind in traffic[rank]}
         assert not any(num_bytes for kind, num_bytes in expected.items() if kind not in traffic[rank])
@@ -151,7 +150,7 @@ def test_the_alternatives_move_the_whole_sequence():
 def test_compressed_bytes_at_a_million_tokens():
     """168 MB of compressed keys and values for the whole sequence, 1/16 of one layer's."""
     plan, heads = ShardPlan.zigzag([0, 2**20], 8), cost.HeadSizes(64, 4, 192, 128)
-    sent = cost.sent_bytes(plan, NSAConfig(), heads, 0, cost.pages_at(plan, heads, 0.0), refetch=True)
+    sent = cost.sent_bytes(plan, NSAConfig(), heads, cost.pages_at(plan, heads, 0.0), refetch=True)[0]
     assert sent["compressed"] == pytest.approx(168e6 * 7 / 8, rel=0.01)
     assert sent["pages"] == sent["pages.grad"] == 0
 

@@ -1,0 +1,143 @@
+"""Bytes of GPU memory that a rank needs at its peak, by kind.
+
+What is saved for backward is listed tensor by tensor, as the modules of `nsa_dist.mcore` and Megatron-core's local
+layers save it (RMSNorm fused, as on a GPU). What lives only while one layer is computed (`transient`) is a model:
+the largest of a few moments, each a sum of the buffers that are alive in it.
+"""
+
+from nsa_dist.cp import cost
+from nsa_dist.train.planner.cluster import Cluster
+from nsa_dist.train.planner.shape import Shape
+from nsa_dist.train.planner.strategies import Options, Strategy, held_bytes, page_bytes, page_counts
+
+KINDS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "kv",
+    "compressed",
+    "pages",
+    "logits",
+    "transient",
+    "reserved",
+)
+
+# The selected branch's kernels work in chunks of queries so that their workspace stays below this.
+WORKSPACE_BYTES = 2 * 2**30
+
+
+def rank_memory(shape: Shape, strategy: Strategy, options: Options, cluster: Cluster, micro_batches: int) -> dict:
+    """{kind: bytes} of the fullest pipeline stage. `micro_batches`: of one step and replica."""
+    stages = [
+        stage_memory(shape, strategy, options, cluster, stage, min(shape.num_stages - stage, micro_batches))
+        for stage in range(shape.num_stages)
+    ]
+    return max(stages, key=lambda kinds: sum(kinds.values()))
+
+
+def stage_memory(
+    shape: Shape, strategy: Strategy, options: Options, cluster: Cluster, stage: int, in_flight: int
+) -> dict[str, int]:
+    """{kind: bytes} of one pipeline stage that keeps `in_flight` micro batches for their backward."""
+    parameters = shape.stage_parameters(stage)
+    is_last = stage == shape.num_stages - 1
+    layers = shape.layers_per_stage * in_flight  # layers whose saved tensors are alive together
+    kept = 1 if shape.config.model.recompute_attention else layers
+    keeps_pages = not options.refetch and strategy.how == "fetch"
+    return {
+        "weights": parameters * shape.element_bytes,
+        "gradients": parameters * 4,  # fp32 buffers of Megatron's data parallelism
+        "optimizer": parameters * optimizer_bytes(shape),
+        "activations": layers * layer_activation_bytes(shape) + _ends_bytes(shape, stage),
+        "kv": layers * shape.kv_pairs * _kv_pair_bytes(shape) + kept * core_kv_bytes(shape),
+        "compressed": kept * compressed_bytes(shape),
+        "pages": held_bytes(shape, strategy, options) + (kept_page_bytes(shape, strategy) * kept if keeps_pages else 0),
+        "logits": is_last * logits_bytes(shape),
+        "transient": kept * core_saved_bytes(shape) + working_bytes(shape),
+        "reserved": int(cluster.reserved_bytes.value),
+    }
+
+
+def optimizer_bytes(shape: Shape) -> int:
+    """Adam's two fp32 moments a parameter, and an fp32 copy of 16-bit weights. Not sharded over replicas."""
+    return 12 if shape.element_bytes == 2 else 8
+
+
+def layer_activation_bytes(shape: Shape) -> int:
+    """Saved of one layer outside its attention core and its K/V: hidden states, queries, gates, the MLP."""
+    model, heads, e = shape.config.model, shape.heads, shape.element_bytes
+    norm = (2 * model.hidden_size * e + 4) * shape.norm_share  # its input and output, and the fp32 root mean square
+    queries = heads.num_q_heads * (heads.dim_k + 3) * e
+    if shape.config.model.recompute_attention and heads.num_kv_heads > 1:
+        queries *= 2  # what the recomputation starts from is a copy, the projection's output stays beside it
+    mlp = 5 * shape.local_ffn * e  # gate and up, silu(gate), up + 0, their product
+    return int(shape.tokens * (2 * norm + queries + heads.num_q_heads * heads.dim_v * e + mlp))
+
+
+def _kv_pair_bytes(shape: Shape) -> int:
+    """One branch's K and V of this rank's tokens, as projected."""
+    return shape.tokens * shape.heads.row_elements * shape.element_bytes
+
+
+def core_kv_bytes(shape: Shape) -> int:
+    """K/V that the attention core makes of the projected ones and saves: turned keys, and rows with their halos."""
+    heads, e = shape.heads, shape.element_bytes
+    turned = shape.tokens * heads.num_kv_heads * heads.dim_k * e
+    if shape.plan.cp_size == 1:
+        return turned * (1 if shape.config.nsa.shared_kv else 2)
+    halos = sum(
+        max(map(sum, cost.halo_rows(shape.plan, length))) for length in cost.halo_lengths(shape.config.nsa.sizes())
+    )
+    return turned + (2 * shape.tokens + shape.batch * halos) * heads.row_elements * e
+
+
+def compressed_bytes(shape: Shape) -> int:
+    """Compressed K and V of the whole sequence, and of the own blocks what phi's MLPs save."""
+    cfg = shape.config.nsa.sizes()
+    own = max(cost.own_cmp_blocks(shape.plan, cfg, rank) for rank in range(shape.plan.cp_size))
+    hidden = own * shape.heads.num_kv_heads * sum(shape.phi_hidden_dims)
+    rows = cost.total_cmp_blocks(shape.plan, cfg) * shape.heads.row_elements
+    return shape.batch * (rows + hidden) * shape.element_bytes
+
+
+def core_saved_bytes(shape: Shape) -> int:
+    """Saved by the attention core beside K/V: turned queries, rotary tables, three outputs, gates, block choices."""
+    heads, e, nsa = shape.heads, shape.element_bytes, shape.config.nsa
+    turned_keys = 1 if nsa.shared_kv else 2 if nsa.compress_before_rope else 3
+    return shape.tokens * (
+        heads.num_q_heads * heads.dim_k * e
+        + (1 + turned_keys) * heads.dim_k * 4  # cosines and sines, fp32
+        + 3 * heads.num_q_heads * (heads.dim_v * e + 4)  # out and log-sum-exp of each branch
+        + 3 * heads.num_q_heads * 4
+        + heads.num_kv_heads * nsa.num_slc_blocks * 4
+    )
+
+
+def kept_page_bytes(shape: Shape, strategy: Strategy) -> int:
+    """Pages of one layer that wait for their backward when they are not fetched again."""
+    most = max(map(sum, page_counts(shape, strategy)))
+    return shape.batch * most * page_bytes(shape, shape.element_bytes)
+
+
+def logits_bytes(shape: Shape) -> int:
+    """Logits, their fp32 copy and the fp32 probabilities that cross entropy saves."""
+    return shape.tokens * shape.local_vocab * (shape.element_bytes + 8)
+
+
+def working_bytes(shape: Shape) -> int:
+    """The largest moment of computing one layer, beside everything saved."""
+    heads, e = shape.heads, shape.element_bytes
+    q, out = (shape.tokens * heads.num_q_heads * dim for dim in (heads.dim_k, heads.dim_v))
+    kv = shape.tokens * heads.row_elements
+    backward = (4 * out + 2 * q) * e + kv * (e + 8) + WORKSPACE_BYTES  # grads of out and branches, two dq, fp32 dk dv
+    turning = 14 * q  # fp32 copies while queries are turned
+    mlp = 5 * shape.tokens * shape.local_ffn * e
+    return max(backward, turning, mlp)
+
+
+def _ends_bytes(shape: Shape, stage: int) -> int:
+    """Token ids before the first layer; the final norm, targets and mask after the last."""
+    norm = (2 * shape.config.model.hidden_size * shape.element_bytes + 4) * shape.norm_share
+    first, last = stage == 0, stage == shape.num_stages - 1
+    return int(shape.tokens * (8 * first + (norm + 9) * last))

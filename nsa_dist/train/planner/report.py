@@ -1,0 +1,50 @@
+"""A plan as plain data, for JSON: everything that the table, the picture and the words are made of."""
+
+from typing import Any
+
+from nsa_dist.train.planner.sweep import Candidate, Plan
+from nsa_dist.train.planner.verdict import CAVEATS, verdict
+
+
+def as_data(plan: Plan) -> dict[str, Any]:
+    """Dicts, lists, numbers and strings; keys end in their unit."""
+    best = plan.best
+    return {
+        "cluster": plan.cluster.model_dump(mode="json"),
+        "config": plan.config.model_dump(mode="json"),
+        "options": {
+            "union_fractions": list(plan.options.union_fractions),
+            "page_budget_bytes": plan.options.page_budget_bytes,
+            "refetch": plan.options.refetch,
+            "overlap": plan.options.overlap,
+        },
+        "best_cp_size": best and best.cp_size,
+        "candidates": [_candidate(plan, candidate) for candidate in plan.candidates],
+        "verdict": verdict(plan),
+        "caveats": list(CAVEATS),
+    }
+
+
+def _candidate(plan: Plan, candidate: Candidate) -> dict[str, Any]:
+    return {
+        "cp_size": candidate.cp_size,
+        "layout": candidate.layout,
+        "tokens_per_rank": candidate.shape.plan.tokens_per_rank,
+        "replicas": candidate.replicas,
+        "idle_gpus": candidate.idle_gpus,
+        "load_imbalance": candidate.imbalance,
+        "fits": candidate.fits(plan.cluster),
+        "strategies": [
+            {
+                "name": outcome.strategy.name,
+                "memory_bytes": outcome.memory_bytes,
+                "total_memory_bytes": outcome.total_bytes,
+                "sent_bytes_per_step": outcome.sent_bytes,
+                "pages_per_layer": outcome.pages,
+                "compute_s": outcome.time.compute_s,
+                "wire_s": outcome.time.wire_s,
+                "step_s": outcome.time.total_s,
+            }
+            for outcome in candidate.outcomes
+        ],
+    }

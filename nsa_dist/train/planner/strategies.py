@@ -1,0 +1,132 @@
+"""The ways in which a rank can come by the remote keys and values that its queries selected: bytes, memory, messages.
+
+All of them gather the compressed keys and exchange halos as `nsa_dist.cp` does, and all fetch again in backward
+unless `refetch` is off; they differ in how K/V of the selected branch travels. That is kind to the alternatives:
+public code gathers the raw K/V of every branch and compresses all of it again on every rank.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nsa_dist.cp import cost
+from nsa_dist.train.planner.shape import Shape
+
+How = Literal["fetch", "whole shard", "all-gather", "ring"]
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """`union_fraction` is the share u of the visible remote blocks that a rank's queries choose; fetch alone has it."""
+
+    how: How
+    union_fraction: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.how if self.union_fraction is None else f"fetch u={self.union_fraction:g}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a plan assumes beyond the configuration.
+
+    union_fractions     the u to show; the first is the one that memory and the verdict are judged by
+    page_budget_bytes   pages held at once on a rank; None: all that were chosen
+    refetch             backward fetches the pages again; else they are kept from forward on
+    overlap             share of the wire time hidden under compute, for every strategy alike
+    """
+
+    union_fractions: tuple[float, ...] = (1.0, 0.2, 0.05)
+    page_budget_bytes: int | None = None
+    refetch: bool = True
+    overlap: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.union_fractions or not all(0 <= u <= 1 for u in self.union_fractions):
+            raise ValueError(
+                f"union fractions {self.union_fractions} must be one or more numbers from 0 to 1, as each is the share "
+                f"of the remote blocks that some query chose; pass for example --u 1,0.2,0.05"
+            )
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(
+                f"overlap={self.overlap} must lie between 0 (nothing hidden) and 1 (all of it), because it is the "
+                f"share of the wire time that hides under compute; pass 0 for what is certain"
+            )
+        if self.page_budget_bytes is not None and self.page_budget_bytes <= 0:
+            raise ValueError(
+                f"page_budget_bytes={self.page_budget_bytes} must be positive, because a rank has to hold a page to "
+                f"read it; leave it out for no bound"
+            )
+
+    def strategies(self) -> list[Strategy]:
+        """Every row of the comparison, the judged one first."""
+        fetches = [Strategy("fetch", u) for u in self.union_fractions]
+        return [*fetches, Strategy("whole shard"), Strategy("all-gather"), Strategy("ring")]
+
+
+def page_bytes(shape: Shape, element_bytes: int) -> int:
+    """One block of one key/value head, K and V."""
+    return shape.plan.block_len * (shape.heads.dim_k + shape.heads.dim_v) * element_bytes
+
+
+def page_counts(shape: Shape, strategy: Strategy) -> cost.Matrix:
+    """counts[r][q]: pages that rank r receives from rank q in one forward. All of a shard unless it is fetched."""
+    if strategy.union_fraction is not None:
+        return cost.pages_at(shape.plan, shape.heads, strategy.union_fraction)
+    size = shape.plan.cp_size
+    shard = shape.plan.tokens_per_rank // shape.plan.block_len * shape.heads.num_kv_heads
+    return [[shard * (source != rank) for source in range(size)] for rank in range(size)]
+
+
+def sent_bytes(shape: Shape, strategy: Strategy, refetch: bool) -> dict[str, int]:
+    """What the busiest rank of each kind sends, forward and backward of one layer and sequence, nothing recomputed."""
+    fetches = strategy.how == "fetch"
+    ranks = cost.sent_bytes(
+        shape.plan,
+        shape.config.nsa.sizes(),
+        shape.heads,
+        page_counts(shape, strategy),
+        refetch=refetch or not fetches,
+    )
+    most = {kind: max(sent[kind] for sent in ranks) for kind in ranks[0]}
+    return most if fetches else {**most, "bitmap": 0}  # where everything goes, nobody has to say what
+
+
+def num_rounds(shape: Shape, strategy: Strategy, options: Options) -> int:
+    """Partial results of selected attention that are merged: rounds within the budget, or the steps of a ring."""
+    if shape.plan.cp_size == 1:
+        return 1
+    if strategy.how == "ring":
+        return shape.plan.cp_size
+    if strategy.how == "whole shard":
+        return shape.plan.cp_size  # a shard at a time
+    if strategy.how == "all-gather" or options.page_budget_bytes is None:
+        return 1
+    most = max(map(sum, page_counts(shape, strategy))) * page_bytes(shape, shape.element_bytes)
+    return max(1, -(-most // options.page_budget_bytes))
+
+
+def held_bytes(shape: Shape, strategy: Strategy, options: Options) -> int:
+    """Remote K/V and its gradients held at once on a rank, one layer, at the worst moment: in backward.
+
+    fetch       the pages, at most the budget, and their fp32 gradients
+    whole shard two shards (one in use, one on its way), one key/value head at a time
+    all-gather  the whole sequence, one key/value head at a time
+    ring        two shards and the gradients that travel with them
+    """
+    if shape.plan.cp_size == 1:
+        return 0
+    heads = shape.heads
+    both = heads.element_bytes + heads.grad_bytes
+    shard = shape.plan.tokens_per_rank * heads.row_elements
+    if strategy.how == "ring":
+        return 2 * shard * both
+    if strategy.how == "whole shard":
+        return 2 * shard // heads.num_kv_heads * both
+    if strategy.how == "all-gather":
+        return shape.plan.cp_size * shard // heads.num_kv_heads * both
+    pages = max(map(sum, page_counts(shape, strategy)))
+    if options.page_budget_bytes is not None:
+        pages = min(pages, options.page_budget_bytes // page_bytes(shape, heads.element_bytes))
+    return pages * page_bytes(shape, both)
