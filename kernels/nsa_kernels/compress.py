@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsa_kernels.cmp_tiles import KERNEL_DTYPES, rows_contiguous
-from nsa_kernels.compress_mlp import mlp_backward, mlp_forward
+from nsa_kernels.compress_phi import mlp_backward, mlp_forward
 
 BLOCK_ROWS = 32  # of the kernels of the mean, which only move bytes
 
