@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.train.output import write_atomically
 from nsa_dist.train.planner.cluster import load_cluster
 from nsa_dist.train.planner.memory import KINDS
@@ -40,8 +41,9 @@ class Request:
         budget = arguments.page_budget_gib
         options = Options(
             union_fractions=arguments.u,
-            page_budget_bytes=None if budget is None else int(budget * GIB),
-            refetch=not arguments.keep_pages,
+            fetch=FetchOptions(
+                kv_fetch_budget_bytes=None if budget is None else int(budget * GIB), keep_pages=arguments.keep_pages
+            ),
             overlap=arguments.overlap,
         )
         return cls(

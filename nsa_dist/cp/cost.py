@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist.config import NSAConfig
+from nsa_dist.cp.fetch import widen_to_whole_shards
 from nsa_dist.cp.plan import ShardPlan
 
 # counts[r][q]: what rank r receives from rank q; the diagonal is 0.
@@ -147,41 +148,48 @@ def _visible_blocks(plan: ShardPlan, rank: int) -> list[tuple[int, int]]:
 
 
 def pages_at(plan: ShardPlan, heads: HeadSizes, union_fraction: float) -> Matrix:
-    """Pages fetched when a rank's queries choose the fraction `u` of the remote blocks they may, for every head alike.
+    """Pages fetched when every rank's queries choose the fraction u of the remote blocks, for every head alike.
 
-    ValueError unless 0 <= u <= 1.
+    u is counted as `Traffic.union_fractions` counts it: blocks after a rank's last query are remote blocks, too, so
+    the most that a rank can choose is less than 1; a larger u means all it can see. ValueError unless 0 <= u <= 1.
     """
     if not 0 <= union_fraction <= 1:
         raise ValueError(
             f"union_fraction={union_fraction} must lie between 0 and 1, because it is the share of the remote blocks "
             f"that some query chose; pass 1 for the worst case"
         )
-    return [
-        [round(union_fraction * blocks) * heads.num_kv_heads for blocks in row] for row in visible_remote_blocks(plan)
-    ]
-
-
-def pages_of(plan: ShardPlan, block_indices: Sequence[Tensor]) -> Matrix:
-    """Pages fetched for given choices: every rank's `block_indices` as `nsa_attention` returns them."""
-    owner = _owner_by_block_id(plan)
+    num_remote = plan.num_blocks - plan.tokens_per_rank // plan.block_len
     counts = []
-    for rank, ids in enumerate(block_indices):
-        row = [0] * plan.cp_size
-        for head in range(ids.shape[1]):
-            chosen = ids[:, head].unique()
-            for source in owner[chosen[chosen >= 0].long().cpu()].tolist():
-                row[source] += source != rank
-        counts.append(row)
+    for row in visible_remote_blocks(plan):
+        share = min(1.0, union_fraction * num_remote / max(1, sum(row)))
+        counts.append([round(share * blocks) * heads.num_kv_heads for blocks in row])
     return counts
 
 
-def _owner_by_block_id(plan: ShardPlan) -> Tensor:
-    """The rank that holds each selection block, under the ids callers see: int64 [num_blocks]."""
+def pages_of(plan: ShardPlan, block_indices: Sequence[Tensor], whole_shard_fraction: float = 1.0) -> Matrix:
+    """Pages fetched for given choices: every rank's `block_indices` as `nsa_attention` returns them.
+
+    whole_shard_fraction    as in `FetchOptions`: from this share of an owner's blocks of a head on all of them travel
+    """
     owner, _ = plan.owner(torch.arange(plan.num_blocks) * plan.block_len)
+    stream_block = _stream_blocks(plan)
+    wanted = torch.zeros(plan.cp_size, block_indices[0].shape[1], plan.num_blocks, dtype=torch.bool)
+    for rank, ids in enumerate(block_indices):
+        for head in range(ids.shape[1]):
+            chosen = ids[:, head].unique().long().cpu()
+            wanted[rank, head, stream_block[chosen[chosen >= 0]]] = True
+        wanted[rank][:, owner == rank] = False
+    counts = widen_to_whole_shards(wanted, owner, whole_shard_fraction).sum(1)  # [P, num_blocks]
+    return [[int(row[owner == source].sum()) for source in range(plan.cp_size)] for row in counts]
+
+
+def _stream_blocks(plan: ShardPlan) -> Tensor:
+    """For each block id that callers see its block in the plan's own stream, int64 [num_blocks]."""
+    blocks = torch.arange(plan.num_blocks)
     if plan.block_ids is None:
-        return owner
+        return blocks
     real = plan.block_ids >= 0
-    return torch.empty_like(owner).index_copy_(0, plan.block_ids[real], owner[real])
+    return torch.empty_like(blocks).index_copy_(0, plan.block_ids[real], blocks[real])
 
 
 # --- Bytes --------------------------------------------------------------------------------------------------------

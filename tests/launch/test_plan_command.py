@@ -38,8 +38,8 @@ def test_options_reach_the_plan(tmp_path):
     assert data["cluster"]["num_nodes"] == 2
     assert data["options"] == {
         "union_fractions": [0.5],
-        "page_budget_bytes": 3 * 2**29,
-        "refetch": False,
+        "kv_fetch_budget_bytes": 3 * 2**29,
+        "keep_pages": True,
         "overlap": 0.5,
     }
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.train.config import ModelSection, NSASection, ParallelSection, RunSection, TrainConfig
 from nsa_dist.train.planner import memory
 from nsa_dist.train.planner.cluster import Cluster, load_cluster
@@ -194,14 +195,14 @@ def test_fewer_chosen_blocks_cost_less():
 
 
 def test_kept_pages_are_sent_once_and_held_longer():
-    kept = make_plan(long_config(), cluster(), Options(refetch=False), [8]).best.judged
+    kept = make_plan(long_config(), cluster(), Options(fetch=FetchOptions(keep_pages=True)), [8]).best.judged
     again = long_plan().best.judged
     assert again.sent_bytes["pages"] * 2 == kept.sent_bytes["pages"] * 3  # forward, recomputed forward, backward
     assert kept.memory_bytes["pages"] > again.memory_bytes["pages"]
 
 
 def test_a_page_budget_bounds_pages_and_costs_rounds():
-    plan = make_plan(long_config(), cluster(), Options(page_budget_bytes=GIB // 2), [8])
+    plan = make_plan(long_config(), cluster(), Options(fetch=FetchOptions(kv_fetch_budget_bytes=GIB // 2)), [8])
     judged, free = plan.best.judged, long_plan().best.judged
     assert judged.memory_bytes["pages"] == 3 * GIB // 2  # the pages, and their gradients twice as wide
     assert free.time.compute_s["merge"] == 0 < judged.time.compute_s["merge"]
@@ -300,7 +301,6 @@ def test_lengths_that_do_not_divide():
         ({"union_fractions": (2.0,)}, "pass for example --u"),
         ({"union_fractions": ()}, "pass for example --u"),
         ({"overlap": -1.0}, "pass 0 for what is certain"),
-        ({"page_budget_bytes": 0}, "leave it out for no bound"),
     ],
 )
 def test_options_that_make_no_sense(options, remedy):

@@ -65,8 +65,9 @@ def _changes(config: TrainConfig, options: Options) -> Iterator[tuple[str, Train
         changed = _changed(config, update)
         if changed is not None:
             yield words, changed, options
-    if options.page_budget_bytes is None or options.page_budget_bytes > GIB:
-        yield "--page-budget-gib 1", config, replace(options, page_budget_bytes=GIB)
+    if (options.fetch.kv_fetch_budget_bytes or 2 * GIB) > GIB:
+        fetch = replace(options.fetch, kv_fetch_budget_bytes=GIB)
+        yield "--page-budget-gib 1", config, replace(options, fetch=fetch)
 
 
 def _changed(config: TrainConfig, update: dict[str, dict[str, Any]]) -> TrainConfig | None:

@@ -44,7 +44,7 @@ def stage_memory(
     is_last = stage == shape.num_stages - 1
     layers = shape.layers_per_stage * in_flight  # layers whose saved tensors are alive together
     kept = 1 if shape.config.model.recompute_attention else layers
-    keeps_pages = not options.refetch and strategy.how == "fetch"
+    keeps_pages = options.fetch.keep_pages and strategy.how == "fetch"
     return {
         "weights": parameters * shape.element_bytes,
         "gradients": parameters * 4,  # fp32 buffers of Megatron's data parallelism

@@ -14,8 +14,8 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "config": plan.config.model_dump(mode="json"),
         "options": {
             "union_fractions": list(plan.options.union_fractions),
-            "page_budget_bytes": plan.options.page_budget_bytes,
-            "refetch": plan.options.refetch,
+            "kv_fetch_budget_bytes": plan.options.fetch.kv_fetch_budget_bytes,
+            "keep_pages": plan.options.fetch.keep_pages,
             "overlap": plan.options.overlap,
         },
         "best_cp_size": best and best.cp_size,

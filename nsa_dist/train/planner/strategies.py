@@ -5,10 +5,11 @@ unless `refetch` is off; they differ in how K/V of the selected branch travels. 
 public code gathers the raw K/V of every branch and compresses all of it again on every rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from nsa_dist.cp import cost
+from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.train.planner.shape import Shape
 
 How = Literal["fetch", "whole shard", "all-gather", "ring"]
@@ -17,7 +18,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Strategy:
-    """`union_fraction` is the share u of the visible remote blocks that a rank's queries choose; fetch alone has it."""
+    """`union_fraction` is u, the chosen remote blocks over all remote blocks of a rank and head; fetch alone has it."""
 
     how: How
     union_fraction: float | None = None
@@ -32,14 +33,12 @@ class Options:
     """What a plan assumes beyond the configuration.
 
     union_fractions     the u to show; the first is the one that memory and the verdict are judged by
-    page_budget_bytes   pages held at once on a rank; None: all that were chosen
-    refetch             backward fetches the pages again; else they are kept from forward on
+    fetch               the page budget, and whether pages are kept for backward or fetched again
     overlap             share of the wire time hidden under compute, for every strategy alike
     """
 
     union_fractions: tuple[float, ...] = (1.0, 0.2, 0.05)
-    page_budget_bytes: int | None = None
-    refetch: bool = True
+    fetch: FetchOptions = field(default_factory=FetchOptions)
     overlap: float = 0.0
 
     def __post_init__(self) -> None:
@@ -52,11 +51,6 @@ class Options:
             raise ValueError(
                 f"overlap={self.overlap} must lie between 0 (nothing hidden) and 1 (all of it), because it is the "
                 f"share of the wire time that hides under compute; pass 0 for what is certain"
-            )
-        if self.page_budget_bytes is not None and self.page_budget_bytes <= 0:
-            raise ValueError(
-                f"page_budget_bytes={self.page_budget_bytes} must be positive, because a rank has to hold a page to "
-                f"read it; leave it out for no bound"
             )
 
     def strategies(self) -> list[Strategy]:
@@ -79,18 +73,28 @@ def page_counts(shape: Shape, strategy: Strategy) -> cost.Matrix:
     return [[shard * (source != rank) for source in range(size)] for rank in range(size)]
 
 
-def sent_bytes(shape: Shape, strategy: Strategy, refetch: bool) -> dict[str, int]:
+def sent_bytes(shape: Shape, strategy: Strategy, options: Options) -> dict[str, int]:
     """What the busiest rank of each kind sends, forward and backward of one layer and sequence, nothing recomputed."""
-    fetches = strategy.how == "fetch"
     ranks = cost.sent_bytes(
         shape.plan,
         shape.config.nsa.sizes(),
         shape.heads,
         page_counts(shape, strategy),
-        refetch=refetch or not fetches,
+        refetch=trips(strategy, options) == 2,
     )
     most = {kind: max(sent[kind] for sent in ranks) for kind in ranks[0]}
-    return most if fetches else {**most, "bitmap": 0}  # where everything goes, nobody has to say what
+    return most if strategy.how == "fetch" else {**most, "bitmap": 0}  # where everything goes, nobody has to say what
+
+
+def trips(strategy: Strategy, options: Options) -> int:
+    """How often pages travel in one forward and backward: once more in backward unless they were kept."""
+    return 1 if strategy.how == "fetch" and options.fetch.keep_pages else 2
+
+
+def pages_per_round(shape: Shape, options: Options) -> int | None:
+    """As many pages as the budget holds, at least one; None without a budget."""
+    budget = options.fetch.kv_fetch_budget_bytes
+    return None if budget is None else max(1, budget // page_bytes(shape, shape.element_bytes))
 
 
 def num_rounds(shape: Shape, strategy: Strategy, options: Options) -> int:
@@ -101,10 +105,10 @@ def num_rounds(shape: Shape, strategy: Strategy, options: Options) -> int:
         return shape.plan.cp_size
     if strategy.how == "whole shard":
         return shape.plan.cp_size  # a shard at a time
-    if strategy.how == "all-gather" or options.page_budget_bytes is None:
+    per_round = pages_per_round(shape, options)
+    if strategy.how == "all-gather" or per_round is None:
         return 1
-    most = max(map(sum, page_counts(shape, strategy))) * page_bytes(shape, shape.element_bytes)
-    return max(1, -(-most // options.page_budget_bytes))
+    return max(1, -(-max(map(sum, page_counts(shape, strategy))) // per_round))
 
 
 def held_bytes(shape: Shape, strategy: Strategy, options: Options) -> int:
@@ -127,6 +131,5 @@ def held_bytes(shape: Shape, strategy: Strategy, options: Options) -> int:
     if strategy.how == "all-gather":
         return shape.plan.cp_size * shard // heads.num_kv_heads * both
     pages = max(map(sum, page_counts(shape, strategy)))
-    if options.page_budget_bytes is not None:
-        pages = min(pages, options.page_budget_bytes // page_bytes(shape, heads.element_bytes))
-    return pages * page_bytes(shape, both)
+    per_round = pages_per_round(shape, options)
+    return (pages if per_round is None else min(pages, per_round)) * page_bytes(shape, both)

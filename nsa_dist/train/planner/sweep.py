@@ -8,7 +8,7 @@ from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.planner.cluster import Cluster
 from nsa_dist.train.planner.memory import rank_memory
 from nsa_dist.train.planner.shape import Shape
-from nsa_dist.train.planner.strategies import Options, Strategy, sent_bytes
+from nsa_dist.train.planner.strategies import Options, Strategy, sent_bytes, trips
 from nsa_dist.train.planner.timing import StepTime, forward_runs, pages_fetched, step_time
 
 LAYOUTS = ("zigzag", "contiguous")
@@ -128,12 +128,12 @@ def _candidate(config: TrainConfig, cluster: Cluster, options: Options, cp_size:
 
 def _step_bytes(shape: Shape, strategy: Strategy, options: Options, micro_batches: int) -> dict[str, int]:
     """Bytes by kind of one step on the rank that sends most of each kind, as `Traffic` counts them."""
-    most = sent_bytes(shape, strategy, options.refetch)
+    most = sent_bytes(shape, strategy, options)
     again = forward_runs(shape) - 1  # forward kinds travel once more when backward recomputes
     for kind in ("halo", "compressed", "bitmap"):
         most[kind] *= 1 + again
-    refetched = options.refetch or strategy.how != "fetch"
-    most["pages"] = most["pages"] * (1 + refetched + again) // (1 + refetched)
+    once = trips(strategy, options)
+    most["pages"] = most["pages"] * (once + again) // once
     sequences = shape.layers_per_stage * micro_batches * shape.batch
     return {kind: num_bytes * sequences for kind, num_bytes in most.items()}
 

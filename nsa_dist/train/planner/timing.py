@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nsa_dist.cp.work import backward_flops, forward_flops, rank_work
 from nsa_dist.train.planner.cluster import Cluster, Link
 from nsa_dist.train.planner.shape import Shape
-from nsa_dist.train.planner.strategies import Options, Strategy, num_rounds, page_counts, sent_bytes
+from nsa_dist.train.planner.strategies import Options, Strategy, num_rounds, page_counts, sent_bytes, trips
 
 ATTENTION = ("phi", "cmp", "select", "slc", "win")
 
@@ -114,16 +114,15 @@ def context_wire_s(shape: Shape, strategy: Strategy, options: Options, cluster: 
     """By kind, forward and backward of one layer and sequence over the context-parallel group, the busiest rank."""
     if shape.plan.cp_size == 1:
         return {}
-    most = sent_bytes(shape, strategy, options.refetch)
+    most = sent_bytes(shape, strategy, options)
     recomputed = forward_runs(shape)
     rounds = num_rounds(shape, strategy, options)
     seconds = {kind: _collective_s(shape, cluster, most[kind]) for kind in most if not kind.startswith("pages")}
     for kind in ("halo", "compressed", "bitmap"):
         seconds[kind] *= recomputed
-    # Pages travel in forward, in the recomputed forward, and again in backward if they were not kept.
-    trips = recomputed + (options.refetch or strategy.how != "fetch")
-    forward = most["pages"] / (2 if options.refetch or strategy.how != "fetch" else 1)
-    seconds["pages"] = trips * _pages_s(shape, cluster, strategy, forward, rounds)
+    once = trips(strategy, options)  # and once more for a recomputed forward
+    one_trip_s = _pages_s(shape, cluster, strategy, most["pages"] / once, rounds)
+    seconds["pages"] = (once + recomputed - 1) * one_trip_s
     seconds["pages.grad"] = _pages_s(shape, cluster, strategy, most["pages.grad"], rounds)
     return seconds
 

@@ -17,8 +17,9 @@ CAVEATS = (
     "Seconds are bytes and FLOPs over one achieved rate each, added up; nothing is overlapped unless --overlap says "
     "so. Every constant carries its source; `assumed` ones were never measured.",
     "u, the share of the remote blocks a rank's queries choose together, is an input. It depends on how alike "
-    "neighbouring queries choose, hardly on length: models at random initialisation give u near 1 up to 64 ranks. "
-    "Take a smaller u only after seeing it in a run's metrics.",
+    "neighbouring queries choose, hardly on length: models at random initialisation choose nearly all they can see up "
+    "to 64 ranks (0.75 over all ranks in zigzag order, 1 on the busiest). Take a smaller u only after seeing it in a "
+    "run's metrics.",
     "Alternatives move only the selected branch's K/V here and share our halos and compressed keys; public code "
     "gathers every branch's raw K/V and compresses all of it on every rank, which costs more than shown.",
 )
