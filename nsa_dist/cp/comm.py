@@ -94,21 +94,3 @@ class Comm:
         self.traffic.add("layout", (self.size - 1) * extremes.nbytes)
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
         return extremes.tolist() == [value, -value]
-
-
-def sum_over(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """`x` summed in place over the ranks of `group` (None: all), for metrics and agreements rather than activations."""
-    dist.all_reduce(x, group=group)
-    return x
-
-
-def gather_objects(value: object, group: dist.ProcessGroup | None = None) -> list:
-    """A small picklable value from every rank of `group` (None: all), by rank."""
-    values = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def barrier(group: dist.ProcessGroup | None = None) -> None:
-    """Wait until every rank of `group` (None: all) is here."""
-    dist.barrier(group=group)
