@@ -1,10 +1,19 @@
-"""The smallest run that has everything in it, as the launcher's tests need it."""
+"""The smallest run that has everything in it, and the command that starts it."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
+from nsa_dist.train.records import MetricsFollower
 from nsa_launch.config import RunConfig, load
+from nsa_launch.run_folder import RunFolder
 
 TINY = {
     "run": {"steps": 24, "sequence_length": 256, "checkpoint_interval": 5, "eval_interval": 100, "eval_batches": 1},
@@ -28,3 +37,63 @@ def tiny_file(folder: Path, corpus: Path | None = None) -> Path:
 
 def tiny(folder: Path, *overrides: str) -> RunConfig:
     return load(tiny_file(folder), overrides)
+
+
+class Command:
+    """`nsa-dist train` on a tiny file in a process group of its own, and a watch over its run's folder."""
+
+    patience_s = 600  # a machine may be busy; no test waits for a time to pass
+
+    def __init__(self, config: Path, home: Path) -> None:
+        self._config = config
+        self._output = home / "said"
+        # Ray leaves a token in HOME. RAY_ADDRESS would make the run join a cluster.
+        self._environment = {**os.environ, "HOME": str(home)}
+        self._environment.pop("RAY_ADDRESS", None)
+        self._folder = RunFolder(load(config).run.output_dir)
+        self._process: subprocess.Popen | None = None
+
+    @contextmanager
+    def started(self, *words: str) -> Iterator[subprocess.Popen]:
+        """The running command; its whole group is gone when the context ends, whatever happens."""
+        command = [sys.executable, "-m", "nsa_launch", "train", str(self._config), *words]
+        with self._output.open("w") as output:
+            self._process = subprocess.Popen(
+                command, env=self._environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                yield self._process
+            finally:
+                if self._process.poll() is None:
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                    self._process.wait()
+
+    def torchrun(self, *words: str) -> None:
+        """The same run through torchrun, to its end."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*launcher, "-m", "nsa_launch.torchrun", str(self._config), *words]
+        subprocess.run(command, check=True, env=self._environment, timeout=self.patience_s)
+
+    def said(self) -> str:
+        """Everything the command has printed."""
+        return self._output.read_text()
+
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        """Look again and again; the command must not end before."""
+        assert self._process is not None
+        deadline = time.monotonic() + self.patience_s
+        while not happened():
+            assert self._process.poll() is None, f"exit code {self._process.returncode} too early:\n{self.said()}"
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.05)  # between two looks
+
+    def events(self, kind: str) -> list[dict]:
+        """Of `launches.jsonl`."""
+        return [event for event in MetricsFollower(self._folder.launches).poll() if event["event"] == kind]
+
+    def train_records(self) -> list[dict]:
+        """Of `metrics.jsonl`, repeated steps included."""
+        return [record for record in MetricsFollower(self._folder.output.metrics).poll() if record["kind"] == "train"]
+
+    def last_step(self) -> int:
+        return max((record["step"] for record in self.train_records()), default=0)

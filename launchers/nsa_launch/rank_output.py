@@ -16,7 +16,7 @@ def redirect(path: Path, title: str) -> None:
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.close(target)
-    faulthandler.enable(file=2)
+    faulthandler.enable(file=2, all_threads=False)  # of the thread that crashed: Ray has a dozen others
     print(f"== {title}", flush=True)
 
 
