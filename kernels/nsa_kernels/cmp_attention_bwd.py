@@ -21,17 +21,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.cmp_tiles import row_offsets, rows_contiguous, split_head_dim
+from nsa_kernels.cmp_tiles import (
+    copyable_by_tma,
+    dot_precision,
+    kv_descriptors,
+    row_offsets,
+    split_head_dim,
+    tile_descriptor,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _grad_q_kernel(
-    q_ptr, k_ptr, v_ptr, begin_ptr, end_ptr, out_ptr, lse_ptr, grad_out_ptr, grad_lse_ptr,
+    q_ptr, k_a_desc, k_b_desc, v_desc, begin_ptr, end_ptr, out_ptr, lse_ptr, grad_out_ptr, grad_lse_ptr,
     delta_ptr, grad_q_ptr,
     num_rows, num_keys, num_heads_kv, softmax_scale,
-    stride_qt, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_gt, stride_gh, stride_lt, stride_lh,
+    stride_qt, stride_qh, stride_gt, stride_gh, stride_lt, stride_lh,
     HAS_GRAD_LSE: tl.constexpr,
     G: tl.constexpr, DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -70,21 +77,17 @@ def _grad_q_kernel(
     base = tl.where(seen, lse, 0.0) * LOG2_E
     tl.store(delta_ptr + row_offsets(row, head, num_heads_kv * G, 1, G), delta, mask=live)
 
-    k_ptr += head.to(tl.int64) * stride_kh
-    v_ptr += head.to(tl.int64) * stride_vh
     scale = softmax_scale * LOG2_E
     for start in tl.range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)
-        key_row = tl.minimum(key, num_keys - 1).to(tl.int64)
-        k_rows = k_ptr + key_row[:, None] * stride_kn
-        k_a = tl.load(k_rows + dim_a)  # [BLOCK_N, DK_A]
+        k_a = tl.reshape(k_a_desc.load([start, head, 0]), [BLOCK_N, DK_A])
         s = tl.dot(q_a, tl.trans(k_a), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if DK_B:
-            k_b = tl.load(k_rows + dim_b)
+            k_b = tl.reshape(k_b_desc.load([start, head, DK_A]), [BLOCK_N, DK_B])
             s = tl.dot(q_b, tl.trans(k_b), s, input_precision=PRECISION)
-        v = tl.load(v_ptr + key_row[:, None] * stride_vn + dim_v)  # [BLOCK_N, DV]
+        v = tl.reshape(v_desc.load([start, head, 0]), [BLOCK_N, DV])
         grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
         if (start < all_begun) | (start + BLOCK_N > none_ended):
+            key = start + tl.arange(0, BLOCK_N)
             s = tl.where((key >= begin[:, None]) & (key < end[:, None]), s, float("-inf"))
         p = tl.exp2(tl.fma(s, scale, -base[:, None]))
         grad_s = (p * (grad_p - delta[:, None])).to(k_a.dtype)
@@ -100,15 +103,16 @@ def _grad_q_kernel(
 
 @triton.jit
 def _grad_kv_kernel(
-    q_ptr, k_ptr, v_ptr, begin_ptr, end_ptr, lse_ptr, delta_ptr, grad_out_ptr, tile_range_ptr,
+    q_ptr, q_a_desc, q_b_desc, k_ptr, v_ptr, begin_ptr, end_ptr, lse_ptr, delta_ptr, grad_out_ptr, grad_out_desc,
+    tile_range_ptr,
     grad_k_ptr, grad_v_ptr,
     num_keys, num_heads_kv, num_key_tiles, softmax_scale,
     stride_qt, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_gt, stride_gh,
-    NUM_SPLITS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, BY_TMA: tl.constexpr,
     G: tl.constexpr, DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Partial dK and dV of BLOCK_N keys over one part of the rows that see them. Everything is transposed: keys on M."""
+    """Partial dK and dV of BLOCK_N keys over one part of the rows that see them, all transposed: keys on M."""
     # The first key tiles are seen by most queries: they start first.
     part = tl.program_id(0) % NUM_SPLITS
     head = tl.program_id(0) // NUM_SPLITS % num_heads_kv
@@ -140,17 +144,23 @@ def _grad_kv_kernel(
     for start in tl.range(seen_from, seen_to, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         row_in = tl.minimum(row, seen_to - 1)
-        q_rows = q_ptr + row_offsets(row_in, head, stride_qt, stride_qh, G)[:, None]
-        q_a = tl.load(q_rows + dim_a)  # [BLOCK_M, DK_A]
+        if BY_TMA:
+            q_a = tl.reshape(q_a_desc.load([start // G, head * G, 0]), [BLOCK_M, DK_A])
+            grad_out = tl.reshape(grad_out_desc.load([start // G, head * G, 0]), [BLOCK_M, DV])
+        else:
+            q_rows = q_ptr + row_offsets(row_in, head, stride_qt, stride_qh, G)[:, None]
+            q_a = tl.load(q_rows + dim_a)
+            grad_out = tl.load(grad_out_ptr + row_offsets(row_in, head, stride_gt, stride_gh, G)[:, None] + dim_v)
         s = tl.dot(k_a, tl.trans(q_a), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         if DK_B:
-            q_b = tl.load(q_rows + dim_b)
+            if BY_TMA:
+                q_b = tl.reshape(q_b_desc.load([start // G, head * G, DK_A]), [BLOCK_M, DK_B])
+            else:
+                q_b = tl.load(q_rows + dim_b)
             s = tl.dot(k_b, tl.trans(q_b), s, input_precision=PRECISION)
-        grad_out = tl.load(grad_out_ptr + row_offsets(row_in, head, stride_gt, stride_gh, G)[:, None] + dim_v)
         grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         statistic = row_offsets(row_in, head, num_heads_kv * G, 1, G)
         lse = tl.load(lse_ptr + statistic)
-        delta = tl.load(delta_ptr + statistic)
         p = tl.exp2(tl.fma(s, scale, -(lse * LOG2_E)[None, :]))
         if (start < full_from) | (start + BLOCK_M > tl.minimum(full_to, seen_to)):
             begin = tl.load(begin_ptr + row_in // G)[None, :]
@@ -158,7 +168,7 @@ def _grad_kv_kernel(
             visible = (key[:, None] >= begin) & (key[:, None] < end) & (row < seen_to)[None, :]
             p = tl.where(visible, p, 0.0)  # after exp2: a row without keys has lse = -inf
         grad_v = tl.dot(p.to(v.dtype), grad_out, grad_v, input_precision=PRECISION)
-        grad_s = (p * (grad_p - delta[None, :])).to(v.dtype)
+        grad_s = (p * (grad_p - tl.load(delta_ptr + statistic)[None, :])).to(v.dtype)
         grad_k_a = tl.dot(grad_s, q_a, grad_k_a, input_precision=PRECISION)
         if DK_B:
             grad_k_b = tl.dot(grad_s, q_b, grad_k_b, input_precision=PRECISION)
@@ -173,15 +183,28 @@ def _grad_kv_kernel(
 
 
 def _grad_q_tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """H200, bf16, 65,536 tokens, D 128, ms for (Hq, Hkv) = (64, 4).
+
+    BLOCK_M, BLOCK_N, warps, stages: 64, 64, 4, 2, of which two share a multiprocessor, 10.7 (615 TFLOP/s);
+    128, 64, 8, 3 11.8; 128, 128, 8, 2 12.1; 128, 64, 8, 2 12.7.
+    """
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    if head_dim <= 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
 def _grad_kv_tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """As above: 64, 64, 4, 2 19.4 (453 TFLOP/s); 64, 128, 8, 2 23.2; 64, 128, 8, 3 25.6.
+
+    dK and dV by kernels of their own, S computed twice: 17.9 + 13.4 at best.
+    """
     if dtype == torch.float32:
         return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 64 if head_dim <= 128 else 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+    if head_dim <= 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
 def _tile_ranges(begin: Tensor, end: Tensor, num_keys: int, block_n: int) -> Tensor:
@@ -202,7 +225,7 @@ def _tile_ranges(begin: Tensor, end: Tensor, num_keys: int, block_n: int) -> Ten
 
 
 def _num_splits(num_items: int) -> int:
-    """Parts per key tile, so that there are at least four work items for each of 132 multiprocessors, but 16 at most."""
+    """Parts per key tile: at least four work items for each of 132 multiprocessors, but 16 parts at most."""
     return max(1, min(16, triton.next_power_of_2(triton.cdiv(4 * 132, num_items))))
 
 
@@ -219,38 +242,53 @@ def compressed_attention_backward(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ [T, Hq, Dk], dK [M, Hkv, Dk] and dV [M, Hkv, Dv] in the dtypes of q, k and v."""
+    if k.shape[0] == 0 or q.shape[0] == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    grad_out = copyable_by_tma(grad_out)
+    grad_q, delta = _launch_grad_q(q, k, v, begin, end, out, lse, grad_out, grad_lse, softmax_scale)
+    grad_k, grad_v = _launch_grad_kv(q, k, v, begin, end, lse, delta, grad_out, softmax_scale)
+    return grad_q, grad_k, grad_v
+
+
+def _launch_grad_q(q, k, v, begin, end, out, lse, grad_out, grad_lse, softmax_scale) -> tuple[Tensor, Tensor]:
     num_queries, num_q_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[:2]
-    if num_keys == 0 or num_queries == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    grad_out = rows_contiguous(grad_out)
     group = num_q_heads // num_kv_heads
     dim_a, dim_b = split_head_dim(head_dim)
-    sizes = {"G": group, "DK_A": dim_a, "DK_B": dim_b, "DV": v.shape[2]}
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    delta = torch.empty_like(lse)
-    grad_q = q.new_empty(q.shape)
-
     tile = _grad_q_tile(max(head_dim, v.shape[2]), q.dtype)
+    grad_q, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(lse)
     _grad_q_kernel[(triton.cdiv(num_queries * group, tile["BLOCK_M"]) * num_kv_heads,)](
-        q, k, v, begin, end, out, lse, grad_out, grad_lse,
+        q, *kv_descriptors(k, v, tile["BLOCK_N"]), begin, end, out, lse, grad_out, grad_lse,
         delta, grad_q,
         num_queries * group, num_keys, num_kv_heads, softmax_scale,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad_out.stride()[:2],
-        *((0, 0) if grad_lse is None else grad_lse.stride()), HAS_GRAD_LSE=grad_lse is not None,
-        PRECISION=precision, **sizes, **tile,
+        *q.stride()[:2], *grad_out.stride()[:2], *((0, 0) if grad_lse is None else grad_lse.stride()),
+        HAS_GRAD_LSE=grad_lse is not None,
+        G=group, DK_A=dim_a, DK_B=dim_b, DV=v.shape[2], PRECISION=dot_precision(q.dtype), **tile,
     )  # fmt: skip
+    return grad_q, delta
 
+
+def _launch_grad_kv(q, k, v, begin, end, lse, delta, grad_out, softmax_scale) -> tuple[Tensor, Tensor]:
+    num_q_heads, head_dim = q.shape[1:]
+    num_keys, num_kv_heads = k.shape[:2]
+    group = num_q_heads // num_kv_heads
+    dim_a, dim_b = split_head_dim(head_dim)
     tile = _grad_kv_tile(max(head_dim, v.shape[2]), q.dtype)
     num_key_tiles = triton.cdiv(num_keys, tile["BLOCK_N"])
     num_splits = _num_splits(num_key_tiles * num_kv_heads)
-    grad_k = q.new_empty(num_splits, *k.shape, dtype=torch.float32)
-    grad_v = q.new_empty(num_splits, *v.shape, dtype=torch.float32)
+    grad_k = torch.empty(num_splits, *k.shape, dtype=torch.float32, device=k.device)
+    grad_v = torch.empty(num_splits, *v.shape, dtype=torch.float32, device=v.device)
+    # A group that does not divide the tile straddles it: its rows are then loaded through pointers.
+    by_tma = tile["BLOCK_M"] % group == 0
+    rows, heads = (tile["BLOCK_M"] // group, group) if by_tma else (1, 1)
     _grad_kv_kernel[(num_key_tiles * num_kv_heads * num_splits,)](
-        q, k, v, begin, end, lse, delta, grad_out, _tile_ranges(begin, end, num_keys, tile["BLOCK_N"]),
+        q, tile_descriptor(q, rows, heads, dim_a), tile_descriptor(q, rows, heads, dim_b or dim_a),
+        k, v, begin, end, lse, delta, grad_out, tile_descriptor(grad_out, rows, heads, v.shape[2]),
+        _tile_ranges(begin, end, num_keys, tile["BLOCK_N"]),
         grad_k, grad_v,
         num_keys, num_kv_heads, num_key_tiles, softmax_scale,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad_out.stride()[:2],
-        NUM_SPLITS=num_splits, PRECISION=precision, **sizes, **tile,
+        NUM_SPLITS=num_splits, BY_TMA=by_tma,
+        G=group, DK_A=dim_a, DK_B=dim_b, DV=v.shape[2], PRECISION=dot_precision(q.dtype), **tile,
     )  # fmt: skip
-    return grad_q, grad_k.sum(0).to(k.dtype), grad_v.sum(0).to(v.dtype)
+    return grad_k.sum(0).to(k.dtype), grad_v.sum(0).to(v.dtype)

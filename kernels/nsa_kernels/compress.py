@@ -21,8 +21,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nsa_kernels.cmp_tiles import KERNEL_DTYPES, rows_contiguous
+from nsa_kernels.cmp_tiles import KERNEL_DTYPES
 from nsa_kernels.compress_phi import mlp_backward, mlp_forward
+from nsa_kernels.rows import unit_stride
 
 BLOCK_ROWS = 32  # of the kernels of the mean, which only move bytes
 
@@ -74,7 +75,7 @@ def _mean_backward_kernel(
 class _CompressMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, block_rows, block_len):
-        x = rows_contiguous(x)
+        x = unit_stride(x)
         ctx.save_for_backward(block_rows)
         ctx.num_rows, ctx.block_len = x.shape[0], block_len
         num_heads, head_dim = x.shape[1:]
@@ -93,7 +94,7 @@ class _CompressMean(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y):
         (block_rows,) = ctx.saved_tensors
-        grad_y = rows_contiguous(grad_y)
+        grad_y = unit_stride(grad_y)
         num_heads, head_dim = grad_y.shape[1:]
         grad_x = grad_y.new_empty(ctx.num_rows, num_heads, head_dim)
         if grad_x.numel() == 0 or grad_y.numel() == 0:
@@ -115,7 +116,7 @@ class _CompressMean(torch.autograd.Function):
 class _CompressMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, block_rows, pos_emb, w1, w2):
-        x = rows_contiguous(x)
+        x = unit_stride(x)
         y, pre, hidden = mlp_forward(x, block_rows, pos_emb, w1, w2)
         ctx.save_for_backward(x, block_rows, pos_emb, w1, w2, pre, hidden)
         return y
@@ -123,7 +124,7 @@ class _CompressMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        grad_x, grad_pos_emb, grad_w1, grad_w2 = mlp_backward(*ctx.saved_tensors, rows_contiguous(grad_y))
+        grad_x, grad_pos_emb, grad_w1, grad_w2 = mlp_backward(unit_stride(grad_y), *ctx.saved_tensors)
         return grad_x, None, grad_pos_emb, grad_w1, grad_w2
 
 
@@ -153,7 +154,7 @@ def compress_mlp(x: Tensor, block_rows: Tensor, pos_emb: Tensor, w1: Tensor, w2:
         )
     if head_dim % 16:
         raise ValueError(
-            f"head_dim={head_dim} must be a multiple of 16, which is what tensor cores take at a time; pad it with zeros"
+            f"head_dim={head_dim} must be a multiple of 16, for tensor cores take 16 numbers at once; pad it with zeros"
         )
     pos_emb, w1, w2 = (p.to(x.dtype).contiguous() for p in (pos_emb, w1, w2))
     return _CompressMLP.apply(x, block_rows.contiguous(), pos_emb, w1, w2)

@@ -26,7 +26,7 @@ FAR = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _gelu_parts(x):
-    """sigmoid(2 z) and z' of gelu(x) = x * (1 + tanh(z)) / 2 = x * sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    """sigmoid(2 z) and z' of gelu(x) = x (1 + tanh(z)) / 2 = x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)."""
     z = 0.7978845608028654 * x * (1.0 + 0.044715 * x * x)
     slope = 0.7978845608028654 * (1.0 + 3 * 0.044715 * x * x)
     return tl.sigmoid(2.0 * z), slope
@@ -225,13 +225,13 @@ def mlp_forward(
 
 
 def mlp_backward(
-    x: Tensor, block_rows: Tensor, pos_emb: Tensor, w1: Tensor, w2: Tensor, pre: Tensor, hidden: Tensor, grad_y: Tensor
+    grad_y: Tensor, x: Tensor, block_rows: Tensor, pos_emb: Tensor, w1: Tensor, w2: Tensor, pre: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, pos_emb, w1 and w2, in their dtypes."""
     num_heads, head_dim = x.shape[1:]
     block_len, num_blocks, width = pos_emb.shape[1], block_rows.shape[0], w1.shape[2]
     if num_blocks == 0:
-        return tuple(torch.zeros_like(t) for t in (x, pos_emb, w1, w2))
+        return torch.zeros_like(x), torch.zeros_like(pos_emb), torch.zeros_like(w1), torch.zeros_like(w2)
     tile = _tile(x.dtype)
     block_d = _power_of_2_part(head_dim, 64)
     block_f = _width_tile(width)
