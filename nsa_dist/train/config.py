@@ -30,6 +30,7 @@ class ModelSection(Section):
     head_dim: int = Field(default=32, ge=2)
     ffn_hidden_size: int = Field(default=384, ge=1)
     init_std: float = Field(default=0.02, gt=0)
+    embedding_init_std: float = Field(default=0.02, gt=0)
     tie_embeddings: bool = False
     recompute_attention: bool = Field(default=False, description="run the attention again in backward, keep nothing")
 

@@ -79,6 +79,7 @@ def transformer_config(config: TrainConfig, world: World) -> NSATransformerConfi
         kv_channels=model.head_dim,
         ffn_hidden_size=model.ffn_hidden_size,
         init_method_std=model.init_std,
+        embedding_init_method_std=model.embedding_init_std,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,

@@ -1,7 +1,7 @@
 """The process groups of one run and the few exchanges its loop needs."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -67,8 +67,20 @@ def entered(config: TrainConfig, device: torch.device) -> Iterator[World]:
         try:
             _seed(config.run.seed)
             yield _this_process(device)
-        finally:
-            parallel_state.destroy_model_parallel()
+        except BaseException:
+            parallel_state.destroy_model_parallel()  # closing a group may wait for a rank that is gone
+            raise
+        _close_groups()
+
+
+def _close_groups() -> None:
+    """Megatron forgets its process groups without closing them; over gloo each leaves busy threads behind."""
+    groups = getattr(parallel_state, "_global_process_group_list", None) or []
+    parallel_state.destroy_model_parallel()
+    for group in groups:
+        if group is not None:  # None stands for the default group, which belongs to the launcher
+            with suppress(ValueError):  # over gloo Megatron's twin of a group is closed with it
+                dist.destroy_process_group(group)
 
 
 def _seed(seed: int) -> None:
