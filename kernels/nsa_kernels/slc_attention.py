@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .slc_backward import differentiate_chunk, row_terms
+from .slc_backward import differentiate_chunk, row_deltas
 from .slc_forward import attend_chunk
 from .slc_index import build_block_index
 from .slc_pages import split_width
@@ -57,72 +57,117 @@ def selected_attention(
     )  # fmt: skip
 
 
+def selected_attention_backward(
+    grad_out: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_table: Tensor,
+    position: Tensor,
+    *,
+    slc_block_len: int,
+    softmax_scale: float,
+    k_remote: Tensor | None = None,
+    v_remote: Tensor | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `selected_attention` where these blocks may be only a part of what a query attended to.
+
+    grad_out, out [T, Hq, Dv] and softmax_lse [T, Hq] belong to the whole, merged result; the others are as in
+    `selected_attention`. Returns dq, dk, dv, dk_remote, dv_remote in fp32 (the last two None without remote pages).
+    """
+    _check(q, k, v, block_indices, block_table, position, slc_block_len, softmax_scale, k_remote, v_remote)
+    return _gradients(
+        grad_out, None, out, softmax_lse, q, k, v, k_remote, v_remote, block_indices, block_table, position,
+        slc_block_len, softmax_scale, workspace_bytes, torch.float32,
+    )  # fmt: skip
+
+
 class _SelectedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, q, k, v, k_remote, v_remote, block_indices, block_table, position,
-        slc_block_len, softmax_scale, workspace_bytes,
-    ):  # fmt: skip
+    def forward(ctx, *inputs):
         ctx.set_materialize_grads(False)
-        (num_queries, num_q_heads, head_dim_k), (_, num_kv_heads, head_dim_v) = q.shape, v.shape
-        out = torch.empty(num_queries, num_q_heads, head_dim_v, dtype=q.dtype, device=q.device)
-        lse = torch.empty(num_queries, num_q_heads, dtype=torch.float32, device=q.device)
-        group, slots = num_q_heads // num_kv_heads, block_indices.shape[2]
-        tiles = forward_tiles(group, head_dim_k, head_dim_v)
-        bytes_per_query = slots * group * (head_dim_v * _part_bytes(q) + 4)
-        for rows, heads in chunks(num_queries, num_kv_heads, bytes_per_query, workspace_bytes):
-            index = build_block_index(
-                block_indices[rows, heads],
-                position[rows],
-                num_blocks=block_table.shape[1],
-                slc_block_len=slc_block_len,
-                item_queries=max(1, tiles.item_rows // group),
-                gather_all=False,
-            )
-            attend_chunk(
-                q[rows], k, v, k_remote, v_remote, block_table, block_indices[rows], position[rows], index,
-                out[rows], lse[rows],
-                head_start=heads.start, slc_block_len=slc_block_len, softmax_scale=softmax_scale,
-            )  # fmt: skip
-        ctx.save_for_backward(q, k, v, k_remote, v_remote, block_indices, block_table, position, out, lse)
-        ctx.options = slc_block_len, softmax_scale, workspace_bytes
+        out, lse = _attend(*inputs)
+        ctx.save_for_backward(out, lse, *inputs[:8])
+        ctx.options = inputs[8:]
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        q, k, v, k_remote, v_remote, block_indices, block_table, position, out, lse = ctx.saved_tensors
-        slc_block_len, softmax_scale, workspace_bytes = ctx.options
+        out, lse, *inputs = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        if grad_out.stride(2) != 1:  # an expanded gradient, as of out.sum(): the kernels read rows of unit stride
-            grad_out = grad_out.contiguous()
-        delta, norm = row_terms(out, grad_out, grad_lse)
+        grads = _gradients(grad_out, grad_lse, out, lse, *inputs, *ctx.options, None)
+        return *grads, *[None] * (len(inputs) + len(ctx.options) - len(grads))
 
-        (num_queries, num_q_heads, head_dim_k), (_, num_kv_heads, head_dim_v) = q.shape, v.shape
-        group, slots = num_q_heads // num_kv_heads, block_indices.shape[2]
-        tiles = backward_tiles(group, head_dim_k, head_dim_v)
-        bytes_per_query = slots * group * head_dim_k * _part_bytes(q)
-        parts = list(chunks(num_queries, num_kv_heads, bytes_per_query, workspace_bytes))
-        cut = any(rows.stop - rows.start < num_queries for rows, _ in parts)
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        sums = [_zeros(x, torch.float32 if cut else None) for x in (k, v, k_remote, v_remote)]
-        for rows, heads in parts:
-            index = build_block_index(
-                block_indices[rows, heads],
-                position[rows],
-                num_blocks=block_table.shape[1],
-                slc_block_len=slc_block_len,
-                item_queries=max(1, tiles.item_rows // group),
-                gather_all=True,
-            )
-            differentiate_chunk(
-                q[rows], k, v, k_remote, v_remote, block_table, block_indices[rows], position[rows], index,
-                grad_out[rows], lse[rows], delta[rows], norm[rows], dq[rows], *sums,
-                head_start=heads.start, slc_block_len=slc_block_len, softmax_scale=softmax_scale, add=rows.start > 0,
-            )  # fmt: skip
-        grads = [s if s is None else s.to(x.dtype) for s, x in zip(sums, (k, v, k_remote, v_remote), strict=True)]
-        return dq, *grads, None, None, None, None, None, None
+
+def _attend(
+    q, k, v, k_remote, v_remote, block_indices, block_table, position,
+    slc_block_len, softmax_scale, workspace_bytes,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    (num_queries, num_q_heads, head_dim_k), (_, num_kv_heads, head_dim_v) = q.shape, v.shape
+    out = torch.empty(num_queries, num_q_heads, head_dim_v, dtype=q.dtype, device=q.device)
+    lse = torch.empty(num_queries, num_q_heads, dtype=torch.float32, device=q.device)
+    group = num_q_heads // num_kv_heads
+    tiles = forward_tiles(group, head_dim_k, head_dim_v)
+    bytes_per_query = block_indices.shape[2] * group * (head_dim_v * _part_bytes(q) + 8)
+    for rows, heads in chunks(num_queries, num_kv_heads, bytes_per_query, workspace_bytes):
+        index = build_block_index(
+            block_indices[rows, heads],
+            position[rows],
+            num_blocks=block_table.shape[1],
+            slc_block_len=slc_block_len,
+            item_queries=max(1, tiles.item_rows // group),
+            segment_queries=tiles.segment_queries,
+            gather_all=False,
+        )
+        attend_chunk(
+            q[rows], k, v, k_remote, v_remote, block_table, block_indices[rows], position[rows], index,
+            out[rows], lse[rows],
+            head_start=heads.start, slc_block_len=slc_block_len, softmax_scale=softmax_scale,
+        )  # fmt: skip
+    return out, lse
+
+
+def _gradients(
+    grad_out, grad_lse, out, lse, q, k, v, k_remote, v_remote, block_indices, block_table, position,
+    slc_block_len, softmax_scale, workspace_bytes, dtype,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """dq, dk, dv, dk_remote, dv_remote in `dtype`, or each in that of its tensor."""
+    if grad_out.stride(2) != 1:  # an expanded gradient, as of out.sum(): the kernels read rows of unit stride
+        grad_out = grad_out.contiguous()
+    lse = lse.contiguous()
+    delta = row_deltas(out, grad_out, grad_lse)
+    (num_queries, num_q_heads, head_dim_k), num_kv_heads = q.shape, k.shape[1]
+    group = num_q_heads // num_kv_heads
+    tiles = backward_tiles(group, head_dim_k, v.shape[2])
+    bytes_per_query = block_indices.shape[2] * group * (head_dim_k * _part_bytes(q) + 4)
+    parts = list(chunks(num_queries, num_kv_heads, bytes_per_query, workspace_bytes))
+    cut = any(rows.stop - rows.start < num_queries for rows, _ in parts)
+    dq = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
+    pages = (k, v, k_remote, v_remote)
+    # Chunks of queries add to each other's sums, which stay in fp32 until the last; chunks of heads do not meet.
+    sums = [_zeros(x, torch.float32 if cut else dtype) for x in pages]
+    for rows, heads in parts:
+        index = build_block_index(
+            block_indices[rows, heads],
+            position[rows],
+            num_blocks=block_table.shape[1],
+            slc_block_len=slc_block_len,
+            item_queries=max(1, tiles.item_rows // group),
+            segment_queries=tiles.segment_queries,
+            gather_all=True,
+        )
+        differentiate_chunk(
+            q[rows], k, v, k_remote, v_remote, block_table, block_indices[rows], position[rows], index,
+            grad_out[rows], lse[rows], delta[rows], dq[rows], *sums,
+            head_start=heads.start, slc_block_len=slc_block_len, softmax_scale=softmax_scale, add=rows.start > 0,
+        )  # fmt: skip
+    return dq, *[s if s is None else s.to(dtype or x.dtype) for s, x in zip(sums, pages, strict=True)]
 
 
 def _part_bytes(q: Tensor) -> int:
@@ -166,14 +211,15 @@ def _check(q, k, v, block_indices, block_table, position, slc_block_len, softmax
     _check_width("Dv", v.shape[2], two=False)
     if (k_remote is None) != (v_remote is None):
         raise ValueError(
-            "k_remote and v_remote must be given together, because a remote page holds keys and values; pass both or none"
+            f"k_remote is {_given(k_remote)}, v_remote is {_given(v_remote)}: they must be given together, because a "
+            f"page has keys and values; pass both or neither"
         )
     if k_remote is not None and (
         k_remote.shape[1:] != (slc_block_len, q.shape[2]) or v_remote.shape != (*k_remote.shape[:2], v.shape[2])
     ):
         raise ValueError(
-            f"k_remote {tuple(k_remote.shape)} and v_remote {tuple(v_remote.shape)} must be [pages, {slc_block_len}, D] "
-            f"with D={q.shape[2]} and {v.shape[2]}, as k and v have; unpack the fetched buffer into such views"
+            f"k_remote {tuple(k_remote.shape)} and v_remote {tuple(v_remote.shape)} must be [pages, {slc_block_len}, D], "
+            f"D={q.shape[2]} and {v.shape[2]}, because pages are read like k and v; split the fetched buffer so"
         )
     for name, x in (("q", q), ("k", k), ("v", v), ("k_remote", k_remote), ("v_remote", v_remote)):
         if x is not None and x.stride(2) != 1:
@@ -183,10 +229,14 @@ def _check(q, k, v, block_indices, block_table, position, slc_block_len, softmax
             )
 
 
+def _given(x: Tensor | None) -> str:
+    return "missing" if x is None else "given"
+
+
 def _check_width(name: str, width: int, *, two: bool) -> None:
-    first, second = split_width(width)
+    second = split_width(width)[1]
     if width < 16 or (second and (not two or second < 16 or second & (second - 1))):
         raise ValueError(
-            f"{name}={width} must be a power of two from 16 on{' or the sum of two such' if two else ''}, because tiles "
-            f"of the kernels are that wide; pad the head dim with zeros, or use nsa_kernels.reference"
+            f"{name}={width} must be a power of two from 16 on{' or the sum of two such' if two else ''}, because the "
+            f"kernels' tiles are that wide; pad the head dim with zeros, or use nsa_kernels.reference"
         )

@@ -1,6 +1,7 @@
 """Who chose each block: the inverse of `block_indices`, built on the device, deterministic, without a host wait.
 
-A *list* is one (key-value head, block): list = head * num_blocks + block. An *entry* is one slot of `block_indices`,
+A *list* is one (segment of queries, key-value head, block), numbered in that order; a segment is so many consecutive
+queries that their rows stay in the L2 cache while all blocks meet them. An *entry* is one slot of `block_indices`,
 numbered t * n + i inside its head. The index groups the entries of a chunk of queries by list, ascending in t, and
 cuts long lists into *work items* of at most `item_queries` entries, so that a block chosen by everyone is shared out.
 
@@ -9,7 +10,7 @@ How     1. `mark` sets bit t of a bitmap [list, t] by atomic OR: the order of th
         3. `place` reads an entry's place off the bits before its own and writes it there: a stable counting sort.
 Memory  num_lists * T / 8 bytes for the bitmap, 1/8 of that for its prefix sums, and 4 bytes an entry.
 
-Example, one head, n = 2, 4 blocks, item_queries = 2
+Example, one segment, one head, n = 2, 4 blocks, item_queries = 2
     block_indices       t=0: 0 -1    t=1: 0 1    t=2: 0 2    t=3: 1 2        (an entry is t * 2 + i)
     entries             0 2 4 | 3 6 | 5 7                                    lists 0, 1, 2; list 3 is empty
     offsets             0 3 5 7 7
@@ -39,6 +40,7 @@ class BlockIndex:
     item_offsets    int32 [num_lists + 1]       the items of list x are item_offsets[x] .. item_offsets[x + 1]
     item_list       int32 [max_items]           an item's list; num_lists for those past the last
     item_queries    entries in an item, at most
+    num_segments    num_lists = num_segments * Hkv * num_blocks
     """
 
     entries: Tensor
@@ -46,6 +48,7 @@ class BlockIndex:
     item_offsets: Tensor
     item_list: Tensor
     item_queries: int
+    num_segments: int
 
     @property
     def num_lists(self) -> int:
@@ -72,10 +75,10 @@ def is_gathered(block, slot, own, GATHER_ALL: tl.constexpr):
 @triton.jit
 def _locate(
     block_indices, position, entry,
-    num_entries, num_heads, num_blocks, stride_t, stride_h, stride_n,
+    num_entries, num_heads, num_blocks, segment_queries, stride_t, stride_h, stride_n,
     SLOTS: tl.constexpr, BLOCK_LEN: tl.constexpr, GATHER_ALL: tl.constexpr,
 ):  # fmt: skip
-    """Entry number over all heads (t-major) -> its list, query, slot, and whether it goes through the index."""
+    """Entry number over all heads (t-major) -> list, query within its segment, t * n + i, whether it is indexed."""
     inside = entry < num_entries
     slot = entry % SLOTS
     head = (entry // SLOTS) % num_heads
@@ -85,7 +88,9 @@ def _locate(
     pos = tl.load(position + t, mask=inside, other=-1).to(tl.int32)
     own = tl.where(pos >= 0, pos // BLOCK_LEN, -1)
     gathered = inside & is_gathered(block, slot, own, GATHER_ALL)
-    return head * num_blocks + block, t, slot, gathered
+    segment = t // segment_queries
+    which = (segment * num_heads + head) * num_blocks + block
+    return which, t - segment * segment_queries, t * SLOTS + slot, gathered
 
 
 @triton.jit
@@ -97,17 +102,17 @@ def _popcount(x):
     return ((x * 0x01010101) >> 24).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_entries", "num_heads", "num_blocks", "num_words"])
+@triton.jit(do_not_specialize=["num_entries", "num_heads", "num_blocks", "segment_queries", "num_words"])
 def _mark_kernel(
     block_indices, position,
     bitmap,
-    num_entries, num_heads, num_blocks, num_words, stride_t, stride_h, stride_n,
+    num_entries, num_heads, num_blocks, segment_queries, num_words, stride_t, stride_h, stride_n,
     SLOTS: tl.constexpr, BLOCK_LEN: tl.constexpr, GATHER_ALL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     which, t, _, gathered = _locate(
         block_indices, position, entry,
-        num_entries, num_heads, num_blocks, stride_t, stride_h, stride_n,
+        num_entries, num_heads, num_blocks, segment_queries, stride_t, stride_h, stride_n,
         SLOTS, BLOCK_LEN, GATHER_ALL,
     )  # fmt: skip
     bit = (tl.full([BLOCK], 1, tl.uint32) << (t % 32).to(tl.uint32)).to(tl.int32, bitcast=True)
@@ -136,18 +141,18 @@ def _prefix_kernel(
     tl.store(counts + which, total)
 
 
-@triton.jit(do_not_specialize=["num_entries", "num_heads", "num_blocks", "num_groups"])
+@triton.jit(do_not_specialize=["num_entries", "num_heads", "num_blocks", "segment_queries", "num_groups"])
 def _place_kernel(
     block_indices, position, bitmap, prefix, offsets,
     entries,
-    num_entries, num_heads, num_blocks, num_groups, stride_t, stride_h, stride_n,
+    num_entries, num_heads, num_blocks, segment_queries, num_groups, stride_t, stride_h, stride_n,
     SLOTS: tl.constexpr, BLOCK_LEN: tl.constexpr, GATHER_ALL: tl.constexpr, BLOCK: tl.constexpr,
     GROUP_WORDS: tl.constexpr,
 ):  # fmt: skip
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    which, t, slot, gathered = _locate(
+    which, t, name, gathered = _locate(
         block_indices, position, entry,
-        num_entries, num_heads, num_blocks, stride_t, stride_h, stride_n,
+        num_entries, num_heads, num_blocks, segment_queries, stride_t, stride_h, stride_n,
         SLOTS, BLOCK_LEN, GATHER_ALL,
     )  # fmt: skip
     group = which.to(tl.int64) * num_groups + t // (32 * GROUP_WORDS)
@@ -160,7 +165,7 @@ def _place_kernel(
     rank = tl.sum(_popcount(bits.to(tl.uint32, bitcast=True) & keep), 1)
     rank += tl.load(prefix + group, mask=gathered, other=0)
     first = tl.load(offsets + which, mask=gathered, other=0)
-    tl.store(entries + first + rank, t * SLOTS + slot, mask=gathered)
+    tl.store(entries + first + rank, name, mask=gathered)
 
 
 def build_block_index(
@@ -170,6 +175,7 @@ def build_block_index(
     num_blocks: int,
     slc_block_len: int,
     item_queries: int,
+    segment_queries: int,
     gather_all: bool,
 ) -> BlockIndex:
     """The index of a chunk: block_indices int32 [T, Hkv, n] (any strides), position integer [T].
@@ -179,8 +185,10 @@ def build_block_index(
     """
     num_queries, num_heads, slots = block_indices.shape
     device = block_indices.device
-    num_entries, num_lists = block_indices.numel(), num_heads * num_blocks
-    num_groups = triton.cdiv(num_queries, GROUP_QUERIES)
+    segment_queries = min(segment_queries, num_queries)
+    num_segments = triton.cdiv(num_queries, segment_queries)
+    num_entries, num_lists = block_indices.numel(), num_segments * num_heads * num_blocks
+    num_groups = triton.cdiv(segment_queries, GROUP_QUERIES)
     bitmap = torch.zeros(num_lists, num_groups * GROUP_WORDS, dtype=torch.int32, device=device)
     prefix = torch.empty(num_lists, num_groups, dtype=torch.int32, device=device)
     counts = torch.empty(num_lists, dtype=torch.int32, device=device)
@@ -193,7 +201,7 @@ def build_block_index(
         "GATHER_ALL": gather_all,
         "BLOCK": _ENTRIES_PER_PROGRAM,
     }
-    sizes, strides = (num_entries, num_heads, num_blocks), block_indices.stride()
+    sizes, strides = (num_entries, num_heads, num_blocks, segment_queries), block_indices.stride()
     _mark_kernel[grid](block_indices, position, bitmap, *sizes, num_groups * GROUP_WORDS, *strides, **options)
     block_groups = min(128, triton.next_power_of_2(num_groups))
     _prefix_kernel[(num_lists,)](bitmap, prefix, counts, num_groups, GROUP_WORDS, block_groups)
@@ -208,7 +216,7 @@ def build_block_index(
     max_items = num_entries // item_queries + min(num_lists, num_entries)
     item = torch.arange(max_items, dtype=torch.int32, device=device)
     item_list = torch.searchsorted(item_offsets[1:], item, right=True, out_int32=True)
-    return BlockIndex(entries, offsets, item_offsets, item_list, item_queries)
+    return BlockIndex(entries, offsets, item_offsets, item_list, item_queries, num_segments)
 
 
 def _exclusive_sum(counts: Tensor) -> Tensor:

@@ -16,10 +16,13 @@ class ForwardTiles:
     rows: int
     item_rows: int
     num_warps: int
-    num_stages: int
-    finish_rows: int
-    finish_warps: int
-    finish_stages: int
+    registers: int | None
+    shared_rows: int
+    shared_warps: int
+    shared_registers: int | None
+    sum_rows: int
+    sum_stages: int
+    segment_queries: int
 
 
 @dataclass(frozen=True)
@@ -28,17 +31,20 @@ class BackwardTiles:
     item_rows: int
     num_warps: int
     num_stages: int
+    registers: int | None
     sum_rows: int
+    sum_stages: int
+    segment_queries: int
 
 
 def forward_tiles(group: int, head_dim_k: int, head_dim_v: int) -> ForwardTiles:
-    least = triton.next_power_of_2(group)
-    return ForwardTiles(max(64, least), 1024, 4, 3, max(64, least), 4, 3)
+    least = max(64, triton.next_power_of_2(group))
+    return ForwardTiles(least, 2048, 4, 168, least, 4, 168, least, 3, 65536 // group)
 
 
 def backward_tiles(group: int, head_dim_k: int, head_dim_v: int) -> BackwardTiles:
-    least = triton.next_power_of_2(group)
-    return BackwardTiles(max(64, least), 4096, 4, 2, max(64, least))
+    least = max(32, triton.next_power_of_2(group))
+    return BackwardTiles(least, 4096, 4, 5, None, max(64, least), 3, 2**20)
 
 
 def chunks(
@@ -48,6 +54,8 @@ def chunks(
 
     bytes_per_query     workspace of one query and one key-value head
     """
+    if num_queries == 0:
+        return
     heads = max(1, min(num_kv_heads, limit // max(1, num_queries * bytes_per_query)))
     rows = num_queries
     if num_queries * bytes_per_query > limit:
