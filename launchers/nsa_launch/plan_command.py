@@ -12,6 +12,7 @@ from rich.table import Table
 from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.train.output import write_atomically
 from nsa_dist.train.planner.cluster import load_cluster
+from nsa_dist.train.planner.measured import with_bench
 from nsa_dist.train.planner.memory import KINDS
 from nsa_dist.train.planner.report import as_data
 from nsa_dist.train.planner.strategies import GIB, Options
@@ -29,6 +30,7 @@ class Request:
     config: Path
     overrides: Sequence[str]
     cluster: Path | None
+    bench: Path | None
     num_nodes: int | None
     options: Options
     cp_sizes: tuple[int, ...] | None
@@ -50,6 +52,7 @@ class Request:
             config=arguments.config,
             overrides=arguments.overrides,
             cluster=arguments.cluster,
+            bench=arguments.bench,
             num_nodes=arguments.nodes,
             options=options,
             cp_sizes=arguments.cp,
@@ -64,6 +67,9 @@ def run(request: Request) -> None:
     cluster = load_cluster(
         request.cluster or request.config.parent / "clusters" / "h200-8.yaml", num_nodes=request.num_nodes
     )
+    if request.bench:
+        group = config.model.num_attention_heads // config.model.num_query_groups
+        cluster = with_bench(cluster, request.bench, group)
     plan = make_plan(config, cluster, request.options, request.cp_sizes)
     console = Console(highlight=False)
     if not console.is_terminal:  # a file or a pipe wraps nothing

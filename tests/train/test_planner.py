@@ -1,5 +1,6 @@
 """The planner against models that are really built, against sums of its own parts, and against arithmetic by hand."""
 
+import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from nsa_dist.train.config import ModelSection, NSASection, ParallelSection, Run
 from nsa_dist.train.planner import memory
 from nsa_dist.train.planner.cluster import Cluster, load_cluster
 from nsa_dist.train.planner.knobs import turn_knobs
+from nsa_dist.train.planner.measured import with_bench
 from nsa_dist.train.planner.report import as_data
 from nsa_dist.train.planner.shape import Shape
 from nsa_dist.train.planner.strategies import GIB, Options, Strategy
@@ -317,6 +319,39 @@ def test_a_constant_without_a_source_is_refused(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'num_nodes'") as error:
         load_cluster(path)
     assert "link_efficiency.source: this key is needed" in str(error.value)
+
+
+def bench_file(folder: Path) -> Path:
+    """Two cases as kernels/bench/run.py writes them, one of them with a branch that was wrong."""
+    steps = ["compress k", "compress v", "cmp", "select", "slc", "win", "combine"]
+    right = [{"step": s, "forward_TFLOP_per_s": 100.0, "backward_TFLOP_per_s": 50.0} for s in steps]
+    del right[3]["backward_TFLOP_per_s"]
+    wrong = [row if row["step"] != "slc" else {"step": "slc", "note": "WRONG: out"} for row in right]
+    machine = {"device": "a GPU", "command": "python run.py", "copy_TB_per_s": 4.0, "bf16_TFLOP_per_s": 700.0}
+    sizes = {"num_q_heads": 64, "num_kv_heads": 4, "tokens": 65536}
+    cases = [{"case": "right", **sizes, "rows": right}, {"case": "wrong", **sizes, "tokens": 2**20, "rows": wrong}]
+    path = folder / "bench.json"
+    path.write_text(json.dumps({"machine": machine, "cases": cases}))
+    return path
+
+
+def test_measured_rates_replace_those_of_the_description(tmp_path):
+    measured = with_bench(cluster(), bench_file(tmp_path), 16)
+    assert measured.attention.slc.backward.value == 50e12
+    assert measured.attention.select.backward is None
+    assert measured.memory_bytes_per_s.value == 4e12
+    assert measured.matmul_flops_per_s.source == "python run.py on a GPU, case right"
+    assert measured.intra_node == cluster().intra_node
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [("[]", "pass the bench.json"), ('{"machine": {}, "cases": []}', "run kernels/bench/run.py --preset targets")],
+)
+def test_files_without_rates(tmp_path, text, remedy):
+    (tmp_path / "bench.json").write_text(text)
+    with pytest.raises(ValueError, match=remedy):
+        with_bench(cluster(), tmp_path / "bench.json", 16)
 
 
 def test_every_constant_says_where_it_comes_from():

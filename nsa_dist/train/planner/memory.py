@@ -128,9 +128,14 @@ def logits_bytes(shape: Shape) -> int:
 def working_bytes(shape: Shape) -> int:
     """The largest moment of computing one layer, beside everything saved."""
     heads, e = shape.heads, shape.element_bytes
-    q, out = (shape.tokens * heads.num_q_heads * dim for dim in (heads.dim_k, heads.dim_v))
-    kv = shape.tokens * heads.row_elements
-    backward = (4 * out + 2 * q) * e + kv * (e + 8) + WORKSPACE_BYTES  # grads of out and branches, two dq, fp32 dk dv
+    tokens = shape.plan.tokens_per_rank  # the core takes one sequence after the other
+    q, out = (tokens * heads.num_q_heads * dim for dim in (heads.dim_k, heads.dim_v))
+    kv = tokens * heads.row_elements
+    parts = tokens * heads.num_q_heads * shape.config.nsa.num_slc_blocks * (heads.dim_v * e + 8)
+    # Gradients of the output and of the branches, dq of two branches, dk and dv.
+    backward = (4 * out + 2 * q) * e + kv * (e + 8) + min(parts, WORKSPACE_BYTES)
+    if shape.plan.cp_size > 1:
+        backward += 8 * q  # dq of the selected branch is summed over rounds, both in fp32
     turning = 14 * q  # fp32 copies while queries are turned
     mlp = 5 * shape.tokens * shape.local_ffn * e
     return max(backward, turning, mlp)
