@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nsa_kernels.partials import merge as merge
     from nsa_kernels.select import select_blocks as select_blocks
     from nsa_kernels.slc_attention import selected_attention as selected_attention
+    from nsa_kernels.slc_attention import selected_attention_backward as selected_attention_backward
     from nsa_kernels.win_attention import window_attention as window_attention
 
 # Which module holds each public name. No module has a public name for its own: importing it would hide the function.
@@ -26,6 +27,7 @@ _MODULES = {
     "merge": "partials",
     "select_blocks": "select",
     "selected_attention": "slc_attention",
+    "selected_attention_backward": "slc_attention",
     "window_attention": "win_attention",
 }
 

@@ -40,8 +40,8 @@ def window_tiles(dim_k: int, itemsize: int) -> WindowTiles:
     if itemsize == 4:  # fp32 is for checking, not for speed: what fits in shared memory at any head dim
         return WindowTiles(Tile(64, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1))
     if dim_k > 128:
-        return WindowTiles(Tile(128, 8, 2), Tile(64, 8, 1), Tile(128, 8, 1))
-    return WindowTiles(Tile(128, 8, 2), Tile(64, 4, 2), Tile(128, 8, 2))
+        return WindowTiles(Tile(128, 8, 2), Tile(64, 4, 2), Tile(128, 8, 2))
+    return WindowTiles(Tile(128, 8, 2, maxnreg=128), Tile(64, 4, 2), Tile(64, 4, 2))
 
 
 def split_head_dim(dim: int) -> tuple[int, int]:

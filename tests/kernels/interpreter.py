@@ -1,15 +1,16 @@
-"""Three repairs to triton 3.6's interpreter, without which loops over loaded bounds and bf16 are wrong on a CPU.
+"""Four repairs to triton 3.6's interpreter, for loops over loaded bounds, bf16 and sorting on a CPU.
 
 - numpy 2.4 no longer takes an array of shape [1] for an integer, and that is what a scalar is: loop bounds fail.
 - fp32 is cut down to bf16, where a GPU rounds to the nearest even.
 - `tl.dot` multiplies the bit patterns of bf16, for that is how they are held: uint16.
+- `tl.sort` and `tl.topk` reduce by exclusive or, number by number in Python: minutes for one test.
 """
 
 import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
 
 def repair() -> None:
@@ -31,6 +32,16 @@ def repair() -> None:
         return create_dot(self, a, b, *args)
 
     InterpreterBuilder.create_dot = dot_of_values
+    apply_reduction = ReduceOps.apply_impl
+
+    def reduce_at_once(self, inputs):
+        if self.combine_fn != tl.standard._xor_combine:
+            return apply_reduction(self, inputs)
+        (x,) = inputs
+        data = np.bitwise_xor.reduce(x.handle.data, axis=self.axis, keepdims=self.keep_dims)
+        return (self.to_tensor(data, x.dtype),)
+
+    ReduceOps.apply_impl = reduce_at_once
 
 
 def _cast(self, src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:

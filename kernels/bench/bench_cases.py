@@ -1,0 +1,55 @@
+"""What is measured: sizes, head dims and kinds of input, named so that a run can pick among them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One document of `tokens` tokens through one layer, bf16."""
+
+    tokens: int
+    num_q_heads: int
+    num_kv_heads: int
+    dim_k: int = 128
+    dim_v: int = 128
+    correlated: bool = False  # neighbouring tokens alike, as in a trained model; else independent normal numbers
+
+    @property
+    def name(self) -> str:
+        kind = "correlated" if self.correlated else "random"
+        heads = f"Hq{self.num_q_heads}/Hkv{self.num_kv_heads}"
+        return f"{self.tokens // 1024}k {heads} {self.dim_k}/{self.dim_v} {kind}"
+
+    @property
+    def group(self) -> int:
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.dim_k**-0.5
+
+
+K = 1024
+# The four sizes with a bar: G of 16, 4 and 1 at 64k tokens, and a short sequence, where launches weigh.
+TARGETS = [Case(64 * K, 64, 4), Case(64 * K, 32, 8), Case(64 * K, 16, 16), Case(8 * K, 64, 4)]
+KINDS = [
+    Case(64 * K, 64, 4, correlated=True),
+    Case(64 * K, 16, 16, correlated=True),
+    Case(64 * K, 64, 4, 192, 128),
+    Case(64 * K, 32, 8, 192, 128),
+]
+LENGTHS = [
+    Case(16 * K, 64, 4),
+    Case(32 * K, 64, 4),
+    Case(128 * K, 64, 4),
+    Case(256 * K, 64, 4),
+    Case(512 * K, 16, 1),
+    Case(1024 * K, 16, 1),
+]
+PRESETS = {
+    "smoke": [Case(1 * K, 4, 2, 64, 64)],
+    "targets": TARGETS,
+    "kinds": KINDS,
+    "lengths": LENGTHS,
+    "full": [*TARGETS, *KINDS, *LENGTHS],
+}

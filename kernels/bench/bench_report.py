@@ -1,0 +1,58 @@
+"""The table, printed and written case by case, and its figures as JSON."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from bench_cases import Case
+
+COLUMNS = {
+    "forward_ms": "fwd ms",
+    "backward_ms": "bwd ms",
+    "forward_TFLOP_per_s": "fwd TF/s",
+    "backward_TFLOP_per_s": "bwd TF/s",
+    "peak_gib": "peak GiB",
+}
+
+
+class Report:
+    """Holds what was measured. `failed` once any row says WRONG or FAILED."""
+
+    def __init__(self, folder: Path, machine: dict) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._text, self._json = folder / "bench.txt", folder / "bench.json"
+        self._figures: dict = {"machine": machine, "cases": []}
+        self.failed = False
+        self._text.write_text("")
+        described = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in machine.items())
+        self._print(f"{described}\npeak: memory over inputs, output and their gradients; TF/s: of what is not masked")
+
+    def add(self, case: Case, rows: list[dict]) -> None:
+        """Print a case and write all figures so far."""
+        self.failed |= any(str(row.get("note", "")).startswith(("WRONG", "FAILED")) for row in rows)
+        self._print("\n".join(["", *_table(case, [*rows, *_sum(rows)])]))
+        self._figures["cases"].append({"case": case.name, **asdict(case), "rows": rows})
+        self._json.write_text(json.dumps(self._figures, indent=1) + "\n")
+
+    def _print(self, text: str) -> None:
+        print(text, flush=True)
+        with self._text.open("a") as file:
+            file.write(text + "\n")
+
+
+def _sum(rows: list[dict]) -> list[dict]:
+    """How many times faster the whole layer is than dense attention."""
+    by_step = {row["step"]: row for row in rows}
+    nsa, dense = by_step.get("all", {}), by_step.get("dense", {})
+    if "forward_ms" not in nsa or "forward_ms" not in dense:
+        return []
+    ratios = {key: dense[key] / nsa[key] for key in ("forward_ms", "backward_ms")}
+    return [{"step": "dense / all", **ratios}]
+
+
+def _table(case: Case, rows: list[dict]) -> list[str]:
+    lines = [f"{case.name:34}" + "".join(f"{title:>10}" for title in COLUMNS.values())]
+    for row in rows:
+        cells = (f"{row[key]:10.2f}" if key in row else " " * 10 for key in COLUMNS)
+        lines.append(f"  {row['step']:32}" + "".join(cells) + (f"  {row['note']}" if "note" in row else ""))
+    return lines
