@@ -66,8 +66,8 @@ def nsa_attention(
                                     compressed keys, do it in compress_k at block_start (position in the document)
     cu_seqlens  int32 [num_docs+1]  of the whole packed sequence; None: one document, or the plan's
     plan, cp_group                  both given: q, kv and gates are `plan.shard(..., rank)` of this rank
-    ops         a module with the functions of `nsa_kernels.reference`; None: the Triton kernels on a GPU, the
-                reference on a CPU and for fp64
+    ops         a module with the functions of `nsa_kernels.reference`; None: the Triton kernels on a GPU,
+                `nsa_kernels.cpu` on a CPU, the reference for fp64
     softmax_scale                   default Dk ** -0.5
     fetch                           budget, rounds and modes of the remote blocks; None: one round, fetch again in
                                     backward
@@ -193,14 +193,14 @@ def _compress(phi: Compress | None, rows: Tensor, cfg: NSAConfig, layout: RankLa
 
 
 def default_ops(q: Tensor) -> ModuleType:
-    """The Triton kernels for a GPU's fp32, bf16 and fp16; the reference otherwise."""
+    """The Triton kernels on a GPU, ATen's attention on a CPU; the reference for fp64 and on other devices."""
     if q.is_cuda and q.dtype != torch.float64:
         import nsa_kernels
 
         return nsa_kernels
-    from nsa_kernels import reference
+    from nsa_kernels import cpu, reference
 
-    return reference
+    return cpu if q.device.type == "cpu" and q.dtype != torch.float64 else reference
 
 
 def _agreed_layout(plan: ShardPlan, cfg: NSAConfig, q: Tensor, kv: BranchKV, comm: Comm) -> RankLayout:

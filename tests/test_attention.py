@@ -6,7 +6,7 @@ import torch
 from cases import SMALL, make_inputs, run
 from nsa_dist import BranchKV, NSAConfig, ShardPlan, nsa_attention
 from nsa_dist.attention import default_ops
-from nsa_kernels import reference
+from nsa_kernels import cpu, reference
 
 
 def call(num_tokens=40, **changes):
@@ -102,7 +102,8 @@ def test_block_indices_are_global_and_ascending():
 
 
 def test_the_cpu_takes_the_reference():
-    assert default_ops(torch.zeros(1)) is reference
+    assert default_ops(torch.zeros(1)) is cpu
+    assert default_ops(torch.zeros(1, dtype=torch.float64)) is reference
 
 
 def test_dense_when_everything_is_selected():
