@@ -99,17 +99,19 @@ def selected_attention_backward(
 ) -> tuple[Tensor | None, ...]:
     """Arguments and results as `reference.selected_attention_backward`: out and softmax_lse are the merged ones."""
     group, num_local = q.shape[1] // k.shape[1], k.shape[0] // slc_block_len
-    dtype = compute_dtype(q)
-    dq, dk, dv, dk_remote, dv_remote = (
-        None if x is None else torch.zeros_like(x, dtype=dtype) for x in (q, k, v, k_remote, v_remote)
+    dq, dk, dv = (torch.zeros_like(x, dtype=compute_dtype(q)) for x in (q, k, v))
+    dk_remote, dv_remote = (
+        None if x is None else torch.zeros_like(x, dtype=compute_dtype(q)) for x in (k_remote, v_remote)
     )
     for head in range(k.shape[1]):
         heads = slice(head * group, (head + 1) * group)
         pages = _head_pages(head, k, v, k_remote, v_remote, slc_block_len)
         chunks = selected_chunks(block_indices[:, head], block_table[head], position, slc_block_len, group)
-        saved = (grad_out[:, heads], out[:, heads], softmax_lse[:, heads], q[:, heads], *pages)
-        dq[:, heads], *page_grads = attention_backward(*saved, chunks, softmax_scale)
-        for local, remote, grad in zip((dk, dv), (dk_remote, dv_remote), page_grads, strict=True):
+        grads = attention_backward(
+            grad_out[:, heads], out[:, heads], softmax_lse[:, heads], q[:, heads], *pages, chunks, softmax_scale
+        )
+        dq[:, heads] = grads[0]
+        for local, remote, grad in zip((dk, dv), (dk_remote, dv_remote), grads[1:], strict=True):
             local[:, head] = grad[:num_local].flatten(0, 1).squeeze(1)
             if remote is not None:
                 remote += grad[num_local:].squeeze(2)
@@ -165,13 +167,12 @@ def selected_chunks(
 
 def _head_pages(
     head: int, k: Tensor, v: Tensor, k_remote: Tensor | None, v_remote: Tensor | None, block_len: int
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor]:
     """One head's local pages, then all remote ones: [pages, l', 1, Dk], [pages, l', 1, Dv]."""
-    pages = [x[:, head : head + 1].contiguous().unflatten(0, (-1, block_len)) for x in (k, v)]
+    pages_k, pages_v = (x[:, head : head + 1].contiguous().unflatten(0, (-1, block_len)) for x in (k, v))
     if k_remote is None or v_remote is None:
-        return pages
-    remote = (k_remote[:, :, None], v_remote[:, :, None])
-    return [torch.cat(pair) for pair in zip(pages, remote, strict=True)]
+        return pages_k, pages_v
+    return torch.cat([pages_k, k_remote[:, :, None]]), torch.cat([pages_v, v_remote[:, :, None]])
 
 
 # --- Attention chunk by chunk -----------------------------------------------------------------------------------
