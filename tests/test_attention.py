@@ -101,7 +101,7 @@ def test_block_indices_are_global_and_ascending():
             assert len(chosen) == min(SMALL.num_slc_blocks, own[t] - first[t] + 1)
 
 
-def test_the_cpu_takes_the_reference():
+def test_the_cpu_takes_aten_and_fp64_the_reference():
     assert default_ops(torch.zeros(1)) is cpu
     assert default_ops(torch.zeros(1, dtype=torch.float64)) is reference
 
