@@ -119,16 +119,16 @@ def _keys_kernel(
         if DK_TAIL > 0:
             q_tail = tl.load(q_rows[:, None] + dim_tail[None, :], mask=inside[:, None], other=0.0)
             s = tl.dot(k_tail, tl.trans(q_tail), s, input_precision=PRECISION)
-        grad_rows = grad_out_ptr + token * stride_dt + q_head * stride_dh
-        grad_out = tl.load(grad_rows[:, None] + dim_v[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, DV]
-        dp = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         p = tl.exp2(s * scale_log2 - (lse * log2e)[None, :])
         if (start < first_full) | (start + BLOCK_M > last_full):
             row_begin = tl.load(begin_ptr + token, mask=inside, other=0)
             row_end = tl.load(end_ptr + token, mask=inside, other=0)
             visible = (key[:, None] >= row_begin[None, :]) & (key[:, None] < row_end[None, :])
             p = tl.where(visible, p, 0.0)
+        grad_rows = grad_out_ptr + token * stride_dt + q_head * stride_dh
+        grad_out = tl.load(grad_rows[:, None] + dim_v[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, DV]
         dv = tl.dot(p.to(grad_out.dtype), grad_out, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         delta = tl.load(delta_ptr + token * num_q_heads + q_head, mask=inside, other=0.0)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
@@ -258,7 +258,7 @@ def window_backward(
     grad_out = unit_stride(grad_out)
     delta = _delta(out, grad_out, grad_lse)
     inputs = (q, k, v, begin, end, lse, delta, grad_out)
-    tiles = window_tiles(q.shape[2], q.element_size())
+    tiles = window_tiles(q.shape[2], q.shape[1] // k.shape[1], q.element_size())
     if k.numel():
         _launch_keys(inputs, dk, dv, softmax_scale, tiles.keys)
     _launch_queries(inputs, dq, softmax_scale, tiles.queries)
