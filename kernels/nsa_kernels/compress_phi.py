@@ -86,11 +86,11 @@ def _output_kernel(
 @triton.jit
 def _grad_pre_kernel(
     grad_y_ptr, w2_ptr, pre_ptr,
-    grad_pre_ptr,
+    grad_pre_ptr, partial_ptr,
     num_blocks, width, stride_yt, stride_yh,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dpre of BLOCK_M blocks and BLOCK_F hidden values of one head."""
+    """dpre of BLOCK_M blocks and BLOCK_F hidden values of one head, and its sum over those blocks before rounding."""
     head = tl.program_id(2).to(tl.int64)
     block = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -105,8 +105,10 @@ def _grad_pre_kernel(
     mask = (block < num_blocks)[:, None] & (f < width)[None, :]
     pre = tl.load(pre_ptr + place, mask=mask, other=0.0)
     gate, slope = _gelu_parts(pre)
-    grad_pre = acc * (gate + pre * gate * (1.0 - gate) * 2.0 * slope)
+    grad_pre = tl.where(mask, acc * (gate + pre * gate * (1.0 - gate) * 2.0 * slope), 0.0)
     tl.store(grad_pre_ptr + place, grad_pre.to(grad_pre_ptr.dtype.element_ty), mask=mask)
+    partial = (tl.program_id(0) * tl.num_programs(2) + head) * width + f
+    tl.store(partial_ptr + partial, tl.sum(grad_pre, 0), mask=f < width)
 
 
 @triton.jit
@@ -237,14 +239,15 @@ def mlp_backward(
     block_f = _width_tile(width)
     row_tiles = triton.cdiv(num_blocks, tile["BLOCK_M"])
     grad_pre = torch.empty_like(hidden)
+    partial = x.new_empty(row_tiles, num_heads, width, dtype=torch.float32)
     _grad_pre_kernel[(row_tiles, triton.cdiv(width, block_f), num_heads)](
         grad_y, w2, pre,
-        grad_pre,
+        grad_pre, partial,
         num_blocks, width, *grad_y.stride()[:2],
         D=head_dim, BLOCK_F=block_f, BLOCK_D=block_d, **tile,
     )  # fmt: skip
     grad_w2 = torch.bmm(hidden.transpose(1, 2), grad_y.transpose(0, 1))
-    total = grad_pre.sum(1, dtype=torch.float32)  # [Hkv, F]
+    total = partial.sum(0)  # [Hkv, F]
     grad_pos_emb = torch.bmm(w1.float(), total[..., None]).to(pos_emb.dtype).view_as(pos_emb)
 
     grad_w1 = torch.empty_like(w1)
