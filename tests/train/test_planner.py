@@ -152,6 +152,20 @@ def test_saved_tensors_are_those_of_a_built_model(built, name):
     assert built[name]["saved"] == expected + norms * more * tokens * config.model.hidden_size
 
 
+# Peak of one attention layer, forward and backward, over its inputs, output and their gradients, GiB: bf16, D 128,
+# `python kernels/bench/run.py --preset targets` on one NVIDIA H200.
+MEASURED_PEAKS = {(65536, 64, 4): 7.27, (65536, 32, 8): 3.50, (65536, 16, 16): 3.27, (8192, 64, 4): 2.26}
+
+
+@pytest.mark.parametrize("case", MEASURED_PEAKS, ids=str)
+def test_peak_of_the_attention_is_that_measured_on_a_gpu(case):
+    tokens, num_q_heads, num_kv_heads = case
+    model = ModelSection(num_attention_heads=num_q_heads, num_query_groups=num_kv_heads, head_dim=128)
+    run = RunSection(output_dir="unused", sequence_length=tokens, dtype="bf16")
+    shape = Shape.of(TrainConfig(run=run, model=model), 1, "zigzag")
+    assert memory.core_peak_bytes(shape) / GIB == pytest.approx(MEASURED_PEAKS[case], rel=0.1)
+
+
 # --- Properties -----------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,8 @@
 """Bytes of GPU memory that a rank needs at its peak, by kind.
 
 What is saved for backward is listed tensor by tensor, as the modules of `nsa_dist.mcore` and Megatron-core's local
-layers save it (RMSNorm fused, as on a GPU). What lives only while one layer is computed (`transient`) is a model:
-the largest of a few moments, each a sum of the buffers that are alive in it.
+layers save it (RMSNorm fused, as on a GPU). What lives only while one layer is computed (`transient`) is the largest of a few
+moments, each a sum of the buffers that are alive in it; the one of the attention was compared with a GPU's.
 """
 
 from nsa_dist.cp import cost
@@ -102,16 +102,19 @@ def compressed_bytes(shape: Shape) -> int:
 
 
 def core_saved_bytes(shape: Shape) -> int:
-    """Saved by the attention core beside K/V: turned queries, rotary tables, three outputs, gates, block choices."""
-    heads, e, nsa = shape.heads, shape.element_bytes, shape.config.nsa
+    """Saved by the attention core beside K/V: turned queries, rotary tables, the branches' results."""
+    heads, nsa = shape.heads, shape.config.nsa
     turned_keys = 1 if nsa.shared_kv else 2 if nsa.compress_before_rope else 3
-    return shape.tokens * (
-        heads.num_q_heads * heads.dim_k * e
-        + (1 + turned_keys) * heads.dim_k * 4  # cosines and sines, fp32
-        + 3 * heads.num_q_heads * (heads.dim_v * e + 4)  # out and log-sum-exp of each branch
-        + 3 * heads.num_q_heads * 4
-        + heads.num_kv_heads * nsa.num_slc_blocks * 4
-    )
+    queries = heads.num_q_heads * heads.dim_k * shape.element_bytes
+    tables = (1 + turned_keys) * heads.dim_k * 4  # cosines and sines, fp32
+    return shape.tokens * (queries + tables + heads.num_q_heads * 3 * 4) + shape.batch * _results_bytes(shape)
+
+
+def _results_bytes(shape: Shape) -> int:
+    """Out and log-sum-exp of every branch and the chosen blocks, of one sequence."""
+    heads = shape.heads
+    per_token = 3 * heads.num_q_heads * (heads.dim_v * shape.element_bytes + 4)
+    return shape.plan.tokens_per_rank * (per_token + heads.num_kv_heads * shape.config.nsa.num_slc_blocks * 4)
 
 
 def kept_page_bytes(shape: Shape, strategy: Strategy) -> int:
@@ -127,18 +130,48 @@ def logits_bytes(shape: Shape) -> int:
 
 def working_bytes(shape: Shape) -> int:
     """The largest moment of computing one layer, beside everything saved."""
-    heads, e = shape.heads, shape.element_bytes
-    tokens = shape.plan.tokens_per_rank  # the core takes one sequence after the other
-    q, out = (tokens * heads.num_q_heads * dim for dim in (heads.dim_k, heads.dim_v))
-    kv = tokens * heads.row_elements
-    parts = tokens * heads.num_q_heads * shape.config.nsa.num_slc_blocks * (heads.dim_v * e + 8)
-    # Gradients of the output and of the branches, dq of two branches, dk and dv.
-    backward = (4 * out + 2 * q) * e + kv * (e + 8) + min(parts, WORKSPACE_BYTES)
-    if shape.plan.cp_size > 1:
-        backward += 8 * q  # dq of the selected branch is summed over rounds, both in fp32
+    q, out = _query_elements(shape)
     turning = 14 * q  # fp32 copies while queries are turned
-    mlp = 5 * shape.tokens * shape.local_ffn * e
-    return max(backward, turning, mlp)
+    gates = 4 * out * shape.element_bytes  # gradients of the output and of the three branches' results
+    mlp = 5 * shape.tokens * shape.local_ffn * shape.element_bytes
+    return max(selected_backward_bytes(shape), turning, gates, mlp)
+
+
+def selected_backward_bytes(shape: Shape) -> int:
+    """Backward of the selected branch, the window's being done and its result let go.
+
+    Alive beside what is saved: gradients of two branches' results, dq of the window and of this branch (summed over
+    rounds in fp32 over several ranks), gradients of K/V, and the kernels' workspace.
+    """
+    q, out = _query_elements(shape)
+    kv = shape.plan.tokens_per_rank * shape.heads.row_elements
+    rounds = 8 * q if shape.plan.cp_size > 1 else 0
+    return (out + 2 * q) * shape.element_bytes + rounds + kv * (shape.element_bytes + 8) + workspace_bytes(shape)
+
+
+def core_peak_bytes(shape: Shape) -> int:
+    """Peak of the core on one rank over its inputs, its output and their gradients: the benchmark's `peak GiB`."""
+    q, _ = _query_elements(shape)
+    kv = shape.plan.tokens_per_rank * shape.heads.row_elements
+    own_gradients = q * shape.element_bytes + kv * (shape.element_bytes + 8)
+    return _results_bytes(shape) + selected_backward_bytes(shape) - own_gradients
+
+
+def workspace_bytes(shape: Shape) -> int:
+    """Partial results of the selected branch's kernels: as many key/value heads at once as fit, or a part of one."""
+    heads = shape.heads
+    group = heads.num_q_heads // heads.num_kv_heads
+    head = shape.plan.tokens_per_rank * group * shape.config.nsa.num_slc_blocks * (
+        heads.dim_v * shape.element_bytes + 8
+    )  # fmt: skip
+    at_once = min(heads.num_kv_heads, WORKSPACE_BYTES // head)
+    return head * at_once if at_once else WORKSPACE_BYTES
+
+
+def _query_elements(shape: Shape) -> tuple[int, int]:
+    """Numbers of q and of the output, of one sequence: the core takes one after the other."""
+    rows = shape.plan.tokens_per_rank * shape.heads.num_q_heads
+    return rows * shape.heads.dim_k, rows * shape.heads.dim_v
 
 
 def _ends_bytes(shape: Shape, stage: int) -> int:
