@@ -1,8 +1,8 @@
 """Bytes of GPU memory that a rank needs at its peak, by kind.
 
 What is saved for backward is listed tensor by tensor, as the modules of `nsa_dist.mcore` and Megatron-core's local
-layers save it (RMSNorm fused, as on a GPU). What lives only while one layer is computed (`transient`) is the largest of a few
-moments, each a sum of the buffers that are alive in it; the one of the attention was compared with a GPU's.
+layers save it (RMSNorm fused, as on a GPU). What lives only while one layer is computed (`transient`) is the largest
+of a few moments, each a sum of the buffers that are alive in it; that of the attention was compared with a GPU's.
 """
 
 from nsa_dist.cp import cost
