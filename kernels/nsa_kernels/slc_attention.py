@@ -12,7 +12,8 @@ Shapes      T = query tokens, R = local key rows, Hq = Hkv * G heads, Dk / Dv = 
 Dtypes      bf16, fp16 (products in it, sums in fp32) and fp32. Remote pages may be fp32 while k and v are 16-bit: they
             are then rounded when read, and their gradient is fp32.
 Gradients   of q, k, v and the remote pages, through out and softmax_lse; summed in fp32, rounded once, no atomics.
-Loop order  a block at a time against all queries that chose it: see `slc_index`, `slc_forward`, `slc_backward`.
+Loop order  a block at a time against all queries that chose it, at any G: see `slc_index`, `slc_forward`,
+            `slc_backward`, `slc_parts`.
 Bits        a query's result depends on its own list and keys only, not on its neighbours or on where pages lie.
 Memory      `slc_tiles.WORKSPACE_BYTES` beside inputs and outputs, whatever T is, and fp32 dk, dv where T is cut.
 Reference   nsa_kernels.reference.selected_attention
@@ -23,12 +24,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .slc_backward import differentiate_chunk, row_deltas
+from .slc_checks import check_inputs
 from .slc_forward import attend_chunk
 from .slc_index import build_block_index
-from .slc_pages import split_width
 from .slc_tiles import WORKSPACE_BYTES, backward_tiles, chunks, forward_tiles
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def selected_attention(
@@ -50,7 +49,7 @@ def selected_attention(
     Shapes are at the head of this file. `workspace_bytes` bounds what is held beside inputs and outputs.
     Raises ValueError for shapes, dtypes or strides it cannot take.
     """
-    _check(q, k, v, block_indices, block_table, position, slc_block_len, softmax_scale, k_remote, v_remote)
+    check_inputs(q, k, v, block_indices, block_table, position, slc_block_len, softmax_scale, k_remote, v_remote)
     return _SelectedAttention.apply(
         q, k, v, k_remote, v_remote, block_indices, block_table, position,
         slc_block_len, softmax_scale, workspace_bytes,
@@ -79,7 +78,7 @@ def selected_attention_backward(
     grad_out, out [T, Hq, Dv] and softmax_lse [T, Hq] belong to the whole, merged result; the others are as in
     `selected_attention`. Returns dq, dk, dv, dk_remote, dv_remote in fp32 (the last two None without remote pages).
     """
-    _check(q, k, v, block_indices, block_table, position, slc_block_len, softmax_scale, k_remote, v_remote)
+    check_inputs(q, k, v, block_indices, block_table, position, slc_block_len, softmax_scale, k_remote, v_remote)
     return _gradients(
         grad_out, None, out, softmax_lse, q, k, v, k_remote, v_remote, block_indices, block_table, position,
         slc_block_len, softmax_scale, workspace_bytes, torch.float32,
@@ -101,8 +100,13 @@ class _SelectedAttention(torch.autograd.Function):
         out, lse, *inputs = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        grads = _gradients(grad_out, grad_lse, out, lse, *inputs, *ctx.options, None)
-        return *grads, *[None] * (len(inputs) + len(ctx.options) - len(grads))
+        q, k, v, k_remote, v_remote, block_indices, block_table, position = inputs
+        slc_block_len, softmax_scale, workspace_bytes = ctx.options
+        grads = _gradients(
+            grad_out, grad_lse, out, lse, q, k, v, k_remote, v_remote, block_indices, block_table, position,
+            slc_block_len, softmax_scale, workspace_bytes, None,
+        )  # fmt: skip
+        return *grads, *[None] * 6
 
 
 def _attend(
@@ -164,7 +168,7 @@ def _gradients(
         )
         differentiate_chunk(
             q[rows], k, v, k_remote, v_remote, block_table, block_indices[rows], position[rows], index,
-            grad_out[rows], lse[rows], delta[rows], dq[rows], *sums,
+            grad_out[rows], lse[rows], delta[rows], dq[rows], sums,
             head_start=heads.start, slc_block_len=slc_block_len, softmax_scale=softmax_scale, add=rows.start > 0,
         )  # fmt: skip
     return dq, *[s if s is None else s.to(dtype or x.dtype) for s, x in zip(sums, pages, strict=True)]
@@ -177,66 +181,3 @@ def _part_bytes(q: Tensor) -> int:
 
 def _zeros(like: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return None if like is None else torch.zeros(like.shape, dtype=dtype or like.dtype, device=like.device)
-
-
-def _check(q, k, v, block_indices, block_table, position, slc_block_len, softmax_scale, k_remote, v_remote) -> None:
-    if q.shape[1] % k.shape[1] or k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: the key-value heads must divide "
-            f"the query heads, k and v must have the same rows and heads, q and k the same head dim"
-        )
-    if q.dtype not in _DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(
-            f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype} must be one of bfloat16, float16, float32, the same for all "
-            f"three, because tensor cores take both operands in one dtype; cast them, or use nsa_kernels.reference"
-        )
-    if slc_block_len < 16 or slc_block_len & (slc_block_len - 1) or k.shape[0] % slc_block_len:
-        raise ValueError(
-            f"slc_block_len={slc_block_len} must be a power of two from 16 on and divide the {k.shape[0]} rows of k, "
-            f"because a page is one tile; pad each document to whole blocks, or use nsa_kernels.reference"
-        )
-    expected = (q.shape[0], k.shape[1])
-    if block_indices.shape[:2] != expected or position.shape != expected[:1] or block_table.shape[0] != expected[1]:
-        raise ValueError(
-            f"block_indices {tuple(block_indices.shape)}, block_table {tuple(block_table.shape)} and position "
-            f"{tuple(position.shape)} must be [T, Hkv, n], [Hkv, num_blocks] and [T] with T={q.shape[0]} and "
-            f"Hkv={k.shape[1]}, one row for each query and key-value head; pass them for this rank's tokens"
-        )
-    if not softmax_scale > 0:
-        raise ValueError(
-            f"softmax_scale={softmax_scale} must be positive, because the largest score is scaled after it is found; "
-            f"pass head_dim ** -0.5, or negate q"
-        )
-    _check_width("Dk", q.shape[2], two=True)
-    _check_width("Dv", v.shape[2], two=False)
-    if (k_remote is None) != (v_remote is None):
-        raise ValueError(
-            f"k_remote is {_given(k_remote)}, v_remote is {_given(v_remote)}: they must be given together, because a "
-            f"page has keys and values; pass both or neither"
-        )
-    if k_remote is not None and (
-        k_remote.shape[1:] != (slc_block_len, q.shape[2]) or v_remote.shape != (*k_remote.shape[:2], v.shape[2])
-    ):
-        raise ValueError(
-            f"k_remote {tuple(k_remote.shape)} and v_remote {tuple(v_remote.shape)} must be [pages, {slc_block_len}, D], "
-            f"D={q.shape[2]} and {v.shape[2]}, because pages are read like k and v; split the fetched buffer so"
-        )
-    for name, x in (("q", q), ("k", k), ("v", v), ("k_remote", k_remote), ("v_remote", v_remote)):
-        if x is not None and x.stride(2) != 1:
-            raise ValueError(
-                f"{name} has strides {tuple(x.stride())}: its last dim must have stride 1, because rows are read as "
-                f"vectors; pass {name}.contiguous()"
-            )
-
-
-def _given(x: Tensor | None) -> str:
-    return "missing" if x is None else "given"
-
-
-def _check_width(name: str, width: int, *, two: bool) -> None:
-    second = split_width(width)[1]
-    if width < 16 or (second and (not two or second < 16 or second & (second - 1))):
-        raise ValueError(
-            f"{name}={width} must be a power of two from 16 on{' or the sum of two such' if two else ''}, because the "
-            f"kernels' tiles are that wide; pad the head dim with zeros, or use nsa_kernels.reference"
-        )

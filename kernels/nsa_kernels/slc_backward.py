@@ -15,6 +15,8 @@ Shapes      as `slc_forward`, and
 Numerics    P and dS enter their products in the dtype of q; sums are fp32.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +25,7 @@ from torch import Tensor
 from .slc_forward import LOG2E
 from .slc_index import BlockIndex
 from .slc_pages import load_page, page_strides, split_width
-from .slc_parts import sum_parts
+from .slc_parts import SMALLEST, sum_parts
 from .slc_tiles import backward_tiles
 
 
@@ -131,7 +133,8 @@ def _items_kernel(
         largest = tl.max(tl.abs(dq0), 1)
         if DK1 > 0:
             largest = tl.maximum(largest, tl.max(tl.abs(dq1), 1))
-        factor = 1 / tl.where(largest > 0, largest, 1.0)
+        largest = tl.maximum(largest, SMALLEST)
+        factor = 1 / largest
         tl.store(dq_scale + part_row, largest * softmax_scale, mask=live)
         part = dq_part + part_row[:, None] * (DK0 + DK1) + tl.arange(0, DK0)
         tl.store(part, (dq0 * factor[:, None]).to(dq_part.dtype.element_ty), mask=live[:, None])
@@ -235,10 +238,7 @@ def differentiate_chunk(
     lse: Tensor,
     delta: Tensor,
     dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dk_remote: Tensor | None,
-    dv_remote: Tensor | None,
+    page_grads: Sequence[Tensor | None],
     *,
     head_start: int,
     slc_block_len: int,
@@ -247,8 +247,8 @@ def differentiate_chunk(
 ) -> None:
     """Fill dq for a chunk of queries and heads, and write, or add where `add`, their share of dk and dv.
 
-    q, block_indices, position, grad_out, lse, delta, dq are the chunk's rows with all heads; dk, dv
-    [R, Hkv, D] and dk_remote, dv_remote [pages, l', D] are contiguous, and zero where no chunk has written.
+    q, block_indices, position, grad_out, lse, delta, dq are the chunk's rows with all heads; page_grads is dk, dv
+    [R, Hkv, D] and dk_remote, dv_remote [pages, l', D], contiguous, zero where no chunk has written.
     """
     num_queries, num_slots = block_indices.shape[0], block_indices.shape[2]
     num_q_heads, head_dim_k, head_dim_v = q.shape[1], q.shape[2], v.shape[2]
@@ -259,9 +259,10 @@ def differentiate_chunk(
     part_shape = (num_heads, num_queries, num_slots, group)
     part_dtype = torch.float32 if exact else torch.float16
     dq_part = torch.empty(*part_shape, head_dim_k, dtype=part_dtype, device=q.device)
-    fp32 = {"dtype": torch.float32, "device": q.device}
-    dq_scale = torch.zeros(part_shape, **fp32)  # 0: no part
-    dkv_part = torch.empty(index.max_items, slc_block_len, head_dim_k + head_dim_v, **fp32)
+    dq_scale = torch.zeros(part_shape, dtype=torch.float32, device=q.device)  # 0: no part
+    dkv_part = torch.empty(
+        index.max_items, slc_block_len, head_dim_k + head_dim_v, dtype=torch.float32, device=q.device
+    )
 
     tiles = backward_tiles(group, head_dim_k, head_dim_v)
     dk0, dk1 = split_width(head_dim_k)
@@ -283,7 +284,7 @@ def differentiate_chunk(
     num_page_lists = num_heads * num_blocks
     _pages_kernel[(num_page_lists, slc_block_len // rows)](
         dkv_part, index.item_offsets, block_table,
-        dk, dv, dk_remote, dv_remote,
+        *page_grads,
         index.num_lists, num_page_lists, num_blocks, head_start, num_kv_heads, num_local_pages,
         block_table.stride(0),
         **widths, ADD=add, ROWS=rows,

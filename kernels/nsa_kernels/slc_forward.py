@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .slc_index import BlockIndex, is_gathered
 from .slc_pages import load_page, page_strides, split_width
-from .slc_parts import sum_parts
+from .slc_parts import SMALLEST, sum_parts
 from .slc_tiles import forward_tiles
 
 NO_BLOCK = tl.constexpr(2**30)
@@ -104,7 +104,8 @@ def _gathered_kernel(
         if DV1 > 0:
             out1 = tl.dot(p, v1, input_precision=PRECISION)
             largest = tl.maximum(largest, tl.max(tl.abs(out1), 1))
-        factor = 1 / tl.where(largest > 0, largest, 1.0)
+        largest = tl.maximum(largest, SMALLEST)
+        factor = 1 / largest
         part_row = (head.to(tl.int64) * num_queries * SLOTS + entry) * GROUP + g
         part_at = part + part_row[:, None] * (DV0 + DV1)
         tl.store(part_at + tl.arange(0, DV0), (out0 * factor[:, None]).to(part.dtype.element_ty), mask=live[:, None])
@@ -205,8 +206,8 @@ def _shared_kernel(
     part_row = (head.to(tl.int64) * num_queries + t) * SLOTS * GROUP + row % GROUP
     sees = total > 0
     total = tl.where(sees, total, 1.0)
-    largest = tl.max(tl.abs(acc), 1)
-    acc = acc * (1 / tl.where(largest > 0, largest, 1.0))[:, None]
+    largest = tl.maximum(tl.max(tl.abs(acc), 1), SMALLEST)
+    acc = acc * (1 / largest)[:, None]
     tl.store(part + part_row[:, None] * DV + tl.arange(0, DV), acc.to(part.dtype.element_ty), mask=live[:, None])
     shared_lse = tl.where(sees, top + tl.log2(total), float("-inf"))
 

@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# What a part is divided by at the least: the reciprocal of less may be infinite.
+SMALLEST = tl.constexpr(1e-30)
+
 
 @triton.jit(do_not_specialize=["num_queries", "head_start"])
 def _sum_parts_kernel(

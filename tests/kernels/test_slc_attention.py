@@ -1,14 +1,16 @@
 """Selected attention against the fp64 reference: every gradient, remote pages, any selection, the same bits."""
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from kernels.judge import assert_twice
 from nsa_kernels import reference
-from nsa_kernels.slc_attention import selected_attention
+from nsa_kernels.slc_attention import selected_attention, selected_attention_backward
 from nsa_kernels.slc_index import build_block_index
-from torch import Tensor
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LEN = 16
@@ -102,20 +104,317 @@ def upstream(case):
     return grad_out, torch.randn(case.q.shape[:2], device=case.q.device)
 
 
+def dense_plain(
+    q, k, v, block_indices, block_table, position, *, slc_block_len, softmax_scale, k_remote=None, v_remote=None
+):  # fmt: skip
+    """Every operation in the inputs' dtype, all scores at once: the yardstick in 16 bits.
+
+    The reference computes 16-bit inputs in fp32, which no tensor core does: P and dS enter their products rounded.
+    """
+    group, outs = q.shape[1] // k.shape[1], []
+    for h in range(k.shape[1]):
+        pages_k, pages_v = (x[:, h].unflatten(0, (-1, slc_block_len)) for x in (k, v))
+        if k_remote is not None:
+            pages_k, pages_v = torch.cat([pages_k, k_remote]), torch.cat([pages_v, v_remote])
+        blocks = block_indices[:, h].unique().long()
+        blocks = blocks[blocks >= 0]
+        keys, values = (x[block_table[h, blocks].long()].flatten(0, 1) for x in (pages_k, pages_v))
+        token = blocks[:, None] * slc_block_len + torch.arange(slc_block_len, device=q.device)
+        chosen = (block_indices[:, h, :, None] == blocks).any(1)[..., None] & (token <= position[:, None, None])
+        chosen = chosen.flatten(1)[:, None]  # [T, 1, keys]
+        scores = q[:, h * group : (h + 1) * group] @ keys.T * softmax_scale  # [T, G, keys]
+        empty = ~chosen.any(-1, keepdim=True)
+        scores = scores.masked_fill(~chosen, -math.inf).masked_fill(empty, 0.0)
+        p = scores.softmax(-1).masked_fill(empty, 0.0)
+        outs.append((p @ values, scores.logsumexp(-1).masked_fill(empty[..., 0], -math.inf)))
+    return torch.cat([o for o, _ in outs], 1), torch.cat([lse for _, lse in outs], 1)
+
+
 def check(case, block_len=LEN, **options):
     grads = upstream(case)
     actual = run(selected_attention, case, *grads, block_len=block_len, **options)
     plain = run(reference.selected_attention, case, *grads, block_len=block_len)
+    if case.q.dtype != torch.float32:
+        out, _, *gradients = run(dense_plain, case, *grads, block_len=block_len)
+        plain = out, plain[1], *gradients
     exact = run(reference.selected_attention, case, *grads, torch.float64, block_len=block_len)
     for name, a, p, e in zip(("out", "lse", "dq", "dk", "dv", "dremote"), actual, plain, exact, strict=False):
         assert a.dtype == p.dtype
         assert_twice(name, a, p, e)
 
 
+def segment(first_block, blocks, tokens=None):
+    """Positions of one segment of a rank: whole blocks, or the first `tokens` tokens of them and padding rows."""
+    position = torch.arange(first_block * LEN, (first_block + blocks) * LEN)
+    if tokens is not None:
+        position[tokens:] = -1
+    return position
+
+
+SHAPES = [(1, 2, (16, 16)), (2, 2, (32, 16)), (4, 1, (48, 32)), (16, 1, (16, 32))]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("group", "num_kv_heads", "dims"), [(1, 2, (16, 16)), (2, 2, (32, 16)), (4, 1, (48, 32)), (16, 1, (16, 32))]
-)
+@pytest.mark.parametrize(("group", "num_kv_heads", "dims"), SHAPES)
 def test_forward_and_gradients(group, num_kv_heads, dims, dtype, device):
-    position = torch.arange(5 * LEN + 3)
+    position = torch.arange(4 * LEN + 3)
     check(make_case(position, None, group=group, num_kv_heads=num_kv_heads, dims=dims, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize(("group", "dims"), [(1, (64, 64)), (4, (128, 128)), (3, (192, 128))])
+def test_head_dims_of_models(group, dims, device):
+    case = make_case(torch.arange(130), None, group=group, num_kv_heads=1, dims=dims, block_len=64, device=device)
+    check(case, block_len=64)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_remote_pages_are_read_in_place(group, device):
+    """Two segments of one rank; the blocks between and before them are pages of other ranks, keys beside values."""
+    position = torch.cat([segment(2, 1), segment(7, 1)])
+    case = make_case(position, None, group=group, dims=(32, 16), local_blocks=[2, 7], device=device)
+    assert case.packed is not None
+    check(case)
+
+
+def test_a_remote_page_in_fp32_takes_an_fp32_gradient(device):
+    case = make_case(segment(4, 1), None, local_blocks=[4], device=device)
+    leaves = [x.detach().requires_grad_() for x in (case.q, case.k, case.v, case.packed.float())]
+    out, _ = attend_with(selected_attention, case, leaves)
+    grad = torch.autograd.grad(out.float().square().sum(), leaves[3])[0]
+    leaves[3] = case.packed.detach().requires_grad_()
+    out_bf16, _ = attend_with(selected_attention, case, leaves)
+    assert torch.equal(out, out_bf16)
+    expected = torch.autograd.grad(out_bf16.float().square().sum(), leaves[3])[0]
+    assert grad.dtype == torch.float32
+    assert torch.equal(grad.to(torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 5])
+def test_every_query_chooses_one_block(slots, device):
+    selection = torch.full((5 * LEN, 1, slots), -1, dtype=torch.int32)
+    selection[..., 0] = 1
+    case = make_case(segment(3, 5), selection, num_kv_heads=1, local_blocks=[3, 4, 5, 6, 7], device=device)
+    check(case)
+
+
+def test_every_query_chooses_everything(device):
+    selection = torch.arange(7, dtype=torch.int32).expand(3 * LEN, 1, 7).contiguous()  # later blocks are masked
+    check(make_case(segment(4, 3), selection, num_kv_heads=1, device=device))
+
+
+def test_forced_blocks_left_out(device):
+    """No first, own or previous block: only irregular ones, and rows of one block."""
+    selection = torch.tensor([1, 3, 4, -1], dtype=torch.int32).repeat(2 * LEN, 2, 1)
+    selection[5:9] = torch.tensor([2, -1, -1, -1], dtype=torch.int32)
+    check(make_case(segment(6, 2), selection, device=device))
+
+
+def test_rows_that_see_nothing(device):
+    """Padding rows, rows of -1 only, and rows whose only block is later than their own."""
+    position = segment(2, 2, tokens=LEN + 5)
+    selection = random_selection(position, 2, 4)
+    selection[3] = -1
+    selection[4] = torch.tensor([3, -1, -1, -1], dtype=torch.int32)
+    case = make_case(position, selection, device=device)
+    check(case)
+    out, lse = attend_with(selected_attention, case, case.leaves())
+    for rows in (slice(3, 5), slice(LEN + 5, None)):
+        assert (out[rows] == 0).all()
+        assert (lse[rows] == -math.inf).all()
+
+
+def test_documents_of_a_pack(device):
+    """Two documents: the second one's first block is not block 0, and the tile of a block's end spans both."""
+    position = torch.cat([segment(0, 2, tokens=LEN + 3), segment(2, 3)])
+    own = position // LEN
+    first = torch.where(position >= 2 * LEN, 2, 0)
+    rows = [
+        sorted({int(f), max(int(f), int(o) - 1), int(o)}) if o >= 0 else [] for f, o in zip(first, own, strict=True)
+    ]
+    selection = torch.tensor([row + [-1] * (4 - len(row)) for row in rows], dtype=torch.int32)[:, None]
+    check(make_case(position, selection.expand(-1, 2, -1), device=device))
+
+
+def test_large_logits_and_a_sink(device):
+    case = make_case(torch.arange(4 * LEN), None, std=10.0, device=device)
+    with torch.no_grad():
+        case.k[int(case.block_table[0, 0]) * LEN] *= 8
+    check(case)
+
+
+def test_chunks_of_queries_and_heads(device):
+    """A small workspace cuts queries (sums of dk, dv go on in fp32) and leaves the forward's bits as they were."""
+    case = make_case(torch.arange(5 * LEN), None, num_kv_heads=1, device=device)
+    check(case, workspace_bytes=64 * 5 * 2 * 24)
+    whole = attend_with(selected_attention, case, case.leaves())
+    cut = attend_with(selected_attention, case, case.leaves(), workspace_bytes=1)
+    assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
+
+
+def attend_with(attend, case, leaves, **options):
+    remote = {}
+    if case.packed is not None:
+        dk = case.dims[0]
+        remote = {"k_remote": leaves[3][..., :dk], "v_remote": leaves[3][..., dk:]}
+    return attend(
+        *leaves[:3], case.block_indices, case.block_table, case.position,
+        slc_block_len=LEN, softmax_scale=case.dims[0] ** -0.5, **remote, **options,
+    )  # fmt: skip
+
+
+def test_two_runs_give_the_same_bits(device):
+    case = make_case(segment(5, 2), None, local_blocks=[5, 6], device=device)
+    grads = upstream(case)
+    first, second = (run(selected_attention, case, *grads) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_querys_bits_depend_on_its_own_list_only(device):
+    """The same queries with other neighbours, other page numbers, and their pages local instead of remote."""
+    position = segment(4, 2)
+    selection = random_selection(position, 1, 5)
+    whole = make_case(position, selection, group=2, num_kv_heads=1, device=device)
+    out, lse = attend_with(selected_attention, whole, whole.leaves())
+    table, pages_k, pages_v = whole.block_table[0], *(x[:, 0].unflatten(0, (-1, LEN)) for x in (whole.k, whole.v))
+    rows = slice(13, 29)
+    chosen = [b for b in selection[rows].unique().tolist() if b >= 0]
+    remote = torch.cat([torch.cat([pages_k[table[b]], pages_v[table[b]]], -1)[None] for b in reversed(chosen)])
+    table = torch.full_like(whole.block_table, -1)
+    for page, block in enumerate(reversed(chosen)):
+        table[0, block] = 1 + page
+    part = Case(
+        whole.q[rows], whole.k[:LEN] * torch.nan, whole.v[:LEN] * torch.nan,
+        whole.block_indices[rows], table, whole.position[rows], remote,
+    )  # fmt: skip
+    part_out, part_lse = attend_with(selected_attention, part, part.leaves())
+    assert torch.equal(part_out, out[rows])
+    assert torch.equal(part_lse, lse[rows])
+
+
+def test_upstream_gradients_without_unit_stride(device):
+    case = make_case(torch.arange(2 * LEN), None, device=device)
+    for grad_out in (
+        torch.ones((), dtype=case.q.dtype, device=device).expand(case.q.shape),
+        torch.randn(*case.q.shape[:2], 2 * case.dims[1], device=device).to(case.q.dtype)[..., ::2],
+        torch.randn(case.q.shape[1], len(case.q), case.dims[1], device=device).to(case.q.dtype).transpose(0, 1),
+    ):
+        results = []
+        for grad in (grad_out, grad_out.contiguous()):
+            leaves = case.leaves()
+            results.append(torch.autograd.grad(attend_with(selected_attention, case, leaves)[0], leaves, grad))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_strided_inputs(device):
+    """q, k, v as views of one projection, and a table and indices that are not contiguous."""
+    case = make_case(torch.arange(2 * LEN), None, num_kv_heads=1, device=device)
+    qkv = torch.cat([case.q, case.k, case.v], 1)
+    views = replace(
+        case,
+        q=qkv[:, :2],
+        k=qkv[:, 2:3],
+        v=qkv[:, 3:],
+        block_indices=case.block_indices.transpose(0, 2).contiguous().transpose(0, 2),
+        block_table=torch.stack([case.block_table, case.block_table], 1)[:, 0],
+    )
+    a = attend_with(selected_attention, case, (case.q, case.k, case.v))
+    b = attend_with(selected_attention, views, (views.q, views.k, views.v))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_gradients_of_a_part_of_a_merged_result(device):
+    """Two rounds of pages, merged: what each round's backward gives adds up to the gradient of the whole."""
+    case = make_case(segment(3, 2), None, num_kv_heads=1, device=device)
+    grad_out, _ = upstream(case)
+    leaves = case.leaves()
+    options = {"slc_block_len": LEN, "softmax_scale": case.dims[0] ** -0.5}
+    out, lse = selected_attention(*leaves, case.block_indices, case.block_table, case.position, **options)
+    whole = torch.autograd.grad(out, leaves, grad_out)
+    odd = (case.block_indices % 2 == 1) & (case.block_indices >= 0)
+    sums = [0.0, 0.0, 0.0]
+    for here in (odd, ~odd):
+        ids = case.block_indices.masked_fill(~here, 2**20)
+        ids = torch.where((ids < 0) | (ids == 2**20), 2**20, ids).sort(-1).values
+        ids = ids.masked_fill(ids == 2**20, -1)
+        args = (*(x.detach() for x in leaves), ids, case.block_table, case.position)
+        grads = selected_attention_backward(grad_out, out.detach(), lse.detach(), *args, **options)
+        exact = reference.selected_attention_backward(grad_out, out.detach(), lse.detach(), *args, **options)
+        for i, (grad, want) in enumerate(zip(grads[:3], exact[:3], strict=True)):
+            assert grad.dtype == torch.float32
+            torch.testing.assert_close(grad, want, rtol=2e-2, atol=2e-2)
+            sums[i] = sums[i] + grad
+        assert grads[3:] == (None, None)
+    for total, want in zip(sums, whole, strict=True):
+        torch.testing.assert_close(total, want.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_no_queries(device):
+    case = make_case(torch.arange(LEN), None, device=device)
+    case = replace(
+        case, q=case.q[:0], block_indices=case.block_indices[:0], position=case.position[:0]
+    )  # fmt: skip
+    leaves = case.leaves()
+    out, lse = attend_with(selected_attention, case, leaves)
+    assert out.shape == (0, *case.q.shape[1:])
+    grads = torch.autograd.grad(out.sum() + lse.sum(), leaves)
+    assert all((g == 0).all() for g in grads)
+
+
+def test_index_of_the_docstring(device):
+    block_indices = torch.tensor([[[0, -1]], [[0, 1]], [[0, 2]], [[1, 2]]], dtype=torch.int32, device=device)
+    position = torch.full((4,), 1000, device=device)
+    index = build_block_index(
+        block_indices, position, num_blocks=4, slc_block_len=64, item_queries=2, segment_queries=256, gather_all=True
+    )
+    assert index.entries[:7].tolist() == [0, 2, 4, 3, 6, 5, 7]
+    assert index.offsets.tolist() == [0, 3, 5, 7, 7]
+    assert index.item_offsets.tolist() == [0, 2, 3, 4, 4]
+    assert index.item_list.tolist() == [0, 0, 1, 2, 4, 4, 4, 4]
+
+
+def test_index_over_many_words_and_segments(device):
+    """More queries than a group of bits, three segments: against a plain stable sort."""
+    num_queries, heads, blocks, slots, segment_queries = 700, 2, 5, 3, 256
+    chosen = torch.rand(num_queries, heads, blocks).argsort(-1)[..., :slots].sort(-1).values
+    keep = torch.rand(num_queries, heads, 1) < 0.9
+    block_indices = torch.where(keep, chosen, -1).to(torch.int32)
+    position = torch.full((num_queries,), 10_000)
+    index = build_block_index(
+        block_indices.to(device), position.to(device),
+        num_blocks=blocks, slc_block_len=16, item_queries=7, segment_queries=segment_queries, gather_all=True,
+    )  # fmt: skip
+    want, offsets = [], [0]
+    for first in range(0, num_queries, segment_queries):
+        for h in range(heads):
+            for block in range(blocks):
+                here = (block_indices[first : first + segment_queries, h] == block).nonzero()
+                want += [(first + t) * slots + i for t, i in here.tolist()]
+                offsets.append(len(want))
+    assert index.offsets.tolist() == offsets
+    assert index.entries[: len(want)].tolist() == want
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"q": lambda c: c.q.double()}, "nsa_kernels.reference"),
+        ({"q": lambda c: c.q[..., :12], "k": lambda c: c.k[..., :12]}, "pad the head dim"),
+        ({"v": lambda c: c.v[..., ::2].repeat(1, 1, 2)[..., ::2]}, r"v\.contiguous\(\)|pad the head dim"),
+        ({"k": lambda c: c.k[:-1], "v": lambda c: c.v[:-1]}, "pad each document to whole blocks"),
+        ({"position": lambda c: c.position[:-1]}, "for this rank's tokens"),
+    ],
+)
+def test_errors_name_the_remedy(change, remedy, device):
+    case = make_case(torch.arange(2 * LEN), None, device=device)
+    case = replace(case, **{name: value(case) for name, value in change.items()})
+    with pytest.raises(ValueError, match=remedy):
+        attend_with(selected_attention, case, (case.q, case.k, case.v))
+
+
+def test_one_kind_of_remote_tensor_is_an_error(device):
+    case = make_case(torch.arange(2 * LEN), None, device=device)
+    with pytest.raises(ValueError, match="pass both or neither"):
+        selected_attention(
+            case.q, case.k, case.v, case.block_indices, case.block_table, case.position,
+            slc_block_len=LEN, softmax_scale=1.0, k_remote=case.k[:LEN].transpose(0, 1),
+        )  # fmt: skip
