@@ -106,11 +106,13 @@ class Listener(Hooks):
 
 
 def single_process(rank: int, base: Path) -> tuple[TrainResult, TrainResult, Listener]:
-    """A run that stops at FORK_STEP; a copy of it that goes on to the end; and the tiny job."""
+    """A run that stops at FORK_STEP; copies of it that go on, one with another schedule; and the tiny job."""
     stopped = run(small_config(base, "fork"), StopAfter(FORK_STEP))
     shutil.copytree(base / "fork", base / "single")
     listener = Listener()
     ended = run(small_config(base, "single").resuming(), listener)
+    shutil.copytree(base / "fork", base / "longer")
+    run(small_config(base, "longer", run={"steps": STEPS + 2}, optimizer={"lr": 2e-3, "warmup_steps": 2}).resuming())
     tiny_job(base, "CP1", {"context_parallel_size": 1})
     return stopped, ended, listener
 

@@ -17,6 +17,8 @@ from nsa_dist.train.model import Trainable
 from nsa_dist.train.output import OutputDir
 from nsa_dist.train.world import World
 
+_CONFIGURED = ("max_lr", "min_lr", "betas", "eps")
+
 
 def save(model: Trainable, output: OutputDir, step: int, keep: int, world: World) -> Path:
     """Write the checkpoint after `step` steps, make it the latest, and drop all but the newest `keep`."""
@@ -35,7 +37,10 @@ def save(model: Trainable, output: OutputDir, step: int, keep: int, world: World
 
 
 def restore(model: Trainable, path: Path) -> int:
-    """Load the checkpoint at `path`, which may come from another parallel layout; returns its number of steps."""
+    """Load the checkpoint at `path`, which may come from another parallel layout; returns its number of steps.
+
+    What the configuration says of rates and schedule holds, whatever the run that saved it had: it may be longer.
+    """
     state = _state(model, 0, is_loading=True)
     saved_layout = dist_checkpointing.load_common_state_dict(str(path))["random_layout"]
     if saved_layout != _random_layout():
@@ -43,11 +48,21 @@ def restore(model: Trainable, path: Path) -> int:
         del state["random"]
     loaded = dist_checkpointing.load(state, str(path))
     model.bare_model.load_state_dict(loaded["model"])
-    model.optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(model, loaded["optimizer"])
     model.scheduler.load_state_dict(loaded["scheduler"])
     if "random" in state:
         _set_random_states(loaded["random"])
     return loaded["step"]
+
+
+def _load_optimizer(model: Trainable, state: dict[str, Any]) -> None:
+    """Moments and step counts of the checkpoint; rates, betas and eps stay those of the configuration."""
+    configured = [
+        {name: group[name] for name in _CONFIGURED if name in group} for group in model.optimizer.param_groups
+    ]
+    model.optimizer.load_state_dict(state)
+    for group, values in zip(model.optimizer.param_groups, configured, strict=True):
+        group.update(values)
 
 
 def _state(model: Trainable, step: int, is_loading: bool) -> dict[str, Any]:

@@ -137,4 +137,6 @@ def _schedule(config: TrainConfig, optimizer: MegatronOptimizer) -> OptimizerPar
         end_wd=section.weight_decay,
         wd_incr_steps=config.run.steps,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a resumed run follows its own configuration
     )

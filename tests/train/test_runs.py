@@ -101,6 +101,14 @@ def test_a_stopped_run_says_so_and_goes_on(base, single):
     assert listener.num_records == STEPS - FORK_STEP + 2
 
 
+def test_a_resumed_run_follows_its_own_schedule(base, single):
+    rates = [r["lr"] for r in records(base, "longer")]
+    assert len(rates) == STEPS + 2
+    assert rates[FORK_STEP] == pytest.approx(2e-3), "warmup ends at the rate of the new configuration"
+    done = (STEPS + 2 - 1 - 2) / (STEPS + 2 - 2)  # of the decay, before the last step
+    assert rates[-1] == pytest.approx(3e-4 + (2e-3 - 3e-4) * (1 + math.cos(math.pi * done)) / 2)
+
+
 def test_the_latest_checkpoints_are_kept(base, single):
     assert sorted(p.name for p in (base / "single/checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
     assert json.loads((base / "single/latest.json").read_text()) == {
