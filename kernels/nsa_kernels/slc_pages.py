@@ -1,4 +1,4 @@
-"""Pages of keys and values for the selected branch, read and written where they lie.
+"""Pages of keys and values for the selected branch, read where they lie.
 
 A page is one selection block of one key-value head. Local page p is rows p*l' .. (p+1)*l' of [R, Hkv, D]; the pages
 from R // l' on are remote ones, [pages, l', D], possibly strided views of one buffer that holds keys and values side
@@ -30,20 +30,6 @@ def load_page(
         base = local + page.to(tl.int64) * LEN * stride_row + head * stride_head
         tile = tl.load(base + row * stride_row + column)
     return tile
-
-
-@triton.jit
-def page_pointers(
-    local, remote, page, head, row, column,
-    num_local_pages, stride_row, stride_head, stride_page, stride_page_row,
-    LEN: tl.constexpr,
-):  # fmt: skip
-    """Where elements (row, column) of a page lie, for a `local` and a `remote` of the same dtype."""
-    at_local = page.to(tl.int64) * LEN * stride_row + head * stride_head
-    at_remote = (page - num_local_pages).to(tl.int64) * stride_page
-    is_remote = page >= num_local_pages
-    base = tl.where(is_remote, remote + at_remote, local + at_local)
-    return base + row * tl.where(is_remote, stride_page_row, stride_row) + column
 
 
 def page_strides(local: Tensor, remote: Tensor | None) -> tuple[int, int, int, int]:

@@ -57,7 +57,7 @@ class BackwardTiles:
 
 
 def forward_tiles(group: int, head_dim_k: int, head_dim_v: int) -> ForwardTiles:
-    """The sizes above; a tile holds all heads of a group, and wider keys need more registers than three programs have."""
+    """The sizes above; a tile holds all heads of a group; wider keys need more registers than three programs have."""
     least = max(64, triton.next_power_of_2(group))
     registers = 168 if least == 64 and head_dim_k <= 128 and head_dim_v <= 128 else None
     return ForwardTiles(

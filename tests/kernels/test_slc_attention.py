@@ -10,7 +10,6 @@ from torch import Tensor
 from kernels.judge import assert_twice
 from nsa_kernels import reference
 from nsa_kernels.slc_attention import selected_attention, selected_attention_backward
-from nsa_kernels.slc_index import build_block_index
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LEN = 16
@@ -358,40 +357,6 @@ def test_no_queries(device):
     assert out.shape == (0, *case.q.shape[1:])
     grads = torch.autograd.grad(out.sum() + lse.sum(), leaves)
     assert all((g == 0).all() for g in grads)
-
-
-def test_index_of_the_docstring(device):
-    block_indices = torch.tensor([[[0, -1]], [[0, 1]], [[0, 2]], [[1, 2]]], dtype=torch.int32, device=device)
-    position = torch.full((4,), 1000, device=device)
-    index = build_block_index(
-        block_indices, position, num_blocks=4, slc_block_len=64, item_queries=2, segment_queries=256, gather_all=True
-    )
-    assert index.entries[:7].tolist() == [0, 2, 4, 3, 6, 5, 7]
-    assert index.offsets.tolist() == [0, 3, 5, 7, 7]
-    assert index.item_offsets.tolist() == [0, 2, 3, 4, 4]
-    assert index.item_list.tolist() == [0, 0, 1, 2, 4, 4, 4, 4]
-
-
-def test_index_over_many_words_and_segments(device):
-    """More queries than a group of bits, three segments: against a plain stable sort."""
-    num_queries, heads, blocks, slots, segment_queries = 700, 2, 5, 3, 256
-    chosen = torch.rand(num_queries, heads, blocks).argsort(-1)[..., :slots].sort(-1).values
-    keep = torch.rand(num_queries, heads, 1) < 0.9
-    block_indices = torch.where(keep, chosen, -1).to(torch.int32)
-    position = torch.full((num_queries,), 10_000)
-    index = build_block_index(
-        block_indices.to(device), position.to(device),
-        num_blocks=blocks, slc_block_len=16, item_queries=7, segment_queries=segment_queries, gather_all=True,
-    )  # fmt: skip
-    want, offsets = [], [0]
-    for first in range(0, num_queries, segment_queries):
-        for h in range(heads):
-            for block in range(blocks):
-                here = (block_indices[first : first + segment_queries, h] == block).nonzero()
-                want += [(first + t) * slots + i for t, i in here.tolist()]
-                offsets.append(len(want))
-    assert index.offsets.tolist() == offsets
-    assert index.entries[: len(want)].tolist() == want
 
 
 @pytest.mark.parametrize(
