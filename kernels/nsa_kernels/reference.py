@@ -267,8 +267,8 @@ def selected_attention_backward(
     """
     dtype = compute_dtype(q)
     group, num_local = q.shape[1] // k.shape[1], k.shape[0] // slc_block_len
-    given = (q, k, v, k_remote, v_remote)
-    dq, dk, dv, dk_remote, dv_remote = (None if x is None else torch.zeros_like(x, dtype=dtype) for x in given)
+    dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
+    dk_remote, dv_remote = (None if x is None else torch.zeros_like(x, dtype=dtype) for x in (k_remote, v_remote))
     for head in range(k.shape[1]):
         heads = slice(head * group, (head + 1) * group)
 
