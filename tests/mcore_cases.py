@@ -115,18 +115,20 @@ def everything(rank: int, folder: str) -> dict[str, str]:
         expected = {variant: attend(SINGLE, changes) for variant, changes in VARIANTS.items()}
         attempt("recompute changes nothing", lambda: assert_equal(expected["recompute"], expected["mlp"]))
         attempt("a pack is its documents one by one", packed_is_one_by_one)
+        expected_pack = attend_pack(Layout(order="contiguous"))
         save(SINGLE, Path(folder, "TP1"))
     for name, layout in LAYOUTS.items():
         with groups(layout):
             for variant, changes in VARIANTS.items():
                 attempt(f"{name}: {variant}", partial(agrees, layout, changes, expected[variant]))
+            attempt(f"{name}: pack", partial(packs_agree, layout, expected_pack))
             if name == "TP2":
                 attempt("checkpoint of TP1 in TP2", partial(loads, layout, Path(folder, "TP1")))
                 save(layout, Path(folder, "TP2"))
             if name == "CP2 zigzag":
                 attempt("recorded blocks", recorded_blocks)
                 attempt("lengths that do not divide", refuses_odd_lengths)
-                attempt("packs over several ranks", refuses_packs)
+                attempt("packs that do not divide", refuses_packs)
     with groups(SINGLE):
         attempt("checkpoint of TP2 in TP1", partial(loads, SINGLE, Path(folder, "TP2")))
     return results
@@ -203,6 +205,21 @@ def packed_is_one_by_one() -> None:
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=1e-12)
 
 
+def attend_pack(layout: Layout) -> Tensor:
+    """The layer's output for three documents, in packed order."""
+    bounds = torch.tensor([0, 64, 192, 256], dtype=torch.int32)
+    make_plan = ShardPlan.contiguous if layout.order == "contiguous" else ShardPlan.zigzag_documents
+    plan = make_plan(bounds, layout.cp, SIZES.slc_block_len)
+    x = torch.randn(TOKENS, 1, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    pack = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    out, _ = build_attention(make_config(layout))(share(x, plan, layout), None, packed_seq_params=pack)
+    return whole(out.detach(), plan, layout)
+
+
+def packs_agree(layout: Layout, expected: Tensor) -> None:
+    torch.testing.assert_close(attend_pack(layout), expected, rtol=1e-10, atol=1e-10)
+
+
 def save(layout: Layout, path: Path) -> None:
     path.mkdir(exist_ok=True)
     dist.barrier()
@@ -237,9 +254,10 @@ def refuses_odd_lengths() -> None:
 
 def refuses_packs() -> None:
     attention = build_attention(make_config(Layout(cp=2)))
-    pack = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor([0, 256], dtype=torch.int32))
     x = torch.zeros(128, 1, HIDDEN, dtype=torch.float64)
-    expect_error(lambda: attention(x, None, packed_seq_params=pack), "set context_parallel_size=1")
+    for bounds, remedy in (([0, 100, 256], "pad each document to a multiple of 64"), ([0, 128], "ends at 256")):
+        pack = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor(bounds, dtype=torch.int32))
+        expect_error(lambda pack=pack: attention(x, None, packed_seq_params=pack), remedy)
 
 
 def expect_error(work: Callable[[], object], remedy: str) -> None:

@@ -36,8 +36,8 @@ class NSASelfAttention(Attention):
     Tokens of a sequence are those that `config.nsa_layout` gives to this context-parallel rank; the layer derives
     their positions itself. `attention_mask` is ignored (the attention is causal), `rotary_pos_emb` as well.
 
-    Raises ValueError for what the layer does not do: inference caches, attention biases, cross attention, packed
-    sequences over several context-parallel ranks.
+    Raises ValueError for what the layer does not do: inference caches, attention biases, cross attention; and for
+    lengths that would let a selection block span two context-parallel ranks.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class NSASelfAttention(Attention):
     def _rank_plan(self, q: Tensor, packed: PackedSeqParams | None) -> RankPlan:
         cp_size, cp_rank = get_pg_size(self.pg_collection.cp), get_pg_rank(self.pg_collection.cp)
         if packed is not None:
-            return self.plans.of_packed(packed, q.shape[0], cp_size, q.device)
+            return self.plans.of_packed(packed, q.shape[0], cp_size, cp_rank, q.device)
         return self.plans.of_sequence(q.shape[0], cp_size, cp_rank, q.device)
 
 

@@ -43,23 +43,34 @@ class PlanCache:
             self._by_length[key] = _on_device(plan, rank, device)
         return self._by_length[key]
 
-    def of_packed(self, packed: PackedSeqParams, local_tokens: int, cp_size: int, device: torch.device) -> RankPlan:
-        """The documents of a pack (one context-parallel rank only). ValueError otherwise, or if lengths disagree."""
-        if cp_size > 1:
-            raise ValueError(
-                f"packed_seq_params with context_parallel_size={cp_size}: Megatron cuts every document of a pack in "
-                f"zigzag on its own, an order this layer does not have yet; set context_parallel_size=1, or call "
-                f"nsa_attention with a ShardPlan of your documents"
-            )
+    def of_packed(
+        self, packed: PackedSeqParams, local_tokens: int, cp_size: int, rank: int, device: torch.device
+    ) -> RankPlan:
+        """The documents of a pack: in Megatron's order each a zigzag of its own. ValueError as `of_sequence`."""
         if self._last_packed is None or self._last_packed[0] is not packed:
-            plan = self._plan(_document_bounds(packed), 1)
-            if plan.num_tokens != local_tokens:
-                raise ValueError(
-                    f"packed_seq_params ends at token {plan.num_tokens}, but the batch has {local_tokens} tokens, so "
-                    f"some would belong to no document; pass cu_seqlens_q that ends at {local_tokens}"
-                )
-            self._last_packed = (packed, _on_device(plan, 0, device))
+            self._last_packed = (packed, _on_device(self._plan_of_pack(packed, local_tokens, cp_size), rank, device))
         return self._last_packed[1]
+
+    def _plan_of_pack(self, packed: PackedSeqParams, local_tokens: int, cp_size: int) -> ShardPlan:
+        bounds = _document_bounds(packed)
+        if bounds[-1] != local_tokens * cp_size:
+            raise ValueError(
+                f"packed_seq_params ends at token {bounds[-1]}, but the batch has {local_tokens} tokens on each of "
+                f"{cp_size} context-parallel ranks, so some would belong to no document; pass cu_seqlens_q that ends "
+                f"at {local_tokens * cp_size}"
+            )
+        if cp_size == 1 or self.layout == "contiguous":
+            plan = ShardPlan.contiguous(bounds, cp_size, self.block_len)
+        else:
+            plan = ShardPlan.zigzag_documents(bounds, cp_size, self.block_len)
+        if cp_size > 1 and plan.tokens_per_rank != local_tokens:
+            whole = 2 * cp_size * self.block_len
+            raise ValueError(
+                f"the documents of a pack must each be a multiple of 2 * context_parallel_size * slc_block_len = "
+                f"2 * {cp_size} * {self.block_len} = {whole} tokens, so that no selection block spans two ranks; "
+                f"pad each document to a multiple of {whole}"
+            )
+        return plan
 
     def _plan(self, cu_seqlens: list[int], cp_size: int) -> ShardPlan:
         make = ShardPlan.zigzag if self.layout == "zigzag" else ShardPlan.contiguous
