@@ -240,11 +240,11 @@ def mlp_backward(
     row_tiles = triton.cdiv(num_blocks, tile["BLOCK_M"])
     grad_pre = torch.empty_like(hidden)
     partial = x.new_empty(row_tiles, num_heads, width, dtype=torch.float32)
-    _grad_pre_kernel[(row_tiles, triton.cdiv(width, block_f), num_heads)](
+    _grad_pre_kernel[(row_tiles, triton.cdiv(width, min(block_f, 64)), num_heads)](
         grad_y, w2, pre,
         grad_pre, partial,
         num_blocks, width, *grad_y.stride()[:2],
-        D=head_dim, BLOCK_F=block_f, BLOCK_D=block_d, **tile,
+        D=head_dim, BLOCK_F=min(block_f, 64), BLOCK_D=block_d, **tile,
     )  # fmt: skip
     grad_w2 = torch.bmm(hidden.transpose(1, 2), grad_y.transpose(0, 1))
     total = partial.sum(0)  # [Hkv, F]
