@@ -18,9 +18,6 @@ class LaunchSection(Section):
     nodes: int = Field(default=1, ge=1)
     processes_per_node: int | None = Field(default=None, ge=1, description="null: as many as one replica needs")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    backend: Literal["auto", "nccl", "gloo"] = Field(
-        default="auto", description="gloo on GPUs lets several processes share one"
-    )
     cpus_per_process: float = Field(default=1.0, gt=0, description="reserved in Ray; whole ones become CPU threads")
 
     address: str = Field(

@@ -23,7 +23,7 @@ class Processes:
     device: str  # "cpu" or "cuda"
     backend: str  # "gloo" or "nccl"
     cpus_each: float
-    gpus_each: float  # below 1 when several processes share a GPU
+    gpus_each: int  # 0 on CPUs
 
     @property
     def world_size(self) -> int:
@@ -52,25 +52,22 @@ def check_groups(config: RunConfig) -> None:
 
 
 def decide(config: RunConfig, gpus_per_node: int) -> Processes:
-    """Settle device, backend and shares for nodes with that many GPUs. ValueError on what contradicts itself."""
+    """Settle device and backend for nodes with that many GPUs. ValueError on what contradicts itself."""
     launch, per_node = config.launch, config.processes_per_node
     device = _device(launch.device, gpus_per_node)
-    backend = launch.backend if launch.backend != "auto" else {"cuda": "nccl", "cpu": "gloo"}[device]
-    if device == "cpu" and backend == "nccl":
-        raise ValueError("launch.backend=nccl needs launch.device=cuda, because NCCL moves GPU memory; take gloo")
-    shares_gpus = device == "cuda" and per_node > gpus_per_node
-    if shares_gpus and backend == "nccl":
+    if device == "cuda" and per_node > gpus_per_node:
         raise ValueError(
-            f"processes_per_node={per_node} is more than the {gpus_per_node} GPUs of a node, and NCCL refuses two "
-            f"ranks on one GPU; take processes_per_node={gpus_per_node}, or launch.backend=gloo, slowly shared"
+            f"processes_per_node={per_node} is more than the {gpus_per_node} GPUs of a node, and ranks cannot "
+            f"share one, as NCCL refuses it, and Megatron-core's gradient sums do not run over gloo on GPUs; take "
+            f"processes_per_node={gpus_per_node} and more nodes, or launch.device=cpu"
         )
     return Processes(
         nodes=launch.nodes,
         per_node=per_node,
         device=device,
-        backend=backend,
+        backend="nccl" if device == "cuda" else "gloo",
         cpus_each=launch.cpus_per_process,
-        gpus_each=0.0 if device == "cpu" else gpus_per_node / per_node if shares_gpus else 1.0,
+        gpus_each=1 if device == "cuda" else 0,
     )
 
 

@@ -41,12 +41,9 @@ def run(config: RunConfig, processes: Processes, hooks: Hooks, node: str, nvlink
 
 
 def claim_device(processes: Processes) -> torch.device:
-    """The device of this rank, made current: a GPU for each local rank, or shares of them in equal runs."""
+    """The device of this rank, made current: a GPU for each local rank."""
     if processes.device == "cpu":
         return torch.device("cpu")
-    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    num_gpus = torch.cuda.device_count()
-    index = local_rank if local_size <= num_gpus else local_rank * num_gpus // local_size
-    device = torch.device("cuda", index)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device

@@ -27,7 +27,7 @@ def own(processes: Processes, settings: Mapping[str, str]) -> Iterator[None]:
         settings,
         address="local",
         num_cpus=math.ceil(processes.world_size * processes.cpus_each),
-        num_gpus=math.ceil(processes.per_node * processes.gpus_each),
+        num_gpus=processes.per_node * processes.gpus_each,
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=True,  # Ray Train asks it about its actors, and complains every second without it
     ):

@@ -40,19 +40,14 @@ def test_auto_takes_gpus_where_there_are_some(tmp_path):
     assert (on_gpu.device, on_gpu.backend, on_gpu.gpus_each) == ("cuda", "nccl", 1)
 
 
-def test_ranks_share_a_gpu_only_over_gloo(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"NCCL refuses two ranks on one GPU; take processes_per_node=1, or launch\.backend=gloo"
-    ):
+def test_ranks_do_not_share_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match=r"ranks cannot share one, .*take processes_per_node=1 and more nodes"):
         decide(tiny(tmp_path, "device=cuda"), 1)
-    assert decide(tiny(tmp_path, "device=cuda", "backend=gloo"), 1).gpus_each == 0.5
 
 
 def test_a_gpu_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no GPU is visible here; take launch\.device=cpu"):
         decide(tiny(tmp_path, "device=cuda"), 0)
-    with pytest.raises(ValueError, match="NCCL moves GPU memory; take gloo"):
-        decide(tiny(tmp_path, "backend=nccl"), 0)
 
 
 def test_more_ranks_than_cores_are_refused(tmp_path):
