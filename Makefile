@@ -1,7 +1,7 @@
 # Everything starts from a fresh clone: each target makes its own virtual environment first, once.
 #
 #   make train                          train the tiny model on this machine's CPU cores (configs/tiny-cpu.yaml)
-#   make train ARGS="train.steps=50"    ... with overrides, as nsa-dist takes them
+#   make train ARGS="run.steps=50"      ... with overrides, as nsa-dist takes them
 #   make train CONFIG=configs/x.yaml    ... another run
 #   make test | test-all | lint | clean
 #
