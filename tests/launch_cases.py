@@ -68,11 +68,13 @@ class Command:
                     os.killpg(self._process.pid, signal.SIGKILL)
                     self._process.wait()
 
-    def torchrun(self, *words: str) -> None:
-        """The same run through torchrun, to its end."""
+    def torchrun(self, *words: str) -> str:
+        """The same run through torchrun, to its end; what it printed."""
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*launcher, "-m", "nsa_launch.torchrun", str(self._config), *words]
-        subprocess.run(command, check=True, env=self._environment, timeout=self.patience_s)
+        return subprocess.run(
+            command, check=True, env=self._environment, timeout=self.patience_s, stdout=subprocess.PIPE, text=True
+        ).stdout
 
     def said(self) -> str:
         """Everything the command has printed."""

@@ -10,13 +10,16 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
+from nsa_dist.train.records import Record
 from nsa_launch import doctor, exit_codes, rank
 from nsa_launch.config import RunConfig, load
+from nsa_launch.console import Console
 from nsa_launch.hooks import FolderHooks
 from nsa_launch.processes import Processes, check_groups, decide
 from nsa_launch.run_folder import RunFolder, claimed
@@ -52,16 +55,29 @@ def _claim(config: RunConfig, stack: ExitStack) -> RunFolder:
     if int(os.environ["RANK"]) != 0:
         return RunFolder(config.run.output_dir)
     is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    run = config.run.model_copy(update={"resume": True}) if is_restart else config.run
+    run = config.run.model_copy(update={"resume": True, "overwrite": False}) if is_restart else config.run
     return stack.enter_context(claimed(config.model_copy(update={"run": run})))
+
+
+class _ShownHooks(FolderHooks):
+    """Rank 0 shows the run's progress itself: there is no driver."""
+
+    def __init__(self, folder: RunFolder, console: Console) -> None:
+        super().__init__(folder)
+        self._console = console
+
+    def on_metrics(self, record: Record) -> None:
+        self._console.update()
 
 
 def _train(config: RunConfig, processes: Processes, folder: RunFolder) -> int:
     timeout = timedelta(seconds=config.launch.process_group_timeout_s)
-    with StopSignals(lambda _: folder.stop.touch()) as signals:
+    with StopSignals(lambda _: folder.stop.touch()) as signals, Console(config, folder) as console:
         dist.init_process_group(processes.backend, timeout=timeout)
         host = socket.gethostname()
-        result = rank.run(config, processes, FolderHooks(folder), node=host, nvlink_domain=host)
+        result = rank.run(config, processes, _ShownHooks(folder, console), node=host, nvlink_domain=host)
+        if dist.get_rank() == 0:
+            console.finish(asdict(result))
         dist.destroy_process_group()
     return exit_codes.stopped_by(signals.received) if signals.received and result.stopped else exit_codes.OK
 

@@ -29,6 +29,7 @@ class Story:
     killed_after: int
     interrupted_at: int
     exit_code: int
+    finished: str  # what torchrun printed at the end of the disturbed run
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,8 @@ def story(tmp_path_factory) -> Story:
         os.killpg(launch.pid, signal.SIGINT)  # a terminal sends it to every process of the command
         exit_code = launch.wait(disturbed.patience_s)
     interrupted_at = folder.checkpointed_step()
-    disturbed.torchrun(f"steps={STEPS}", "resume=true")
-    return Story(undisturbed, disturbed, folder, killed_after, interrupted_at, exit_code)
+    finished = disturbed.torchrun(f"steps={STEPS}", "resume=true")
+    return Story(undisturbed, disturbed, folder, killed_after, interrupted_at, exit_code, finished)
 
 
 def _corpus(folder: Path) -> Path:
@@ -104,3 +105,10 @@ def test_the_console_stays_short_and_says_what_happened(story):
     assert any("died; all ranks start again from the last checkpoint (1 of 3 times)" in line for line in lines)
     assert any(line.startswith("SIGINT: the ranks save a checkpoint and stop") for line in lines)
     assert f"stopped after step {story.interrupted_at} of {STEPS}" in lines
+
+
+def test_torchrun_shows_the_same(story):
+    lines = story.finished.splitlines()
+    assert f"2 ranks are up, training from step {story.interrupted_at}" in lines
+    assert f"finished step {STEPS} of {STEPS}" in lines
+    assert sum(line.startswith("checkpoints ") for line in lines) == 1  # one rank speaks
