@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .slc_backward import differentiate_chunk, row_deltas
+from .deltas import row_deltas
+from .slc_backward import differentiate_chunk
 from .slc_checks import check_inputs
 from .slc_forward import attend_chunk
 from .slc_index import build_block_index

@@ -1,6 +1,6 @@
 """Selected attention, backward: the forward's loop order, so that each block's keys and values are read once an item.
 
-1. `delta`: sum(dO * O) - dlse per (query, head).
+1. `row_deltas`: delta = sum(dO * O) - dlse per (query, head).
 2. `items`, one work item at a time: a block against some of the queries that chose it. It sums its own dK and dV in
    registers and leaves one fp32 page of them; each (query, block) pair leaves its part of dQ in the slot of the query.
 3. `slc_parts.sum_parts`: every query's dQ, its parts in the order of its list.
@@ -27,26 +27,6 @@ from .slc_index import BlockIndex
 from .slc_pages import load_page, page_strides, split_width
 from .slc_parts import SMALLEST, sum_parts
 from .slc_tiles import backward_tiles
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_heads"])
-def _delta_kernel(
-    out, grad_out, grad_lse,
-    delta,
-    num_rows, num_heads, stride_ot, stride_oh, stride_gt, stride_gh, stride_lt, stride_lh,
-    DV: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = row < num_rows
-    t, h = row // num_heads, row % num_heads
-    column = tl.arange(0, DV)[None, :]
-    o = tl.load(out + (t * stride_ot + h * stride_oh)[:, None] + column, mask=live[:, None], other=0.0).to(tl.float32)
-    g = tl.load(grad_out + (t * stride_gt + h * stride_gh)[:, None] + column, mask=live[:, None], other=0.0)
-    g = g.to(tl.float32)
-    result = tl.sum(o * g, 1)
-    if HAS_GRAD_LSE:
-        result -= tl.load(grad_lse + t * stride_lt + h * stride_lh, mask=live, other=0.0)
-    tl.store(delta + row, result, mask=live)
 
 
 @triton.jit
@@ -205,23 +185,6 @@ def _put(at, total, ADD: tl.constexpr):
     if ADD:
         total += tl.load(at).to(tl.float32)
     tl.store(at, total.to(at.dtype.element_ty))
-
-
-def row_deltas(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
-    """sum(dO * O) - dlse, fp32 [T, Hq]. grad_out needs unit stride in its last dim."""
-    num_queries, num_heads, head_dim = out.shape
-    delta = torch.empty(num_queries, num_heads, dtype=torch.float32, device=out.device)
-    rows = num_queries * num_heads
-    lse_strides = grad_lse.stride() if grad_lse is not None else (0, 0)
-    if rows == 0:
-        return delta
-    _delta_kernel[(triton.cdiv(rows, 64),)](
-        out, grad_out, grad_lse,
-        delta,
-        rows, num_heads, *out.stride()[:2], *grad_out.stride()[:2], *lse_strides,
-        DV=head_dim, HAS_GRAD_LSE=grad_lse is not None, BLOCK_M=64,
-    )  # fmt: skip
-    return delta
 
 
 def differentiate_chunk(

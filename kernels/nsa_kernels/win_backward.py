@@ -18,35 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.deltas import row_deltas
 from nsa_kernels.rows import token_head_strides, unit_stride
 from nsa_kernels.win_tiles import KEY_TILE, Tile, kernel_dims, window_tiles
-
-
-@triton.jit
-def _delta_kernel(
-    out_ptr,
-    grad_out_ptr,
-    grad_lse_ptr,
-    delta_ptr,
-    stride_dt,
-    stride_dh,
-    num_rows,
-    num_q_heads,
-    DV: tl.constexpr,
-    HAS_GRAD_LSE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """delta of BLOCK_M (token, head) rows; out, grad_lse and delta are contiguous."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = row < num_rows
-    dv = tl.arange(0, DV)
-    out = tl.load(out_ptr + row[:, None] * DV + dv[None, :], mask=inside[:, None], other=0.0)
-    grad_rows = grad_out_ptr + (row // num_q_heads) * stride_dt + (row % num_q_heads) * stride_dh
-    grad_out = tl.load(grad_rows[:, None] + dv[None, :], mask=inside[:, None], other=0.0)
-    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
-    if HAS_GRAD_LSE:
-        delta -= tl.load(grad_lse_ptr + row, mask=inside, other=0.0)
-    tl.store(delta_ptr + row, delta, mask=inside)
 
 
 @triton.jit
@@ -256,7 +230,7 @@ def window_backward(
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
     grad_out = unit_stride(grad_out)
-    delta = _delta(out, grad_out, grad_lse)
+    delta = row_deltas(out, grad_out, grad_lse)
     inputs = (q, k, v, begin, end, lse, delta, grad_out)
     tiles = window_tiles(q.shape[2], q.shape[1] // k.shape[1], q.element_size())
     if k.numel():
@@ -289,22 +263,6 @@ def _launch_queries(inputs: tuple[Tensor, ...], dq: Tensor, softmax_scale: float
         **kernel_dims(q, k, v),
         **tile.launch(),
     )
-
-
-def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
-    """rowsum(grad_out * out) - grad_lse, fp32 [T, Hq]."""
-    num_queries, num_q_heads, dim_v = out.shape
-    delta = torch.empty(num_queries, num_q_heads, dtype=torch.float32, device=out.device)
-    block_m = max(16, 4096 // dim_v)
-    _delta_kernel[(triton.cdiv(delta.numel(), block_m),)](
-        *(out, grad_out, None if grad_lse is None else grad_lse.contiguous()),
-        delta,
-        *(*grad_out.stride()[:2], delta.numel(), num_q_heads),
-        DV=dim_v,
-        HAS_GRAD_LSE=grad_lse is not None,
-        BLOCK_M=block_m,
-    )
-    return delta
 
 
 def _seeing_queries(begin: Tensor, end: Tensor, num_keys: int) -> Tensor:
