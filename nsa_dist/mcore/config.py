@@ -7,6 +7,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nsa_dist.config import NSAConfig
+from nsa_dist.cp.fetch import FetchOptions
 
 # Fields of TransformerConfig that change attention in ways this layer does not have: the one value it accepts.
 _UNSUPPORTED: dict[str, Any] = {
@@ -39,6 +40,7 @@ class NSATransformerConfig(TransformerConfig):
     nsa_rotary_base: float = 10_000.0
     nsa_layout: Literal["zigzag", "contiguous"] = "zigzag"  # which tokens a context-parallel rank was given
     nsa_v_head_dim: int | None = None
+    nsa_fetch: FetchOptions = field(default_factory=FetchOptions)  # how selected blocks of other ranks travel
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,6 +63,11 @@ class NSATransformerConfig(TransformerConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}; choose one")
+        if not isinstance(self.nsa_fetch, FetchOptions):
+            raise ValueError(
+                f"nsa_fetch={self.nsa_fetch!r} must be an nsa_dist.cp.fetch.FetchOptions, which checks its values; pass "
+                f"nsa_fetch=FetchOptions(kv_fetch_budget_bytes=..., keep_pages=...)"
+            )
 
     def _check_groups(self) -> None:
         groups, tensor = self.num_query_groups, self.tensor_model_parallel_size

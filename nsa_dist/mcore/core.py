@@ -57,6 +57,7 @@ class NSACoreAttention(MegatronModule):
             plan=plan,
             cp_group=self.cp_group,
             softmax_scale=self.config.softmax_scale,
+            fetch=self.config.nsa_fetch,
             return_block_indices=True,
         )
         if plan.cp_size == 1:

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nsa_dist.config import NSAConfig
+from nsa_dist.cp.fetch import FetchOptions
 
 VOCAB_SIZE = 256  # a token is a byte
 
@@ -91,6 +92,22 @@ class ParallelSection(Section):
     context_parallel_size: int = Field(default=1, ge=1)
     sequence_parallel: bool = False
     layout: Literal["zigzag", "contiguous"] = "zigzag"
+    kv_fetch_budget_bytes: int | None = Field(
+        default=None, description="selected pages of other ranks held at once; null: all that were chosen, in one round"
+    )
+    whole_shard_fraction: float = Field(
+        default=1.0, description="from this share of a rank's blocks chosen on all of them are fetched"
+    )
+    keep_pages: bool = Field(default=False, description="keep fetched pages for backward instead of fetching again")
+
+    @model_validator(mode="after")
+    def _check_fetch(self) -> "ParallelSection":
+        self.fetch_options()
+        return self
+
+    def fetch_options(self) -> FetchOptions:
+        """How the selected branch moves the blocks that other context-parallel ranks hold."""
+        return FetchOptions(self.kv_fetch_budget_bytes, self.whole_shard_fraction, self.keep_pages)
 
     @property
     def model_parallel_size(self) -> int:

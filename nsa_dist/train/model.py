@@ -103,6 +103,7 @@ def transformer_config(config: TrainConfig, world: World) -> NSATransformerConfi
         nsa_compress_before_rope=nsa.compress_before_rope,
         nsa_rotary_base=nsa.rotary_base,
         nsa_layout=parallel.layout,
+        nsa_fetch=parallel.fetch_options(),
         **(recompute if model.recompute_attention else {}),
     )
 

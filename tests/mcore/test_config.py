@@ -20,6 +20,7 @@ from nsa_dist.mcore.rope import rotate
         ({"window_size": (128, 0)}, "set window_size=None"),
         ({"nsa_compression": "max"}, "must be one of .*mean.*; choose one"),
         ({"nsa_layout": "striped"}, "must be one of .*zigzag.*; choose one"),
+        ({"nsa_fetch": {"keep_pages": True}}, "pass nsa_fetch=FetchOptions"),
         ({"num_query_groups": 1, "tensor_model_parallel_size": 2}, "take num_query_groups=2"),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.config_errors import parse
 
@@ -51,6 +52,8 @@ def test_defaults_hold_together():
         ({"optimizer": {"lr": 1e-4}}, "take min_lr=1e-05"),
         ({"run": {**RUN, "steps": 10}, "optimizer": {"warmup_steps": 10}}, "take warmup_steps=1"),
         ({"run": {**RUN, "stpes": 3}}, "run.stpes: no such key; did you mean 'steps'"),
+        ({"parallel": {"kv_fetch_budget_bytes": 0}}, "parallel: .*kv_fetch_budget_bytes=0 must be positive.*pass None"),
+        ({"parallel": {"whole_shard_fraction": 1.5}}, r"whole_shard_fraction=1.5 .*must lie in \(0, 1\]"),
         ({"modle": {}}, "modle: no such key; did you mean 'model'"),
         ({"run": {**RUN, "lr": 1}}, "it belongs to the section 'optimizer'"),
         ({"run": {}}, "run.output_dir: this key is needed"),
@@ -61,6 +64,12 @@ def test_defaults_hold_together():
 def test_errors_name_the_remedy(raw, remedy):
     with pytest.raises(ValueError, match=remedy):
         check(raw)
+
+
+def test_fetch_options_reach_the_attention():
+    config = check({"parallel": {"kv_fetch_budget_bytes": 4096, "whole_shard_fraction": 0.5, "keep_pages": True}})
+    assert config.parallel.fetch_options() == FetchOptions(4096, 0.5, True)
+    assert check({}).parallel.fetch_options() == FetchOptions()
 
 
 def test_every_problem_gets_a_line():
