@@ -1,8 +1,10 @@
-"""Four repairs to triton 3.6's interpreter, for loops over loaded bounds, bf16 and sorting on a CPU.
+"""Five repairs to triton 3.6's interpreter, for loops over loaded bounds, bf16, products and sorting on a CPU.
 
 - numpy 2.4 no longer takes an array of shape [1] for an integer, and that is what a scalar is: loop bounds fail.
 - fp32 is cut down to bf16, where a GPU rounds to the nearest even.
 - `tl.dot` multiplies the bit patterns of bf16, for that is how they are held: uint16.
+- The last bits of a row of a product depend on its place in the tile with some BLAS: they are summed in fp64, where
+  products of 16-bit numbers are exact, and rounded once.
 - `tl.sort` and `tl.topk` reduce by exclusive or, number by number in Python: minutes for one test.
 """
 
@@ -25,13 +27,7 @@ def repair() -> None:
 
     interpreter._patch_lang_tensor = with_integers
     InterpreterBuilder.cast_impl = _cast
-    create_dot = InterpreterBuilder.create_dot
-
-    def dot_of_values(self, a, b, *args):
-        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        return create_dot(self, a, b, *args)
-
-    InterpreterBuilder.create_dot = dot_of_values
+    InterpreterBuilder.create_dot = _dot
     apply_reduction = ReduceOps.apply_impl
 
     def reduce_at_once(self, inputs):
@@ -42,6 +38,12 @@ def repair() -> None:
         return (self.to_tensor(data, x.dtype),)
 
     ReduceOps.apply_impl = reduce_at_once
+
+
+def _dot(self, a: TensorHandle, b: TensorHandle, acc: TensorHandle, *_precision) -> TensorHandle:
+    """The builder's `create_dot`."""
+    product = np.matmul(*(self.cast_impl(x, tl.float64).data for x in (a, b)))
+    return TensorHandle(product.astype(acc.data.dtype) + acc.data, acc.dtype.scalar)
 
 
 def _cast(self, src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
