@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nsa_kernels.cmp_attention_bwd import compressed_attention_backward
+from nsa_kernels.cmp_backward import compressed_attention_backward
 from nsa_kernels.cmp_tiles import (
     check_attention_inputs,
     copyable_by_tma,
@@ -34,6 +34,7 @@ from nsa_kernels.cmp_tiles import (
     row_offsets,
     split_head_dim,
 )
+from nsa_kernels.deltas import row_deltas
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -143,8 +144,12 @@ class _CompressedAttention(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse):
         q, k, v, begin, end, out, lse = ctx.saved_tensors
         if grad_out is None:
-            grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand_as(out)
-        grads = compressed_attention_backward(q, k, v, begin, end, out, lse, grad_out, grad_lse, ctx.softmax_scale)
+            grad_out = torch.zeros_like(out)
+        grad_out = copyable_by_tma(grad_out)
+        delta = row_deltas(out, grad_out, grad_lse)
+        grads = compressed_attention_backward(
+            grad_out, None, delta, lse, q, k, v, begin, end, softmax_scale=ctx.softmax_scale
+        )
         return *grads, None, None, None
 
 

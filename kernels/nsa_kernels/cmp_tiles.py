@@ -78,6 +78,28 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: 
     check_intervals(q, begin, end, softmax_scale)
 
 
+def check_gradients(
+    grad_out: Tensor, gate: Tensor | None, delta: Tensor, softmax_lse: Tensor, q: Tensor, v: Tensor
+) -> None:
+    """ValueError on what a backward over compressed blocks does not take beside its forward's inputs."""
+    if grad_out.shape != (*q.shape[:2], v.shape[2]) or grad_out.dtype != q.dtype:
+        raise ValueError(
+            f"grad_out {grad_out.dtype} {tuple(grad_out.shape)} must be {q.dtype} [T, Hq, Dv] = "
+            f"{[*q.shape[:2], v.shape[2]]}, the gradient of the output in its own dtype; cast or reshape it"
+        )
+    for name, statistic in (("delta", delta), ("softmax_lse", softmax_lse)):
+        if statistic.shape != q.shape[:2] or statistic.dtype != torch.float32:
+            raise ValueError(
+                f"{name} {statistic.dtype} {tuple(statistic.shape)} must be float32 [T, Hq] = {list(q.shape[:2])}, one "
+                f"number per row, or P and dS lose digits; take softmax_lse from the forward and sum delta in fp32"
+            )
+    if gate is not None and gate.shape != q.shape[:2]:
+        raise ValueError(
+            f"gate {tuple(gate.shape)} must be [T, Hq] = {list(q.shape[:2])}, one number per row; pass one branch's "
+            f"column gates[:, :, b], or None for 1"
+        )
+
+
 def check_intervals(q: Tensor, begin: Tensor, end: Tensor, softmax_scale: float) -> None:
     if begin.shape != q.shape[:1] or end.shape != q.shape[:1] or {begin.dtype, end.dtype} != {torch.int32}:
         raise ValueError(

@@ -10,7 +10,8 @@ from kernels.packs import pack
 from kernels.plain import interval_attention
 from nsa_kernels import reference
 from nsa_kernels.cmp_attention import compressed_attention
-from nsa_kernels.cmp_attention_bwd import _tile_ranges
+from nsa_kernels.cmp_backward import compressed_attention_backward
+from nsa_kernels.cmp_grad_kv import tile_ranges
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 # dP - dO . O is nothing but rounding where one key has all the weight: that of fp32 sums over a head dim.
@@ -60,6 +61,36 @@ def test_forward_and_gradients(group, num_kv_heads, dims, dtype, device):
 def test_head_dims_of_models(dims, device):
     p = pack([120])
     check(inputs(128, p.num_blocks, 2, 1, dims, torch.bfloat16, device), p.begin, p.end)
+
+
+def gated_gradients(attend, tensors, begin, end, grad_out, gate, dtype=None):
+    """dq, dk, dv of gate * out by autograd, the inputs cast to `dtype` first."""
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
+    out, _ = attend(*leaves, begin, end, softmax_scale=leaves[0].shape[-1] ** -0.5)
+    return torch.autograd.grad(out, leaves, grad_out.to(out.dtype) * gate.to(out.dtype)[..., None])
+
+
+@pytest.mark.parametrize(("group", "num_kv_heads", "dims"), [(1, 2, (16, 16)), (4, 2, (64, 64)), (6, 1, (48, 32))])
+def test_backward_of_a_gated_sum(group, num_kv_heads, dims, device):
+    """One column of gates of either sign and of 0; delta is one of three columns; packs with rows that see nothing."""
+    p = pack([70, 20, 130], slc_block_len=16).to(device)
+    tensors = inputs(len(p.begin), p.num_blocks, group, num_kv_heads, dims, torch.bfloat16, device)
+    q, k, v = tensors
+    grad_out = torch.randn(*q.shape[:2], dims[1], device=device).bfloat16()
+    gates = torch.randn(*q.shape[:2], 3, device=device).bfloat16()
+    gates[3, 1:] = 0.0
+    gate = gates[..., 0]
+    out, lse = compressed_attention(q, k, v, p.begin, p.end, softmax_scale=dims[0] ** -0.5)
+    deltas = torch.full((*q.shape[:2], 3), math.nan, device=device)
+    deltas[..., 1] = (out.float() * grad_out.float()).sum(-1)
+    delta = deltas[..., 1].masked_fill_((p.begin == p.end)[:, None], math.nan)  # goes nowhere
+    actual = compressed_attention_backward(
+        grad_out, gate, delta, lse, q, k, v, p.begin, p.end, softmax_scale=dims[0] ** -0.5
+    )
+    plain = gated_gradients(interval_attention, tensors, p.begin, p.end, grad_out, gate)
+    exact = gated_gradients(reference.compressed_attention, tensors, p.begin, p.end, grad_out, gate, torch.float64)
+    for name, a, b, e in zip(NAMES[2:], actual, plain, exact, strict=True):
+        assert_twice(name, a, b, e, FLOOR)
 
 
 @pytest.mark.parametrize("group", [16, 64])
@@ -195,7 +226,7 @@ def test_only_lse_is_used(device):
 def test_tile_ranges_worked_example():
     """The example of the docstring: four queries that see 0, 1, 2, 3 keys; tiles of keys 0, 1 and 2."""
     begin, end = torch.zeros(4, dtype=torch.int32), torch.arange(4, dtype=torch.int32)
-    assert _tile_ranges(begin, end, 3, 2).tolist() == [[1, 3], [4, 4], [2, 3], [4, 4]]
+    assert tile_ranges(begin, end, 3, 2).tolist() == [[1, 3], [4, 4], [2, 3], [4, 4]]
 
 
 @pytest.mark.parametrize(
@@ -216,3 +247,23 @@ def test_errors_name_the_remedy(change, remedy, device):
     change(arguments)
     with pytest.raises(ValueError, match=remedy):
         compressed_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        (lambda a: a.update(grad_out=a["grad_out"].double()), "in its own dtype; cast"),
+        (lambda a: a.update(gate=a["gate"][..., None]), "one branch's column"),
+        (lambda a: a.update(delta=a["delta"].bfloat16()), "sum delta in fp32"),
+        (lambda a: a.update(softmax_lse=a["softmax_lse"].T), "from the forward"),
+    ],
+)
+def test_errors_of_the_backward_name_the_remedy(change, remedy, device):
+    p = pack([64]).to(device)
+    q, k, v = inputs(64, p.num_blocks, 2, 1, (16, 16), torch.float32, device)
+    row = torch.ones(64, 2, device=device)
+    arguments = {"grad_out": q, "gate": row, "delta": row, "softmax_lse": row, "q": q, "k": k, "v": v}
+    arguments |= {"begin": p.begin, "end": p.end, "softmax_scale": 0.25}
+    change(arguments)
+    with pytest.raises(ValueError, match=remedy):
+        compressed_attention_backward(**arguments)
