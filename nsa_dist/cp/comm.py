@@ -1,16 +1,23 @@
 """Every collective of this project, and the count of the bytes they send. Nothing else calls torch.distributed's.
 
+Each comes in two forms. `all_gather(x, ...)` returns its result; `post_all_gather(x, ...)` starts it and returns a
+`Handle`, whose `wait()` gives the result once. Collectives of a group run in the order in which they are posted, so
+every rank must post the same ones in the same order.
+
 Only `all_reduce`, `all_gather_into_tensor`, `reduce_scatter_tensor` and `all_to_all_single` are used: they are the
 ones that work over NCCL, over gloo on CPUs, and over gloo with several ranks on one GPU.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from nsa_dist.cp.trace import Trace
 
 # torch 2.13 renamed both and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -42,12 +49,57 @@ class Traffic:
         return sum(self.sent_bytes.values())
 
 
+class Handle:
+    """A collective under way, started on the current stream.
+
+    `wait()` returns its result and may be called once. On a GPU it makes the current stream wait, not the host (gloo:
+    the host, too). Until then the handle keeps what is sent alive.
+    """
+
+    def __init__(
+        self,
+        result: Tensor,
+        work: dist.Work | None = None,
+        sent: Tensor | None = None,
+        label: tuple[str, str] = ("", ""),
+        trace: Trace | None = None,
+    ):
+        self._result: Tensor | None = result
+        self._work, self._sent, self._label, self._trace = work, sent, label, trace
+        self._stream = torch.cuda.current_stream(result.device) if result.is_cuda and work is not None else None
+
+    def wait(self) -> Tensor:
+        """The result; its dtype and shape are the collective's. RuntimeError on a second call."""
+        if self._result is None:
+            raise RuntimeError(
+                f"the collective {self._label[0]!r} was waited for twice: its buffers were released the first time; "
+                f"keep the tensor that the first wait() returned"
+            )
+        if self._trace is not None:
+            self._trace.add("wait", *self._label)
+        if self._work is not None:
+            # The stream it was posted from must wait, too: what was sent returns to that stream's memory.
+            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                self._work.wait()
+            if self._stream is not None:
+                torch.cuda.current_stream(self._result.device).wait_stream(self._stream)
+        if self._trace is not None:
+            self._trace.add("done", *self._label)
+        result, self._result, self._work, self._sent = self._result, None, None, None
+        return result
+
+
 @dataclass(frozen=True)
 class Comm:
-    """One context-parallel group and the counter of what is sent over it. `group=None` is a group of one."""
+    """One context-parallel group, the counter of what is sent over it, and the trace. `group=None` is a group of one.
+
+    To run one rank without the others (a measurement, a test with threads), override `size`, `rank` and the three
+    `_start_*`, which fill `out` and return a work with `wait()`, or None if it is done.
+    """
 
     group: dist.ProcessGroup | None = None
     traffic: Traffic = field(default_factory=Traffic)
+    trace: Trace | None = None
 
     @property
     def size(self) -> int:
@@ -57,33 +109,64 @@ class Comm:
     def rank(self) -> int:
         return 0 if self.group is None else dist.get_rank(self.group)
 
-    def all_gather(self, x: Tensor, kind: str) -> Tensor:
+    # --- asynchronous ----------------------------------------------------------------------------------------
+
+    def post_all_gather(self, x: Tensor, kind: str, name: str = "") -> Handle:
         """[...] on every rank -> [P, ...], the same on every rank."""
         if self.size == 1:
-            return x[None]
-        self.traffic.add(kind, (self.size - 1) * x.nbytes)
-        out = x.new_empty(self.size, *x.shape)
-        _all_gather(out.flatten(), x.contiguous().flatten(), group=self.group)
-        return out
+            return Handle(x[None])
+        sent, out = x.contiguous(), x.new_empty(self.size, *x.shape)
+        label = self._count(kind, name, (self.size - 1) * x.nbytes)
+        return Handle(out, self._start_all_gather(out, sent, kind), sent, label, self.trace)
 
-    def reduce_scatter(self, x: Tensor, kind: str) -> Tensor:
+    def post_reduce_scatter(self, x: Tensor, kind: str, name: str = "") -> Handle:
         """[P, ...] on every rank -> [...]: the sum over ranks of everybody's x[rank]. The dual of `all_gather`."""
         if self.size == 1:
-            return x[0]
-        out = x.new_empty(x.shape[1:])
-        self.traffic.add(kind, (self.size - 1) * out.nbytes)
-        _reduce_scatter(out.flatten(), x.contiguous().flatten(), group=self.group)
-        return out
+            return Handle(x[0])
+        sent, out = x.contiguous(), x.new_empty(x.shape[1:])
+        label = self._count(kind, name, (self.size - 1) * out.nbytes)
+        return Handle(out, self._start_reduce_scatter(out, sent, kind), sent, label, self.trace)
 
-    def all_to_all(self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int], kind: str) -> Tensor:
+    def post_all_to_all(
+        self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int], kind: str, name: str = ""
+    ) -> Handle:
         """Rows of `x` [sum(send_sizes), ...] by destination -> [sum(recv_sizes), ...] by source. Its own dual."""
         if self.size == 1:
-            return x
+            return Handle(x)
+        sent, out = x.contiguous(), x.new_empty(sum(recv_sizes), *x.shape[1:])
         elsewhere = sum(send_sizes) - send_sizes[self.rank]
-        self.traffic.add(kind, elsewhere * x[:1].numel() * x.element_size())
-        out = x.new_empty(sum(recv_sizes), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), list(recv_sizes), list(send_sizes), group=self.group)
-        return out
+        label = self._count(kind, name, elsewhere * x.shape[1:].numel() * x.element_size())
+        work = self._start_all_to_all(out, sent, list(recv_sizes), list(send_sizes), kind)
+        return Handle(out, work, sent, label, self.trace)
+
+    def _count(self, kind: str, name: str, num_bytes: int) -> tuple[str, str]:
+        self.traffic.add(kind, num_bytes)
+        label = (name or kind, kind)
+        if self.trace is not None:
+            self.trace.add("post", *label, num_bytes)
+        return label
+
+    def _start_all_gather(self, out: Tensor, x: Tensor, kind: str) -> dist.Work | None:
+        return _all_gather(out.flatten(), x.flatten(), group=self.group, async_op=True)
+
+    def _start_reduce_scatter(self, out: Tensor, x: Tensor, kind: str) -> dist.Work | None:
+        return _reduce_scatter(out.flatten(), x.flatten(), group=self.group, async_op=True)
+
+    def _start_all_to_all(
+        self, out: Tensor, x: Tensor, recv_sizes: list[int], send_sizes: list[int], kind: str
+    ) -> dist.Work | None:
+        return dist.all_to_all_single(out, x, recv_sizes, send_sizes, group=self.group, async_op=True)
+
+    # --- at once ---------------------------------------------------------------------------------------------
+
+    def all_gather(self, x: Tensor, kind: str) -> Tensor:
+        return self.post_all_gather(x, kind).wait()
+
+    def reduce_scatter(self, x: Tensor, kind: str) -> Tensor:
+        return self.post_reduce_scatter(x, kind).wait()
+
+    def all_to_all(self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int], kind: str) -> Tensor:
+        return self.post_all_to_all(x, send_sizes, recv_sizes, kind).wait()
 
     def agree(self, value: int) -> bool:
         """Whether every rank passed the same 63-bit value."""
@@ -94,3 +177,14 @@ class Comm:
         self.traffic.add("layout", (self.size - 1) * extremes.nbytes)
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
         return extremes.tolist() == [value, -value]
+
+    # --- trace -----------------------------------------------------------------------------------------------
+
+    def enter(self, phase: str) -> None:
+        """What follows belongs to the "forward" or the "backward"."""
+        if self.trace is not None:
+            self.trace.phase = phase
+
+    def computing(self, name: str, kind: str) -> AbstractContextManager[None]:
+        """A block that computes; `kind` names the branch."""
+        return nullcontext() if self.trace is None else self.trace.span(name, kind)
