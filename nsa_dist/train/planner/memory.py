@@ -7,8 +7,15 @@ of a few moments, each a sum of the buffers that are alive in it; that of the at
 
 from nsa_dist.cp import cost
 from nsa_dist.train.planner.cluster import Cluster
+from nsa_dist.train.planner.core_memory import (
+    compressed_bytes,
+    kept_page_bytes,
+    query_elements,
+    results_bytes,
+    selected_backward_bytes,
+)
 from nsa_dist.train.planner.shape import Shape
-from nsa_dist.train.planner.strategies import Options, Strategy, held_bytes, page_bytes, page_counts
+from nsa_dist.train.planner.strategies import Options, Strategy, held_bytes
 
 KINDS = (
     "weights",
@@ -22,9 +29,6 @@ KINDS = (
     "transient",
     "reserved",
 )
-
-# The selected branch's kernels work in chunks of queries so that their workspace stays below this.
-WORKSPACE_BYTES = 2 * 2**30
 
 
 def rank_memory(shape: Shape, strategy: Strategy, options: Options, cluster: Cluster, micro_batches: int) -> dict:
@@ -45,14 +49,15 @@ def stage_memory(
     layers = shape.layers_per_stage * in_flight  # layers whose saved tensors are alive together
     kept = 1 if shape.config.model.recompute_attention else layers
     keeps_pages = options.fetch.keep_pages and strategy.how == "fetch"
+    kept_pages = kept * shape.batch * kept_page_bytes(shape.core, strategy) if keeps_pages else 0
     return {
         "weights": parameters * shape.element_bytes,
         "gradients": parameters * 4,  # fp32 buffers of Megatron's data parallelism
         "optimizer": parameters * optimizer_bytes(shape),
         "activations": layers * layer_activation_bytes(shape) + _ends_bytes(shape, stage),
         "kv": layers * shape.kv_pairs * _kv_pair_bytes(shape) + kept * core_kv_bytes(shape),
-        "compressed": kept * compressed_bytes(shape),
-        "pages": held_bytes(shape, strategy, options) + (kept_page_bytes(shape, strategy) * kept if keeps_pages else 0),
+        "compressed": kept * shape.batch * compressed_bytes(shape.core),
+        "pages": held_bytes(shape.core, strategy, options) + kept_pages,
         "logits": is_last * logits_bytes(shape),
         "transient": kept * core_saved_bytes(shape) + working_bytes(shape),
         "reserved": int(cluster.reserved_bytes.value),
@@ -92,35 +97,13 @@ def core_kv_bytes(shape: Shape) -> int:
     return turned + (2 * shape.tokens + shape.batch * halos) * heads.row_elements * e
 
 
-def compressed_bytes(shape: Shape) -> int:
-    """Compressed K and V of the whole sequence, and of the own blocks what phi's MLPs save."""
-    cfg = shape.config.nsa.sizes()
-    own = max(cost.own_cmp_blocks(shape.plan, cfg, rank) for rank in range(shape.plan.cp_size))
-    hidden = own * shape.heads.num_kv_heads * sum(shape.phi_hidden_dims)
-    rows = cost.total_cmp_blocks(shape.plan, cfg) * shape.heads.row_elements
-    return shape.batch * (rows + hidden) * shape.element_bytes
-
-
 def core_saved_bytes(shape: Shape) -> int:
     """Saved by the attention core beside K/V: turned queries, rotary tables, the branches' results."""
     heads, nsa = shape.heads, shape.config.nsa
     turned_keys = 1 if nsa.shared_kv else 2 if nsa.compress_before_rope else 3
     queries = heads.num_q_heads * heads.dim_k * shape.element_bytes
     tables = (1 + turned_keys) * heads.dim_k * 4  # cosines and sines, fp32
-    return shape.tokens * (queries + tables + heads.num_q_heads * 3 * 4) + shape.batch * _results_bytes(shape)
-
-
-def _results_bytes(shape: Shape) -> int:
-    """Out and log-sum-exp of every branch and the chosen blocks, of one sequence."""
-    heads = shape.heads
-    per_token = 3 * heads.num_q_heads * (heads.dim_v * shape.element_bytes + 4)
-    return shape.plan.tokens_per_rank * (per_token + heads.num_kv_heads * shape.config.nsa.num_slc_blocks * 4)
-
-
-def kept_page_bytes(shape: Shape, strategy: Strategy) -> int:
-    """Pages of one layer that wait for their backward when they are not fetched again."""
-    most = max(map(sum, page_counts(shape, strategy)))
-    return shape.batch * most * page_bytes(shape, shape.element_bytes)
+    return shape.tokens * (queries + tables + heads.num_q_heads * 3 * 4) + shape.batch * results_bytes(shape.core)
 
 
 def logits_bytes(shape: Shape) -> int:
@@ -130,48 +113,11 @@ def logits_bytes(shape: Shape) -> int:
 
 def working_bytes(shape: Shape) -> int:
     """The largest moment of computing one layer, beside everything saved."""
-    q, out = _query_elements(shape)
+    q, out = query_elements(shape.core)
     turning = 14 * q  # fp32 copies while queries are turned
     gates = 4 * out * shape.element_bytes  # gradients of the output and of the three branches' results
     mlp = 5 * shape.tokens * shape.local_ffn * shape.element_bytes
-    return max(selected_backward_bytes(shape), turning, gates, mlp)
-
-
-def selected_backward_bytes(shape: Shape) -> int:
-    """Backward of the selected branch, the window's being done and its result let go.
-
-    Alive beside what is saved: gradients of two branches' results, dq of the window and of this branch (summed over
-    rounds in fp32 over several ranks), gradients of K/V, and the kernels' workspace.
-    """
-    q, out = _query_elements(shape)
-    kv = shape.plan.tokens_per_rank * shape.heads.row_elements
-    rounds = 8 * q if shape.plan.cp_size > 1 else 0
-    return (out + 2 * q) * shape.element_bytes + rounds + kv * (shape.element_bytes + 8) + workspace_bytes(shape)
-
-
-def core_peak_bytes(shape: Shape) -> int:
-    """Peak of the core on one rank over its inputs, its output and their gradients: the benchmark's `peak GiB`."""
-    q, _ = _query_elements(shape)
-    kv = shape.plan.tokens_per_rank * shape.heads.row_elements
-    own_gradients = q * shape.element_bytes + kv * (shape.element_bytes + 8)
-    return _results_bytes(shape) + selected_backward_bytes(shape) - own_gradients
-
-
-def workspace_bytes(shape: Shape) -> int:
-    """Partial results of the selected branch's kernels: as many key/value heads at once as fit, or a part of one."""
-    heads = shape.heads
-    group = heads.num_q_heads // heads.num_kv_heads
-    head = shape.plan.tokens_per_rank * group * shape.config.nsa.num_slc_blocks * (
-        heads.dim_v * shape.element_bytes + 8
-    )  # fmt: skip
-    at_once = min(heads.num_kv_heads, WORKSPACE_BYTES // head)
-    return head * at_once if at_once else WORKSPACE_BYTES
-
-
-def _query_elements(shape: Shape) -> tuple[int, int]:
-    """Numbers of q and of the output, of one sequence: the core takes one after the other."""
-    rows = shape.plan.tokens_per_rank * shape.heads.num_q_heads
-    return rows * shape.heads.dim_k, rows * shape.heads.dim_v
+    return max(selected_backward_bytes(shape.core), turning, gates, mlp)
 
 
 def _ends_bytes(shape: Shape, stage: int) -> int:

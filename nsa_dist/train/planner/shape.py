@@ -6,6 +6,7 @@ from functools import cached_property
 from nsa_dist.cp.cost import HeadSizes
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.train.config import VOCAB_SIZE, TrainConfig
+from nsa_dist.train.planner.core import Core
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class Shape:
             dim_v=model.head_dim,
             element_bytes=self.element_bytes,
         )
+
+    @cached_property
+    def core(self) -> Core:
+        """The attention of one layer, one sequence."""
+        return Core(self.plan, self.config.nsa.sizes(), self.heads, self.phi_hidden_dims, self.tensor_size)
 
     @property
     def kv_pairs(self) -> int:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from nsa_dist.cp import cost
 from nsa_dist.cp.fetch import FetchOptions
-from nsa_dist.train.planner.shape import Shape
+from nsa_dist.train.planner.core import Core
 
 How = Literal["fetch", "whole shard", "all-gather", "ring"]
 GIB = 2**30
@@ -59,27 +59,27 @@ class Options:
         return [*fetches, Strategy("whole shard"), Strategy("all-gather"), Strategy("ring")]
 
 
-def page_bytes(shape: Shape, element_bytes: int) -> int:
+def page_bytes(core: Core, element_bytes: int) -> int:
     """One block of one key/value head, K and V."""
-    return shape.plan.block_len * (shape.heads.dim_k + shape.heads.dim_v) * element_bytes
+    return core.plan.block_len * (core.heads.dim_k + core.heads.dim_v) * element_bytes
 
 
-def page_counts(shape: Shape, strategy: Strategy) -> cost.Matrix:
+def page_counts(core: Core, strategy: Strategy) -> cost.Matrix:
     """counts[r][q]: pages that rank r receives from rank q in one forward. All of a shard unless it is fetched."""
     if strategy.union_fraction is not None:
-        return cost.pages_at(shape.plan, shape.heads, strategy.union_fraction)
-    size = shape.plan.cp_size
-    shard = shape.plan.tokens_per_rank // shape.plan.block_len * shape.heads.num_kv_heads
+        return cost.pages_at(core.plan, core.heads, strategy.union_fraction)
+    size = core.plan.cp_size
+    shard = core.plan.tokens_per_rank // core.plan.block_len * core.heads.num_kv_heads
     return [[shard * (source != rank) for source in range(size)] for rank in range(size)]
 
 
-def sent_bytes(shape: Shape, strategy: Strategy, options: Options) -> dict[str, int]:
+def sent_bytes(core: Core, strategy: Strategy, options: Options) -> dict[str, int]:
     """What the busiest rank of each kind sends, forward and backward of one layer and sequence, nothing recomputed."""
     ranks = cost.sent_bytes(
-        shape.plan,
-        shape.config.nsa.sizes(),
-        shape.heads,
-        page_counts(shape, strategy),
+        core.plan,
+        core.cfg,
+        core.heads,
+        page_counts(core, strategy),
         refetch=trips(strategy, options) == 2,
     )
     most = {kind: max(sent[kind] for sent in ranks) for kind in ranks[0]}
@@ -91,27 +91,27 @@ def trips(strategy: Strategy, options: Options) -> int:
     return 1 if strategy.how == "fetch" and options.fetch.keep_pages else 2
 
 
-def pages_per_round(shape: Shape, options: Options) -> int | None:
+def pages_per_round(core: Core, options: Options) -> int | None:
     """As many pages as the budget holds, at least one; None without a budget."""
     budget = options.fetch.kv_fetch_budget_bytes
-    return None if budget is None else max(1, budget // page_bytes(shape, shape.element_bytes))
+    return None if budget is None else max(1, budget // page_bytes(core, core.heads.element_bytes))
 
 
-def num_rounds(shape: Shape, strategy: Strategy, options: Options) -> int:
+def num_rounds(core: Core, strategy: Strategy, options: Options) -> int:
     """Partial results of selected attention that are merged: rounds within the budget, or the steps of a ring."""
-    if shape.plan.cp_size == 1:
+    if core.plan.cp_size == 1:
         return 1
     if strategy.how == "ring":
-        return shape.plan.cp_size
+        return core.plan.cp_size
     if strategy.how == "whole shard":
-        return shape.plan.cp_size  # a shard at a time
-    per_round = pages_per_round(shape, options)
+        return core.plan.cp_size  # a shard at a time
+    per_round = pages_per_round(core, options)
     if strategy.how == "all-gather" or per_round is None:
         return 1
-    return max(1, -(-max(map(sum, page_counts(shape, strategy))) // per_round))
+    return max(1, -(-max(map(sum, page_counts(core, strategy))) // per_round))
 
 
-def held_bytes(shape: Shape, strategy: Strategy, options: Options) -> int:
+def held_bytes(core: Core, strategy: Strategy, options: Options) -> int:
     """Remote K/V and its gradients held at once on a rank, one layer, at the worst moment: in backward.
 
     fetch       the pages, at most the budget, and their fp32 gradients
@@ -119,17 +119,17 @@ def held_bytes(shape: Shape, strategy: Strategy, options: Options) -> int:
     all-gather  the whole sequence, one key/value head at a time
     ring        two shards and the gradients that travel with them
     """
-    if shape.plan.cp_size == 1:
+    if core.plan.cp_size == 1:
         return 0
-    heads = shape.heads
+    heads = core.heads
     both = heads.element_bytes + heads.grad_bytes
-    shard = shape.plan.tokens_per_rank * heads.row_elements
+    shard = core.plan.tokens_per_rank * heads.row_elements
     if strategy.how == "ring":
         return 2 * shard * both
     if strategy.how == "whole shard":
         return 2 * shard // heads.num_kv_heads * both
     if strategy.how == "all-gather":
-        return shape.plan.cp_size * shard // heads.num_kv_heads * both
-    pages = max(map(sum, page_counts(shape, strategy)))
-    per_round = pages_per_round(shape, options)
-    return (pages if per_round is None else min(pages, per_round)) * page_bytes(shape, both)
+        return core.plan.cp_size * shard // heads.num_kv_heads * both
+    pages = max(map(sum, page_counts(core, strategy)))
+    per_round = pages_per_round(core, options)
+    return (pages if per_round is None else min(pages, per_round)) * page_bytes(core, both)

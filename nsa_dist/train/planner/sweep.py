@@ -128,7 +128,7 @@ def _candidate(config: TrainConfig, cluster: Cluster, options: Options, cp_size:
 
 def _step_bytes(shape: Shape, strategy: Strategy, options: Options, micro_batches: int) -> dict[str, int]:
     """Bytes by kind of one step on the rank that sends most of each kind, as `Traffic` counts them."""
-    most = sent_bytes(shape, strategy, options)
+    most = sent_bytes(shape.core, strategy, options)
     again = forward_runs(shape) - 1  # forward kinds travel once more when backward recomputes
     for kind in ("halo", "compressed", "bitmap"):
         most[kind] *= 1 + again

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 
+from nsa_dist.train.planner.core_time import ranks_per_node
 from nsa_dist.train.planner.knobs import turn_knobs
 from nsa_dist.train.planner.strategies import GIB, Strategy
 from nsa_dist.train.planner.sweep import Candidate, Plan
-from nsa_dist.train.planner.timing import ranks_per_node, step_time
+from nsa_dist.train.planner.timing import step_time
 
 _TIGHT = 0.9  # of the GPU's memory: above this the plan names what would make room
 _MATTERS = 0.02  # of a step: less than this no choice of how K/V travel is worth making for time
@@ -126,7 +127,7 @@ def _wire(plan: Plan) -> Iterator[str]:
         f"({100 * wire_s / total_s:.1f}%)."
     )
     yield from _fetch_time(plan, shown)
-    if ranks_per_node(shown.shape, plan.cluster) < shown.cp_size:
+    if ranks_per_node(shown.shape.core, plan.cluster) < shown.cp_size:
         yield (
             "The group spans nodes: a fetched page crosses the slow link once for every rank that wants it, a gathered "
             "shard once a node. That is why a small u matters here, and why a group inside one node is better."
