@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nsa_kernels.cmp_attention import compressed_attention as compressed_attention
+    from nsa_kernels.cmp_backward import compressed_attention_backward as compressed_attention_backward
     from nsa_kernels.compress import compress_mean as compress_mean
     from nsa_kernels.compress import compress_mlp as compress_mlp
     from nsa_kernels.gates import combine as combine
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
     from nsa_kernels.select import select_blocks as select_blocks
     from nsa_kernels.slc_attention import selected_attention as selected_attention
     from nsa_kernels.slc_attention import selected_attention_backward as selected_attention_backward
+    from nsa_kernels.sums import gate_deltas as gate_deltas
+    from nsa_kernels.sums import sum_branches as sum_branches
     from nsa_kernels.win_attention import window_attention as window_attention
+    from nsa_kernels.win_attention import window_attention_backward as window_attention_backward
 
 # Which module holds each public name. No module has a public name for its own: importing it would hide the function.
 _MODULES = {
@@ -24,11 +28,15 @@ _MODULES = {
     "compress_mean": "compress",
     "compress_mlp": "compress",
     "compressed_attention": "cmp_attention",
+    "compressed_attention_backward": "cmp_backward",
+    "gate_deltas": "sums",
     "merge": "partials",
     "select_blocks": "select",
     "selected_attention": "slc_attention",
     "selected_attention_backward": "slc_attention",
+    "sum_branches": "sums",
     "window_attention": "win_attention",
+    "window_attention_backward": "win_attention",
 }
 
 __all__ = sorted(_MODULES)

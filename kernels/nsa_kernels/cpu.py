@@ -19,18 +19,31 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nsa_kernels.reference import MAX_SCORES, combine, compress_mean, compress_mlp, compute_dtype, merge, select_blocks
+from nsa_kernels.reference import (
+    combine,
+    compress_mean,
+    compress_mlp,
+    gate_deltas,
+    merge,
+    select_blocks,
+    sum_branches,
+)
+from nsa_kernels.reference_chunks import MAX_SCORES, compute_dtype
 
 __all__ = [
     "combine",
     "compress_mean",
     "compress_mlp",
     "compressed_attention",
+    "compressed_attention_backward",
+    "gate_deltas",
     "merge",
     "select_blocks",
     "selected_attention",
     "selected_attention_backward",
+    "sum_branches",
     "window_attention",
+    "window_attention_backward",
 ]
 
 
@@ -52,8 +65,28 @@ def compressed_attention(
     return _ChunkedAttention.apply(q, k, v, interval_chunks(begin, end, q.shape[1]), softmax_scale)
 
 
-# The same function of its arguments: only the keys differ.
+def compressed_attention_backward(
+    grad_out: Tensor,
+    gate: Tensor | None,
+    delta: Tensor,
+    softmax_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    *,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as `reference.compressed_attention_backward`."""
+    upstream = Upstream.of(grad_out, gate, delta, softmax_lse)
+    grads = attention_backward(upstream, q, k, v, interval_chunks(begin, end, q.shape[1]), softmax_scale)
+    return grads[0].to(q.dtype), grads[1].to(k.dtype), grads[2].to(v.dtype)
+
+
+# The same functions of their arguments: only the keys differ.
 window_attention = compressed_attention
+window_attention_backward = compressed_attention_backward
 
 
 def selected_attention(
@@ -83,7 +116,8 @@ def selected_attention(
 
 def selected_attention_backward(
     grad_out: Tensor,
-    out: Tensor,
+    gate: Tensor | None,
+    delta: Tensor,
     softmax_lse: Tensor,
     q: Tensor,
     k: Tensor,
@@ -96,26 +130,26 @@ def selected_attention_backward(
     softmax_scale: float,
     k_remote: Tensor | None = None,
     v_remote: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Arguments and results as `reference.selected_attention_backward`: out and softmax_lse are the merged ones."""
+    """Arguments and results as `reference.selected_attention_backward`."""
     group, num_local = q.shape[1] // k.shape[1], k.shape[0] // slc_block_len
-    dq, dk, dv = (torch.zeros_like(x, dtype=compute_dtype(q)) for x in (q, k, v))
-    dk_remote, dv_remote = (
-        None if x is None else torch.zeros_like(x, dtype=compute_dtype(q)) for x in (k_remote, v_remote)
-    )
+    upstream = Upstream.of(grad_out, gate, delta, softmax_lse)
+    compute = compute_dtype(q)
+    dq, dk, dv = (torch.zeros_like(x, dtype=compute) for x in (q, k, v))
+    dk_remote, dv_remote = (None if x is None else torch.zeros_like(x, dtype=compute) for x in (k_remote, v_remote))
     for head in range(k.shape[1]):
         heads = slice(head * group, (head + 1) * group)
         pages = _head_pages(head, k, v, k_remote, v_remote, slc_block_len)
         chunks = selected_chunks(block_indices[:, head], block_table[head], position, slc_block_len, group)
-        grads = attention_backward(
-            grad_out[:, heads], out[:, heads], softmax_lse[:, heads], q[:, heads], *pages, chunks, softmax_scale
-        )
+        grads = attention_backward(upstream.of_heads(heads), q[:, heads], *pages, chunks, softmax_scale)
         dq[:, heads] = grads[0]
         for local, remote, grad in zip((dk, dv), (dk_remote, dv_remote), grads[1:], strict=True):
             local[:, head] = grad[:num_local].flatten(0, 1).squeeze(1)
             if remote is not None:
                 remote += grad[num_local:].squeeze(2)
-    return dq, dk, dv, dk_remote, dv_remote
+    pairs = ((dq, q), (dk, k), (dv, v), (dk_remote, k_remote), (dv_remote, v_remote))
+    return tuple(None if g is None or x is None else g.to(dtype or x.dtype) for g, x in pairs)
 
 
 # --- Chunks of queries ------------------------------------------------------------------------------------------
@@ -178,6 +212,27 @@ def _head_pages(
 # --- Attention chunk by chunk -----------------------------------------------------------------------------------
 
 
+class Upstream(NamedTuple):
+    """What comes from above: of all the keys of a query, of which those at hand may be a part."""
+
+    grad_out: Tensor  # [T, Hq, Dv], times the gate
+    out: Tensor  # [T, Hq, Dv], of which ATen takes rowsum(grad_out * out) alone
+    softmax_lse: Tensor  # [T, Hq]
+
+    @classmethod
+    def of(cls, grad_out: Tensor, gate: Tensor | None, delta: Tensor, softmax_lse: Tensor) -> "Upstream":
+        """From delta [T, Hq] = rowsum(grad_out * out): `out` is one with that sum, all of it in one place of a row."""
+        wide = grad_out.to(compute_dtype(grad_out))
+        largest = wide.abs().argmax(-1, keepdim=True)
+        divisor = wide.gather(-1, largest)
+        share = torch.where(divisor == 0, 0.0, delta[..., None] / divisor)
+        out = torch.zeros_like(wide).scatter_(-1, largest, share.to(wide.dtype))
+        return cls(wide if gate is None else wide * gate[..., None], out, softmax_lse)
+
+    def of_heads(self, heads: slice) -> "Upstream":
+        return Upstream(*(x[:, heads] for x in self))
+
+
 class _ChunkedAttention(torch.autograd.Function):
     """q [T, Hq, Dk]; k, v rows [R, H, D] or pages [pages, l', H, D]; every chunk's softmax(q k^T) v."""
 
@@ -203,30 +258,23 @@ class _ChunkedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out: Tensor, _: Tensor):
         q, k, v, out, lse = ctx.saved_tensors
-        grads = attention_backward(grad_out, out, lse, q, k, v, ctx.chunks, ctx.softmax_scale)
+        grads = attention_backward(Upstream(grad_out, out, lse), q, k, v, ctx.chunks, ctx.softmax_scale)
         return *(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), None, None
 
 
 def attention_backward(
-    grad_out: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    chunks: Sequence[Chunk],
-    softmax_scale: float,
+    upstream: Upstream, q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[Chunk], softmax_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in fp32 or better. out, softmax_lse: of all keys of a query, of which these may be a part."""
+    """dq, dk, dv in fp32 or better."""
     dq, dk, dv = (torch.zeros_like(x, dtype=compute_dtype(q)) for x in (q, k, v))
     for rows, keys, visible in chunks:
         see = visible()
-        queries, upstream, result = (_grouped(x[rows], k.shape[-2]) for x in (q, grad_out, out))
+        queries, grad_out, out = (_grouped(x[rows], k.shape[-2]) for x in (q, upstream.grad_out, upstream.out))
         keys_, values = _heads_first(k, v, keys)
-        lse = _grouped(softmax_lse[rows, :, None], k.shape[-2])[..., 0]
+        lse = _grouped(upstream.softmax_lse[rows, :, None], k.shape[-2])[..., 0]
         lse = lse.masked_fill(lse == -math.inf, 0.0)  # a row without keys: exp(-inf - 0) is the 0 it should be
         mask = _additive(see, queries, len(see))
-        grads = _aten_backward(upstream, queries, keys_, values, result, lse, mask, softmax_scale)
+        grads = _aten_backward(grad_out, queries, keys_, values, out, lse, mask, softmax_scale)
         dq[rows] = _ungrouped(grads[0], len(see))
         for total, grad in ((dk, grads[1]), (dv, grads[2])):
             grad = grad[0].transpose(0, 1)  # [K, H, D]

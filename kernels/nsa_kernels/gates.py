@@ -5,7 +5,8 @@
 
 Shapes      gates [T, Hq, 3]    out_cmp, out_slc, out_win, out [T, Hq, Dv]
 Dtypes      out_* of one dtype of bf16, fp16 or fp32; gates of any of them. Computed in fp32, results rounded once.
-Strides     any over tokens, heads and branches; out_* and d out are copied where their last stride is not 1.
+Strides     any over tokens, heads and branches; out_* and d out are copied where their last stride is not 1. The result
+            may be written into a view of a larger tensor, such as the heads of one group.
 Bytes       forward reads 3 and writes 1 times T * Hq * Dv elements, backward reads 4 and writes 3: d out is read once.
 Reference   nsa_kernels.reference.combine
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsa_kernels.rows import row_blocks, token_head_strides, unit_stride
+from nsa_kernels.sums import check_out
 
 
 @triton.jit
@@ -42,13 +44,15 @@ def _forward_kernel(
     stride_sh,
     stride_wt,
     stride_wh,
+    stride_ot,
+    stride_oh,
     num_rows,
     num_heads,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """`out`, contiguous, of BLOCK_M (token, head) rows."""
+    """`out` of BLOCK_M (token, head) rows."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     token, head = row // num_heads, row % num_heads
     dim = tl.arange(0, BLOCK_D)
@@ -59,7 +63,8 @@ def _forward_kernel(
     gate_slc, out_slc = _gated(gates + stride_gb, slc_ptr + token * stride_st + head * stride_sh, inside, mask, dim)
     gate_win, out_win = _gated(gates + 2 * stride_gb, win_ptr + token * stride_wt + head * stride_wh, inside, mask, dim)
     out = gate_cmp[:, None] * out_cmp + gate_slc[:, None] * out_slc + gate_win[:, None] * out_win
-    tl.store(out_ptr + row[:, None] * DIM + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    out_rows = out_ptr + token * stride_ot + head * stride_oh
+    tl.store(out_rows[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -122,12 +127,7 @@ class _Combine(torch.autograd.Function):
         branches = tuple(unit_stride(t) for t in branches)
         ctx.save_for_backward(gates, *branches)
         out = torch.empty(branches[0].shape, dtype=branches[0].dtype, device=branches[0].device)
-        if out.numel():
-            grid, dims = row_blocks(out)
-            sizes = (out.shape[0] * out.shape[1], out.shape[1])
-            _forward_kernel[grid](
-                gates, *branches, out, *gates.stride(), *token_head_strides(*branches), *sizes, **dims
-            )
+        _launch_forward(gates, branches, out)
         return out
 
     @staticmethod
@@ -144,8 +144,24 @@ class _Combine(torch.autograd.Function):
         return tuple(grads)
 
 
-def combine(gates: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor) -> Tensor:
-    """`sum_b gate_b * out_b` (eq. 5): gates [T, Hq, 3] in the order cmp, slc, win, out_* [T, Hq, Dv] of one dtype."""
+def _launch_forward(gates: Tensor, branches: tuple[Tensor, ...], out: Tensor) -> None:
+    """Fill `out`; the last stride of all but `gates` is 1."""
+    if not out.numel():
+        return
+    grid, dims = row_blocks(out)
+    strides = (*gates.stride(), *token_head_strides(*branches, out))
+    _forward_kernel[grid](gates, *branches, out, *strides, out.shape[0] * out.shape[1], out.shape[1], **dims)
+
+
+def combine(
+    gates: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """`sum_b gate_b * out_b` (eq. 5): gates [T, Hq, 3] in the order cmp, slc, win, out_* [T, Hq, Dv] of one dtype.
+
+    out         [T, Hq, Dv] of any strides over tokens and heads, filled and returned, outside of autograd; None: a new
+                tensor
+    Raises ValueError on shapes and dtypes that do not fit.
+    """
     branches = (out_cmp, out_slc, out_win)
     shapes, dtypes = [tuple(t.shape) for t in branches], [t.dtype for t in branches]
     if len(set(shapes)) > 1 or len(set(dtypes)) > 1 or gates.shape != (*out_cmp.shape[:2], 3):
@@ -159,4 +175,9 @@ def combine(gates: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor) ->
                 f"{name} of {dtype}: the kernel needs bf16, fp16 or fp32, because it computes in fp32; cast, or use "
                 f"nsa_kernels.reference for fp64"
             )
-    return _Combine.apply(gates, *branches)
+    if out is None:
+        return _Combine.apply(gates, *branches)
+    check_out(out, tuple(out_cmp.shape), out_cmp.dtype)
+    out = out.detach()
+    _launch_forward(gates, tuple(unit_stride(t) for t in branches), out)
+    return out

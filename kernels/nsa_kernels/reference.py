@@ -19,10 +19,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_kernels.reference_chunks import QueryChunks, chunk_gradients, compute_dtype, softmax_attention
+from nsa_kernels import reference_chunks
+from nsa_kernels.reference_backward import (
+    compressed_attention_backward,
+    selected_attention_backward,
+    window_attention_backward,
+)
+from nsa_kernels.reference_chunks import QueryChunks, compute_dtype, head_pages, interval_attention, interval_chunks
 
-# Scores held at once by one chunk of queries: 2**24 fp32 numbers are 64 MiB.
-MAX_SCORES = 2**24
+__all__ = [
+    "combine",
+    "compress_mean",
+    "compress_mlp",
+    "compressed_attention",
+    "compressed_attention_backward",
+    "gate_deltas",
+    "merge",
+    "select_blocks",
+    "selected_attention",
+    "selected_attention_backward",
+    "sum_branches",
+    "window_attention",
+    "window_attention_backward",
+]
 
 
 # --- Compression (section 3.3.1, eq. 7) ------------------------------------------------------------------------
@@ -83,29 +102,7 @@ def window_attention(
 
 def _interval_attention(q, k, v, begin, end, softmax_scale):
     _check_heads(q, k, v)
-    chunks = [c for c in _interval_chunks(begin, end, q.shape[1]) if c[1].start < c[1].stop]
-
-    def attend(rows: slice, keys: slice, q_: Tensor, k_: Tensor, v_: Tensor) -> tuple[Tensor, Tensor]:
-        row = torch.arange(keys.start, keys.stop, device=q.device)
-        visible = (row >= begin[rows, None]) & (row < end[rows, None])  # [C, K]
-        return softmax_attention(q_, k_, v_, visible, softmax_scale)
-
-    return QueryChunks.apply(attend, chunks, q, k, v)
-
-
-def _interval_chunks(begin: Tensor, end: Tensor, num_q_heads: int) -> list[tuple[slice, slice]]:
-    """(queries, rows they span): at most 128 queries, whose scores against those rows fit in MAX_SCORES."""
-    lo, hi = begin.tolist(), end.tolist()
-    chunks = []
-    start = 0
-    while start < len(lo):
-        stop = min(start + 128, len(lo))
-        # Both ends are non-decreasing, so the first and the last query bound the rows of a chunk.
-        while stop - start > 1 and (stop - start) * (hi[stop - 1] - lo[start]) * num_q_heads > MAX_SCORES:
-            stop = start + (stop - start) // 2
-        chunks.append((slice(start, stop), slice(lo[start], max(lo[start], hi[stop - 1]))))
-        start = stop
-    return chunks
+    return QueryChunks.apply(*interval_attention(begin, end, q.shape[1], softmax_scale), q, k, v)
 
 
 # --- Importance and selection (section 3.3.2, eq. 8 to 12) ------------------------------------------------------
@@ -154,7 +151,7 @@ def select_blocks(
     own_block = torch.div(position - doc_start, slc_block_len, rounding_mode="floor").long()  # [T], < 0 for padding
     first_block = torch.div(doc_start, slc_block_len, rounding_mode="floor").long()
     weights = overlap_weights(cmp_block_len, cmp_stride, slc_block_len)
-    for rows, keys in _interval_chunks(cmp_begin, cmp_end, num_q_heads):
+    for rows, keys in interval_chunks(cmp_begin, cmp_end, num_q_heads):
         own = own_block[rows, None]  # [C, 1]
         num_blocks = int(own.max()) + 1
         if num_blocks <= 0:
@@ -234,8 +231,8 @@ def selected_attention(
     outs, lses = [], []
     for head in range(k.shape[1]):
         heads = slice(head * group, (head + 1) * group)
-        pages = _head_pages(head, k, v, k_remote, v_remote, slc_block_len)
-        attend, chunks = _selected_chunks(
+        pages = head_pages(head, k, v, k_remote, v_remote, slc_block_len)
+        attend, chunks = reference_chunks.selected_attention(
             block_indices[:, head].long(), block_table[head].long(), position, slc_block_len, group, softmax_scale
         )
         out, lse = QueryChunks.apply(attend, chunks, q[:, heads], *pages)
@@ -244,97 +241,41 @@ def selected_attention(
     return torch.cat(outs, 1), torch.cat(lses, 1)
 
 
-def selected_attention_backward(
-    grad_out: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor,
-    block_table: Tensor,
-    position: Tensor,
-    *,
-    slc_block_len: int,
-    softmax_scale: float,
-    k_remote: Tensor | None = None,
-    v_remote: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of `selected_attention` where these blocks may be only a part of what a query attended to.
-
-    grad_out, out [T, Hq, Dv] and softmax_lse [T, Hq] belong to the whole, merged result; the others are as in
-    `selected_attention`. Returns dq, dk, dv, dk_remote, dv_remote in fp32 or better.
-    """
-    dtype = compute_dtype(q)
-    group, num_local = q.shape[1] // k.shape[1], k.shape[0] // slc_block_len
-    dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
-    dk_remote, dv_remote = (None if x is None else torch.zeros_like(x, dtype=dtype) for x in (k_remote, v_remote))
-    for head in range(k.shape[1]):
-        heads = slice(head * group, (head + 1) * group)
-
-        def upstream(rows: slice, part: Tensor, part_lse: Tensor, heads=heads) -> list[Tensor]:
-            # The whole is sum_r w_r part_r with w_r = exp(lse_r - lse): so the part gets w_r dO, and its lse
-            # w_r dO . (part_r - whole).
-            seen = part_lse > -math.inf
-            weight = torch.exp((part_lse - softmax_lse[rows, heads]).masked_fill(~seen, -math.inf))
-            grad = weight[..., None] * grad_out[rows, heads].to(dtype)
-            return [grad.to(part.dtype), (grad * (part.to(dtype) - out[rows, heads].to(dtype))).sum(-1)]
-
-        pages = _head_pages(head, k, v, k_remote, v_remote, slc_block_len)
-        attend, chunks = _selected_chunks(
-            block_indices[:, head].long(), block_table[head].long(), position, slc_block_len, group, softmax_scale
-        )
-        dq[:, heads], *page_grads = chunk_gradients(attend, chunks, upstream, q[:, heads], *pages)
-        for local, remote, grad in zip((dk, dv), (dk_remote, dv_remote), page_grads, strict=True):
-            local[:, head] = grad[:num_local].flatten(0, 1)
-            if remote is not None:
-                remote += grad[num_local:]
-    return dq, dk, dv, dk_remote, dv_remote
-
-
-def _head_pages(head, k, v, k_remote, v_remote, block_len):
-    """One head's local pages, then all remote ones: [pages, l', Dk], [pages, l', Dv]."""
-    pages = [x[:, head].unflatten(0, (-1, block_len)) for x in (k, v)]
-    if k_remote is None:
-        return pages
-    return [torch.cat([local, remote]) for local, remote in zip(pages, (k_remote, v_remote), strict=True)]
-
-
-def _selected_chunks(block_indices, block_table, position, block_len, group, softmax_scale):
-    """One key-value head: (attend, chunks); each chunk of queries reads the union of its blocks once, under a mask."""
-    num_queries = len(block_indices)
-    token = torch.arange(block_len, device=position.device)
-    # 64 queries that share no block at all hold 64 * n blocks; halve the chunk until that bound fits.
-    step = 64
-    while step > 1 and step * step * block_indices.shape[1] * block_len * group > MAX_SCORES:
-        step //= 2
-    chunks, union_of = [], {}
-    for start in range(0, num_queries, step):
-        rows = slice(start, min(start + step, num_queries))
-        union = block_indices[rows].unique()
-        union = union[union >= 0]
-        if len(union):
-            chunks.append((rows, block_table[union]))
-            union_of[start] = union
-
-    def attend(rows: slice, _: Tensor, q_: Tensor, k_: Tensor, v_: Tensor) -> tuple[Tensor, Tensor]:
-        union = union_of[rows.start]  # [U] global block ids
-        chosen = (block_indices[rows, :, None] == union).any(1)  # [C, U]
-        causal = union[:, None] * block_len + token <= position[rows, None, None]  # [C, U, l']
-        visible = (chosen[..., None] & causal).flatten(1)
-        return softmax_attention(q_, k_.flatten(0, 1)[:, None], v_.flatten(0, 1)[:, None], visible, softmax_scale)
-
-    return attend, chunks
-
-
 # --- Putting branches and partial results together --------------------------------------------------------------
 
 
-def combine(gates: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor) -> Tensor:
-    """`sum_b gate_b * out_b` (eq. 5). gates [T, Hq, 3] in the order cmp, slc, win; out_* [T, Hq, Dv]."""
+def combine(gates: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """`sum_b gate_b * out_b` (eq. 5). gates [T, Hq, 3] in the order cmp, slc, win; out_* [T, Hq, Dv].
+
+    out         [T, Hq, Dv] of any strides, filled and returned, outside of autograd; None: a new tensor
+    """
     dtype = compute_dtype(out_cmp)
-    weighted = [gates[..., b, None].to(dtype) * out.to(dtype) for b, out in enumerate((out_cmp, out_slc, out_win))]
-    return (weighted[0] + weighted[1] + weighted[2]).to(out_cmp.dtype)
+    weighted = [gates[..., b, None].to(dtype) * x.to(dtype) for b, x in enumerate((out_cmp, out_slc, out_win))]
+    return _result((weighted[0] + weighted[1] + weighted[2]).to(out_cmp.dtype), out)
+
+
+@torch.no_grad()
+def sum_branches(cmp: Tensor, slc: Tensor, win: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """`cmp + slc + win`, rounded once to the dtype of `cmp`: the three branches' gradients of q, [T, Hq, Dk].
+
+    Each may have a dtype of its own. out: as in `combine`.
+    """
+    dtype = compute_dtype(cmp)
+    return _result((cmp.to(dtype) + slc.to(dtype) + win.to(dtype)).to(cmp.dtype), out)
+
+
+@torch.no_grad()
+def gate_deltas(
+    grad_out: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """`deltas[t, h, b] = sum_d grad_out[t, h, d] * out_b[t, h, d]`: [T, Hq, 3], fp32 or better.
+
+    The gradient of the gates, where grad_out is that of `combine`, and the `delta` of each branch's backward, where
+    what the gate multiplies is found again from softmax_lse. out: as in `combine`, [T, Hq, 3].
+    """
+    dtype = compute_dtype(grad_out)
+    deltas = [(grad_out.to(dtype) * x.to(dtype)).sum(-1) for x in (out_cmp, out_slc, out_win)]
+    return _result(torch.stack(deltas, -1), out)
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -351,6 +292,10 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 
 
 # --- Shared pieces ----------------------------------------------------------------------------------------------
+
+
+def _result(value: Tensor, out: Tensor | None) -> Tensor:
+    return value if out is None else out.detach().copy_(value)
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

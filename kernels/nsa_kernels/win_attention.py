@@ -24,8 +24,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nsa_kernels.deltas import row_deltas
 from nsa_kernels.rows import token_head_strides, unit_stride
-from nsa_kernels.win_backward import window_backward
+from nsa_kernels.win_backward import window_gradients
 from nsa_kernels.win_tiles import Tile, kernel_dims, split_head_dim, window_tiles
 
 
@@ -134,10 +135,9 @@ class _WindowAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
         q, k, v, begin, end, out, lse = ctx.saved_tensors
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        grads = window_backward(q, k, v, begin, end, out, lse, grad_out, grad_lse, softmax_scale=ctx.softmax_scale)
-        return *grads, None, None, None
+        grad_out = torch.zeros_like(out) if grad_out is None else unit_stride(grad_out)
+        delta = row_deltas(out, grad_out, grad_lse)
+        return *window_gradients(grad_out, None, delta, lse, q, k, v, begin, end, ctx.softmax_scale), None, None, None
 
 
 def _launch_forward(
@@ -172,6 +172,56 @@ def window_attention(
     """
     _check(q, k, v, begin, end, softmax_scale)
     return _WindowAttention.apply(q, k, v, begin, end, softmax_scale)
+
+
+def window_attention_backward(
+    grad_out: Tensor,
+    gate: Tensor | None,
+    delta: Tensor,
+    softmax_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    *,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of `gate * window_attention(q, k, v, begin, end)`, in the dtypes of q, k, v.
+
+    grad_out    [T, Hq, Dv]     of `gate * out`, or of a sum that it is a term of
+    gate        [T, Hq]         of either sign; None: ones
+    delta       fp32 [T, Hq]    rowsum(grad_out * out), of `out` without its gate
+    softmax_lse fp32 [T, Hq]    as `window_attention` returned it; these four of any strides
+
+    Raises ValueError as `window_attention`, and on shapes and dtypes of these four that do not fit.
+    """
+    _check(q, k, v, begin, end, softmax_scale)
+    _check_upstream(grad_out, gate, delta, softmax_lse, q, v)
+    q, k, v = (unit_stride(t) for t in (q, k, v))
+    return window_gradients(grad_out, gate, delta, softmax_lse, q, k, v, begin, end, softmax_scale)
+
+
+def _check_upstream(
+    grad_out: Tensor, gate: Tensor | None, delta: Tensor, softmax_lse: Tensor, q: Tensor, v: Tensor
+) -> None:
+    if grad_out.shape != (*q.shape[:2], v.shape[2]) or grad_out.dtype != q.dtype:
+        raise ValueError(
+            f"grad_out is {grad_out.dtype} {tuple(grad_out.shape)}, but the gradient of the output of q {q.dtype} "
+            f"{tuple(q.shape)} and v {tuple(v.shape)} is {q.dtype} {(*q.shape[:2], v.shape[2])}, because it is "
+            f"multiplied with them on the tensor cores; reshape or cast it"
+        )
+    statistics = {"delta": delta, "softmax_lse": softmax_lse}
+    fits = all(x.shape == q.shape[:2] and x.dtype == torch.float32 for x in statistics.values())
+    if not fits or (gate is not None and gate.shape != q.shape[:2]):
+        given = ", ".join(
+            f"{name} {x.dtype} {tuple(x.shape)}" for name, x in {"gate": gate, **statistics}.items() if x is not None
+        )
+        raise ValueError(
+            f"{given}: each must be [T, Hq] = {tuple(q.shape[:2])}, delta and softmax_lse fp32, because a row of "
+            f"scores has one of each and exponentials of their differences are taken; pass a column of gate_deltas, "
+            f"softmax_lse as the forward returned it, and gates[..., b]"
+        )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, softmax_scale: float) -> None:

@@ -1,16 +1,17 @@
-"""Gradients of window attention, in three kernels without atomics: delta, then dK and dV, then dQ.
+"""Gradients of gated window attention in two kernels without atomics: dK and dV, then dQ.
 
-    P  = exp(softmax_scale * Q K^T - softmax_lse)         recomputed tile by tile
+    P  = gate * exp(softmax_scale * Q K^T - softmax_lse)         recomputed tile by tile
     dV = P^T dO         dP = dO V^T         dS = P * (dP - delta)         dQ = scale * dS K         dK = scale * dS^T Q
-    delta[t, h] = sum_d dO[t, h, d] * out[t, h, d] - grad_lse[t, h]
+    delta[t, h] = sum_d dO[t, h, d] * out[t, h, d]               of `out` without its gate
 
-`softmax_lse` shifts every score of a row alike, so its gradient joins dS as `+ P * grad_lse`: it is taken off delta.
+`softmax_lse` shifts every score of a row alike, so a gradient of its own joins dS as `+ P * grad_lse`: take it off delta.
 
 dK, dV      A program owns 64 key rows of one key-value head and walks the (query, head) rows that see any of them, so
             the sum over queries and over the G heads stays in fp32 registers and is rounded once.
 dQ          A program owns the rows of a forward tile and walks their key tiles again. The scores are thus computed
             twice: 7 products in place of 5, the price of no atomics.
-Shapes      as win_attention.py; grad_out [T, Hq, Dv] of any strides, grad_lse [T, Hq] fp32 or None
+Shapes      as win_attention.py; grad_out [T, Hq, Dv], gate [T, Hq] or None for ones, delta, softmax_lse [T, Hq] fp32,
+            all of any strides
 """
 
 import torch
@@ -18,9 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.deltas import row_deltas
 from nsa_kernels.rows import token_head_strides, unit_stride
-from nsa_kernels.win_tiles import KEY_TILE, Tile, kernel_dims, window_tiles
+from nsa_kernels.win_tiles import KEY_TILE, kernel_dims, window_tiles
 
 
 @triton.jit
@@ -30,10 +30,11 @@ def _keys_kernel(
     v_ptr,
     begin_ptr,
     end_ptr,
-    bounds_ptr,
+    gate_ptr,
     lse_ptr,
     delta_ptr,
     grad_out_ptr,
+    bounds_ptr,
     dk_ptr,
     dv_ptr,
     stride_qt,
@@ -42,6 +43,12 @@ def _keys_kernel(
     stride_kh,
     stride_vr,
     stride_vh,
+    stride_ot,
+    stride_oh,
+    stride_gt,
+    stride_gh,
+    stride_lt,
+    stride_lh,
     stride_dt,
     stride_dh,
     num_keys,
@@ -54,11 +61,11 @@ def _keys_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_GATE: tl.constexpr,
 ):
     """dK and dV of BLOCK_N key rows. Scores are transposed, [keys, rows]: P^T and dS^T then feed from registers."""
     tile = tl.program_id(0)
     head = tl.program_id(1)
-    num_q_heads = num_kv_heads * G
     log2e: tl.constexpr = 1.4426950408889634
     scale_log2 = softmax_scale * log2e
 
@@ -88,7 +95,7 @@ def _keys_kernel(
         q_head = head * G + row % G
         q_rows = q_ptr + token * stride_qt + q_head * stride_qh
         q = tl.load(q_rows[:, None] + dim_k[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, DK]
-        lse = tl.load(lse_ptr + token * num_q_heads + q_head, mask=inside, other=float("inf"))
+        lse = tl.load(lse_ptr + token * stride_lt + q_head * stride_lh, mask=inside, other=float("inf"))
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         if DK_TAIL > 0:
             q_tail = tl.load(q_rows[:, None] + dim_tail[None, :], mask=inside[:, None], other=0.0)
@@ -99,11 +106,14 @@ def _keys_kernel(
             row_end = tl.load(end_ptr + token, mask=inside, other=0)
             visible = (key[:, None] >= row_begin[None, :]) & (key[:, None] < row_end[None, :])
             p = tl.where(visible, p, 0.0)
-        grad_rows = grad_out_ptr + token * stride_dt + q_head * stride_dh
+        if HAS_GATE:
+            gate = tl.load(gate_ptr + token * stride_gt + q_head * stride_gh, mask=inside, other=0.0)
+            p *= gate.to(tl.float32)[None, :]
+        grad_rows = grad_out_ptr + token * stride_ot + q_head * stride_oh
         grad_out = tl.load(grad_rows[:, None] + dim_v[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, DV]
         dv = tl.dot(p.to(grad_out.dtype), grad_out, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        delta = tl.load(delta_ptr + token * num_q_heads + q_head, mask=inside, other=0.0)
+        delta = tl.load(delta_ptr + token * stride_dt + q_head * stride_dh, mask=inside, other=0.0)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         if DK_TAIL > 0:
@@ -127,6 +137,7 @@ def _queries_kernel(
     v_ptr,
     begin_ptr,
     end_ptr,
+    gate_ptr,
     lse_ptr,
     delta_ptr,
     grad_out_ptr,
@@ -137,6 +148,12 @@ def _queries_kernel(
     stride_kh,
     stride_vr,
     stride_vh,
+    stride_ot,
+    stride_oh,
+    stride_gt,
+    stride_gh,
+    stride_lt,
+    stride_lh,
     stride_dt,
     stride_dh,
     num_queries,
@@ -149,6 +166,7 @@ def _queries_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_GATE: tl.constexpr,
 ):
     """dQ of one tile of BLOCK_M (query, head) rows of one key-value head; the walk of the forward kernel."""
     first_row = tl.program_id(0) * BLOCK_M
@@ -169,11 +187,11 @@ def _queries_kernel(
 
     dim_k, dim_v = tl.arange(0, DK), tl.arange(0, DV)
     out_row = token * (num_kv_heads * G) + q_head
-    lse_log2 = tl.load(lse_ptr + out_row, mask=inside, other=0.0) * log2e
-    delta = tl.load(delta_ptr + out_row, mask=inside, other=0.0)
+    lse_log2 = tl.load(lse_ptr + token * stride_lt + q_head * stride_lh, mask=inside, other=0.0) * log2e
+    delta = tl.load(delta_ptr + token * stride_dt + q_head * stride_dh, mask=inside, other=0.0)
     q_rows = q_ptr + token * stride_qt + q_head * stride_qh
     q = tl.load(q_rows[:, None] + dim_k[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, DK]
-    grad_rows = grad_out_ptr + token * stride_dt + q_head * stride_dh
+    grad_rows = grad_out_ptr + token * stride_ot + q_head * stride_oh
     grad_out = tl.load(grad_rows[:, None] + dim_v[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, DV]
     dq = tl.zeros([BLOCK_M, DK], tl.float32)
     if DK_TAIL > 0:
@@ -204,65 +222,59 @@ def _queries_kernel(
         if DK_TAIL > 0:
             dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision=PRECISION)
 
+    # A row of P has one gate, which thus multiplies dQ; P itself stays as it is.
+    factor = tl.full([BLOCK_M], softmax_scale, tl.float32)
+    if HAS_GATE:
+        gate = tl.load(gate_ptr + token * stride_gt + q_head * stride_gh, mask=inside, other=0.0)
+        factor *= gate.to(tl.float32)
     dq_rows = dq_ptr + out_row * (DK + DK_TAIL)
-    dq *= softmax_scale
+    dq *= factor[:, None]
     tl.store(dq_rows[:, None] + dim_k[None, :], dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None])
     if DK_TAIL > 0:
-        dq_tail *= softmax_scale
+        dq_tail *= factor[:, None]
         tl.store(dq_rows[:, None] + dim_tail[None, :], dq_tail.to(dq_ptr.dtype.element_ty), mask=inside[:, None])
 
 
-def window_backward(
+def window_gradients(
+    grad_out: Tensor,
+    gate: Tensor | None,
+    delta: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     begin: Tensor,
     end: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    *,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the dtypes of q, k, v, from what the forward saved. `out` and `lse` are contiguous."""
+    """dq, dk, dv in the dtypes of q, k, v, whose last strides must be 1."""
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
     grad_out = unit_stride(grad_out)
-    delta = row_deltas(out, grad_out, grad_lse)
-    inputs = (q, k, v, begin, end, lse, delta, grad_out)
+    tensors = (q, k, v, begin, end, gate, lse, delta, grad_out)
+    statistics = (delta if gate is None else gate, lse, delta)
+    strides = (*token_head_strides(q, k, v, grad_out), *(s for t in statistics for s in t.stride()))
+    dims = {**kernel_dims(q, k, v), "HAS_GATE": gate is not None}
     tiles = window_tiles(q.shape[2], q.shape[1] // k.shape[1], q.element_size())
-    if k.numel():
-        _launch_keys(inputs, dk, dv, softmax_scale, tiles.keys)
-    _launch_queries(inputs, dq, softmax_scale, tiles.queries)
-    return dq, dk, dv
-
-
-def _launch_keys(inputs: tuple[Tensor, ...], dk: Tensor, dv: Tensor, softmax_scale: float, tile: Tile) -> None:
-    q, k, v, begin, end, lse, delta, grad_out = inputs
-    num_keys, num_kv_heads = k.shape[:2]
-    bounds = _seeing_queries(begin, end, num_keys)
-    _keys_kernel[(triton.cdiv(num_keys, KEY_TILE), num_kv_heads)](
-        *(q, k, v, begin, end, bounds, lse, delta, grad_out),
-        *(dk, dv),
-        *(*token_head_strides(q, k, v, grad_out), num_keys, num_kv_heads, softmax_scale),
-        **kernel_dims(q, k, v),
-        **tile.launch(),
-    )
-
-
-def _launch_queries(inputs: tuple[Tensor, ...], dq: Tensor, softmax_scale: float, tile: Tile) -> None:
-    q, k, v, begin, end, lse, delta, grad_out = inputs
-    num_queries, num_kv_heads = q.shape[0], k.shape[1]
+    num_queries, (num_keys, num_kv_heads) = q.shape[0], k.shape[:2]
+    if num_keys:
+        _keys_kernel[(triton.cdiv(num_keys, KEY_TILE), num_kv_heads)](
+            *(*tensors, _seeing_queries(begin, end, num_keys)),
+            *(dk, dv),
+            *(*strides, num_keys, num_kv_heads, softmax_scale),
+            **dims,
+            **tiles.keys.launch(),
+        )
     num_rows = num_queries * (q.shape[1] // num_kv_heads)
-    _queries_kernel[(triton.cdiv(num_rows, tile.block_m), num_kv_heads)](
-        *(q, k, v, begin, end, lse, delta, grad_out),
+    _queries_kernel[(triton.cdiv(num_rows, tiles.queries.block_m), num_kv_heads)](
+        *tensors,
         dq,
-        *(*token_head_strides(q, k, v, grad_out), num_queries, num_kv_heads, softmax_scale),
-        **kernel_dims(q, k, v),
-        **tile.launch(),
+        *(*strides, num_queries, num_kv_heads, softmax_scale),
+        **dims,
+        **tiles.queries.launch(),
     )
+    return dq, dk, dv
 
 
 def _seeing_queries(begin: Tensor, end: Tensor, num_keys: int) -> Tensor:

@@ -93,12 +93,13 @@ class _SelectedOverRanks(torch.autograd.Function):
         call: _Call = ctx.call
         dtype = torch.promote_types(q.dtype, torch.float32)
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
+        delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
         for number, route in enumerate(ctx.rounds):
             pages = kept[number] if kept else send_pages(k, v, route, call.slc_block_len, call.comm)
             table, ids, remote = _round_inputs(k, block_indices, pages, ctx.rounds, number, call)
             grads = call.ops.selected_attention_backward(
-                grad_out, out, lse, q, k, v, ids, table, call.layout.position, **remote,
-                slc_block_len=call.slc_block_len, softmax_scale=call.softmax_scale,
+                grad_out, None, delta, lse, q, k, v, ids, table, call.layout.position, **remote,
+                slc_block_len=call.slc_block_len, softmax_scale=call.softmax_scale, dtype=dtype,
             )  # fmt: skip
             for total, grad in zip((dq, dk, dv), grads[:3], strict=True):
                 total += grad

@@ -91,12 +91,31 @@ def test_selected(remote, heads, dtype):
     assert_same(everything(cpu), everything(reference), dtype)
 
 
+def backward_inputs(out: Tensor, lse: Tensor) -> list[Tensor]:
+    """grad_out, gate, delta, softmax_lse of a whole of which `out` and `lse` are a part; some gates and rows are 0."""
+    gate, grad_out = torch.randn_like(lse).to(out.dtype), torch.randn_like(out)
+    gate[::3], grad_out[::7] = 0.0, 0.0
+    delta = (grad_out.to(lse.dtype) * (out.to(lse.dtype) * 0.7)).sum(-1)
+    return [grad_out, gate, delta, lse + 0.3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("name", ["window_attention", "compressed_attention"])
+def test_interval_gradients_of_a_part(name, heads, dtype):
+    inputs, interval = interval_inputs(heads, dtype)
+    whole = backward_inputs(*getattr(reference, name)(*inputs, *interval, softmax_scale=0.3))
+    got, expected = (
+        getattr(ops, f"{name}_backward")(*whole, *inputs, *interval, softmax_scale=0.3) for ops in (cpu, reference)
+    )
+    assert_same(got, expected, dtype)
+
+
 @pytest.mark.parametrize("remote", [False, True])
-def test_gradients_of_a_part(remote):
+def test_selected_gradients_of_a_part(remote):
     """The merged out and softmax_lse come from more blocks than these."""
     inputs, indices = selected_inputs(HEADS[0], torch.float64, remote)
-    out, lse = selected(reference, inputs, indices)
-    whole = (torch.randn_like(out), out * 0.7, lse + 0.3)
+    whole = backward_inputs(*selected(reference, inputs, indices))
     pages = dict(zip(("k_remote", "v_remote"), inputs[3:], strict=False))
     got, expected = (
         ops.selected_attention_backward(*whole, *inputs[:3], *indices, **pages, slc_block_len=BLOCK, softmax_scale=0.3)
@@ -107,7 +126,19 @@ def test_gradients_of_a_part(remote):
     assert_same([got[i] for i in present], [expected[i] for i in present], torch.float64)
 
 
-def test_it_has_every_function_of_the_kernels():
-    import nsa_kernels
+@pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
+def test_gradients_in_a_dtype_of_ones_own(ops):
+    inputs, indices = selected_inputs(HEADS[0], torch.bfloat16, remote=False)
+    whole = backward_inputs(*selected(reference, inputs, indices))
 
-    assert set(cpu.__all__) == set(nsa_kernels.__all__)
+    def gradients(**dtype) -> list[Tensor]:
+        options = {"slc_block_len": BLOCK, "softmax_scale": 0.3, **dtype}
+        return ops.selected_attention_backward(*whole, *inputs, *indices, **options)[:3]
+
+    for narrow, wide in zip(gradients(), gradients(dtype=torch.float32), strict=True):
+        assert (narrow.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+        assert torch.equal(narrow, wide.bfloat16())
+
+
+def test_it_has_every_function_of_the_reference():
+    assert set(cpu.__all__) == set(reference.__all__)
