@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .deltas import row_deltas
+from .rows import unit_stride
 from .slc_backward import differentiate_chunk
 from .slc_checks import check_inputs
 from .slc_forward import attend_chunk
@@ -59,7 +60,8 @@ def selected_attention(
 
 def selected_attention_backward(
     grad_out: Tensor,
-    out: Tensor,
+    gate: Tensor | None,
+    delta: Tensor,
     softmax_lse: Tensor,
     q: Tensor,
     k: Tensor,
@@ -74,14 +76,19 @@ def selected_attention_backward(
     v_remote: Tensor | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `selected_attention` where these blocks may be only a part of what a query attended to.
+    """Gradients of `gate * selected_attention`, where these blocks may be only a part of what a query attended to.
 
-    grad_out, out [T, Hq, Dv] and softmax_lse [T, Hq] belong to the whole, merged result; the others are as in
-    `selected_attention`. Returns dq, dk, dv, dk_remote, dv_remote in fp32 (the last two None without remote pages).
+    grad_out    [T, Hq, Dv]     gradient of the gated sum of all branches
+    gate        [T, Hq]         this branch's gate, of any sign and strides; None: 1
+    delta       [T, Hq] fp32    sum(grad_out * out) of the branch's whole, merged out, without its gate
+    softmax_lse [T, Hq] fp32    of the whole, merged result
+
+    The others are as in `selected_attention`. Returns dq, dk, dv, dk_remote, dv_remote in fp32 (the last two None
+    without remote pages).
     """
     check_inputs(q, k, v, block_indices, block_table, position, slc_block_len, softmax_scale, k_remote, v_remote)
     return _gradients(
-        grad_out, None, out, softmax_lse, q, k, v, k_remote, v_remote, block_indices, block_table, position,
+        grad_out, gate, delta, softmax_lse, q, k, v, k_remote, v_remote, block_indices, block_table, position,
         slc_block_len, softmax_scale, workspace_bytes, torch.float32,
     )  # fmt: skip
 
@@ -99,12 +106,12 @@ class _SelectedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
         out, lse, *inputs = ctx.saved_tensors
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
+        grad_out = torch.zeros_like(out) if grad_out is None else unit_stride(grad_out)
+        delta = row_deltas(out, grad_out, grad_lse)
         q, k, v, k_remote, v_remote, block_indices, block_table, position = inputs
         slc_block_len, softmax_scale, workspace_bytes = ctx.options
         grads = _gradients(
-            grad_out, grad_lse, out, lse, q, k, v, k_remote, v_remote, block_indices, block_table, position,
+            grad_out, None, delta, lse, q, k, v, k_remote, v_remote, block_indices, block_table, position,
             slc_block_len, softmax_scale, workspace_bytes, None,
         )  # fmt: skip
         return *grads, *[None] * 6
@@ -139,14 +146,11 @@ def _attend(
 
 
 def _gradients(
-    grad_out, grad_lse, out, lse, q, k, v, k_remote, v_remote, block_indices, block_table, position,
+    grad_out, gate, delta, lse, q, k, v, k_remote, v_remote, block_indices, block_table, position,
     slc_block_len, softmax_scale, workspace_bytes, dtype,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dq, dk, dv, dk_remote, dv_remote in `dtype`, or each in that of its tensor."""
-    if grad_out.stride(2) != 1:  # an expanded gradient, as of out.sum(): the kernels read rows of unit stride
-        grad_out = grad_out.contiguous()
-    lse = lse.contiguous()
-    delta = row_deltas(out, grad_out, grad_lse)
+    grad_out, lse, delta = unit_stride(grad_out), lse.contiguous(), delta.contiguous()
     (num_queries, num_q_heads, head_dim_k), num_kv_heads = q.shape, k.shape[1]
     group = num_q_heads // num_kv_heads
     tiles = backward_tiles(group, head_dim_k, v.shape[2])
@@ -169,7 +173,7 @@ def _gradients(
         )
         differentiate_chunk(
             q[rows], k, v, k_remote, v_remote, block_table, block_indices[rows], position[rows], index,
-            grad_out[rows], lse[rows], delta[rows], dq[rows], sums,
+            grad_out[rows], None if gate is None else gate[rows], lse[rows], delta[rows], dq[rows], sums,
             head_start=heads.start, slc_block_len=slc_block_len, softmax_scale=softmax_scale, add=rows.start > 0,
         )  # fmt: skip
     return dq, *[s if s is None else s.to(dtype or x.dtype) for s, x in zip(sums, pages, strict=True)]

@@ -1,6 +1,6 @@
 """Selected attention, backward: the forward's loop order, so that each block's keys and values are read once an item.
 
-1. `row_deltas`: delta = sum(dO * O) - dlse per (query, head).
+1. `row_deltas`: delta = sum(dO * O) - dlse per (query, head), unless the caller has it.
 2. `items`, one work item at a time: a block against some of the queries that chose it. It sums its own dK and dV in
    registers and leaves one fp32 page of them; each (query, block) pair leaves its part of dQ in the slot of the query.
 3. `slc_parts.sum_parts`: every query's dQ, its parts in the order of its list.
@@ -12,6 +12,8 @@ Shapes      as `slc_forward`, and
     dq_part     [H, T, n, G, Dk]        fp16 for 16-bit inputs, fp32 for fp32, over its largest |element|
     dq_scale    [H, T, n, G]            fp32: what to multiply a part with
     dkv_part    [items, l', Dk + Dv]    fp32
+Gate        dO may be of a sum of branches, out = .. + gate * out_slc: then P below is gate * softmax, and delta of `out`
+            without its gate. No gate is 1.
 Numerics    P and dS enter their products in the dtype of q; sums are fp32.
 """
 
@@ -41,14 +43,14 @@ def _times_keys(ds, keys, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_queries", "num_heads", "num_q_heads", "num_blocks", "head_start"])
 def _items_kernel(
-    q, k, v, k_remote, v_remote, grad_out, lse, delta, position,
+    q, k, v, k_remote, v_remote, grad_out, gate, lse, delta, position,
     block_table, entries, offsets, item_offsets, item_list,
     dq_part, dq_scale, dkv_part,
     softmax_scale, scale_log2, num_queries, num_heads, num_q_heads, num_lists, num_blocks, head_start, num_local_pages,
-    stride_table, stride_qt, stride_qh, stride_gt, stride_gh,
+    stride_table, stride_qt, stride_qh, stride_ot, stride_oh, stride_gt, stride_gh,
     stride_kr, stride_kh, stride_kp, stride_kpr, stride_vr, stride_vh, stride_vp, stride_vpr,
     SLOTS: tl.constexpr, GROUP: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr, DV: tl.constexpr,
-    BLOCK_LEN: tl.constexpr, HAS_REMOTE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_LEN: tl.constexpr, HAS_GATE: tl.constexpr, HAS_REMOTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, ITEM_QUERIES: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
@@ -98,7 +100,9 @@ def _items_kernel(
             scores = tl.dot(k1, tl.trans(q1), scores, input_precision=PRECISION)
         p = tl.exp2(scores * scale_log2 - lse_row[None, :])
         p = tl.where(key[:, None] <= last_key[None, :], p, 0.0)
-        do_row = grad_out + t * stride_gt + q_head * stride_gh
+        if HAS_GATE:
+            p *= tl.load(gate + t * stride_gt + q_head * stride_gh).to(tl.float32)[None, :]
+        do_row = grad_out + t * stride_ot + q_head * stride_oh
         do = tl.load(do_row[:, None] + tl.arange(0, DV))  # [BLOCK_M, DV]
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(value, tl.trans(do), input_precision=PRECISION)  # [BLOCK_LEN, BLOCK_M]
@@ -198,6 +202,7 @@ def differentiate_chunk(
     position: Tensor,
     index: BlockIndex,
     grad_out: Tensor,
+    gate: Tensor | None,
     lse: Tensor,
     delta: Tensor,
     dq: Tensor,
@@ -210,7 +215,7 @@ def differentiate_chunk(
 ) -> None:
     """Fill dq for a chunk of queries and heads, and write, or add where `add`, their share of dk and dv.
 
-    q, block_indices, position, grad_out, lse, delta, dq are the chunk's rows with all heads; page_grads is dk, dv
+    q, block_indices, position, grad_out, gate, lse, delta, dq are the chunk's rows with all heads; page_grads is dk, dv
     [R, Hkv, D] and dk_remote, dv_remote [pages, l', D], contiguous, zero where no chunk has written.
     """
     num_queries, num_slots = block_indices.shape[0], block_indices.shape[2]
@@ -232,13 +237,14 @@ def differentiate_chunk(
     num_local_pages = k.shape[0] // slc_block_len
     widths = {"DK0": dk0, "DK1": dk1, "DV": head_dim_v, "BLOCK_LEN": slc_block_len, "HAS_REMOTE": k_remote is not None}
     _items_kernel[(index.max_items,)](
-        q, k, v, k_remote, v_remote, grad_out, lse, delta, position,
+        q, k, v, k_remote, v_remote, grad_out, gate, lse, delta, position,
         block_table, index.entries, index.offsets, index.item_offsets, index.item_list,
         dq_part, dq_scale, dkv_part,
         softmax_scale, softmax_scale * LOG2E, num_queries, num_heads, num_q_heads, index.num_lists, num_blocks,
         head_start, num_local_pages, block_table.stride(0), *q.stride()[:2], *grad_out.stride()[:2],
+        *(gate.stride() if gate is not None else (0, 0)),
         *page_strides(k, k_remote), *page_strides(v, v_remote),
-        SLOTS=num_slots, GROUP=group, **widths, PRECISION="ieee" if exact else "tf32",
+        SLOTS=num_slots, GROUP=group, **widths, HAS_GATE=gate is not None, PRECISION="ieee" if exact else "tf32",
         BLOCK_M=tiles.rows, ITEM_QUERIES=index.item_queries,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.registers,
     )  # fmt: skip

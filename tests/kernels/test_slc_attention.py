@@ -329,6 +329,7 @@ def test_gradients_of_a_part_of_a_merged_result(device):
     options = {"slc_block_len": LEN, "softmax_scale": case.dims[0] ** -0.5}
     out, lse = selected_attention(*leaves, case.block_indices, case.block_table, case.position, **options)
     whole = torch.autograd.grad(out, leaves, grad_out)
+    delta = (grad_out.float() * out.detach().float()).sum(-1)
     odd = (case.block_indices % 2 == 1) & (case.block_indices >= 0)
     sums = [0.0, 0.0, 0.0]
     for here in (odd, ~odd):
@@ -336,8 +337,9 @@ def test_gradients_of_a_part_of_a_merged_result(device):
         ids = torch.where((ids < 0) | (ids == 2**20), 2**20, ids).sort(-1).values
         ids = ids.masked_fill(ids == 2**20, -1)
         args = (*(x.detach() for x in leaves), ids, case.block_table, case.position)
-        grads = selected_attention_backward(grad_out, out.detach(), lse.detach(), *args, **options)
-        exact = reference.selected_attention_backward(grad_out, out.detach(), lse.detach(), *args, **options)
+        grads = selected_attention_backward(grad_out, None, delta, lse.detach(), *args, **options)
+        ones = torch.ones_like(lse)
+        exact = reference.selected_attention_backward(grad_out, ones, delta, lse.detach(), *args, **options)
         for i, (grad, want) in enumerate(zip(grads[:3], exact[:3], strict=True)):
             assert grad.dtype == torch.float32
             torch.testing.assert_close(grad, want, rtol=2e-2, atol=2e-2)
@@ -345,6 +347,38 @@ def test_gradients_of_a_part_of_a_merged_result(device):
         assert grads[3:] == (None, None)
     for total, want in zip(sums, whole, strict=True):
         torch.testing.assert_close(total, want.float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_through_a_gate(dtype, device):
+    """The gate of a strided column, of any sign and zero: as autograd through gate * out, remote pages included."""
+    case = make_case(segment(4, 2), None, group=2, local_blocks=[4, 5], dtype=dtype, device=device)
+    grad_out, no_grad_lse = upstream(case)[0], torch.zeros(case.q.shape[:2], device=device)
+    gates = torch.randn(*case.q.shape[:2], 3, device=device).to(dtype)
+    gates[::5] = 0
+    gate, (dk, _) = gates[..., 1], case.dims
+
+    def gated(attend):
+        def through(*args, **options):
+            out, lse = attend(*args, **options)
+            return gate.to(out.dtype)[..., None] * out, lse
+
+        return through
+
+    exact = run(gated(reference.selected_attention), case, grad_out, no_grad_lse, torch.float64)[2:]
+    plain = run(gated(dense_plain), case, grad_out, no_grad_lse)[2:]
+    with torch.no_grad():
+        out, lse = attend_with(selected_attention, case, case.leaves())
+        delta = (grad_out.float() * out.float()).sum(-1)
+        *actual, dk_remote, dv_remote = selected_attention_backward(
+            grad_out, gate, delta, lse, case.q, case.k, case.v, case.block_indices, case.block_table, case.position,
+            slc_block_len=LEN, softmax_scale=dk**-0.5,
+            k_remote=case.packed[..., :dk], v_remote=case.packed[..., dk:],
+        )  # fmt: skip
+    actual.append(torch.cat([dk_remote, dv_remote], -1))
+    for name, a, p, e in zip(("dq", "dk", "dv", "dremote"), actual, plain, exact, strict=True):
+        assert a.dtype == torch.float32
+        assert_twice(name, a, p, e)
 
 
 def test_no_queries(device):
