@@ -153,9 +153,7 @@ def _launch_forward(gates: Tensor, branches: tuple[Tensor, ...], out: Tensor) ->
     _forward_kernel[grid](gates, *branches, out, *strides, out.shape[0] * out.shape[1], out.shape[1], **dims)
 
 
-def combine(
-    gates: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, *, out: Tensor | None = None
-) -> Tensor:
+def combine(gates: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, *, out: Tensor | None = None) -> Tensor:
     """`sum_b gate_b * out_b` (eq. 5): gates [T, Hq, 3] in the order cmp, slc, win, out_* [T, Hq, Dv] of one dtype.
 
     out         [T, Hq, Dv] of any strides over tokens and heads, filled and returned, outside of autograd; None: a new

@@ -74,6 +74,7 @@ def selected_attention_backward(
     softmax_scale: float,
     k_remote: Tensor | None = None,
     v_remote: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `gate * selected_attention`, where these blocks may be only a part of what a query attended to.
@@ -83,13 +84,15 @@ def selected_attention_backward(
     delta       [T, Hq] fp32    sum(grad_out * out) of the branch's whole, merged out, without its gate
     softmax_lse [T, Hq] fp32    of the whole, merged result
 
-    The others are as in `selected_attention`. Returns dq, dk, dv, dk_remote, dv_remote in fp32 (the last two None
-    without remote pages).
+    dtype       of the gradients; None: each in that of its tensor
+
+    The others are as in `selected_attention`. Returns dq, dk, dv, dk_remote, dv_remote (the last two None without
+    remote pages).
     """
     check_inputs(q, k, v, block_indices, block_table, position, slc_block_len, softmax_scale, k_remote, v_remote)
     return _gradients(
         grad_out, gate, delta, softmax_lse, q, k, v, k_remote, v_remote, block_indices, block_table, position,
-        slc_block_len, softmax_scale, workspace_bytes, torch.float32,
+        slc_block_len, softmax_scale, workspace_bytes, dtype,
     )  # fmt: skip
 
 

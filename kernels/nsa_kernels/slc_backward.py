@@ -12,8 +12,8 @@ Shapes      as `slc_forward`, and
     dq_part     [H, T, n, G, Dk]        fp16 for 16-bit inputs, fp32 for fp32, over its largest |element|
     dq_scale    [H, T, n, G]            fp32: what to multiply a part with
     dkv_part    [items, l', Dk + Dv]    fp32
-Gate        dO may be of a sum of branches, out = .. + gate * out_slc: then P below is gate * softmax, and delta of `out`
-            without its gate. No gate is 1.
+Gate        dO may be of a sum of branches, out = .. + gate * out_slc: then P below is gate * softmax, and delta is that
+            of out_slc without its gate. No gate is 1.
 Numerics    P and dS enter their products in the dtype of q; sums are fp32.
 """
 

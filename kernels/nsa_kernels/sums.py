@@ -155,8 +155,8 @@ def _rows_of_one_shape(names: str, *tensors: Tensor) -> list[Tensor]:
 def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, dense_rows: bool = True) -> None:
     """ValueError unless results of `dtype` can be written into `out`, whose last stride must be 1 if `dense_rows`."""
     if tuple(out.shape) != shape or out.dtype != dtype or (dense_rows and out.stride(-1) != 1):
+        row = " with a last stride of 1" if dense_rows else ""
         raise ValueError(
-            f"out is {out.dtype} {tuple(out.shape)} with strides {out.stride()}, but the result is {dtype} {shape}"
-            f"{' with a last stride of 1' if dense_rows else ''}, for it is written where `out` lies, unconverted; pass "
-            f"such a tensor or view, or none"
+            f"out is {out.dtype} {tuple(out.shape)} with strides {out.stride()}, but must be {dtype} {shape}{row}, for "
+            f"the result is written where it lies, as it is; pass such a tensor or view, or none"
         )

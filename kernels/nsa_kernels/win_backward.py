@@ -4,7 +4,8 @@
     dV = P^T dO         dP = dO V^T         dS = P * (dP - delta)         dQ = scale * dS K         dK = scale * dS^T Q
     delta[t, h] = sum_d dO[t, h, d] * out[t, h, d]               of `out` without its gate
 
-`softmax_lse` shifts every score of a row alike, so a gradient of its own joins dS as `+ P * grad_lse`: take it off delta.
+`softmax_lse` shifts every score of a row alike, so a gradient of its own joins dS as `+ P * grad_lse`: it is taken off
+delta.
 
 dK, dV      A program owns 64 key rows of one key-value head and walks the (query, head) rows that see any of them, so
             the sum over queries and over the G heads stays in fp32 registers and is rounded once.

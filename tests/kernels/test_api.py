@@ -7,13 +7,30 @@ import sys
 import pytest
 
 import nsa_kernels
-from nsa_kernels import reference
+from nsa_kernels import cpu, reference
+
+CONTRACT = [
+    "compress_mean",
+    "compress_mlp",
+    "select_blocks",
+    "combine",
+    "gate_deltas",
+    "sum_branches",
+    "merge",
+    "compressed_attention",
+    "selected_attention",
+    "window_attention",
+    "compressed_attention_backward",
+    "selected_attention_backward",
+    "window_attention_backward",
+]
 
 
-@pytest.mark.parametrize("name", nsa_kernels.__all__)
-def test_signature_is_the_references(name):
+@pytest.mark.parametrize("module", [nsa_kernels, cpu], ids=["triton", "cpu"])
+@pytest.mark.parametrize("name", CONTRACT)
+def test_signature_is_the_references(name, module):
     """The reference's parameters, in order and of the same kind; a kernel may add keyword options with defaults."""
-    actual = list(inspect.signature(getattr(nsa_kernels, name)).parameters.values())
+    actual = list(inspect.signature(getattr(module, name)).parameters.values())
     expected = list(inspect.signature(getattr(reference, name)).parameters.values())
     for ours, theirs in zip(actual, expected, strict=False):
         assert (ours.name, ours.kind, ours.default) == (theirs.name, theirs.kind, theirs.default)
@@ -29,12 +46,9 @@ def test_importing_its_module_does_not_hide_a_function(name):
     assert inspect.isfunction(getattr(nsa_kernels, name))
 
 
-def test_every_function_of_the_contract_is_public():
-    contract = """
-    compress_mean compress_mlp compressed_attention window_attention select_blocks
-    selected_attention selected_attention_backward combine merge
-    """
-    assert set(nsa_kernels.__all__) == set(contract.split())
+@pytest.mark.parametrize("module", [nsa_kernels, cpu, reference], ids=["triton", "cpu", "reference"])
+def test_the_contract_is_what_is_public(module):
+    assert sorted(module.__all__) == sorted(CONTRACT)
 
 
 def test_unknown_names_are_attribute_errors():

@@ -337,6 +337,7 @@ def test_gradients_of_a_part_of_a_merged_result(device):
         ids = torch.where((ids < 0) | (ids == 2**20), 2**20, ids).sort(-1).values
         ids = ids.masked_fill(ids == 2**20, -1)
         args = (*(x.detach() for x in leaves), ids, case.block_table, case.position)
+        options["dtype"] = torch.float32
         grads = selected_attention_backward(grad_out, None, delta, lse.detach(), *args, **options)
         ones = torch.ones_like(lse)
         exact = reference.selected_attention_backward(grad_out, ones, delta, lse.detach(), *args, **options)
@@ -372,7 +373,7 @@ def test_gradients_through_a_gate(dtype, device):
         delta = (grad_out.float() * out.float()).sum(-1)
         *actual, dk_remote, dv_remote = selected_attention_backward(
             grad_out, gate, delta, lse, case.q, case.k, case.v, case.block_indices, case.block_table, case.position,
-            slc_block_len=LEN, softmax_scale=dk**-0.5,
+            slc_block_len=LEN, softmax_scale=dk**-0.5, dtype=torch.float32,
             k_remote=case.packed[..., :dk], v_remote=case.packed[..., dk:],
         )  # fmt: skip
     actual.append(torch.cat([dk_remote, dv_remote], -1))

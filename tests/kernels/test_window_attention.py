@@ -8,7 +8,7 @@ import torch
 from kernels.judge import assert_twice
 from kernels.plain import interval_attention
 from nsa_kernels import reference
-from nsa_kernels.win_attention import window_attention
+from nsa_kernels.win_attention import window_attention, window_attention_backward
 from nsa_kernels.win_backward import _seeing_queries
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -194,6 +194,80 @@ def test_seeing_queries_worked_example(monkeypatch):
     monkeypatch.setattr("nsa_kernels.win_backward.KEY_TILE", 2)
     begin, end = causal_window([6], window=3)
     assert _seeing_queries(begin, end, 6).tolist() == [[0, 1, 3, 4], [2, 3, 5, 6], [4, 5, 6, 6]]
+
+
+def gated(attend, gate):
+    def through(*args, **options):
+        out, lse = attend(*args, **options)
+        return gate.to(out.dtype)[..., None] * out, lse
+
+    return through
+
+
+def upstream(tensors, gates_dtype, device):
+    """grad_out [T, Hq, Dv] strided, and one column of gates [T, Hq, 3]: of both signs, some of them 0."""
+    num_tokens, num_heads, _ = tensors[0].shape
+    grad_out = torch.randn(num_heads, num_tokens, tensors[2].shape[2], device=device).to(tensors[0].dtype)
+    gates = torch.randn(num_tokens, num_heads, 3, device=device).to(gates_dtype)
+    gates[::5] = 0
+    return grad_out.transpose(0, 1), gates[..., 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("group", "dims"), [(1, (16, 16)), (4, (48, 32)), (16, (16, 16))])
+def test_gradients_through_a_gate(group, dims, dtype, device):
+    """From the common gradient, a gate, delta and softmax_lse: as autograd through gate * out; some see nothing."""
+    begin, end = causal_window([130], window=50)
+    begin[60:75] = end[60:75] = end[59]
+    begin[75:] = begin[75:].clamp(min=60)
+    begin, end = begin.to(device), end.to(device)
+    tensors = inputs(130, 130, group, 2, dims, dtype, device)
+    grad_out, gate = upstream(tensors, dtype, device)
+    no_grad_lse = torch.zeros(gate.shape, device=device)
+    exact = run(gated(reference.window_attention, gate), tensors, begin, end, grad_out, no_grad_lse, torch.float64)[2:]
+    plain = run(gated(interval_attention, gate), tensors, begin, end, grad_out, no_grad_lse)[2:]
+    with torch.no_grad():
+        out, lse = window_attention(*tensors, begin, end, softmax_scale=dims[0] ** -0.5)
+        deltas = torch.stack([(grad_out.float() * out.float()).sum(-1)] * 3, -1)
+        actual = window_attention_backward(
+            grad_out, gate, deltas[..., 1], lse, *tensors, begin, end, softmax_scale=dims[0] ** -0.5
+        )
+    for name, a, p, e, x in zip(("dq", "dk", "dv"), actual, plain, exact, tensors, strict=True):
+        assert a.dtype == x.dtype
+        assert_twice(name, a, p, e)
+
+
+def test_a_gate_of_ones_and_of_none_give_the_same_bits(device):
+    begin, end = (t.to(device) for t in causal_window([70], window=20))
+    tensors = [x.detach() for x in inputs(70, 70, 2, 1, (16, 16), torch.bfloat16, device)]
+    grad_out, _ = upstream(tensors, torch.bfloat16, device)
+    out, lse = window_attention(*tensors, begin, end, softmax_scale=0.25)
+    delta = (grad_out.float() * out.float()).sum(-1)
+    ones, none = (
+        window_attention_backward(grad_out, gate, delta, lse, *tensors, begin, end, softmax_scale=0.25)
+        for gate in (torch.ones_like(lse), None)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ones, none, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("grad_out", torch.zeros(8, 2, 15), "reshape or cast it"),
+        ("gate", torch.zeros(8, 2, 3), r"gates\[\.\.\., b\]"),
+        ("delta", torch.zeros(8, 2, dtype=torch.float64), "a column of gate_deltas"),
+    ],
+)
+def test_backward_errors_name_the_remedy(name, value, remedy, device):
+    begin, end = (t.to(device) for t in causal_window([8], window=4))
+    tensors = [x.detach() for x in inputs(8, 8, 2, 1, (16, 16), torch.float32, device)]
+    rows = torch.zeros(8, 2, device=device)
+    arguments = {"grad_out": torch.zeros_like(tensors[0]), "gate": None, "delta": rows, "softmax_lse": rows}
+    arguments[name] = value.to(device)
+    with pytest.raises(ValueError, match=remedy):
+        window_attention_backward(
+            **arguments, **dict(zip("qkv", tensors, strict=True)), begin=begin, end=end, softmax_scale=0.25
+        )
 
 
 @pytest.mark.parametrize(

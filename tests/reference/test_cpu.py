@@ -138,7 +138,3 @@ def test_gradients_in_a_dtype_of_ones_own(ops):
     for narrow, wide in zip(gradients(), gradients(dtype=torch.float32), strict=True):
         assert (narrow.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
         assert torch.equal(narrow, wide.bfloat16())
-
-
-def test_it_has_every_function_of_the_reference():
-    assert set(cpu.__all__) == set(reference.__all__)
