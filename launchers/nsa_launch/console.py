@@ -51,7 +51,10 @@ class Console:
         for event in self._events.poll():
             self._show_event(event)
         for record in self._metrics.poll():
-            self._bar().feed(record)
+            if record["kind"] == "start":
+                self._show_start(record)
+            else:
+                self._bar().feed(record)
 
     def _bar(self) -> "TrainProgress | LineProgress":
         if self._progress is None:
@@ -76,6 +79,14 @@ class Console:
         elif kind == "refused":
             self.refusal = event["reason"]
 
+    def _show_start(self, record: Record) -> None:
+        if record["context_parallel_size"] > 1:
+            self.say(
+                f"{record['context_parallel_size']} context-parallel ranks, {record['layout']}, load imbalance "
+                f"{record['load_imbalance']:.2f}; kv_fetch_budget_bytes={record['kv_fetch_budget_bytes']}, "
+                f"whole_shard_fraction={record['whole_shard_fraction']:g}, keep_pages={record['keep_pages']}"
+            )
+
     def _consequence(self) -> str:
         allowed = self._config.launch.max_failures
         if self._num_failures > allowed:
@@ -95,6 +106,8 @@ class Console:
                 f"validation loss {first['loss']:.4f} (step {first['step']}) -> {last['loss']:.4f} "
                 f"(step {last['step']}), nats per byte"
             )
+        for record in read_metrics(output.metrics, "traffic")[-1:]:
+            self.say(f"traffic      {_traffic(record)}")
         self.say(f"metrics      {output.metrics}, and TensorBoard: tensorboard --logdir {output.tensorboard}")
         pictures = [str(path) for path in sorted(output.root.glob("*.png"))]
         if pictures:
@@ -120,6 +133,18 @@ def _culprits(ranks: Mapping[str, str]) -> str:
         return f"{', '.join(dead)} died"
     rank, reason = next(iter(ranks.items()))
     return f"rank {rank} failed: {reason}"
+
+
+def _traffic(record: Record) -> str:
+    """One line of what the context-parallel ranks sent in a step, and how it compares with the closed formulas."""
+    sent, formula = (sum(record[name].values()) for name in ("sent_bytes", "formula_bytes"))
+    pages = record["sent_bytes"]["pages"] + record["sent_bytes"]["pages.grad"]
+    verdict = "as the formulas say" if sent == formula else f"the formulas say {formula / 1e6:,.1f} MB"
+    return (
+        f"{sent / 1e6:,.1f} MB sent in step {record['step']}, {verdict}; {pages / sent:.0%} of it pages and their "
+        f"gradients, {record['union_fraction']:.0%} of the remote blocks chosen; load imbalance "
+        f"{record['load_imbalance']:.2f}"
+    )
 
 
 class LineProgress:

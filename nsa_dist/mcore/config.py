@@ -65,8 +65,8 @@ class NSATransformerConfig(TransformerConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}; choose one")
         if not isinstance(self.nsa_fetch, FetchOptions):
             raise ValueError(
-                f"nsa_fetch={self.nsa_fetch!r} must be an nsa_dist.cp.fetch.FetchOptions, which checks its values; pass "
-                f"nsa_fetch=FetchOptions(kv_fetch_budget_bytes=..., keep_pages=...)"
+                f"nsa_fetch={self.nsa_fetch!r} must be an nsa_dist.cp.fetch.FetchOptions, which checks its values; "
+                f"pass nsa_fetch=FetchOptions(kv_fetch_budget_bytes=..., keep_pages=...)"
             )
 
     def _check_groups(self) -> None:

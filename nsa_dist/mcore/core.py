@@ -10,6 +10,7 @@ from megatron.core.utils import get_pg_size
 from torch import Tensor
 
 from nsa_dist.attention import BranchKV, nsa_attention
+from nsa_dist.cp.comm import Traffic
 from nsa_dist.mcore.compressor import MeanCompress, ParallelCompressMLP
 from nsa_dist.mcore.config import NSATransformerConfig
 from nsa_dist.mcore.plans import RankPlan
@@ -27,6 +28,7 @@ class NSACoreAttention(MegatronModule):
         self.compress_k = _build_compressor(config, config.kv_channels, pg_collection, key_base)
         self.compress_v = _build_compressor(config, config.v_head_dim, pg_collection, None)
         self._recorded: list[Tensor] | None = None
+        self._traffic: Traffic | None = None
 
     def forward(self, q: Tensor, kv: Tensor, gate_logits: Tensor, rank_plan: RankPlan) -> Tensor:
         """q [T, b, Hq, Dk], kv [T, b, Hkv, pairs * (Dk + Dv)], gate_logits [T, b, Hq, 3] -> [T, b, Hq * Dv]."""
@@ -43,6 +45,15 @@ class NSACoreAttention(MegatronModule):
         finally:
             self._recorded = None
 
+    @contextmanager
+    def counting(self, traffic: Traffic) -> Iterator[None]:
+        """Inside, every call adds to `traffic` what it sends, in its backward as well."""
+        self._traffic = traffic
+        try:
+            yield
+        finally:
+            self._traffic = None
+
     def _attend(self, q: Tensor, kv: Tensor, gate_logits: Tensor, rank_plan: RankPlan) -> Tensor:
         plan = rank_plan.plan
         if plan.cp_size == 1:  # pads documents to whole blocks; more ranks were given whole blocks
@@ -58,6 +69,7 @@ class NSACoreAttention(MegatronModule):
             cp_group=self.cp_group,
             softmax_scale=self.config.softmax_scale,
             fetch=self.config.nsa_fetch,
+            traffic=self._traffic,
             return_block_indices=True,
         )
         if plan.cp_size == 1:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -18,6 +18,7 @@ from nsa_dist.train.plots import plot_losses, plot_selection
 from nsa_dist.train.records import Record, read_metrics
 from nsa_dist.train.selection import selected_blocks
 from nsa_dist.train.step import StepResult, evaluate, train_step
+from nsa_dist.train.traffic import TrafficMeter
 from nsa_dist.train.world import World, entered
 
 
@@ -47,8 +48,10 @@ def train(config: TrainConfig, hooks: Hooks, device: torch.device) -> TrainResul
         model = build(config, world)
         latest = output.latest_checkpoint()
         first_step = 0 if latest is None else checkpoint.restore(model, latest)
-        run = _Run(config, hooks, output, world, model, cutter, datasets)
+        meter = TrafficMeter(config, cutter.plan)
+        run = _Run(config, hooks, output, world, model, cutter, datasets, meter)
         with run.logging(first_step):
+            run.report_start(first_step)
             result = run.steps_from(first_step)
         if not result.stopped:
             run.draw()
@@ -66,6 +69,7 @@ class _Run:
     model: Trainable
     cutter: BatchCutter
     datasets: Datasets
+    meter: TrafficMeter
     log: MetricsLog | None = None  # on process 0
     validation_loss: float | None = None
     clock: "_Clock" = field(default_factory=lambda: _Clock())
@@ -88,7 +92,7 @@ class _Run:
         while step < run.steps and not stop:
             with self.clock:
                 result = train_step(
-                    self.model, self.cutter, self.datasets.train, step, self.world, self.hooks.should_stop
+                    self.model, self.cutter, self.datasets.train, step, self.world, self.meter, self.hooks.should_stop
                 )
             step, loss = step + 1, result.loss
             stop = result.stop and step < run.steps
@@ -102,8 +106,22 @@ class _Run:
                 self.hooks.on_checkpoint(step, path, self.losses(loss))
         return TrainResult(step, stop, loss, self.validation_loss, None if path is None else str(path))
 
+    def report_start(self, step: int) -> None:
+        """The record of how the sequence is shared among context-parallel ranks."""
+        parallel = self.config.parallel
+        self.write(
+            {
+                "kind": "start",
+                "step": step,
+                "context_parallel_size": parallel.context_parallel_size,
+                "layout": parallel.layout,
+                "load_imbalance": self.meter.load_imbalance,
+                **asdict(parallel.fetch_options()),
+            }
+        )
+
     def report(self, step: int, result: StepResult) -> None:
-        """One training record."""
+        """One training record, and one of what was sent for it."""
         run = self.config.run
         per_step = run.global_batch_size * run.sequence_length
         steps, seconds = self.clock.lap()
@@ -119,6 +137,8 @@ class _Run:
                 "time_s": self.clock.total_s,
             }
         )
+        if self.meter.is_on:
+            self.write(self.meter.record(step, result.traffic))
 
     def validate(self, step: int) -> None:
         """One validation record, over the same sequences every time."""

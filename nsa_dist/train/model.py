@@ -33,9 +33,10 @@ class Trainable:
         inner = self.module.module
         return inner.module if isinstance(inner, Float16Module) else inner
 
-    def attention(self, layer: int) -> NSASelfAttention:
-        """The attention of this stage's `layer`, which may be negative."""
-        return self.bare_model.decoder.layers[layer].self_attention
+    @property
+    def attentions(self) -> list[NSASelfAttention]:
+        """Those of this stage's layers."""
+        return [layer.self_attention for layer in self.bare_model.decoder.layers]
 
 
 def build(config: TrainConfig, world: World) -> Trainable:

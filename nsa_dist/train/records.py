@@ -3,9 +3,11 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-# `kind` ("train" or "validation"), `step`, and numbers by name.
-Record = Mapping[str, float | str]
+# `kind`, `step`, and by name numbers, or mappings and lists of them. The kinds: "start" (how the sequence is shared),
+# "train", "traffic" (what `nsa_dist.train.traffic` says of a step), "validation".
+Record = Mapping[str, Any]
 
 
 class MetricsFollower:

@@ -14,7 +14,7 @@ def selected_blocks(model: Trainable, cutter: BatchCutter, dataset: GPTDataset, 
 
     Runs the first batch of `dataset` through the model, on every process.
     """
-    with model.attention(layer).core_attention.recording_blocks() as recorded:
+    with model.attentions[layer].core_attention.recording_blocks() as recorded:
         evaluate(model, cutter, dataset, 1, world)
     first_head = recorded[0][:, 0].contiguous()  # [T, n]
     return cutter.plan.unshard(list(world.cp.all_gather(first_head, "selection"))).cpu()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nsa_dist.train.data import Batch, BatchCutter
 from nsa_dist.train.model import Trainable
+from nsa_dist.train.traffic import TrafficMeter
 from nsa_dist.train.world import World
 
 
@@ -21,22 +22,31 @@ class StepResult(NamedTuple):
     grad_norm: float
     lr: float
     stop: bool
+    traffic: list[float]  # the sum of all ranks' tables, for `TrafficMeter.record`
 
 
 def train_step(
-    model: Trainable, cutter: BatchCutter, dataset: GPTDataset, step: int, world: World, should_stop: Callable[[], bool]
+    model: Trainable,
+    cutter: BatchCutter,
+    dataset: GPTDataset,
+    step: int,
+    world: World,
+    meter: TrafficMeter,
+    should_stop: Callable[[], bool],
 ) -> StepResult:
     """Step number `step`, counted from 0. `should_stop` is asked on process 0 and the answer reaches all of them."""
     model.module.train()
     model.module.zero_grad_buffer()
     model.optimizer.zero_grad()
-    totals = _forward_backward(model, cutter, dataset, step, forward_only=False)
+    with meter.counting(model) as counted:
+        totals = _forward_backward(model, cutter, dataset, step, forward_only=False)
     lr = model.optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = model.optimizer.step()
     model.scheduler.step(1)
     asked = torch.tensor([float(world.is_main and should_stop())], dtype=torch.float64, device=world.device)
-    loss_sum, num_tokens, stop = world.sum(torch.cat([totals, asked])).tolist()
-    return StepResult(loss_sum / num_tokens, float(grad_norm or 0.0), lr, stop > 0)
+    sent = meter.pack(model, counted).to(world.device)
+    loss_sum, num_tokens, stop, *traffic = world.sum(torch.cat([totals, asked, sent])).tolist()
+    return StepResult(loss_sum / num_tokens, float(grad_norm or 0.0), lr, stop > 0, traffic)
 
 
 @torch.no_grad()

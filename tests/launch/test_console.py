@@ -76,6 +76,44 @@ def test_the_last_words_name_losses_and_places(tmp_path, folder, capsys):
     assert all(str(folder.path / name) in said for name in ("metrics.jsonl", "checkpoints", "loss.png"))
 
 
+START = (
+    '{"kind": "start", "step": 0, "context_parallel_size": %d, "layout": "zigzag", "load_imbalance": 1.0, '
+    '"kv_fetch_budget_bytes": null, "whole_shard_fraction": 1.0, "keep_pages": false}'
+)
+
+
+def test_the_choices_of_context_parallelism_are_told_at_the_start(tmp_path, folder, capsys):
+    with Console(tiny(tmp_path), folder) as console:
+        write(folder, START % 1)
+        console.update()
+        assert capsys.readouterr().out == ""
+        write(folder, START % 2)
+        console.update()
+    assert capsys.readouterr().out == (
+        "2 context-parallel ranks, zigzag, load imbalance 1.00; "
+        "kv_fetch_budget_bytes=None, whole_shard_fraction=1, keep_pages=False\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("formula", "verdict"), [(2_000_000, "as the formulas say"), (1_500_000, "the formulas say 1.5 MB")]
+)
+def test_the_last_words_compare_bytes_with_the_formulas(tmp_path, folder, capsys, formula, verdict):
+    sent = '{"halo": 500000, "pages": 1000000, "pages.grad": 500000}'
+    write(
+        folder,
+        f'{{"kind": "traffic", "step": 24, "sent_bytes": {sent}, "formula_bytes": {{"halo": {formula}}}, '
+        '"union_fraction": 0.625, "load_imbalance": 1.04}',
+    )
+    with Console(tiny(tmp_path), folder) as console:
+        console.finish({"step": 24, "stopped": False})
+    line = (
+        f"2.0 MB sent in step 24, {verdict}; 75% of it pages and their gradients, "
+        "62% of the remote blocks chosen; load imbalance 1.04"
+    )
+    assert line in capsys.readouterr().out
+
+
 def test_a_failure_shows_the_end_of_what_ranks_wrote(tmp_path, folder, capsys):
     folder.rank_log(1).write_text("".join(f"line {i}\n" for i in range(100)))
     with Console(tiny(tmp_path), folder) as console:

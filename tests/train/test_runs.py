@@ -98,7 +98,7 @@ def test_a_stopped_run_says_so_and_goes_on(base, single):
     assert ended.validation_loss == records(base, "single", "validation")[-1]["loss"]
     names = [(4, "step_00000004"), (6, "step_00000006")]
     assert listener.checkpoints == [(*name, ["train_loss", "validation_loss"]) for name in names]
-    assert listener.num_records == STEPS - FORK_STEP + 2
+    assert listener.num_records == 1 + STEPS - FORK_STEP + 2, "the start, steps and validations"
 
 
 def test_a_resumed_run_follows_its_own_schedule(base, single):
@@ -126,6 +126,67 @@ def test_metrics(base, single):
     for record in train:
         assert record["tokens"] == record["step"] * 4 * 256
         assert min(record["grad_norm"], record["lr"], record["tokens_per_s"], record["time_s"]) > 0
+
+
+CP_RUNS = [name for name in LAYOUTS if name.startswith("CP2")]
+
+
+@pytest.mark.parametrize("name", CP_RUNS)
+def test_counted_bytes_are_those_of_the_formulas(base, pair, name):
+    found = records(base, name, "traffic")
+    assert [r["step"] for r in found] == list(range(FORK_STEP + 1, STEPS + 1))
+    runs = 2 if name == "CP2 with recompute" else 1
+    for record in found:
+        assert record["sent_bytes"] == record["formula_bytes"]
+        assert list(record["layers"]) == ["1", "2"]
+        for layer in record["layers"].values():
+            assert layer["sent_bytes"] == layer["formula_bytes"]
+            # 16 blocks to the two bytes, 2 heads, 4 sequences, from each of 2 ranks to the other
+            assert layer["sent_bytes"]["bitmap"] == runs * 2 * 2 * 4 * 2
+            assert len(layer["union_fraction"]) == 2
+            assert all(0 < u < 1 for u in layer["union_fraction"])
+            # every chosen block of 16 tokens travels, with 8 + 8 fp32 numbers a token
+            chosen = sum(layer["union_fraction"]) * 8 * 2 * 4
+            assert layer["sent_bytes"]["pages.grad"] == pytest.approx(chosen * 16 * (8 + 8) * 4)
+
+
+def test_pages_travel_again_in_backward_unless_they_are_kept(base, pair):
+    travels = {"CP2 zigzag": 2, "CP2 with kept pages in rounds": 1, "CP2 with recompute": 3}
+    for name, times in travels.items():
+        sent = records(base, name, "traffic")[-1]["sent_bytes"]
+        assert sent["pages"] == times * sent["pages.grad"], name
+
+
+def test_the_load_is_even_in_a_zigzag_only(base, pair):
+    imbalance = {name: records(base, name, "traffic")[-1]["load_imbalance"] for name in CP_RUNS}
+    assert imbalance["CP2 zigzag"] < 1.1 < imbalance["CP2 contiguous"]
+
+
+def test_the_start_record_has_the_fetch_options(base, pair):
+    (start,) = records(base, "CP2 with kept pages in rounds", "start")[-1:]
+    expected = {
+        "kind": "start", "step": FORK_STEP, "context_parallel_size": 2, "layout": "zigzag",
+        "kv_fetch_budget_bytes": 4096, "whole_shard_fraction": 1.0, "keep_pages": True,
+    }  # fmt: skip
+    assert {name: start[name] for name in expected} == expected
+
+
+def test_one_rank_records_no_traffic(base, single):
+    assert records(base, "single", "traffic") == []
+    assert records(base, "single", "start")[-1]["load_imbalance"] == 1
+
+
+def test_traffic_in_tensorboard(base, pair):
+    events = EventAccumulator(str(base / "undisturbed/tensorboard")).Reload()
+    last = records(base, "undisturbed", "traffic")[-1]
+    for path, expected in {
+        "traffic/sent_bytes/halo": last["sent_bytes"]["halo"],
+        "traffic/layers/2/formula_bytes/pages": last["layers"]["2"]["formula_bytes"]["pages"],
+        "traffic/layers/1/union_fraction/0": last["layers"]["1"]["union_fraction"][0],
+        "traffic/load_imbalance": last["load_imbalance"],
+    }.items():
+        event = events.Scalars(path)[-1]
+        assert (event.step, event.value) == (STEPS, pytest.approx(expected)), path
 
 
 def test_tensorboard(base, single):
