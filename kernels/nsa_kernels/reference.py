@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_kernels import reference_chunks
 from nsa_kernels.reference_backward import (
     compressed_attention_backward,
     selected_attention_backward,
     window_attention_backward,
 )
 from nsa_kernels.reference_chunks import QueryChunks, compute_dtype, head_pages, interval_attention, interval_chunks
+from nsa_kernels.reference_chunks import selected_attention as selected_chunks
 
 __all__ = [
     "combine",
@@ -232,7 +232,7 @@ def selected_attention(
     for head in range(k.shape[1]):
         heads = slice(head * group, (head + 1) * group)
         pages = head_pages(head, k, v, k_remote, v_remote, slc_block_len)
-        attend, chunks = reference_chunks.selected_attention(
+        attend, chunks = selected_chunks(
             block_indices[:, head].long(), block_table[head].long(), position, slc_block_len, group, softmax_scale
         )
         out, lse = QueryChunks.apply(attend, chunks, q[:, heads], *pages)
