@@ -48,6 +48,7 @@ LENGTHS = [
 ]
 PRESETS = {
     "smoke": [Case(1 * K, 4, 2, 64, 64)],
+    "table": [*TARGETS, Case(256 * K, 64, 4), Case(1024 * K, 16, 1)],
     "targets": TARGETS,
     "kinds": KINDS,
     "lengths": LENGTHS,

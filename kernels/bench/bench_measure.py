@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from bench_branches import Branch, branches
 from bench_cases import Case
-from bench_checks import check_branch, complaints, sample_rows
-from bench_layer import branches, make_inputs, whole_layer
+from bench_checks import Wanted, check_branch, check_layer, complaints, sample_rows
+from bench_inputs import make_inputs, random
+from bench_layer import whole_layer
 from bench_timing import Timer, peak_gib
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,9 +23,10 @@ Row = dict[str, float | str]
 def measure_case(case: Case, timer: Timer, dense_limit_s: float) -> list[Row]:
     """A row for every branch, `all` for the layer as it is called, `dense` for dense causal attention."""
     rows: list[Row] = []
+    wanted = Wanted()
     steps: list[tuple[str, Callable[[], Row]]] = [
-        ("branches", lambda: _measure_branches(case, timer, rows)),
-        ("all", lambda: _measure_layer(case, timer, rows)),
+        ("branches", lambda: _measure_branches(case, timer, rows, wanted)),
+        ("all", lambda: _measure_layer(case, timer, rows, wanted)),
         ("dense", lambda: _measure_dense(case, timer, dense_limit_s)),
     ]
     for step, measure in steps:
@@ -41,49 +44,59 @@ def measure_case(case: Case, timer: Timer, dense_limit_s: float) -> list[Row]:
     return rows
 
 
-def _measure_branches(case: Case, timer: Timer, rows: list[Row]) -> Row:
+def _measure_branches(case: Case, timer: Timer, rows: list[Row], wanted: Wanted) -> Row:
     for branch in branches(make_inputs(case)):
-        wrong = check_branch(branch)
-        if wrong:
-            rows.append({"step": branch.name, "note": f"WRONG: {wrong}"})
-            continue
-        if branch.leaves:
-            row = _time(timer, lambda b=branch: _first(b.forward()), branch.leaves)
-        else:
-            row = {"forward_ms": timer.median_ms(branch.forward)}
-        for direction, flops in (("forward", branch.flops), ("backward", branch.backward_flops)):
-            if flops and f"{direction}_ms" in row:
-                row[f"{direction}_TFLOP_per_s"] = flops / row[f"{direction}_ms"] / 1e9
+        wrong = check_branch(branch, wanted)
+        row = {"note": f"WRONG: {wrong}"} if wrong else _time_branch(branch, timer)
         rows.append({"step": branch.name, **row})
     return {}
 
 
-def _measure_layer(case: Case, timer: Timer, rows: list[Row]) -> Row:
-    """The layer calls the branches checked before: here its gradients need only exist and repeat bit by bit."""
+def _time_branch(branch: Branch, timer: Timer) -> Row:
+    row: Row = {}
+    ms = timer.median_ms(branch.forward)
+    row["backward_ms" if branch.in_backward else "forward_ms"] = ms
+    if branch.leaves:
+        output = branch.forward()
+        grad = torch.randn_like(output[0] if isinstance(output, tuple) else output)
+        row["backward_ms"] = timer.median_ms(branch.backward(output, grad))
+    return row | _rates(row, branch.flops, branch.backward_flops)
+
+
+def _rates(row: Row, flops: float, backward_flops: float) -> Row:
+    pairs = (("forward", flops), ("backward", backward_flops))
+    return {f"{d}_TFLOP_per_s": n / float(row[f"{d}_ms"]) / 1e9 for d, n in pairs if n and f"{d}_ms" in row}
+
+
+def _measure_layer(case: Case, timer: Timer, rows: list[Row], wanted: Wanted) -> Row:
+    """One call of `nsa_attention`, and one of its backward."""
     if any("WRONG" in str(row.get("note", "")) for row in rows):
         return {"step": "all", "note": "WRONG: a branch is"}
     x = make_inputs(case)
     forward = whole_layer(x)
-    out = forward()
-    grad = torch.randn_like(out)
-    first = torch.autograd.grad(out, x.leaves, grad)
-    again = torch.autograd.grad(forward(), x.leaves, grad)
-    if not all(bool(a.isfinite().all()) and torch.equal(a, b) for a, b in zip(first, again, strict=True)):
-        return {"step": "all", "note": "WRONG: a second run has other gradients, or one is not finite"}
-    del out, grad, first, again
-    return {"step": "all", **_time(timer, forward, x.leaves)}
+    wrong = check_layer(x, forward(), wanted)
+    if wrong:
+        return {"step": "all", "note": f"WRONG: {wrong}"}
+    grad = random((case.tokens, case.num_q_heads, case.dim_v), x.generator, x.q.device.type)
+    row, differing = _time(timer, forward, x.leaves, grad)
+    if differing:
+        return {"step": "all", "note": "WRONG: another run has other gradients, or one is not finite"}
+    return {"step": "all", **row}
 
 
-def _time(timer: Timer, forward: Callable[[], Tensor], leaves: list[Tensor]) -> Row:
-    row: Row = {"peak_gib": peak_gib(forward, leaves), "forward_ms": timer.median_ms(forward)}
-    out = forward()
-    grad = torch.randn_like(out)
-    row["backward_ms"] = timer.median_ms(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
-    return row
+def _time(timer: Timer, forward: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> tuple[Row, bool]:
+    """Times and peak memory, and whether two backward runs gave gradients that differ in any bit, or are not finite."""
+    runs: list[tuple[Tensor, ...]] = []
 
+    def backward(out: Tensor) -> tuple[Tensor, ...]:
+        runs[1:] = [torch.autograd.grad(out, leaves, grad)]
+        return runs[-1]
 
-def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    row: Row = {"peak_gib": peak_gib(forward, backward)}
+    row["forward_ms"] = timer.median_ms(forward)
+    row["backward_ms"] = timer.median_ms(backward, before=forward)
+    same = all(bool(a.isfinite().all()) and torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
+    return row, not same
 
 
 def _measure_dense(case: Case, timer: Timer, limit_s: float) -> Row:
@@ -110,7 +123,5 @@ def _measure_dense(case: Case, timer: Timer, limit_s: float) -> Row:
     wrong = complaints({"out": (out[0].transpose(0, 1)[rows], expected)})
     if wrong:
         return {"step": "dense", "note": f"WRONG: {wrong}"}
-    row = _time(timer, forward, [q, k, v])
-    for direction, factor in (("forward", 1.0), ("backward", 2.5)):
-        row[f"{direction}_TFLOP_per_s"] = factor * flops / row[f"{direction}_ms"] / 1e9
-    return {"step": "dense", **row}
+    row, _ = _time(timer, forward, [q, k, v], torch.randn_like(out))  # cuDNN's gradients may differ from run to run
+    return {"step": "dense", **row, **_rates(row, flops, 2.5 * flops)}

@@ -9,38 +9,38 @@ from torch import Tensor
 class Timer:
     """Times functions by device events, the caches flushed before each run."""
 
-    def __init__(self, seconds: float, max_runs: int = 50) -> None:
-        """Each measurement runs for about `seconds`, at least 3 and at most `max_runs` times."""
-        self.seconds, self.max_runs = seconds, max_runs
+    def __init__(self, seconds: float, max_runs: int = 50, long_s: float = 0.7) -> None:
+        """Each measurement runs for about `seconds`: 3 to `max_runs` times, once where a run takes `long_s` or more."""
+        self.seconds, self.max_runs, self.long_s = seconds, max_runs, long_s
         self._flush = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")  # 256 MiB, past any L2
 
-    def median_ms(self, function: Callable[[], object]) -> float:
-        function()
-        first = self._run(function)
-        runs = max(3, min(self.max_runs, int(self.seconds * 1000 / max(first, 1e-3))))
-        times = sorted(self._run(function) for _ in range(runs))
+    def median_ms(self, function: Callable[..., object], before: Callable[[], object] | None = None) -> float:
+        """Of the runs after the first, which warms up. `before` gives each its argument, untimed."""
+        first = self._run(function, before) / 1000
+        runs = 1 if first >= self.long_s else max(3, min(self.max_runs, int(self.seconds / max(first, 1e-6))))
+        times = sorted(self._run(function, before) for _ in range(runs))
         return times[len(times) // 2]
 
-    def _run(self, function: Callable[[], object]) -> float:
+    def _run(self, function: Callable[..., object], before: Callable[[], object] | None) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        given = () if before is None else (before(),)
         self._flush.zero_()
         begin.record()
-        function()
+        function(*given)
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
 
 
-def peak_gib(forward: Callable[[], Tensor], leaves: list[Tensor]) -> float:
-    """Peak memory of one forward and backward over inputs, output, its gradient and the gradients of `leaves`."""
+def peak_gib(forward: Callable[[], Tensor], gradients: Callable[[Tensor], tuple[Tensor, ...]]) -> float:
+    """Peak memory of `gradients(forward())` over what is there before, and over its own output and gradients."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     out = forward()
-    grad = torch.ones_like(out)
-    grads = torch.autograd.grad(out, leaves, grad)
+    grads = gradients(out)
     torch.cuda.synchronize()
-    held = sum(t.numel() * t.element_size() for t in (out, grad, *grads))
+    held = sum(t.numel() * t.element_size() for t in (out, *grads))
     return (torch.cuda.max_memory_allocated() - before - held) / 2**30
 
 

@@ -1,7 +1,7 @@
 """Time every branch and the whole layer, forward and backward, beside dense causal attention, checked before timed.
 
-    python kernels/bench/run.py --out runs/bench                       the sizes with a bar, about 100 s
-    python kernels/bench/run.py --out runs/bench --preset full         all sizes, about 500 s
+    python kernels/bench/run.py --out runs/bench --jobs 8              the table of kernels/README.md
+    python kernels/bench/run.py --out runs/bench --preset full         all sizes
     python kernels/bench/run.py --out runs/bench --preset full --only 1024k
 
 Every result is compared with the reference on sampled rows first; a wrong one gets no time, and makes the exit status
@@ -12,14 +12,12 @@ written to OUT/bench.txt as it grows, all figures to OUT/bench.json.
 import argparse
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import triton
-from bench_cases import PRESETS, Case
+from bench_cases import PRESETS
+from bench_compile import compile_cases
 from bench_measure import measure_case
 from bench_report import Report
 from bench_timing import Timer, ceilings
@@ -37,7 +35,7 @@ def main() -> int:
             f"--only {args.only!r} is part of no case of --preset {args.preset}, so nothing would run; cases: {names}"
         )
     if args.jobs:
-        _compile(cases, args.jobs)
+        compile_cases(cases, args.jobs)
     timer = Timer(args.seconds_each)
     report = Report(args.out, _machine(timer))
     for case in cases:
@@ -52,7 +50,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for bench.txt and bench.json")
-    parser.add_argument("--preset", choices=PRESETS, default="targets")
+    parser.add_argument("--preset", choices=PRESETS, default="table")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     parser.add_argument("--budget-s", type=float, default=500.0, help="start no case after so many seconds")
     parser.add_argument("--seconds-each", type=float, default=0.2, help="device time of one measurement")
@@ -71,25 +69,6 @@ def _machine(timer: Timer) -> dict:
         "command": " ".join(["python", *sys.argv]),
         **ceilings(timer),
     }
-
-
-def _compile(cases: list[Case], jobs: int) -> None:
-    """Fill triton's cache on disk, a process for each shape that compiles kernels of its own."""
-    shortest: dict[tuple, Case] = {}
-    for case in sorted(cases, key=lambda c: -c.tokens):
-        shortest[case.group, case.dim_k, case.dim_v] = case
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for future in [pool.submit(_run_once, asdict(case)) for case in shortest.values()]:
-            future.result()
-
-
-def _run_once(fields: dict) -> None:
-    from bench_layer import make_inputs, whole_layer
-
-    x = make_inputs(Case(**{**fields, "tokens": min(fields["tokens"], 8192), "correlated": False}))
-    out = whole_layer(x)()
-    torch.autograd.grad(out, x.leaves, torch.ones_like(out))
-    torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

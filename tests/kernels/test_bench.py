@@ -13,31 +13,53 @@ from nsa_kernels import reference
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "bench"))
 
+from bench_branches import branches
 from bench_cases import Case
-from bench_checks import check_branch, sample_rows
-from bench_layer import Bounds, branches, layer, make_inputs
+from bench_checks import Wanted, check_branch, check_layer, sample_rows
+from bench_compile import branches_alone
+from bench_inputs import make_inputs
+from bench_layer import whole_layer
 
 CASE = Case(tokens=320, num_q_heads=4, num_kv_heads=2, dim_k=32, dim_v=16)
 
 
 @pytest.fixture(scope="module")
 def checked(device):
-    """The branches of a small case, each with the complaint of its check."""
-    return [(branch, check_branch(branch)) for branch in branches(make_inputs(CASE, device.type))]
+    """The branches of a small case, each with the complaint of its check, and what the layer should then be."""
+    wanted = Wanted()
+    return [(branch, check_branch(branch, wanted)) for branch in branches(make_inputs(CASE, device.type))], wanted
 
 
 def test_every_branch_passes_its_check(checked):
-    assert [(branch.name, complaint) for branch, complaint in checked if complaint] == []
-    assert len(checked) == 7
+    assert [(branch.name, complaint) for branch, complaint in checked[0] if complaint] == []
+    assert len(checked[0]) == 9
 
 
 def test_a_wrong_result_is_refused(checked):
-    """One key row of the reference's input is changed: the output, or a gradient, is another one."""
-    for branch, _ in checked:
-        if branch.name in ("cmp", "slc", "win"):
+    """The softmax_scale of the reference's call, or a gate, is another one than the kernel's."""
+    for branch, _ in checked[0]:
+        if branch.gate is not None:
             wrong = replace(branch, others={**branch.others, "softmax_scale": 1.1 * CASE.softmax_scale})
-            wrong.forward = lambda ops=None, right=branch: right.forward()
-            assert "out" in check_branch(wrong)
+            assert "out" in check_branch(wrong, Wanted())
+            other_gate, wrong = replace(branch, gate=1.1 * branch.gate), replace(branch)
+            wrong.backward = other_gate.backward
+            assert "d q" in check_branch(wrong, Wanted())
+
+
+def test_the_layer_is_held_to_the_branches(checked, device):
+    """With the kernels it passes; where two branches are taken for each other, it does not."""
+    x = make_inputs(CASE, device.type)
+    assert check_layer(x, whole_layer(x, nsa_kernels)(), checked[1]) == ""
+    swapped = replace(x, raw={**x.raw, "slc": x.raw["win"], "win": x.raw["slc"]})
+    assert check_layer(swapped, whole_layer(swapped, nsa_kernels)(), checked[1]) != ""
+
+
+def test_made_up_results_have_the_shapes_of_real_ones(checked, device):
+    """So that every kernel can be compiled by itself."""
+    for (real, _), alone in zip(checked[0], branches_alone(CASE, device.type), strict=True):
+        outputs = [b.output if isinstance(b.output, tuple) else (b.output,) for b in (real, alone)]
+        if real.function not in ("combine", "gate_deltas", "sum_branches"):  # nothing comes after them
+            assert [t.shape for t in outputs[0]] == [t.shape for t in outputs[1]]
 
 
 def test_sampled_rows_are_ordered_and_hold_both_ends(device):
@@ -51,7 +73,6 @@ def test_sampled_rows_are_ordered_and_hold_both_ends(device):
 def test_layer_and_every_gradient_against_the_reference(device):
     """All kernels together, in fp32, where both sides choose the same blocks."""
     x = make_inputs(CASE, device.type)
-    bounds = Bounds.of(CASE, device.type)
     results = {}
     grad = torch.randn(CASE.tokens, CASE.num_q_heads, CASE.dim_v, device=device)
     for name, ops, dtype in (
@@ -60,7 +81,7 @@ def test_layer_and_every_gradient_against_the_reference(device):
         ("exact", reference, torch.float64),
     ):
         cast = _cast(x, dtype)
-        out = layer(cast, bounds, ops)
+        out = whole_layer(cast, ops)()
         results[name] = out.detach(), *torch.autograd.grad(out, cast.leaves, grad.to(dtype))
     for i, (a, p, e) in enumerate(zip(results["actual"], results["plain"], results["exact"], strict=True)):
         assert_twice(f"result {i}", a, p, e, floor=1e-5)
