@@ -1,4 +1,4 @@
-"""The command line: `nsa-dist train CONFIG.yaml [key=value ...]`, `nsa-dist plan CONFIG.yaml`, `nsa-dist doctor`.
+"""The command line: `nsa-dist train CONFIG.yaml [key=value ...]`, `plan CONFIG.yaml`, `bench cp`, `doctor`.
 
 Imports are inside the commands, so that --help and mistakes answer at once.
 """
@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from nsa_launch import exit_codes, plan_arguments
+from nsa_launch.bench import arguments as bench_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="for example resume=true or run.steps=100")
     train.set_defaults(command=_train)
     plan_arguments.register(commands)
+    bench_arguments.register(commands)
     doctor = commands.add_parser("doctor", help="what this machine has, and what each part will therefore do")
     doctor.set_defaults(command=_doctor)
     return parser

@@ -2,7 +2,7 @@
 
 from nsa_dist.cp import cost
 from nsa_dist.train.planner.core import Core
-from nsa_dist.train.planner.strategies import Strategy, page_bytes, page_counts
+from nsa_dist.train.planner.strategies import Options, Strategy, held_bytes, page_bytes, page_counts
 
 # The selected branch's kernels work in chunks of queries so that their workspace stays below this.
 WORKSPACE_BYTES = 2 * 2**30
@@ -49,6 +49,20 @@ def core_peak_bytes(core: Core) -> int:
     kv = core.tokens * core.heads.row_elements
     own_gradients = q * core.heads.element_bytes + kv * (core.heads.element_bytes + 8)
     return results_bytes(core) + selected_backward_bytes(core) - own_gradients
+
+
+def layer_peak_bytes(core: Core, strategy: Strategy, options: Options) -> int:
+    """Of one layer's forward and backward, inputs and the gradient of the output counted."""
+    q, out = query_elements(core)
+    heads, e = core.heads, core.heads.element_bytes
+    inputs = (q + out + core.tokens * (3 * heads.row_elements + 3 * heads.num_q_heads)) * e
+    return (
+        inputs
+        + results_bytes(core)
+        + compressed_bytes(core)
+        + selected_backward_bytes(core)
+        + held_bytes(core, strategy, options)
+    )
 
 
 def workspace_bytes(core: Core) -> int:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from nsa_dist.cp.cost import total_cmp_blocks
 from nsa_dist.cp.work import backward_flops, forward_flops, rank_work
 from nsa_dist.train.planner.cluster import Cluster, Link
 from nsa_dist.train.planner.core import Core
@@ -18,20 +19,26 @@ class Phases:
     backward: dict[str, float]
 
 
-def attention_s(core: Core, cluster: Cluster) -> Phases:
-    """By branch, of the rank whose branches take longest together."""
+def attention_s(core: Core, strategy: Strategy, cluster: Cluster) -> Phases:
+    """By branch, of the rank whose branches take longest together. Raw K/V of everybody are compressed by everybody.
+
+    The backward of `raw all-gather` compresses once more: nobody keeps what was gathered.
+    """
     by_rank = []
     for rank in range(core.plan.cp_size):
         work = rank_work(core.plan, core.cfg, rank)
         forward = forward_flops(work, core.heads, core.cfg, core.phi_hidden_dims)
         backward = backward_flops(work, core.heads, core.cfg, core.phi_hidden_dims)
         rates = {branch: getattr(cluster.attention, branch) for branch in BRANCHES}
-        by_rank.append(
-            Phases(
-                {branch: forward[branch] / rate.forward.value for branch, rate in rates.items()},
-                {b: backward[b] / rate.backward.value if rate.backward else 0.0 for b, rate in rates.items()},
-            )
+        phases = Phases(
+            {branch: forward[branch] / rate.forward.value for branch, rate in rates.items()},
+            {b: backward[b] / rate.backward.value if rate.backward else 0.0 for b, rate in rates.items()},
         )
+        if strategy.how == "raw all-gather" and work.own_cmp_blocks:
+            everything = total_cmp_blocks(core.plan, core.cfg) / work.own_cmp_blocks
+            phases.forward["phi"] *= everything
+            phases.backward["phi"] = everything * phases.backward["phi"] + phases.forward["phi"]
+        by_rank.append(phases)
     return max(by_rank, key=lambda phases: sum(phases.forward.values()) + sum(phases.backward.values()))
 
 
@@ -87,7 +94,7 @@ def _collective_s(core: Core, cluster: Cluster, num_bytes: float) -> float:
 def _pages_s(core: Core, cluster: Cluster, strategy: Strategy, num_bytes: float, rounds: int) -> float:
     """One trip of the remote K/V or of its gradients, packing included."""
     size, near = core.plan.cp_size, ranks_per_node(core, cluster)
-    if strategy.how == "all-gather":
+    if strategy.how in ("all-gather", "raw all-gather"):
         return _collective_s(core, cluster, num_bytes)
     slow = cluster.intra_node if size == near else cluster.inter_node
     if strategy.how == "ring":  # size - 1 steps; between nodes one link of each node carries every shard

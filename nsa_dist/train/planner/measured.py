@@ -5,7 +5,7 @@ backward of attention 2.5 times its forward.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,23 @@ def with_bench(cluster: Cluster, path: Path, group: int) -> Cluster:
             "attention": BranchRates(**{branch: _rates(rows[name], source) for branch, name in _ROWS.items()}),
         }
     )
+
+
+def with_links(cluster: Cluster, rows: Sequence[Mapping[str, Any]], source: str) -> Cluster:
+    """`cluster` with what the collectives of a node's GPUs achieved, rows as `nsa-dist bench cp --gpus` measures them.
+
+    Of the largest group: the all-to-all that sent most gives the rate, of which the datasheet's is the whole; the
+    quickest collective of all gives the latency. Links between nodes were not measured: they keep their rate and
+    latency, and take over the share.
+    """
+    size = max(row["cp_size"] for row in rows)
+    of_size = [row for row in rows if row["cp_size"] == size]
+    largest = max((row for row in of_size if row["collective"] == "all_to_all"), key=lambda row: row["sent_bytes"])
+    share = largest["bytes_per_s"] / cluster.intra_node.bytes_per_s.value
+    least_s = min(row["seconds"] for row in of_size)
+    told = f"{source}, all_to_all of {largest['sent_bytes'] / 1e6:.0f} MB over {size} ranks"
+    intra_node = cluster.intra_node.model_copy(update={"latency_s": _measured(least_s, source)})
+    return cluster.model_copy(update={"intra_node": intra_node, "link_efficiency": _measured(share, told)})
 
 
 def _is_whole(case: Mapping[str, Any]) -> bool:

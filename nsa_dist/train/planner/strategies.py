@@ -1,8 +1,8 @@
 """The ways in which a rank can come by the remote keys and values that its queries selected: bytes, memory, messages.
 
-All of them gather the compressed keys and exchange halos as `nsa_dist.cp` does, and all fetch again in backward
-unless `refetch` is off; they differ in how K/V of the selected branch travels. That is kind to the alternatives:
-public code gathers the raw K/V of every branch and compresses all of it again on every rank.
+All but one gather the compressed keys and exchange halos as `nsa_dist.cp` does, and all fetch again in backward
+unless pages are kept; they differ in how K/V of the selected branch travels. `raw all-gather` is what public code does:
+the raw K/V of every branch go to every rank, which compresses all of it.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,9 @@ from nsa_dist.cp import cost
 from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.train.planner.core import Core
 
-How = Literal["fetch", "whole shard", "all-gather", "ring"]
+How = Literal["fetch", "whole shard", "all-gather", "ring", "raw all-gather"]
+_OTHERS: tuple[How, ...] = ("whole shard", "all-gather", "ring", "raw all-gather")
+BRANCHES = 3  # each with keys and values of its own
 GIB = 2**30
 
 
@@ -56,7 +58,7 @@ class Options:
     def strategies(self) -> list[Strategy]:
         """Every row of the comparison, the judged one first."""
         fetches = [Strategy("fetch", u) for u in self.union_fractions]
-        return [*fetches, Strategy("whole shard"), Strategy("all-gather"), Strategy("ring")]
+        return [*fetches, *(Strategy(how) for how in _OTHERS)]
 
 
 def page_bytes(core: Core, element_bytes: int) -> int:
@@ -83,6 +85,9 @@ def sent_bytes(core: Core, strategy: Strategy, options: Options) -> dict[str, in
         refetch=trips(strategy, options) == 2,
     )
     most = {kind: max(sent[kind] for sent in ranks) for kind in ranks[0]}
+    if strategy.how == "raw all-gather":
+        pages = {kind: BRANCHES * most[kind] for kind in most if kind.startswith("pages")}
+        return dict.fromkeys(most, 0) | pages
     return most if strategy.how == "fetch" else {**most, "bitmap": 0}  # where everything goes, nobody has to say what
 
 
@@ -99,7 +104,7 @@ def pages_per_round(core: Core, options: Options) -> int | None:
 
 def num_rounds(core: Core, strategy: Strategy, options: Options) -> int:
     """Partial results of selected attention that are merged: rounds within the budget, or the steps of a ring."""
-    if core.plan.cp_size == 1:
+    if core.plan.cp_size == 1 or strategy.how == "raw all-gather":
         return 1
     if strategy.how == "ring":
         return core.plan.cp_size
@@ -118,6 +123,7 @@ def held_bytes(core: Core, strategy: Strategy, options: Options) -> int:
     whole shard two shards (one in use, one on its way), one key/value head at a time
     all-gather  the whole sequence, one key/value head at a time
     ring        two shards and the gradients that travel with them
+    raw all-gather  the whole sequence of one branch, all heads
     """
     if core.plan.cp_size == 1:
         return 0
@@ -126,6 +132,8 @@ def held_bytes(core: Core, strategy: Strategy, options: Options) -> int:
     shard = core.plan.tokens_per_rank * heads.row_elements
     if strategy.how == "ring":
         return 2 * shard * both
+    if strategy.how == "raw all-gather":
+        return core.plan.cp_size * shard * both
     if strategy.how == "whole shard":
         return 2 * shard // heads.num_kv_heads * both
     if strategy.how == "all-gather":

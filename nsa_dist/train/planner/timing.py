@@ -32,7 +32,7 @@ def step_time(
     sequences = (micro_batches + shape.num_stages - 1) * shape.batch
     layers = shape.layers_per_stage * sequences
     exposed = 1 - options.overlap
-    attention, forwards = attention_s(shape.core, cluster), forward_runs(shape)
+    attention, forwards = attention_s(shape.core, strategy, cluster), forward_runs(shape)
     compute = {b: layers * (forwards * attention.forward[b] + attention.backward[b]) for b in BRANCHES}
     compute["merge"] = layers * (forwards + 1) * merge_s(shape.core, strategy, options, cluster)
     compute["dense"] = sequences * dense_s(shape, cluster)

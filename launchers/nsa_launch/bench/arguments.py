@@ -1,0 +1,92 @@
+"""The words of `nsa-dist bench`; what they ask for is imported only when they are used."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from nsa_launch import exit_codes
+
+_CP = """\
+One rank of many on one device, the others made up (no --gpus, no --ranks):
+  nsa-dist bench cp --out runs/cp                  a rank of 8 with 1M tokens in every mode, and memory as ranks grow
+  nsa-dist bench cp --out runs/cp --trace          ... and a timeline of one layer
+
+Real ranks, started here:
+  nsa-dist bench cp --gpus all --out runs/cp       a rank on each GPU over NCCL, against one rank first, then timed
+  nsa-dist bench cp --ranks 2 --out runs/cp        two ranks on one GPU (or CPU) over gloo
+
+Figures go to OUT/cp.json, a table to OUT/cp.txt, pictures beside them. Exit codes: 0 measured, 1 a result differs from
+that of one rank, 2 refused. A mode that fails, out of memory say, is a row that says so.
+"""
+
+
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the command line."""
+    bench = commands.add_parser("bench", help="measure: context parallelism on this machine, or the kernels")
+    bench.set_defaults(command=lambda _: _help(bench))
+    subjects = bench.add_subparsers(metavar="WHAT")
+    cp = subjects.add_parser(
+        "cp",
+        help="context parallelism: one rank of many, or real ranks",
+        description=_CP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _cp_arguments(cp)
+    kernels = subjects.add_parser(
+        "kernels",
+        help="the kernels on one GPU: kernels/bench/run.py",
+        description="Passes every word on to kernels/bench/run.py of a source checkout; see its --help.",
+        add_help=False,
+    )
+    kernels.add_argument("words", nargs=argparse.REMAINDER)
+    kernels.set_defaults(command=_kernels)
+
+
+def _cp_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--gpus", type=_all_or_number, metavar="all|N", help="a rank on each of N GPUs, over NCCL")
+    parser.add_argument("--ranks", type=int, metavar="N", help="N ranks that share one device, over gloo")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    parser.add_argument("--cp", type=int, default=8, metavar="P", help="size of the group one of whose ranks runs")
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="which one; 0 sees, and fetches, most")
+    parser.add_argument("--tokens", type=_numbers, metavar="N,N", help="lengths of the whole sequence")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds this text")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs after one to warm up; medians count")
+    parser.add_argument("--budget-s", type=float, default=540.0, metavar="S", help="what does not fit is left out")
+    parser.add_argument(
+        "--cluster", type=Path, metavar="FILE", help="constants of the predictions; default: h200-8.yaml"
+    )
+    parser.add_argument("--no-memory-curve", action="store_true", help="one rank of many: leave the curve out")
+    parser.add_argument("--no-training", action="store_true", help="real ranks: leave the training run out")
+    parser.add_argument("--trace", action="store_true", help="draw a timeline of one layer")
+    parser.set_defaults(command=_cp)
+
+
+def _cp(arguments: argparse.Namespace) -> int:
+    from nsa_launch.bench import command
+
+    try:
+        return command.run(command.Request.of(arguments))
+    except ValueError as error:
+        print(f"nsa-dist: {error}", file=sys.stderr)
+        return exit_codes.BAD_CONFIG
+
+
+def _kernels(arguments: argparse.Namespace) -> int:
+    from nsa_launch.bench import command
+
+    return command.run_kernels(arguments.words)
+
+
+def _help(parser: argparse.ArgumentParser) -> int:
+    parser.print_help()
+    return exit_codes.OK
+
+
+def _all_or_number(text: str) -> int | None:
+    """`all` is -1."""
+    return -1 if text == "all" else int(text)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))

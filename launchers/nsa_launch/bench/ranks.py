@@ -1,0 +1,188 @@
+"""Real ranks: first compared with one rank, then timed in every way, beside what the planner says."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from nsa_launch.bench import lines, pictures, timeline, training
+from nsa_launch.bench.case import Case
+from nsa_launch.bench.predicted import Predictor
+from nsa_launch.bench.report import Report, Row, machine
+from nsa_launch.bench.tasks import Alone, Compare, Links, Measure
+from nsa_launch.bench.team import Place, TaskFailed, Team
+
+if TYPE_CHECKING:
+    from nsa_launch.bench.command import Request
+
+# Seconds that a step must have left to be begun: shorter, and it would be cut off.
+_LEAST_S = 15.0
+_LINK_BYTES = (2**16, 2**24, 2**28)
+# Of the norm, one rounding to bf16 of operands and results: what the kernels' benchmark allows, too.
+_BF16_ERROR, _FP64_ERROR = 1e-2, 1e-10
+
+
+class Bench:
+    """The steps in order of importance; each is left out, and named, when the time is over."""
+
+    def __init__(self, request: "Request", place: Place, team: Team, report: Report) -> None:
+        self.request, self.place, self.team, self.report = request, place, team, report
+        self.sizes = [size for size in (2, 4, 8, 16) if size < place.num_ranks] + [place.num_ranks]
+        self.predictor = Predictor(request.cluster, place.num_ranks)
+
+    def checks(self) -> None:
+        self.report.say("\nAgainst one rank: is it the same?")
+        for case in self._checked():
+            rows = self._run(f"comparison of {case.name}", Compare(case))
+            if isinstance(rows, str):
+                self.report.add("checks", {**case.as_data(), "error": rows, "wrong": rows}, lines.failed(case, rows))
+                continue
+            if rows is not None:
+                row = _judged(case, rows, on_gpu=self.place.device == "cuda")
+                self.report.add("checks", row, lines.check(row))
+
+    def links(self) -> None:
+        self.report.say("\nLinks: GB/s that a rank sends (and receives) while all do the same; us of the smallest")
+        for size in self.sizes:
+            found = self._run(f"links of {size} ranks", Links(size, _link_bytes(self.place)))
+            if isinstance(found, str):
+                self.report.add("links", {"cp_size": size, "error": found}, f"  {size} ranks: {found}")
+            elif found is not None:
+                for per_rank in zip(*found, strict=True):
+                    slowest = max(per_rank, key=lambda row: row["seconds"])
+                    row = {"cp_size": size, **slowest, "bytes_per_s": slowest["sent_bytes"] / slowest["seconds"]}
+                    self.report.add("links", row, lines.link(row))
+        if self.place.device == "cuda" and not self.place.shared:  # what shares a GPU says nothing of links
+            self.predictor.take_links(self.report.data.get("links", []), self.report.source)
+
+    def scaling(self) -> None:
+        """The same tokens a rank over more ranks, each beside the same share with nothing sent."""
+        self.report.say("\nScaling at fixed tokens a rank: ms forward / backward; the same share alone; efficiency")
+        one: Row | None = None
+        for case in self.request.sizes.scaling([1, *self.sizes]):
+            row = self._timed(case)
+            if row is None or "error" in row:
+                if row:
+                    self.report.add("scaling", row, lines.failed(case, row["error"]))
+                continue
+            alone = self._run(f"{case.name} alone", Alone(case, self.request.repeats))
+            one = one or row
+            row |= _efficiency(row, one, alone if isinstance(alone, list) else None)
+            self.report.add("scaling", row, lines.scaling(row))
+
+    def cases(self) -> None:
+        self.report.say("\nEvery way over all ranks: ms forward / backward, slowest rank; predicted; wire; memory")
+        for case in self.request.sizes.timed(self.place.num_ranks):
+            if self.request.only not in case.name:
+                continue
+            row = self._timed(case)
+            if row is not None:
+                self.report.add("cases", row, lines.case(row))
+
+    def timeline(self) -> None:
+        """Of the first rank, fetching, the first length."""
+        case = self.request.sizes.case(self.request.sizes.tokens[0], self.place.num_ranks)
+        rows = self._run(f"timeline of {case.name}", Measure(case, self.request.repeats, keep_spans=True))
+        if isinstance(rows, list):
+            path = self.request.out / "timeline.png"
+            timeline.draw(rows[0]["spans"], f"One layer, rank 0: {case.name}; {self.report.source}", path)
+            self.report.say(f"\nwrote {path}")
+        elif rows is not None:
+            self.report.leave_out(f"timeline of {case.name}", rows)
+
+    def _checked(self) -> Iterator[Case]:
+        """Every size in zigzag, the largest also in contiguous order and by the baseline."""
+        heads = self.request.sizes.heads[0]
+        if self.place.device == "cpu":  # where bits depend on how work is cut: in fp64, to rounding
+            heads = replace(heads, element_bytes=8)
+        for size in self.sizes:
+            yield self.request.sizes.case(self.request.sizes.checked_tokens, size, heads=heads)
+        yield self.request.sizes.case(self.request.sizes.checked_tokens, size, heads=heads, layout="contiguous")
+        yield self.request.sizes.case(self.request.sizes.checked_tokens, size, heads=heads, mode="all-gather")
+
+    def _timed(self, case: Case) -> Row | None:
+        """A row, with an error if the case failed; None if there was no time for it."""
+        rows = self._run(case.name, Measure(case, self.request.repeats))
+        predicted = {"predicted": self.predictor.of(case)}
+        if isinstance(rows, str):
+            return {**case.as_data(), **predicted, "error": rows}
+        return None if rows is None else {**case.as_data(), **predicted, **_slowest(rows), "ranks": rows}
+
+    def _run(self, name: str, task: Callable[[Any], Any]) -> list[Any] | str | None:
+        """What the ranks of the group found, or why they did not, or None if there was no time to ask."""
+        if self.request.left_s < _LEAST_S:
+            self.report.leave_out(name, "the time is over")
+            return None
+        try:
+            return [row for row in self.team.run(task, self.request.left_s) if row is not None]
+        except TaskFailed as error:
+            return str(error)
+
+
+def run(request: "Request", place: Place) -> bool:
+    """Whether any comparison with one rank found a difference."""
+    where = "sharing one device" if place.shared else "a GPU each"
+    ranks = f"{place.num_ranks} ranks over {place.backend}, {where}"
+    report = Report(request.out, machine(request.device, 1 if place.shared else place.num_ranks, ranks))
+    with Team(place) as team:
+        bench = Bench(request, place, team, report)
+        for step in (bench.checks, bench.links, bench.scaling, bench.cases):
+            step()
+        if request.trace:
+            bench.timeline()
+    if request.training:
+        training.run(request, place, report)
+    if any("error" not in row for row in report.data.get("cases", [])):
+        pictures.draw_ways(report.data, request.out / "cp.png")
+    return report.failed()
+
+
+def _judged(case: Case, rows: list[Row], on_gpu: bool) -> Row:
+    """The ranks' comparisons as one row; `wrong` says what is not as it must be."""
+    errors = {name: max(row["errors"][name] for row in rows) for name in rows[0]["errors"]}
+    same = [name for name in errors if all(name in row["same"] for row in rows)]
+    wrong = [f"{name} differs by {error:.1e}" for name, error in errors.items() if not error <= _allowed(on_gpu)]
+    must_be_same = ("out", "block_indices", "dq") if on_gpu and case.mode == "fetch" else ("block_indices",)
+    wrong += [f"{name} is not the same, bit for bit" for name in must_be_same if name not in same]
+    if not all(row["repeats"] for row in rows):
+        wrong.append("a second run gave other bits")
+    return {**case.as_data(), "same": same, "errors": errors, "wrong": ", ".join(wrong)}
+
+
+def _allowed(on_gpu: bool) -> float:
+    return _BF16_ERROR if on_gpu else _FP64_ERROR
+
+
+def _slowest(rows: list[Row]) -> Row:
+    """Times and parts of the slowest rank; the most that any rank sent, waited and held."""
+    slowest = max(rows, key=lambda row: row["forward_s"] + row["backward_s"])
+    waits = [[row["parts_s"].get(f"{phase}.wait", 0.0) for row in rows] for phase in ("forward", "backward")]
+    kinds = rows[0]["sent_bytes"]
+    return {
+        "forward_s": max(row["forward_s"] for row in rows),
+        "backward_s": max(row["backward_s"] for row in rows),
+        "parts_s": slowest["parts_s"],
+        "exposed_s": {"forward": max(waits[0]), "backward": max(waits[1])},
+        "sent_bytes": {kind: max(row["sent_bytes"].get(kind, 0) for row in rows) for kind in kinds},
+        "pages": max(row["pages"] for row in rows),
+        "union_fraction": max(max(row["union_fractions"], default=0.0) for row in rows),
+        "peak_bytes": max((row["peak_bytes"] for row in rows if row["peak_bytes"]), default=None),
+    }
+
+
+def _efficiency(row: Row, one: Row, alone: list[Row] | None) -> Row:
+    """Two readings of one word: against the same share with nothing sent, and FLOPs a second and rank against one."""
+    seconds = row["forward_s"] + row["backward_s"]
+    flops = [r["predicted"]["flops"] / (r["forward_s"] + r["backward_s"]) for r in (row, one)]
+    found: Row = {"flops_efficiency": flops[0] / flops[1]}
+    if alone:
+        share_s = max(r["forward_s"] + r["backward_s"] - _made_up(r) for r in alone)
+        found |= {"share_alone_s": share_s, "share_efficiency": share_s / seconds}
+    return found
+
+
+def _made_up(row: Row) -> float:
+    return sum(s for name, s in row["parts_s"].items() if name.endswith("made up"))
+
+
+def _link_bytes(place: Place) -> tuple[int, ...]:
+    return _LINK_BYTES if place.device == "cuda" else (2**10, 2**16)

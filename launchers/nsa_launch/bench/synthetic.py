@@ -1,0 +1,72 @@
+"""One rank of many without the others: what they would send is made up here, in the right amount and shape.
+
+So a rank's share of a million tokens runs on one GPU: its kernels, its memory and its counted bytes are those of a
+real rank; the time on the wire is not there, what stands for it is a copy in device memory, traced as `made up`.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nsa_dist.cp.comm import Comm
+
+MADE_UP = "made up"
+
+
+@dataclass(frozen=True)
+class SyntheticComm(Comm):
+    """A `Comm` of `num_ranks` ranks of which only `own_rank` exists.
+
+    Others' data are copies of the rank's own, but for their bitmaps, which are given: bool [P, Hkv, num_blocks], row
+    r being what rank r would ask for.
+    """
+
+    num_ranks: int = 1
+    own_rank: int = 0
+    bitmaps: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def size(self) -> int:
+        return self.num_ranks
+
+    @property
+    def rank(self) -> int:
+        return self.own_rank
+
+    def agree(self, value: int) -> bool:
+        return True
+
+    def _start_all_gather(self, out: Tensor, x: Tensor, kind: str) -> None:
+        with self.computing(f"{MADE_UP} {kind}", MADE_UP):
+            out.copy_(self._packed_bitmaps(x) if kind == "bitmap" else x.expand_as(out))
+
+    def _start_reduce_scatter(self, out: Tensor, x: Tensor, kind: str) -> None:
+        with self.computing(f"{MADE_UP} {kind}", MADE_UP):
+            out.copy_(x[self.rank])
+
+    def _start_all_to_all(
+        self, out: Tensor, x: Tensor, recv_sizes: list[int], send_sizes: list[int], kind: str
+    ) -> None:
+        with self.computing(f"{MADE_UP} {kind}", MADE_UP):
+            _repeat_into(out, x)
+
+    def _packed_bitmaps(self, own: Tensor) -> Tensor:
+        """uint8 [P, h, bytes] for h heads, eight blocks to the byte as `nsa_dist.cp.fetch` packs them."""
+        assert self.bitmaps is not None
+        heads, width = own.shape
+        bits = torch.nn.functional.pad(self.bitmaps[:, :heads], (0, 8 * width - self.bitmaps.shape[2]))
+        shifts = torch.arange(8, device=own.device, dtype=torch.uint8)
+        packed = (bits.unflatten(2, (width, 8)).to(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
+        packed[self.rank] = own
+        return packed
+
+
+def _repeat_into(out: Tensor, x: Tensor, most_copies: int = 64) -> None:
+    """Fill the rows of `out` with those of `x`, again and again; with random numbers where `x` has too few."""
+    if len(out) > most_copies * len(x):
+        out.normal_()
+        return
+    for start in range(0, len(out), max(1, len(x))):
+        part = out[start : start + len(x)]
+        part.copy_(x[: len(part)])
