@@ -8,36 +8,21 @@ and the three outputs are summed under their gates. With one rank nothing is sen
 """
 
 import hashlib
-from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nsa_dist.branches import BranchKV, Compress, attend
 from nsa_dist.config import NSAConfig
+from nsa_dist.cp.call import Call
 from nsa_dist.cp.comm import Comm, Traffic
 from nsa_dist.cp.fetch import FetchOptions
-from nsa_dist.cp.gather import gather_compressed
-from nsa_dist.cp.halo import exchange_halos
 from nsa_dist.cp.layout import RankLayout, rank_layout
 from nsa_dist.cp.plan import ShardPlan
-from nsa_dist.cp.selected import selected_over_ranks
-
-# phi: ([M, l, Hkv, D], in-document start of each block [M]) -> [M, Hkv, D]
-Compress = Callable[..., Tensor]
-
-
-class BranchKV(NamedTuple):
-    """Keys and values of the three branches, each [T, Hkv, Dk or Dv]. To share one pair, pass it three times."""
-
-    k_cmp: Tensor
-    v_cmp: Tensor
-    k_slc: Tensor
-    v_slc: Tensor
-    k_win: Tensor
-    v_win: Tensor
+from nsa_dist.cp.trace import Trace
 
 
 def nsa_attention(
@@ -50,11 +35,12 @@ def nsa_attention(
     compress_v: Compress | None = None,
     cu_seqlens: Tensor | None = None,
     plan: ShardPlan | None = None,
-    cp_group: dist.ProcessGroup | None = None,
+    cp_group: dist.ProcessGroup | Comm | None = None,
     ops: ModuleType | None = None,
     softmax_scale: float | None = None,
     fetch: FetchOptions | None = None,
     traffic: Traffic | None = None,
+    trace: Trace | None = None,
     return_block_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Native Sparse Attention (arXiv 2502.11089, eq. 5 to 12), causal, over a pack of documents.
@@ -65,13 +51,15 @@ def nsa_attention(
     compress_k, compress_v          phi: ([M, l, Hkv, D], block_start [M]) -> [M, Hkv, D]; None: the mean. To rotate
                                     compressed keys, do it in compress_k at block_start (position in the document)
     cu_seqlens  int32 [num_docs+1]  of the whole packed sequence; None: one document, or the plan's
-    plan, cp_group                  both given: q, kv and gates are `plan.shard(..., rank)` of this rank
+    plan, cp_group                  both given: q, kv and gates are `plan.shard(..., rank)` of this rank; a `Comm` in
+                                    place of the group stands for it: a measurement of one rank, a test
     ops         a module with the functions of `nsa_kernels.reference`; None: the Triton kernels on a GPU,
                 `nsa_kernels.cpu` on a CPU, the reference for fp64
     softmax_scale                   default Dk ** -0.5
     fetch                           budget, rounds and modes of the remote blocks; None: one round, fetch again in
                                     backward
     traffic     counts the bytes sent, by kind
+    trace       records what is sent, computed and waited for, here and in backward
     returns     out [T, Hq, Dv] in the dtype of q; with return_block_indices also int32 [T, Hkv, n], global ids of
                 the selected blocks (documents padded to whole blocks), ascending, -1 for none
 
@@ -81,115 +69,36 @@ def nsa_attention(
     Raises ValueError if shapes, plan, cu_seqlens and group disagree; also if the ranks' plans or configs differ.
     """
     _check_shapes(q, kv, gates)
+    comm = cp_group if isinstance(cp_group, Comm) else Comm(cp_group)
+    comm = replace(comm, traffic=traffic or comm.traffic, trace=trace or comm.trace)
+    inputs = [q, *kv, gates]
     if plan is None:
-        if cp_group is not None and dist.get_world_size(cp_group) > 1:
+        if comm.size > 1:
             raise ValueError(
                 "cp_group was given without a plan: which tokens this rank holds is unknown; pass the ShardPlan with "
                 "which q, kv and gates were sharded"
             )
-        whole = ShardPlan.contiguous([0, q.shape[0]] if cu_seqlens is None else cu_seqlens, 1, cfg.slc_block_len)
-        _check_tokens(q, whole.num_tokens, "cu_seqlens[-1]")
-        inputs = [whole.shard(x, 0) for x in (q, *kv, gates)]
-        local_plan, comm = whole, Comm(None, traffic or Traffic())
+        bounds = [0, q.shape[0]] if cu_seqlens is None else cu_seqlens
+        local_plan = ShardPlan.contiguous(bounds, 1, cfg.slc_block_len)
+        _check_tokens(q, local_plan.num_tokens, "cu_seqlens[-1]")
+        inputs = [local_plan.shard(x, 0) for x in inputs]
     else:
-        _check_plan(q, plan, cu_seqlens, cp_group)
-        inputs, local_plan, comm = [q, *kv, gates], plan, Comm(cp_group, traffic or Traffic())
+        local_plan = plan
+        _check_plan(q, plan, cu_seqlens, comm)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     layout = _agreed_layout(local_plan, cfg, q, kv, comm)
-    out, block_indices = _attend(
-        inputs[0],
-        BranchKV(*inputs[1:7]),
-        inputs[7],
-        cfg,
-        (compress_k, compress_v),
-        layout,
-        comm,
-        ops or default_ops(q),
-        softmax_scale,
-        fetch or FetchOptions(),
-    )
+    call = Call(cfg, layout, comm, ops or default_ops(q), fetch or FetchOptions(), softmax_scale)
+    out, block_indices = attend(inputs[0], BranchKV(*inputs[1:7]), inputs[7], (compress_k, compress_v), call)
     if plan is None:
         out, block_indices = local_plan.unshard([out]), local_plan.unshard([block_indices])
     if not return_block_indices:
         return out
     if local_plan.block_ids is not None:
-        ids = local_plan.block_ids.to(block_indices.device)[block_indices.clamp(min=0).long()]
+        names = local_plan.memo(("block_ids", q.device), lambda: local_plan.block_ids.to(q.device))
+        ids = names[block_indices.clamp(min=0).long()]
         block_indices = torch.where(block_indices >= 0, ids, -1).to(torch.int32)
     return out, block_indices
-
-
-def _attend(
-    q: Tensor,
-    kv: BranchKV,
-    gates: Tensor,
-    cfg: NSAConfig,
-    compress: tuple[Compress | None, Compress | None],
-    layout: RankLayout,
-    comm: Comm,
-    ops: ModuleType,
-    softmax_scale: float,
-    fetch: FetchOptions,
-) -> tuple[Tensor, Tensor]:
-    """The algorithm, on one rank's padded shard."""
-    k_cmp_rows, v_cmp_rows, k_win, v_win = exchange_halos(
-        [
-            (kv.k_cmp, layout.cmp_halo),
-            (kv.v_cmp, layout.cmp_halo),
-            (kv.k_win, layout.win_halo),
-            (kv.v_win, layout.win_halo),
-        ],
-        comm,
-    )
-    k_cmp, v_cmp = gather_compressed(
-        _compress(compress[0], k_cmp_rows, cfg, layout, ops),
-        _compress(compress[1], v_cmp_rows, cfg, layout, ops),
-        layout,
-        comm,
-    )
-    out_cmp, lse_cmp = ops.compressed_attention(
-        q, k_cmp, v_cmp, layout.cmp_begin, layout.cmp_end, softmax_scale=softmax_scale
-    )
-    block_indices = ops.select_blocks(
-        q.detach(),
-        k_cmp.detach(),
-        lse_cmp.detach(),
-        layout.cmp_begin,
-        layout.cmp_end,
-        layout.position,
-        layout.doc_start,
-        softmax_scale=softmax_scale,
-        cmp_block_len=cfg.cmp_block_len,
-        cmp_stride=cfg.cmp_stride,
-        slc_block_len=cfg.slc_block_len,
-        num_slc_blocks=cfg.num_slc_blocks,
-        num_init_blocks=cfg.num_init_blocks,
-        num_local_blocks=cfg.num_local_blocks,
-    )
-    out_slc = selected_over_ranks(
-        q,
-        kv.k_slc,
-        kv.v_slc,
-        block_indices,
-        layout=layout,
-        comm=comm,
-        ops=ops,
-        options=fetch,
-        slc_block_len=cfg.slc_block_len,
-        softmax_scale=softmax_scale,
-    )
-    out_win, _ = ops.window_attention(q, k_win, v_win, layout.win_begin, layout.win_end, softmax_scale=softmax_scale)
-    return ops.combine(gates, out_cmp, out_slc, out_win), block_indices
-
-
-def _compress(phi: Compress | None, rows: Tensor, cfg: NSAConfig, layout: RankLayout, ops: ModuleType) -> Tensor:
-    if phi is None:
-        return ops.compress_mean(rows, layout.cmp_rows, cfg.cmp_block_len)
-    if getattr(phi, "takes_rows", False):
-        return phi(rows, layout.cmp_block_start, block_rows=layout.cmp_rows, ops=ops)
-    index = layout.cmp_rows.long()[:, None] + torch.arange(cfg.cmp_block_len, device=rows.device)
-    blocks = rows.index_select(0, index.flatten()).unflatten(0, index.shape)  # [own, l, Hkv, D]
-    return phi(blocks, layout.cmp_block_start)
 
 
 def default_ops(q: Tensor) -> ModuleType:
@@ -250,12 +159,11 @@ def _check_tokens(q: Tensor, expected: int, source: str) -> None:
         )
 
 
-def _check_plan(q: Tensor, plan: ShardPlan, cu_seqlens: Tensor | None, group: dist.ProcessGroup | None) -> None:
-    size = 1 if group is None else dist.get_world_size(group)
-    if size != plan.cp_size:
+def _check_plan(q: Tensor, plan: ShardPlan, cu_seqlens: Tensor | None, comm: Comm) -> None:
+    if comm.size != plan.cp_size:
         raise ValueError(
-            f"the plan is for cp_size={plan.cp_size}, but cp_group has {size} ranks; build the plan with "
-            f"cp_size={size} or pass the group of {plan.cp_size}"
+            f"the plan is for cp_size={plan.cp_size}, but cp_group has {comm.size} ranks; build the plan with "
+            f"cp_size={comm.size} or pass the group of {plan.cp_size}"
         )
     _check_tokens(q, plan.tokens_per_rank, "plan.tokens_per_rank (padding counted: shard with plan.shard)")
     if cu_seqlens is not None and tuple(cu_seqlens.tolist()) != plan.cu_seqlens:

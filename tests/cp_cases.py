@@ -65,9 +65,10 @@ def forced_selection(rule: str):
             "by head": j.where(j <= own, -1),
         }[rule]
         ids = ids[:, None].repeat(1, k_cmp.shape[1], 1)
-        if rule == "by head":
-            ids[:, 1] = -1
-            ids[:, 1, 0] = own[:, 0]
+        first_head = k_cmp.storage_offset() // k_cmp.stride(1)  # ranks come with a few heads at a time
+        if rule == "by head" and first_head + k_cmp.shape[1] > 1:
+            ids[:, 1 - first_head] = -1
+            ids[:, 1 - first_head, 0] = own[:, 0]
         return ids.to(torch.int32)
 
     return SimpleNamespace(**{**vars(reference), "select_blocks": select_blocks})

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 THIRD_PARTY = {"torch", "triton", "megatron", "ray", "pydantic", "yaml", "rich", "matplotlib", "tensorboard", "numpy"}
 KERNELS = {"torch", "triton", "nsa_kernels"}
 CP = {"torch", "nsa_kernels", "nsa_dist.cp", "nsa_dist.config"}
-ATTENTION = CP | {"nsa_dist.attention", "nsa_dist.compress"}
+BRANCHES = CP | {"nsa_dist.branches"}
+ATTENTION = BRANCHES | {"nsa_dist.attention", "nsa_dist.compress"}
 MCORE = ATTENTION | {"nsa_dist", "nsa_dist.mcore", "megatron"}
 TRAIN = MCORE | {"nsa_dist.train", "pydantic", "yaml", "rich", "matplotlib", "numpy"}
 LAUNCH = TRAIN | {"nsa_launch", "ray"}
@@ -20,6 +21,7 @@ STOREYS = {
     "nsa_dist/config.py": set(),
     "nsa_dist/cp": CP,
     "nsa_dist/compress.py": CP,
+    "nsa_dist/branches.py": BRANCHES,
     "nsa_dist/attention.py": ATTENTION,
     "nsa_dist/__init__.py": ATTENTION,
     "nsa_dist/mcore": MCORE,

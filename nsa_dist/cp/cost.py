@@ -9,7 +9,7 @@ g = bytes of a number of a gradient in flight (fp32 or better):
     halo.grad         rows it received * row * g
     compressed        (P - 1) * M_max * row * e               M_max: compressed blocks of the rank that owns most
     compressed.grad   (P - 1) * M_max * row * g
-    bitmap            (P - 1) * Hkv * ceil(num_blocks / 8)
+    bitmap            (P - 1) * Hkv * ceil(num_blocks / 8), twice where one kv head's queries go in two halves
     pages             pages others fetch from it * l' * (Dk + Dv) * e, twice if backward fetches them again
     pages.grad        pages it fetched * l' * (Dk + Dv) * g
 
@@ -196,12 +196,13 @@ def _stream_blocks(plan: ShardPlan) -> Tensor:
 
 
 def sent_bytes(
-    plan: ShardPlan, cfg: NSAConfig, heads: HeadSizes, pages: Matrix, *, refetch: bool
+    plan: ShardPlan, cfg: NSAConfig, heads: HeadSizes, pages: Matrix, *, refetch: bool, halves: bool = False
 ) -> list[dict[str, int]]:
     """What each rank sends in one forward and backward of one layer, by kind, as `Traffic.sent_bytes` counts it.
 
     pages       from `pages_of` or `pages_at`
     refetch     backward fetches the pages again instead of keeping them
+    halves      `FetchOptions.halves_queries`
     A group of one sends nothing. The check of the layouts (kind `layout`, once per shape) is not in it.
     """
     others, page = plan.cp_size - 1, plan.block_len * (heads.dim_k + heads.dim_v)
@@ -214,7 +215,7 @@ def sent_bytes(
             "halo.grad": sum(sum(halo[rank]) for halo in halos) * row_grad_bytes,
             "compressed": others * most * row_bytes,
             "compressed.grad": others * most * row_grad_bytes,
-            "bitmap": others * heads.num_kv_heads * -(-plan.num_blocks // 8),
+            "bitmap": (2 if halves else 1) * others * heads.num_kv_heads * -(-plan.num_blocks // 8),
             "pages": (2 if refetch else 1) * sum(row[rank] for row in pages) * page * heads.element_bytes,
             "pages.grad": sum(pages[rank]) * page * heads.grad_bytes,
         }

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsa_dist.cp.comm import Comm
+from nsa_dist.cp.comm import Comm, Handle
+from nsa_dist.cp.device import put_on
 from nsa_dist.cp.layout import RankLayout
 
 
@@ -22,12 +23,13 @@ from nsa_dist.cp.layout import RankLayout
 class FetchOptions:
     """How the remote blocks of the selected branch are moved. Every rank of a group must use the same.
 
-    Raises ValueError on a budget below 1 byte or a fraction outside of (0, 1].
+    Raises ValueError on a budget or a number of groups below 1 or a fraction outside of (0, 1].
     """
 
-    kv_fetch_budget_bytes: int | None = None  # pages held at once on a rank; None: as many as are chosen, one round
+    kv_fetch_budget_bytes: int | None = None  # pages held at once on a rank; None: those of two head groups
     whole_shard_fraction: float = 1.0  # of an (owner, kv head)'s blocks chosen: from here on all of them are sent
     keep_pages: bool = False  # keep fetched pages for backward instead of fetching them again
+    head_groups: int = 4  # kv heads travel in so many groups, each under the computation of others; 1: all at once
 
     def __post_init__(self) -> None:
         if self.kv_fetch_budget_bytes is not None and self.kv_fetch_budget_bytes < 1:
@@ -40,6 +42,29 @@ class FetchOptions:
                 f"whole_shard_fraction={self.whole_shard_fraction} is a fraction of an owner's blocks and must lie in "
                 f"(0, 1]; 1 sends only what was chosen"
             )
+        if self.head_groups < 1:
+            raise ValueError(
+                f"head_groups={self.head_groups} must be at least 1: the kv heads travel in so many groups; pass 1 to "
+                f"move all of them at once, with nothing to hide it"
+            )
+
+    def round_pages(self, page_bytes: int) -> int | None:
+        """Pages of one round: half the budget, for the next round travels while this one is in use; None: no bound."""
+        if self.kv_fetch_budget_bytes is None:
+            return None
+        return max(1, self.kv_fetch_budget_bytes // page_bytes // 2)
+
+    def halves_queries(self, num_kv_heads: int) -> bool:
+        """Whether the queries of a rank's only kv head go in two halves, so that one's fetch hides under the other.
+
+        Both halves' pages are held until the end, so not under a budget; pages that are kept are not cut in two.
+        """
+        bounded = self.kv_fetch_budget_bytes is not None or self.keep_pages
+        return num_kv_heads == 1 and self.head_groups > 1 and not bounded
+
+    def fetches_ahead(self, page_bytes: int) -> bool:
+        """Whether two rounds fit in the budget. If not, each is fetched only when the one before is done with."""
+        return self.kv_fetch_budget_bytes is None or self.kv_fetch_budget_bytes >= 2 * page_bytes
 
 
 @dataclass(frozen=True)
@@ -65,14 +90,17 @@ def chosen_elsewhere(block_indices: Tensor, layout: RankLayout) -> Tensor:
     return marks[:, :num_blocks]
 
 
-def exchange_bitmaps(marks: Tensor, comm: Comm) -> Tensor:
-    """bool [Hkv, B] on each rank -> [P, Hkv, B], eight blocks to the byte on the wire."""
-    num_blocks = marks.shape[1]
-    bits = torch.nn.functional.pad(marks, (0, -num_blocks % 8)).unflatten(1, (-1, 8)).to(torch.uint8)
+def pack_bits(marks: Tensor) -> Tensor:
+    """bool [Hkv, B] -> uint8 [Hkv, ceil(B / 8)], eight blocks to the byte."""
+    bits = torch.nn.functional.pad(marks, (0, -marks.shape[1] % 8)).unflatten(1, (-1, 8)).to(torch.uint8)
     shifts = torch.arange(8, device=marks.device, dtype=torch.uint8)
-    packed = (bits << shifts).sum(-1, dtype=torch.uint8)  # [Hkv, B / 8]
-    gathered = comm.all_gather(packed, "bitmap")
-    return ((gathered[..., None] >> shifts) & 1).flatten(2)[..., :num_blocks].bool()
+    return (bits << shifts).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, num_blocks: int) -> Tensor:
+    """uint8 [..., ceil(B / 8)] -> bool [..., B], the inverse of `pack_bits`."""
+    shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    return ((packed[..., None] >> shifts) & 1).flatten(-2)[..., :num_blocks].bool()
 
 
 def widen_to_whole_shards(wanted: Tensor, block_owner: Tensor, fraction: float) -> Tensor:
@@ -87,28 +115,24 @@ def widen_to_whole_shards(wanted: Tensor, block_owner: Tensor, fraction: float) 
     return wanted
 
 
-def plan_rounds(wanted: Tensor, layout: RankLayout, rank: int, page_bytes: int, options: FetchOptions) -> list[Route]:
+def plan_rounds(wanted: Tensor, layout: RankLayout, rank: int, per_round: int | None) -> list[Route]:
     """This rank's part in every round; the same number of rounds on every rank, at least one.
 
-    wanted      bool [P, Hkv, B] on the CPU, row r being what rank r lacks; page_bytes of one page's keys and values
+    wanted      bool [P, Hkv, B] on the CPU, row r being what rank r is to get
+    per_round   pages that a rank gets in one round at most; None: all
     """
-    owner = layout.block_owner.cpu()
-    page_of_block = torch.full_like(owner, -1)
-    page_of_block[layout.local_blocks.cpu()] = torch.arange(len(layout.local_blocks))
-    wanted = widen_to_whole_shards(wanted, owner, options.whole_shard_fraction)
-    lists = [_page_list(wanted[receiver], owner) for receiver in range(len(wanted))]
-    longest = max(len(pages) for pages in lists)
-    budget = options.kv_fetch_budget_bytes
-    per_round = max(1, longest if budget is None else budget // page_bytes)
+    lists = [_page_list(wanted[receiver], layout.block_owner) for receiver in range(len(wanted))]
+    longest = max(1, *map(len, lists))
+    per_round = per_round or longest
     rounds = []
-    for start in range(0, max(1, longest), per_round):
+    for start in range(0, longest, per_round):
         parts = [pages[start : start + per_round] for pages in lists]
         sends = [part[part[:, 0] == rank] for part in parts]
         send, recv = torch.cat(sends), parts[rank]
         rounds.append(
             Route(
                 send_head=send[:, 1],
-                send_page=page_of_block[send[:, 2]],
+                send_page=layout.page_of_block[send[:, 2]],
                 recv_head=recv[:, 1],
                 recv_block=recv[:, 2],
                 send_sizes=tuple(map(len, sends)),
@@ -125,20 +149,21 @@ def _page_list(wanted: Tensor, owner: Tensor) -> Tensor:
     return pages[pages[:, 0].argsort(stable=True)]
 
 
-def send_pages(k: Tensor, v: Tensor, route: Route, block_len: int, comm: Comm) -> Tensor:
+def post_pages(k: Tensor, v: Tensor, route: Route, block_len: int, comm: Comm, name: str) -> Handle:
     """The pages of one round: k [T, Hkv, Dk], v [T, Hkv, Dv] of the owners -> [received, l', Dk + Dv]."""
-    head, page = route.send_head.to(k.device), route.send_page.to(k.device)
+    head, page = put_on(k.device, route.send_head), put_on(k.device, route.send_page)
     packed = torch.cat([_paged(x, block_len)[page, :, head] for x in (k, v)], -1)
-    return comm.all_to_all(packed, route.send_sizes, route.recv_sizes, "pages")
+    return comm.post_all_to_all(packed, route.send_sizes, route.recv_sizes, "pages", name)
 
 
-def return_gradients(grad: Tensor, dk: Tensor, dv: Tensor, route: Route, block_len: int, comm: Comm) -> None:
-    """The dual of `send_pages`: what every receiver found for its copies is added to the owners' dk and dv.
+def post_page_gradients(grad: Tensor, route: Route, comm: Comm, name: str) -> Handle:
+    """The dual of `post_pages`: what every receiver found for its copies [received, l', Dk + Dv] goes to the owners."""
+    return comm.post_all_to_all(grad, route.recv_sizes, route.send_sizes, "pages.grad", name)
 
-    grad [received, l', Dk + Dv] and dk, dv are fp32 or better; sources are added in ascending rank order.
-    """
-    home = comm.all_to_all(grad, route.recv_sizes, route.send_sizes, "pages.grad")
-    head, page = route.send_head.to(dk.device), route.send_page.to(dk.device)
+
+def add_page_gradients(home: Tensor, dk: Tensor, dv: Tensor, route: Route, block_len: int) -> None:
+    """Add what came home to the owner's dk and dv, sources in ascending rank order; all in fp32 or better."""
+    head, page = put_on(dk.device, route.send_head), put_on(dk.device, route.send_page)
     for total, part in ((dk, home[..., : dk.shape[-1]]), (dv, home[..., dk.shape[-1] :])):
         pages = _paged(total, block_len).transpose(1, 2)  # [pages, Hkv, l', D], a view of total
         start = 0

@@ -1,47 +1,57 @@
-"""The compressed keys and values of the whole sequence, on every rank: S / 16 bytes of one layer's K/V."""
-
-import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-from nsa_dist.cp.comm import Comm
-from nsa_dist.cp.layout import RankLayout
-
-
-def gather_compressed(k: Tensor, v: Tensor, layout: RankLayout, comm: Comm) -> tuple[Tensor, Tensor]:
-    """Own compressed blocks k [own, Hkv, Dk], v [own, Hkv, Dv] -> those of the sequence, [M, Hkv, Dk], [M, Hkv, Dv].
-
-    One collective carries both; the results are views of one buffer, not contiguous. A group of one gets its input.
-    """
-    if comm.size == 1:
-        return k, v
-    both = _GatherRows.apply(torch.cat([k, v], -1), layout.num_cmp_max, layout.cmp_gather_rows, comm)
-    return both[..., : k.shape[-1]], both[..., k.shape[-1] :]
-
-
-class _GatherRows(torch.autograd.Function):
-    """all_gather forward, reduce_scatter(sum) backward, through a map of rows.
+"""The compressed keys and values of the whole sequence, on every rank: S / 16 bytes of one layer's K/V.
 
     forward    y [M, ...]       = concat(pad(x_0), ..., pad(x_{P-1}))[rows]      identical on every rank
     backward   dx_r [own, ...]  = sum over ranks s of dy_s at the rows that came from x_r, in fp32
 
-    Every rank uses a copy of x_r, so the gradient of x_r is the sum of what every rank found for it.
-    """
+Every rank uses a copy of x_r, so the gradient of x_r is the sum of what every rank found for it: an all_gather
+forward, a reduce_scatter backward. One collective carries keys and values.
+"""
 
-    @staticmethod
-    def forward(ctx, x: Tensor, num_max: int, rows: Tensor, comm: Comm):
-        ctx.comm, ctx.num_own, ctx.num_max = comm, x.shape[0], num_max
-        ctx.save_for_backward(rows)
-        padded = x.new_zeros(num_max, *x.shape[1:])
-        padded[: x.shape[0]] = x
-        return comm.all_gather(padded, "compressed").flatten(0, 1).index_select(0, rows)
+import torch
+from torch import Tensor
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        (rows,) = ctx.saved_tensors
-        dtype = torch.promote_types(dy.dtype, torch.float32)
-        total = torch.zeros(ctx.comm.size * ctx.num_max, *dy.shape[1:], dtype=dtype, device=dy.device)
-        total.index_copy_(0, rows, dy.to(dtype))
-        dx = ctx.comm.reduce_scatter(total.unflatten(0, (ctx.comm.size, ctx.num_max)), "compressed.grad")
-        return dx[: ctx.num_own].to(dy.dtype), None, None, None
+from nsa_dist.cp.comm import Comm, Handle
+from nsa_dist.cp.layout import RankLayout
+
+
+class CompressedGather:
+    """Own compressed blocks k [own, Hkv, Dk], v [own, Hkv, Dv] on their way to every rank."""
+
+    def __init__(self, k: Tensor, v: Tensor, layout: RankLayout, comm: Comm):
+        self._own, self._layout = (k, v), layout
+        self._handle: Handle | None = None
+        if comm.size > 1:
+            padded = k.new_zeros(layout.num_cmp_max, k.shape[1], k.shape[2] + v.shape[2])
+            torch.cat([k, v], -1, out=padded[: len(k)])
+            self._handle = comm.post_all_gather(padded, "compressed")
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """Those of the sequence, [M, Hkv, Dk] and [M, Hkv, Dv]: views of one buffer. A group of one gets its own."""
+        if self._handle is None:
+            return self._own
+        both = self._handle.wait().flatten(0, 1).index_select(0, self._layout.cmp_gather_rows)
+        dim_k = self._own[0].shape[2]
+        return both[..., :dim_k], both[..., dim_k:]
+
+
+class CompressedReturn:
+    """The gradients of some heads of the gathered keys and values, dk [M, h, Dk], dv [M, h, Dv], on their way home."""
+
+    def __init__(self, dk: Tensor, dv: Tensor, num_own: int, layout: RankLayout, comm: Comm, name: str):
+        self._grads: tuple[Tensor, ...] = (dk, dv)
+        self._num_own, self._dims = num_own, (dk.shape[2], dv.shape[2])
+        self._handle: Handle | None = None
+        if comm.size > 1:
+            dtype = torch.promote_types(dk.dtype, torch.float32)
+            total = torch.zeros(
+                comm.size * layout.num_cmp_max, dk.shape[1], sum(self._dims), dtype=dtype, device=dk.device
+            )
+            total.index_copy_(0, layout.cmp_gather_rows, torch.cat([dk, dv], -1).to(dtype))
+            self._handle = comm.post_reduce_scatter(total.unflatten(0, (comm.size, -1)), "compressed.grad", name)
+            self._grads = ()
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """Of the own blocks, [own, h, Dk] and [own, h, Dv]; fp32 or better over ranks."""
+        if self._handle is None:
+            return self._grads
+        return self._handle.wait()[: self._num_own].split(self._dims, -1)

@@ -45,7 +45,9 @@ class RankLayout:
     num_cmp_max: int  # own blocks of the rank that has most
     cmp_gather_rows: Tensor  # int64 [M]: row of each compressed block in the gathered [P * num_cmp_max]
     local_blocks: Tensor  # int64 [T // l']: global id of each local selection block
-    block_owner: Tensor  # int64 [num_blocks]: rank that holds each selection block
+    block_owner: Tensor  # int64 [num_blocks], on the CPU: rank that holds each selection block
+    page_of_block: Tensor  # int64 [num_blocks], on the CPU: local page of each selection block, -1 if held elsewhere
+    win_interior: slice  # queries whose windows lie in local rows, at most about half: they need no halo
     cmp_halo: Halo
     win_halo: Halo
 
@@ -89,6 +91,7 @@ def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device) -
     own = blocks.owner == rank
     num_cmp_max = int(torch.bincount(blocks.owner, minlength=plan.cp_size).max())
     last_row = cmp_halo.extended_rows[blocks.last_local_row[own]]
+    local_blocks = stream[:: plan.block_len] // plan.block_len
     first_block = torch.arange(plan.num_blocks) * plan.block_len
 
     def ints(x: Tensor) -> Tensor:
@@ -105,8 +108,10 @@ def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device) -
         cmp_block_start=blocks.doc_offset[own].to(device),
         num_cmp_max=num_cmp_max,
         cmp_gather_rows=_gather_rows(blocks.owner, plan.cp_size, num_cmp_max).to(device),
-        local_blocks=(stream[:: plan.block_len] // plan.block_len).to(device),
-        block_owner=plan.owner(first_block)[0].to(device),
+        local_blocks=local_blocks.to(device),
+        block_owner=plan.owner(first_block)[0],
+        page_of_block=torch.full((plan.num_blocks,), -1).index_copy_(0, local_blocks, torch.arange(len(local_blocks))),
+        win_interior=_interior(win_halo, win_begin, plan.block_len),
         cmp_halo=_halo_to(cmp_halo, device),
         win_halo=_halo_to(win_halo, device),
     )
@@ -175,6 +180,24 @@ def _runs(starts: Tensor, lengths: Tensor) -> Tensor:
     """
     before = lengths.cumsum(0) - lengths
     return (starts - before).repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
+
+
+def _interior(halo: Halo, begin: Tensor, block_len: int) -> slice:
+    """Of the longest run of queries whose windows, extended rows from `begin` on, hold no halo row: at most T / 2.
+
+    The other half is left for after the halo, to be computed under the compressed all-gather.
+    """
+    is_halo = torch.ones(halo.num_rows, dtype=torch.int64).index_fill_(0, halo.extended_rows, 0)
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), is_halo.cumsum(0)])  # halo rows left of each row
+    inside = before[halo.extended_rows] == before[begin]
+    edges = torch.nn.functional.pad(inside.int(), (1, 1)).diff().nonzero().squeeze(1)
+    starts, stops = edges[::2], edges[1::2]
+    starts = (starts + block_len - 1) // block_len * block_len
+    stops = torch.minimum(stops // block_len * block_len, starts + len(inside) // 2 // block_len * block_len)
+    if len(starts) == 0 or int((stops - starts).max()) <= 0:
+        return slice(0, 0)
+    longest = int((stops - starts).argmax())
+    return slice(int(starts[longest]), int(stops[longest]))
 
 
 def _halo_to(halo: Halo, device: torch.device) -> Halo:

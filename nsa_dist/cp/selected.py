@@ -1,147 +1,136 @@
 """Selected attention over ranks: fetch what was chosen, attend, merge rounds; backward fetches again and sends home.
 
-Memory is the rank's own tokens plus one round's pages, whatever the selection does. With one round (the usual case)
-nothing is merged and the result is bit for bit that of one rank.
-"""
+Forward, for the stages 0, 1, ... of `call.forward_stages`; a bitmap tells every owner what to send, and its bits come
+to the host while the device works on the next stage:
 
-from dataclasses import dataclass
-from types import ModuleType
+    compress(h), post_bitmap(h)     post_fetch(h) once compress(h + 1) is queued     attend(h) after that
+    pages held: those of stage h in use and those of h + 1 on their way
+
+Backward knows its routes, so it posts the fetch of a round before it works on the one before, and waits for what it
+sent home a round later. With one round (the usual case) nothing is merged, and the result is bit for bit that of one
+rank. Memory is the rank's own tokens plus `FetchOptions.kv_fetch_budget_bytes`, whatever the selection does.
+"""
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from nsa_dist.cp.comm import Comm
+from nsa_dist.cp.call import Call, Stage
+from nsa_dist.cp.comm import Handle
+from nsa_dist.cp.device import Side, read_on_host
 from nsa_dist.cp.fetch import (
-    FetchOptions,
     Route,
     chosen_elsewhere,
-    exchange_bitmaps,
+    pack_bits,
     plan_rounds,
-    return_gradients,
-    send_pages,
+    post_pages,
+    unpack_bits,
+    widen_to_whole_shards,
 )
-from nsa_dist.cp.layout import RankLayout
+from nsa_dist.cp.pages import Fetched, only_here, page_arguments, page_table, round_name
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What does not change between rounds, nor between forward and backward."""
+class SelectedForward:
+    """The selected branch of one forward; k [T, Hkv, Dk], v [T, Hkv, Dv] are the rank's own."""
 
-    layout: RankLayout
-    comm: Comm
-    ops: ModuleType
-    options: FetchOptions
-    slc_block_len: int
-    softmax_scale: float
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, stages: list[Stage], call: Call):
+        self._q, self._k, self._v, self._stages, self._call = q, k, v, stages, call
+        self._alone = call.comm.size == 1
+        self._halves = len(stages) > 1 and stages[0].kv_heads == stages[1].kv_heads
+        self._page_bytes = call.cfg.slc_block_len * (k.shape[2] + v.shape[2]) * k.element_size()
+        self._ahead = call.fetch.fetches_ahead(self._page_bytes)
+        self._side = Side(q.device)
+        self._bitmaps: list[Handle] = []
+        self._chosen: list[Tensor] = []  # bool [P, h, B] a stage: what every rank's queries chose elsewhere
+        self._rounds: list[list[Route]] = []
+        self._under_way: dict[tuple[int, int], Handle] = {}
+        self._here: list[Fetched] = []
+        self.kept: list[Tensor] = []  # pages of every stage and round, if FetchOptions.keep_pages
 
+    def post_bitmap(self, block_indices: Tensor) -> None:
+        """Tell all ranks what the queries of the next stage chose, block_indices [rows, h, n]."""
+        if self._alone:
+            return
+        self._side.follow()
+        with self._side.entered():
+            marks = pack_bits(chosen_elsewhere(block_indices, self._call.layout))
+            self._bitmaps.append(self._call.comm.post_all_gather(marks, "bitmap", f"bitmap[{len(self._bitmaps)}]"))
 
-def selected_over_ranks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor,
-    *,
-    layout: RankLayout,
-    comm: Comm,
-    ops: ModuleType,
-    options: FetchOptions,
-    slc_block_len: int,
-    softmax_scale: float,
-) -> Tensor:
-    """q [T, Hq, Dk], own k, v [T, Hkv, D], block_indices int32 [T, Hkv, n] of any rank's blocks -> out [T, Hq, Dv]."""
-    call = _Call(layout, comm, ops, options, slc_block_len, softmax_scale)
-    if comm.size == 1:
-        return ops.selected_attention(
-            q, k, v, block_indices, _local_table(k, layout), layout.position,
-            slc_block_len=slc_block_len, softmax_scale=softmax_scale,
-        )[0]  # fmt: skip
-    return _SelectedOverRanks.apply(q, k, v, block_indices, call)
+    def post_fetch(self, stage: Stage) -> None:
+        """Read what all ranks chose, which has come meanwhile, and start the first round."""
+        if self._alone:
+            return
+        layout, comm, options = self._call.layout, self._call.comm, self._call.fetch
+        with self._side.entered():
+            bits = read_on_host(self._bitmaps[stage.number].wait())
+        chosen = unpack_bits(bits, len(layout.block_owner))
+        wanted = widen_to_whole_shards(chosen, layout.block_owner, options.whole_shard_fraction)
+        if self._halves and stage.number == 1:
+            both = widen_to_whole_shards(self._chosen[0] | chosen, layout.block_owner, options.whole_shard_fraction)
+            wanted = both & ~widen_to_whole_shards(self._chosen[0], layout.block_owner, options.whole_shard_fraction)
+        self._chosen.append(chosen)
+        self._rounds.append(plan_rounds(wanted, layout, comm.rank, options.round_pages(self._page_bytes)))
+        if self._ahead:
+            self._post_round(stage, 0)
 
-
-class _SelectedOverRanks(torch.autograd.Function):
-    """Pages out, attention, gradients home.
-
-    forward    per round: pages from their owners; (out, lse) of the queries over them, merged with the rounds before
-    backward   per round: the same pages again; dq += ..., dk, dv of own blocks, and the gradients of the pages go
-               home in fp32, where the owner adds its own first, then ascending ranks, round by round
-    """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, call: _Call):
-        wanted = exchange_bitmaps(chosen_elsewhere(block_indices, call.layout), call.comm)
-        page_bytes = call.slc_block_len * (k.shape[2] * k.element_size() + v.shape[2] * v.element_size())
-        wanted = wanted.cpu()  # the one wait for the device: page counts size the buffers
-        rounds = plan_rounds(wanted, call.layout, call.comm.rank, page_bytes, call.options)
-        call.comm.traffic.count_union(wanted[call.comm.rank], len(call.layout.local_blocks))
-        result, kept = None, []
+    def attend(self, stage: Stage, block_indices: Tensor) -> tuple[Tensor, Tensor]:
+        """out [rows, Hq of the stage, Dv] and softmax_lse of one stage, its rounds merged."""
+        result = None
+        rounds = [None] if self._alone else self._rounds[stage.number]
         for number, route in enumerate(rounds):
-            pages = send_pages(k, v, route, call.slc_block_len, call.comm)
-            if call.options.keep_pages:
-                kept.append(pages)
-            part = _attend(q, k, v, block_indices, pages, rounds, number, call)
-            result = part if result is None else call.ops.merge(*result, *part)
+            if route is not None:
+                self._receive(stage, number)
+            ids, inputs = self._inputs(stage, block_indices, first=number == 0, all_here=len(rounds) == 1)
+            with self._call.comm.computing(round_name("slc", stage, number), "slc"):
+                part = self._call.ops.selected_attention(stage.of(self._q), *self._local(stage), ids, **inputs)
+                result = part if result is None else self._call.ops.merge(*result, *part)
+            if number + 1 < len(rounds):
+                self.release()
         assert result is not None
-        ctx.call, ctx.rounds = call, rounds
-        ctx.save_for_backward(q, k, v, block_indices, *result, *kept)
-        return result[0]
+        return result
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out: Tensor):
-        q, k, v, block_indices, out, lse, *kept = ctx.saved_tensors
-        call: _Call = ctx.call
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
-        delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
-        for number, route in enumerate(ctx.rounds):
-            pages = kept[number] if kept else send_pages(k, v, route, call.slc_block_len, call.comm)
-            table, ids, remote = _round_inputs(k, block_indices, pages, ctx.rounds, number, call)
-            grads = call.ops.selected_attention_backward(
-                grad_out, None, delta, lse, q, k, v, ids, table, call.layout.position, **remote,
-                slc_block_len=call.slc_block_len, softmax_scale=call.softmax_scale, dtype=dtype,
-            )  # fmt: skip
-            for total, grad in zip((dq, dk, dv), grads[:3], strict=True):
-                total += grad
-            home = torch.cat([g.to(dtype) for g in grads[3:]], -1)
-            return_gradients(home, dk, dv, route, call.slc_block_len, call.comm)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+    def release(self) -> None:
+        """Free the pages of the last round; a first half's stay for the second."""
+        if self._halves and len(self._here) == 1:
+            return
+        self._side.follow()
+        self._here = []
 
+    def finish(self) -> list[list[Route]]:
+        """The rounds of every head group, for backward; counts u."""
+        if self._alone:
+            return [[]]
+        layout, comm, options = self._call.layout, self._call.comm, self._call.fetch
+        rounds = self._rounds
+        if self._halves:
+            self._chosen = [self._chosen[0] | self._chosen[1]]
+            wanted = widen_to_whole_shards(self._chosen[0], layout.block_owner, options.whole_shard_fraction)
+            rounds = [plan_rounds(wanted, layout, comm.rank, None)]
+        comm.traffic.count_union(torch.cat([chosen[comm.rank] for chosen in self._chosen]), len(layout.local_blocks))
+        return rounds
 
-def _attend(q, k, v, block_indices, pages, rounds, number, call: _Call) -> tuple[Tensor, Tensor]:
-    table, ids, remote = _round_inputs(k, block_indices, pages, rounds, number, call)
-    return call.ops.selected_attention(
-        q, k, v, ids, table, call.layout.position, **remote,
-        slc_block_len=call.slc_block_len, softmax_scale=call.softmax_scale,
-    )  # fmt: skip
+    def _local(self, stage: Stage) -> tuple[Tensor, Tensor]:
+        return self._k[:, stage.kv_heads], self._v[:, stage.kv_heads]
 
+    def _post_round(self, stage: Stage, number: int) -> None:
+        route, name = self._rounds[stage.number][number], round_name("pages", stage, number)
+        with self._side.entered():
+            handle = post_pages(*self._local(stage), route, self._call.cfg.slc_block_len, self._call.comm, name)
+        self._under_way[stage.number, number] = handle
 
-def _round_inputs(k: Tensor, block_indices: Tensor, pages: Tensor, rounds: list[Route], number: int, call: _Call):
-    """(block_table, block_indices of the blocks that are here in this round, the pages as keyword arguments)."""
-    route, num_local = rounds[number], len(call.layout.local_blocks)
-    # Own blocks are attended in the first round.
-    table = _local_table(k, call.layout) if number == 0 else _empty_table(k, call.layout)
-    rows = torch.arange(len(pages), dtype=torch.int32, device=k.device) + num_local
-    table[route.recv_head.to(k.device), route.recv_block.to(k.device)] = rows
-    ids = block_indices if len(rounds) == 1 else _only_here(block_indices, table)
-    return table, ids, {"k_remote": pages[..., : k.shape[-1]], "v_remote": pages[..., k.shape[-1] :]}
+    def _receive(self, stage: Stage, number: int) -> None:
+        """Wait for the pages of a round, after posting the next one's if both fit in the budget."""
+        rounds = self._rounds[stage.number]
+        if not self._ahead:
+            self._post_round(stage, number)
+        elif number + 1 < len(rounds):
+            self._post_round(stage, number + 1)
+        pages = self._under_way.pop((stage.number, number)).wait()
+        if self._call.fetch.keep_pages:
+            self.kept.append(pages)
+        self._here.append(Fetched(pages, rounds[number]))
 
-
-def _only_here(block_indices: Tensor, table: Tensor) -> Tensor:
-    """The ids whose page is in the table, still ascending with -1 last."""
-    head = torch.arange(table.shape[0], device=table.device)[:, None]
-    here = (block_indices >= 0) & (table[head, block_indices.clamp(min=0).long()] >= 0)
-    none = table.shape[1]
-    ids = block_indices.masked_fill(~here, none).sort(-1).values
-    return ids.masked_fill(ids == none, -1)
-
-
-def _empty_table(k: Tensor, layout: RankLayout) -> Tensor:
-    return torch.full((k.shape[1], len(layout.block_owner)), -1, dtype=torch.int32, device=k.device)
-
-
-def _local_table(k: Tensor, layout: RankLayout) -> Tensor:
-    """block_table int32 [Hkv, num_blocks] of the pages of this rank's own k and v; -1 for blocks held elsewhere."""
-    table = _empty_table(k, layout)
-    table[:, layout.local_blocks] = torch.arange(len(layout.local_blocks), dtype=torch.int32, device=k.device)
-    return table
+    def _inputs(self, stage: Stage, block_indices: Tensor, *, first: bool, all_here: bool):
+        """The ids of the blocks that are here in this round, and the other arguments of the kernel."""
+        table = page_table(stage, self._k, self._here, self._call.layout, own=first)
+        ids = block_indices if all_here else only_here(block_indices, table)
+        return ids, page_arguments(stage, self._k, self._here, table, self._call)

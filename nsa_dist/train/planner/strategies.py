@@ -83,6 +83,7 @@ def sent_bytes(core: Core, strategy: Strategy, options: Options) -> dict[str, in
         core.heads,
         page_counts(core, strategy),
         refetch=trips(strategy, options) == 2,
+        halves=options.fetch.halves_queries(core.heads.num_kv_heads),
     )
     most = {kind: max(sent[kind] for sent in ranks) for kind in ranks[0]}
     if strategy.how == "raw all-gather":

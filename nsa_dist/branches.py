@@ -1,0 +1,202 @@
+"""The three branches under their gates as one differentiable function, and the order in which ranks work and send.
+
+    forward     post halo | window, interior | phi | post compressed | window, the rest
+                stage h:    compressed attention and selection of h | post fetch of h - 1 | selected attention of h - 2
+    backward    post fetch of group 0 | deltas of all branches; their outputs are freed
+                group h:    compressed | post its gradients | post fetch of h + 1 | selected | post return of h | window
+                            the return of h - 1 is waited for after the selected branch of h
+                post the window's halo gradients | what is still under way comes home
+
+A stage is a part of the heads (`cp.call`); a group of one rank has one stage and sends nothing. Stages do not share
+sums, so outputs and dQ have the same bits for any number of ranks as long as no rounds are merged.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nsa_dist.cp.call import Call, Stage, forward_stages, head_groups
+from nsa_dist.cp.gather import CompressedGather, CompressedReturn
+from nsa_dist.cp.halo import extended, post_halos
+from nsa_dist.cp.selected import SelectedForward
+from nsa_dist.cp.selected_backward import SelectedBackward
+from nsa_dist.cp.window import WindowBackward, WindowForward
+
+# phi: ([M, l, Hkv, D], in-document start of each block [M]) -> [M, Hkv, D]
+Compress = Callable[..., Tensor]
+
+
+class BranchKV(NamedTuple):
+    """Keys and values of the three branches, each [T, Hkv, Dk or Dv]. To share one pair, pass it three times."""
+
+    k_cmp: Tensor
+    v_cmp: Tensor
+    k_slc: Tensor
+    v_slc: Tensor
+    k_win: Tensor
+    v_win: Tensor
+
+
+def attend(
+    q: Tensor, kv: BranchKV, gates: Tensor, compress: tuple[Compress | None, Compress | None], call: Call
+) -> tuple[Tensor, Tensor]:
+    """One rank's padded shard: out [T, Hq, Dv] and block_indices int32 [T, Hkv, n], ids of the plan's stream."""
+    layout, comm = call.layout, call.comm
+    comm.enter("forward")
+    k_rows, v_rows = kv.k_cmp, kv.v_cmp
+    with torch.no_grad():
+        window = WindowForward(q, kv.k_win, kv.v_win, call)
+        if comm.size > 1:
+            halos = [layout.cmp_halo, layout.cmp_halo, layout.win_halo, layout.win_halo]
+            exchange = post_halos([kv.k_cmp, kv.v_cmp, kv.k_win, kv.v_win], halos, comm)
+            window.attend_interior()
+            received = exchange.wait()
+            window.halo_arrived(*received[2:])
+    if comm.size > 1:
+        k_rows, v_rows = extended([k_rows, v_rows], layout.cmp_halo, received[:2], comm)
+    with comm.computing("phi", "phi"):
+        k_cmp, v_cmp = (_compress(phi, x, call) for phi, x in zip(compress, (k_rows, v_rows), strict=True))
+    return _Branches.apply(q, k_cmp, v_cmp, kv.k_slc, kv.v_slc, kv.k_win, kv.v_win, gates, window, call)
+
+
+def _compress(phi: Compress | None, rows: Tensor, call: Call) -> Tensor:
+    layout, block_len = call.layout, call.cfg.cmp_block_len
+    if phi is None:
+        return call.ops.compress_mean(rows, layout.cmp_rows, block_len)
+    if getattr(phi, "takes_rows", False):
+        return phi(rows, layout.cmp_block_start, block_rows=layout.cmp_rows, ops=call.ops)
+    index = layout.cmp_rows.long()[:, None] + torch.arange(block_len, device=rows.device)
+    blocks = rows.index_select(0, index.flatten()).unflatten(0, index.shape)  # [own, l, Hkv, D]
+    return phi(blocks, layout.cmp_block_start)
+
+
+class _Branches(torch.autograd.Function):
+    """Forward and backward of everything after phi. The schedule is at the head of this file.
+
+    k_cmp, v_cmp are the rank's own compressed blocks. k_win and v_win are there for their gradients: `window` holds
+    them with their halo, and has attended its interior.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, window: WindowForward, call: Call):
+        gather = CompressedGather(k_cmp, v_cmp, call.layout, call.comm)
+        out_win, lse_win = window.attend_rest()
+        k_cmp_all, v_cmp_all = gather.wait()
+        groups = head_groups(q.shape[1], k_slc.shape[1], len(q), call)
+        stages = forward_stages(groups, k_slc.shape[1], call)
+        selected = SelectedForward(q, k_slc, v_slc, stages, call)
+        cmp: list[tuple[Tensor, Tensor, Tensor]] = []  # out, softmax_lse, block_indices of each stage
+        slc: list[tuple[Tensor, Tensor]] = []
+        for tick in range(len(stages) + 2):
+            if tick < len(stages):
+                cmp.append(_attend_and_select(stages[tick], q, k_cmp_all, v_cmp_all, call))
+            if tick >= 2:
+                slc.append(selected.attend(stages[tick - 2], cmp[tick - 2][2]))
+            if 1 <= tick <= len(stages):
+                selected.post_fetch(stages[tick - 1])
+            if tick >= 2:
+                selected.release()
+            if tick < len(stages):
+                selected.post_bitmap(cmp[tick][2])
+        out = _combine(stages, gates, cmp, slc, out_win, call)
+        saved = [(*c, *s) for c, s in zip(_by_group(groups, stages, cmp), _by_group(groups, stages, slc), strict=True)]
+        ctx.call, ctx.groups, ctx.rounds, ctx.num_kept = call, groups, selected.finish(), len(selected.kept)
+        ctx.num_own = len(k_cmp)
+        ctx.save_for_backward(
+            q, k_cmp_all, v_cmp_all, k_slc, v_slc, window.k, window.v, gates, lse_win, out_win,
+            *(x for parts in saved for x in parts), *selected.kept,
+        )  # fmt: skip
+        block_indices = _cat([parts[2] for parts in saved])
+        ctx.mark_non_differentiable(block_indices)
+        return out, block_indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor, _):
+        call, groups = ctx.call, ctx.groups
+        call.comm.enter("backward")
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, lse_win, out_win, *rest = ctx.saved_tensors
+        ctx.maybe_clear_saved_tensors()  # what is dropped below is freed at once, not when backward is over
+        kept = [rest.pop() for _ in range(ctx.num_kept)][::-1]
+        selected = SelectedBackward(k_slc, v_slc, groups, ctx.rounds, kept, call)
+        selected.start()
+        deltas, saved = _deltas(groups, grad_out, out_win, rest, call)
+        del out_win, rest, kept
+        window, compressed = WindowBackward(k_win, v_win, call), []
+        grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for group, delta, (lse_cmp, ids, lse_slc) in zip(groups, deltas, saved, strict=True):
+            queries, grad, gate = (group.of(x) for x in (q, grad_out, gates))
+            with call.comm.computing(f"cmp[{group.number}]", "cmp"):
+                dq, dk, dv = call.ops.compressed_attention_backward(
+                    grad, gate[..., 0], delta[..., 0], lse_cmp, queries, k_cmp[:, group.kv_heads],
+                    v_cmp[:, group.kv_heads], call.layout.cmp_begin, call.layout.cmp_end,
+                    softmax_scale=call.softmax_scale,
+                )  # fmt: skip
+            name = f"compressed.grad[{group.number}]"
+            compressed.append(CompressedReturn(dk, dv, ctx.num_own, call.layout, call.comm, name))
+            dq_slc = selected.run(group, queries, grad, gate[..., 1], delta[..., 1], lse_slc, ids)
+            dq_win = window.run(group, queries, grad, gate[..., 2], delta[..., 2], group.of(lse_win))
+            call.ops.sum_branches(dq, dq_slc, dq_win, out=group.of(grad_q))
+        grads_win, grads_slc = window.finish(), selected.finish()
+        grads_cmp = [_cat(x) for x in zip(*(part.wait() for part in compressed), strict=True)]
+        dtype, grad_gates = q.dtype, _cat(deltas).to(gates.dtype)
+        return grad_q, *(x.to(dtype) for x in (*grads_cmp, *grads_slc, *grads_win)), grad_gates, None, None
+
+
+def _attend_and_select(stage: Stage, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """out, softmax_lse and block_indices of one stage, from the compressed keys and values of the whole sequence."""
+    layout, cfg, rows = call.layout, call.cfg, stage.rows
+    queries, keys = stage.of(q), k[:, stage.kv_heads]
+    seen = layout.cmp_begin[rows], layout.cmp_end[rows]
+    with call.comm.computing(f"cmp[{stage.number}]", "cmp"):
+        out, lse = call.ops.compressed_attention(
+            queries, keys, v[:, stage.kv_heads], *seen, softmax_scale=call.softmax_scale
+        )
+    with call.comm.computing(f"select[{stage.number}]", "select"):
+        block_indices = call.ops.select_blocks(
+            queries, keys, lse, *seen, layout.position[rows], layout.doc_start[rows],
+            softmax_scale=call.softmax_scale, cmp_block_len=cfg.cmp_block_len, cmp_stride=cfg.cmp_stride,
+            slc_block_len=cfg.slc_block_len, num_slc_blocks=cfg.num_slc_blocks,
+            num_init_blocks=cfg.num_init_blocks, num_local_blocks=cfg.num_local_blocks,
+        )  # fmt: skip
+    return out, lse, block_indices
+
+
+def _combine(stages: list[Stage], gates: Tensor, cmp: list, slc: list, out_win: Tensor, call: Call) -> Tensor:
+    """The gated sum [T, Hq, Dv]; stage by stage, so that no branch's parts are put together first."""
+    out = torch.empty_like(out_win)
+    for stage, (out_cmp, *_), (out_slc, _) in zip(stages, cmp, slc, strict=True):
+        call.ops.combine(stage.of(gates), out_cmp, out_slc, stage.of(out_win), out=stage.of(out))
+    return out
+
+
+def _by_group(
+    groups: list[Stage], stages: list[Stage], parts: Sequence[tuple[Tensor, ...]]
+) -> Sequence[tuple[Tensor, ...]]:
+    """Halves of queries put together: backward works on all queries of a head group."""
+    if len(groups) == len(stages):
+        return parts
+    return [tuple(torch.cat(halves) for halves in zip(*parts, strict=True))]
+
+
+def _deltas(groups: list[Stage], grad_out: Tensor, out_win: Tensor, rest: list[Tensor], call: Call):
+    """(deltas [T, Hq of the group, 3] of every group, what is left to save of each); frees the branches' outputs.
+
+    rest    out_cmp, lse_cmp, block_indices, out_slc, lse_slc of each group in turn; empty afterwards
+    """
+    deltas, left = [], []
+    for group in groups:
+        out_cmp, lse_cmp, block_indices, out_slc, lse_slc = (rest.pop(0) for _ in range(5))
+        outs = out_cmp, out_slc, group.of(out_win)
+        with call.comm.computing(f"delta[{group.number}]", "delta"):
+            deltas.append(call.ops.gate_deltas(group.of(grad_out), *outs))
+        left.append((lse_cmp, block_indices, lse_slc))
+    return deltas, left
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    """Head groups side by side, [T, heads, ...]; one is not copied."""
+    return torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]

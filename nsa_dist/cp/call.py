@@ -1,0 +1,60 @@
+"""What all parts of one call of `nsa_attention` on one rank have in common, and how its work is cut into stages."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from types import ModuleType
+
+from torch import Tensor
+
+from nsa_dist.config import NSAConfig
+from nsa_dist.cp.comm import Comm
+from nsa_dist.cp.fetch import FetchOptions
+from nsa_dist.cp.layout import RankLayout
+
+
+@dataclass(frozen=True)
+class Call:
+    """The same in forward and backward, for all branches and stages."""
+
+    cfg: NSAConfig
+    layout: RankLayout
+    comm: Comm
+    ops: ModuleType
+    fetch: FetchOptions
+    softmax_scale: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the compressed and selected branches whose remote pages travel together: some heads, some queries."""
+
+    number: int
+    kv_heads: slice
+    q_heads: slice
+    rows: slice
+
+    def of(self, x: Tensor) -> Tensor:
+        """Its queries and query heads of x [T, Hq, ...], a view."""
+        return x[self.rows, self.q_heads]
+
+
+def head_groups(num_q_heads: int, num_kv_heads: int, num_tokens: int, call: Call) -> list[Stage]:
+    """All queries, kv head by kv head or a few at a time: at most `FetchOptions.head_groups`. One rank: one stage."""
+    count = 1 if call.comm.size == 1 else min(num_kv_heads, call.fetch.head_groups)
+    group = num_q_heads // num_kv_heads
+    bounds = [num_kv_heads * i // count for i in range(count + 1)]
+    return [
+        Stage(number, slice(a, b), slice(a * group, b * group), slice(0, num_tokens))
+        for number, (a, b) in enumerate(pairwise(bounds))
+    ]
+
+
+def forward_stages(groups: list[Stage], num_kv_heads: int, call: Call) -> list[Stage]:
+    """The head groups, or halves of queries (`FetchOptions.halves_queries`): the second fetches what the first did not."""
+    if call.comm.size == 1 or not call.fetch.halves_queries(num_kv_heads):
+        return groups
+    first, stop = groups[0], groups[0].rows.stop
+    middle = stop // 2
+    return [
+        Stage(i, first.kv_heads, first.q_heads, slice(*rows)) for i, rows in enumerate([(0, middle), (middle, stop)])
+    ]

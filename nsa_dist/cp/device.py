@@ -1,0 +1,49 @@
+"""A stream beside the one that computes, and copies between host and device that stop neither. On a CPU: nothing."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+@cache
+def _transfer_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for each device, because memory freed on a stream is used again on that stream only."""
+    return torch.cuda.Stream(device)
+
+
+class Side:
+    """The stream on which transfers are prepared, so that they need not queue behind what the device computes.
+
+    What is allocated here is freed here: call `follow` after the last use elsewhere, before the last reference goes.
+    """
+
+    def __init__(self, device: torch.device):
+        self._stream = _transfer_stream(device) if device.type == "cuda" else None
+
+    def entered(self) -> AbstractContextManager:
+        """A block whose work goes to this stream."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def follow(self) -> None:
+        """What is queued here from now on waits for all that is queued on the current stream."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+
+
+def read_on_host(x: Tensor) -> Tensor:
+    """`x` on the CPU, through pinned memory: the host waits for the current stream alone."""
+    if not x.is_cuda:
+        return x
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    copied.synchronize()
+    return host
+
+
+def put_on(device: torch.device, x: Tensor) -> Tensor:
+    """`x` of the CPU on `device`, in the order of the current stream; the host waits for nothing."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x

@@ -1,0 +1,80 @@
+"""The window branch over ranks: about half of its queries need no halo and are attended to while the halo travels.
+
+post halo | interior | halo there | the others, under the all-gather of compressed keys
+"""
+
+import torch
+from torch import Tensor
+
+from nsa_dist.cp.call import Call, Stage
+from nsa_dist.cp.halo import extend, fill, gather_gradients, post_halo_gradients
+
+
+class WindowForward:
+    """k [T, Hkv, Dk], v [T, Hkv, Dv] of this rank, all heads. Results do not depend on how queries are cut."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: Call):
+        self._q, self._call, self._halo = q, call, call.layout.win_halo
+        self._parts: dict[int, tuple[Tensor, Tensor]] = {}
+        self.k, self.v = (k, v) if call.comm.size == 1 else (extend(x, self._halo) for x in (k, v))
+
+    def attend_interior(self) -> None:
+        """The queries that need no halo."""
+        interior = self._call.layout.win_interior
+        if self._call.comm.size > 1 and interior.start < interior.stop:
+            self._attend(interior, "win[interior]")
+
+    def halo_arrived(self, received_k: Tensor, received_v: Tensor) -> None:
+        fill(self.k, self._halo, received_k)
+        fill(self.v, self._halo, received_v)
+
+    def attend_rest(self) -> tuple[Tensor, Tensor]:
+        """out [T, Hq, Dv], softmax_lse [T, Hq] of all queries."""
+        interior, num_tokens = self._call.layout.win_interior, len(self._q)
+        if not self._parts:
+            self._attend(slice(0, num_tokens), "win")
+        else:
+            for rows in (slice(0, interior.start), slice(interior.stop, num_tokens)):
+                if rows.start < rows.stop:
+                    self._attend(rows, f"win[{rows.start}:{rows.stop}]")
+        outs, lses = zip(*(self._parts[start] for start in sorted(self._parts)), strict=True)
+        self._parts = {}
+        return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs), torch.cat(lses))
+
+    def _attend(self, rows: slice, name: str) -> None:
+        layout = self._call.layout
+        with self._call.comm.computing(name, "win"):
+            self._parts[rows.start] = self._call.ops.window_attention(
+                self._q[rows], self.k, self.v, layout.win_begin[rows], layout.win_end[rows],
+                softmax_scale=self._call.softmax_scale,
+            )  # fmt: skip
+
+
+class WindowBackward:
+    """Gradients by head group over the extended k [E, Hkv, Dk], v [E, Hkv, Dv]; the halo's go home at the end."""
+
+    def __init__(self, k: Tensor, v: Tensor, call: Call):
+        self._k, self._v, self._call = k, v, call
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def run(self, group: Stage, q: Tensor, grad_out: Tensor, gate: Tensor, delta: Tensor, lse: Tensor) -> Tensor:
+        """dq of one head group, in the dtype of q; the other tensors are the group's [T, its Hq, ...]."""
+        layout = self._call.layout
+        with self._call.comm.computing(f"win[{group.number}]", "win"):
+            dq, *grads = self._call.ops.window_attention_backward(
+                grad_out, gate, delta, lse, q, self._k[:, group.kv_heads], self._v[:, group.kv_heads],
+                layout.win_begin, layout.win_end, softmax_scale=self._call.softmax_scale,
+            )  # fmt: skip
+        self._parts.append(tuple(grads))
+        return dq
+
+    def finish(self) -> list[Tensor]:
+        """dk [T, Hkv, Dk], dv [T, Hkv, Dv] of the rank's own rows; fp32 or better over ranks."""
+        grads = [torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*self._parts, strict=True)]
+        self._parts = []
+        if self._call.comm.size == 1:
+            return grads
+        halo, dtype = self._call.layout.win_halo, torch.promote_types(grads[0].dtype, torch.float32)
+        grads = [grad.to(dtype) for grad in grads]
+        returned = post_halo_gradients(grads, [halo, halo], self._call.comm).wait()
+        return [gather_gradients(dy, halo, rows) for dy, rows in zip(grads, returned, strict=True)]
