@@ -1,4 +1,7 @@
-"""Ranks that are threads of one process: a `Comm` over a barrier, so that eight ranks cost no more than their sums."""
+"""Ranks that are threads of one process: a `Comm` over a barrier, so that eight ranks cost no more than their work.
+
+Only one rank runs at a time, the others wait for their turn: triton's interpreter is not made for threads.
+"""
 
 import threading
 from collections.abc import Callable
@@ -15,7 +18,8 @@ class Board:
 
     def __init__(self, size: int):
         self.size = size
-        self.barrier = threading.Barrier(size, timeout=120)
+        self.barrier = threading.Barrier(size, timeout=300)
+        self.turn = threading.Lock()
         self.sent: list = [None] * size
         self.order: list[list[str]] = [[] for _ in range(size)]  # kinds in the order in which each rank posted them
 
@@ -23,12 +27,19 @@ class Board:
         """Everybody's `sent`, by rank."""
         self.order[rank].append(kind)
         self.sent[rank] = kind, sent
-        self.barrier.wait()
+        self._meet()
         everybody = list(self.sent)
-        self.barrier.wait()
+        self._meet()
         kinds = {k for k, _ in everybody}
         assert len(kinds) == 1, f"ranks met in different collectives: {kinds}"
         return [x for _, x in everybody]
+
+    def _meet(self) -> None:
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
 
 
 @dataclass(frozen=True)
@@ -67,11 +78,12 @@ def run_threads(size: int, work: Callable[[ThreadComm], object]) -> list:
     board = Board(size)
 
     def enter(rank: int):
-        try:
-            return work(ThreadComm(board=board, index=rank))
-        except BaseException:
-            board.barrier.abort()
-            raise
+        with board.turn:
+            try:
+                return work(ThreadComm(board=board, index=rank))
+            except BaseException:
+                board.barrier.abort()
+                raise
 
     with ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(enter, rank) for rank in range(size)]

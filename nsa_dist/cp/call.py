@@ -50,7 +50,7 @@ def head_groups(num_q_heads: int, num_kv_heads: int, num_tokens: int, call: Call
 
 
 def forward_stages(groups: list[Stage], num_kv_heads: int, call: Call) -> list[Stage]:
-    """The head groups, or halves of queries (`FetchOptions.halves_queries`): the second fetches what the first did not."""
+    """The head groups, or halves of queries (`FetchOptions`), the second of which fetches what the first did not."""
     if call.comm.size == 1 or not call.fetch.halves_queries(num_kv_heads):
         return groups
     first, stop = groups[0], groups[0].rows.stop
