@@ -142,7 +142,7 @@ def test_real_ranks_are_timed_beside_the_plan(measured):
     full = next(row for row in data["cases"] if row["way"] == "fetch u=1")
     assert {k: v for k, v in full["predicted"]["sent_bytes"].items() if v} == full["sent_bytes"]
     assert [row["cp_size"] for row in data["scaling"]] == [1, 2]
-    assert all(0 < row["share_efficiency"] for row in data["scaling"])
+    assert all(row["share_efficiency"] > 0 for row in data["scaling"])
     assert {row["collective"] for row in data["links"]} == {"all_gather", "all_to_all", "reduce_scatter"}
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("cp.png", "timeline.png"))
 

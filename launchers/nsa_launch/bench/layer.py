@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_dist.attention import BranchKV, _attend, default_ops
+from nsa_dist.attention import BranchKV, default_ops, nsa_attention
 from nsa_dist.compress import CompressMLP
 from nsa_dist.cp.comm import Comm
-from nsa_dist.cp.layout import rank_layout
 from nsa_launch.bench.case import Case
 from nsa_launch.bench.gathered import gathered_attention
 from nsa_launch.bench.selection import Draw, draw_selection
@@ -67,7 +66,13 @@ def layer_forward(case: Case, shard: Shard, comm: Comm, ops: Any = None) -> Call
     scale = case.heads.dim_k**-0.5
     if case.mode == "all-gather" and case.cp_size > 1:
         return lambda: gathered_attention(shard, case.cfg, plan, comm, ops, scale)
-    layout = rank_layout(plan, case.cfg, comm.rank, shard.q.device)
-    return lambda: _attend(
-        shard.q, shard.kv, shard.gates, case.cfg, shard.phi, layout, comm, ops, scale, case.fetch_options
-    )[0]
+
+    def forward() -> Tensor:
+        out = nsa_attention(
+            shard.q, shard.kv, shard.gates, case.cfg, compress_k=shard.phi[0], compress_v=shard.phi[1],
+            plan=plan, cp_group=comm, ops=ops, softmax_scale=scale, fetch=case.fetch_options,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
+
+    return forward

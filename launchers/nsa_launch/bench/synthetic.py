@@ -25,6 +25,7 @@ class SyntheticComm(Comm):
     num_ranks: int = 1
     own_rank: int = 0
     bitmaps: Tensor | None = field(default=None, repr=False)
+    heads_asked: list[int] = field(default_factory=lambda: [0], repr=False)  # heads come some at a time, in turn
 
     @property
     def size(self) -> int:
@@ -55,7 +56,10 @@ class SyntheticComm(Comm):
         """uint8 [P, h, bytes] for h heads, eight blocks to the byte as `nsa_dist.cp.fetch` packs them."""
         assert self.bitmaps is not None
         heads, width = own.shape
-        bits = torch.nn.functional.pad(self.bitmaps[:, :heads], (0, 8 * width - self.bitmaps.shape[2]))
+        first = self.heads_asked[0] % self.bitmaps.shape[1]
+        self.heads_asked[0] = first + heads
+        bitmaps = self.bitmaps[:, first : first + heads]
+        bits = torch.nn.functional.pad(bitmaps, (0, 8 * width - bitmaps.shape[2]))
         shifts = torch.arange(8, device=own.device, dtype=torch.uint8)
         packed = (bits.unflatten(2, (width, 8)).to(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
         packed[self.rank] = own
