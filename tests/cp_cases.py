@@ -1,4 +1,4 @@
-"""What the ranks of tests/cp run: importable, because spawned processes find their work by name."""
+"""The cases of tests/cp, and what their spawned ranks run: importable, because processes find their work by name."""
 
 import itertools
 import traceback
@@ -49,6 +49,16 @@ FETCH = dict.fromkeys(CASES) | MODES
 CASES |= {name: (SMALL, [150, 33, 80], 4, 2, 8, 8, None) for name in MODES}
 CASES |= {"rounds without keys": (SMALL, [260], 4, 2, 8, 8, "by head")}
 FETCH |= {"rounds without keys": FetchOptions(kv_fetch_budget_bytes=1)}
+CASES |= {"one kv head, whole shards": (SMALL, [150, 33, 80], 2, 1, 8, 8, None)}
+FETCH |= {"one kv head, whole shards": FetchOptions(whole_shard_fraction=0.4)}
+CASES |= {name: (SMALL, [190, 40], 5, 5, 8, 8, None) for name in ("five kv heads", "five at once", "five one by one")}
+FETCH |= {
+    "five kv heads": None,  # in four groups, one of two
+    "five at once": FetchOptions(head_groups=1),
+    "five one by one": FetchOptions(head_groups=9, kv_fetch_budget_bytes=9 * PAGE_BYTES),
+}
+# What real processes add is the transport: these are enough to meet each collective, with and without rounds.
+OVER_PROCESSES = ("one document", "ragged", "heads choose differently", "three pages a round", "rounds without keys")
 
 
 def forced_selection(rule: str):
@@ -83,7 +93,8 @@ def all_cases(rank: int) -> dict[tuple, str]:
     """{(case, layout, cp_size): "" or what went wrong on this rank}."""
     groups = groups_up_to(WORLD)
     result = {}
-    for name, (cfg, lengths, num_q_heads, num_kv_heads, dim_k, dim_v, rule) in CASES.items():
+    for name in OVER_PROCESSES:
+        cfg, lengths, num_q_heads, num_kv_heads, dim_k, dim_v, rule = CASES[name]
         inputs = make_inputs(sum(lengths), num_q_heads, num_kv_heads, dim_k, dim_v, cfg)
         ops = forced_selection(rule) if rule else None
         expected = run(inputs, cfg, lengths, ops=ops)

@@ -6,6 +6,7 @@ import torch
 from cases import SMALL, make_inputs, run
 from nsa_dist import BranchKV, NSAConfig, ShardPlan, nsa_attention
 from nsa_dist.attention import default_ops
+from nsa_dist.cp.layout import rank_layout
 from nsa_kernels import cpu, reference
 
 
@@ -81,6 +82,50 @@ def test_one_pair_for_three_branches():
     grad_k, grad_v = torch.autograd.grad(out.sum(), (k, v))
     assert grad_k.ne(0).any(-1).all()
     assert grad_v.ne(0).any(-1).all()
+
+
+@pytest.mark.parametrize("phi", ["mlp", "mean"])
+def test_gradients_are_those_of_autograd_through_the_branches(phi):
+    """The backward that is written out against autograd's through each branch and the gated sum."""
+    num_tokens, heads = 96, {"softmax_scale": 8**-0.5}
+    inputs = make_inputs(num_tokens)
+    q, kv, gates = inputs.q, inputs.kv, inputs.gates
+    compress = (inputs.phi_k, inputs.phi_v) if phi == "mlp" else (None, None)
+    parameters = inputs.parameters() if phi == "mlp" else []
+    layout = rank_layout(ShardPlan.contiguous([0, num_tokens], 1, 16), SMALL, 0, q.device)
+    out, ids = nsa_attention(
+        q, kv, gates, SMALL, compress_k=compress[0], compress_v=compress[1], return_block_indices=True
+    )
+
+    def rows(x):
+        return reference.gather_blocks(x, layout.cmp_rows, SMALL.cmp_block_len)
+
+    k_cmp, v_cmp = (
+        rows(x).mean(1) if f is None else f(rows(x), layout.cmp_block_start)
+        for f, x in zip(compress, (kv.k_cmp, kv.v_cmp), strict=True)
+    )
+    table = torch.arange(6, dtype=torch.int32).expand(2, -1)
+    composed = reference.combine(
+        gates,
+        reference.compressed_attention(q, k_cmp, v_cmp, layout.cmp_begin, layout.cmp_end, **heads)[0],
+        reference.selected_attention(q, kv.k_slc, kv.v_slc, ids, table, layout.position, slc_block_len=16, **heads)[0],
+        reference.window_attention(q, kv.k_win, kv.v_win, layout.win_begin, layout.win_end, **heads)[0],
+    )
+    torch.testing.assert_close(out, composed, rtol=1e-12, atol=1e-12)
+    leaves = [*inputs.leaves(), *parameters]
+    found, expected = (torch.autograd.grad((y * inputs.weight).sum(), leaves) for y in (out, composed))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_second_backward_needs_retain_graph():
+    """Saved tensors are freed as backward goes on, unless the graph is to be kept."""
+    inputs = make_inputs(40)
+    loss = nsa_attention(inputs.q, inputs.kv, inputs.gates, SMALL).sum()
+    first, again = (torch.autograd.grad(loss, inputs.q, retain_graph=keep)[0] for keep in (True, False))
+    assert torch.equal(first, again)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, inputs.q)
 
 
 def test_block_indices_are_global_and_ascending():

@@ -74,16 +74,16 @@ class SelectedForward:
 
     def attend(self, stage: Stage, block_indices: Tensor) -> tuple[Tensor, Tensor]:
         """out [rows, Hq of the stage, Dv] and softmax_lse of one stage, its rounds merged."""
-        result = None
-        rounds = [None] if self._alone else self._rounds[stage.number]
-        for number, route in enumerate(rounds):
-            if route is not None:
-                self._receive(stage, number)
-            ids, inputs = self._inputs(stage, block_indices, first=number == 0, all_here=len(rounds) == 1)
+        if self._alone:
+            with self._call.comm.computing(round_name("slc", stage, 0), "slc"):
+                return self._attend_here(stage, block_indices, first=True, all_here=True)
+        rounds, result = len(self._rounds[stage.number]), None
+        for number in range(rounds):
+            self._receive(stage, number)
             with self._call.comm.computing(round_name("slc", stage, number), "slc"):
-                part = self._call.ops.selected_attention(stage.of(self._q), *self._local(stage), ids, **inputs)
+                part = self._attend_here(stage, block_indices, first=number == 0, all_here=rounds == 1)
                 result = part if result is None else self._call.ops.merge(*result, *part)
-            if number + 1 < len(rounds):
+            if number + 1 < rounds:
                 self.release()
         assert result is not None
         return result
@@ -129,8 +129,11 @@ class SelectedForward:
             self.kept.append(pages)
         self._here.append(Fetched(pages, rounds[number]))
 
-    def _inputs(self, stage: Stage, block_indices: Tensor, *, first: bool, all_here: bool):
-        """The ids of the blocks that are here in this round, and the other arguments of the kernel."""
+    def _attend_here(
+        self, stage: Stage, block_indices: Tensor, *, first: bool, all_here: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Attention to those blocks that are here; own blocks are attended in the first round."""
         table = page_table(stage, self._k, self._here, self._call.layout, own=first)
         ids = block_indices if all_here else only_here(block_indices, table)
-        return ids, page_arguments(stage, self._k, self._here, table, self._call)
+        arguments = page_arguments(stage, self._k, self._here, table, self._call)
+        return self._call.ops.selected_attention(stage.of(self._q), *self._local(stage), ids, **arguments)

@@ -1,10 +1,13 @@
-"""Context parallelism over real processes, in fp64, against one process: outputs, choices and every gradient."""
+"""Context parallelism over real processes, in fp64, against one process: outputs, choices and every gradient.
+
+Every case with up to eight ranks: test_cases.py, where ranks are threads.
+"""
 
 import itertools
 
 import pytest
 
-from cp_cases import CASES, LAYOUTS, WORLD, everything
+from cp_cases import LAYOUTS, OVER_PROCESSES, WORLD, everything
 from ranks import run_ranks
 
 
@@ -14,7 +17,9 @@ def results():
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "size"), list(itertools.product(CASES, LAYOUTS, range(1, WORLD + 1))), ids=lambda v: str(v)
+    ("name", "layout", "size"),
+    list(itertools.product(OVER_PROCESSES, LAYOUTS, range(1, WORLD + 1))),
+    ids=lambda v: str(v),
 )
 def test_agrees_with_one_process(results, name, layout, size):
     for rank in range(size):
