@@ -20,7 +20,15 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument(
         "--cluster", type=Path, metavar="FILE", help="YAML of GPUs and links; default: clusters/h200-8.yaml by CONFIG"
     )
-    parser.add_argument("--bench", type=Path, metavar="FILE", help="bench.json of kernels/bench/run.py, for its rates")
+    parser.add_argument(
+        "--bench",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="what was measured instead of the cluster file's constants: bench.json of the kernels' benchmark, cp.json "
+        "of nsa-dist bench cp; may be given several times, the last counts",
+    )
     parser.add_argument("--nodes", type=int, metavar="N", help="plan for N nodes instead of the cluster file's number")
     parser.add_argument("--cp", type=_sizes, metavar="1,2,4", help="context-parallel sizes; default: all that divide")
     parser.add_argument(

@@ -30,7 +30,7 @@ class Request:
     config: Path
     overrides: Sequence[str]
     cluster: Path | None
-    bench: Path | None
+    bench: Sequence[Path]
     num_nodes: int | None
     options: Options
     cp_sizes: tuple[int, ...] | None
@@ -67,9 +67,8 @@ def run(request: Request) -> None:
     cluster = load_cluster(
         request.cluster or request.config.parent / "clusters" / "h200-8.yaml", num_nodes=request.num_nodes
     )
-    if request.bench:
-        group = config.model.num_attention_heads // config.model.num_query_groups
-        cluster = with_bench(cluster, request.bench, group)
+    for path in request.bench:
+        cluster = with_bench(cluster, path, config.model.num_attention_heads // config.model.num_query_groups)
     plan = make_plan(config, cluster, request.options, request.cp_sizes)
     console = Console(highlight=False)
     if not console.is_terminal:  # a file or a pipe wraps nothing

@@ -358,6 +358,52 @@ def test_measured_rates_replace_those_of_the_description(tmp_path):
     assert measured.intra_node == cluster().intra_node
 
 
+def cp_file(folder: Path, **sections) -> Path:
+    """As `nsa-dist bench cp` writes it."""
+    machine = {"device": "a GPU", "num_devices": 8, "date": "2026-01-01", "command": "nsa-dist bench cp"}
+    path = folder / "cp.json"
+    path.write_text(json.dumps({"machine": machine, "not_run": [], **sections}))
+    return path
+
+
+def test_measured_links_replace_those_of_the_description(tmp_path):
+    rows = [
+        {"cp_size": 8, "collective": "all_to_all", "sent_bytes": 2**28, "seconds": 1e-3, "bytes_per_s": 270e9},
+        {"cp_size": 8, "collective": "all_gather", "sent_bytes": 2**28, "seconds": 2e-3, "bytes_per_s": 135e9},
+        {"cp_size": 8, "collective": "all_to_all", "sent_bytes": 2**16, "seconds": 2e-5, "bytes_per_s": 3e9},
+        {"cp_size": 2, "collective": "all_to_all", "sent_bytes": 2**28, "seconds": 1e-5, "bytes_per_s": 1e9},
+        {"cp_size": 4, "error": "out of memory"},
+    ]
+    measured = with_bench(cluster(), cp_file(tmp_path, links=rows), 16)
+    assert measured.link_efficiency.value == pytest.approx(270e9 / 450e9)
+    assert measured.link_efficiency.evidence == "measured"
+    assert measured.link_efficiency.source.endswith("a GPU, 2026-01-01, all_to_all of 268 MB over 8 ranks")
+    assert measured.intra_node.latency_s.value == 2e-5
+    assert measured.inter_node == cluster().inter_node
+    assert measured.attention == cluster().attention
+
+
+def test_a_measured_share_gives_rates(tmp_path):
+    """Two keys a query and head in the window of a document of 64 tokens: the rest by hand."""
+    heads = {"num_q_heads": 2, "num_kv_heads": 1, "dim_k": 16, "dim_v": 16, "element_bytes": 2}
+    cfg = {"num_slc_blocks": 4, "window_len": 2}
+    share = {
+        "case": "tiny", "tokens": 64, "cp_size": 1, "layout": "zigzag", "mode": "fetch", "rank": 0, "peak_bytes": 1,
+        "heads": heads, "cfg": cfg, "parts_s": {"forward.win": 1e-3, "backward.win": 2e-3, "forward.cmp": 0.0},
+    }  # fmt: skip
+    measured = with_bench(cluster(), cp_file(tmp_path, shares=[share]), 2)
+    keys = 2 * 64 - 1
+    assert measured.attention.win.forward.value == pytest.approx(keys * 2 * 2 * 32 / 1e-3)
+    assert measured.attention.win.backward.value == pytest.approx(keys * 2 * 2 * 80 / 2e-3)
+    assert measured.attention.cmp == cluster().attention.cmp
+
+
+def test_a_file_that_measured_nothing_is_refused(tmp_path):
+    rows = [{"case": "tiny", "error": "out of memory"}]
+    with pytest.raises(ValueError, match="run nsa-dist bench cp --gpus all"):
+        with_bench(cluster(), cp_file(tmp_path, shares=rows), 16)
+
+
 @pytest.mark.parametrize(
     ("text", "remedy"),
     [("[]", "pass the bench.json"), ('{"machine": {}, "cases": []}', "run kernels/bench/run.py --preset targets")],

@@ -8,7 +8,7 @@ from nsa_dist.cp.work import backward_flops, forward_flops, rank_work
 from nsa_dist.train.planner.cluster import load_cluster
 from nsa_dist.train.planner.core import Core
 from nsa_dist.train.planner.layer import layer_cost
-from nsa_dist.train.planner.measured import with_links
+from nsa_dist.train.planner.measured_cp import with_links
 from nsa_dist.train.planner.strategies import Options, Strategy
 from nsa_launch.bench.case import Case
 from nsa_launch.bench.report import Row

@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 
 from nsa_dist.cp.cost import total_cmp_blocks
-from nsa_dist.cp.work import backward_flops, forward_flops, rank_work
+from nsa_dist.cp.work import BRANCHES, backward_flops, forward_flops, rank_work
 from nsa_dist.train.planner.cluster import Cluster, Link
 from nsa_dist.train.planner.core import Core
 from nsa_dist.train.planner.strategies import Options, Strategy, num_rounds, sent_bytes, trips
-
-BRANCHES = ("phi", "cmp", "select", "slc", "win")
 
 
 @dataclass(frozen=True)

@@ -5,29 +5,33 @@ backward of attention 2.5 times its forward.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nsa_dist.train.planner.cluster import BranchRates, Cluster, Constant, Rates
+from nsa_dist.train.planner.measured_cp import with_cp_bench
 
 # The benchmark's names of the rows.
 _ROWS = {"phi": "compress k", "cmp": "cmp", "select": "select", "slc": "slc", "win": "win"}
 
 
 def with_bench(cluster: Cluster, path: Path, group: int) -> Cluster:
-    """`cluster` with the rates in the bench.json at `path`, of the case nearest to `group` query heads a kv head.
+    """`cluster` with what the file at `path` measured: bench.json of the kernels, or cp.json of `nsa-dist bench cp`.
 
-    Among equally near cases the longest counts. ValueError if the file is not one or has no whole case.
+    group       query heads of a kv head: of the cases the nearest counts, among equals the longest
+    ValueError if the file is neither or has nothing whole to give.
     """
     try:
         bench = json.loads(path.read_text(encoding="utf-8"))
+        if "not_run" in bench:
+            return with_cp_bench(cluster, bench, group)
         cases = [case for case in bench["cases"] if _is_whole(case)]
         machine = bench["machine"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is not what kernels/bench/run.py writes ({type(error).__name__}: {error}), so it has no rates; "
-            f"pass the bench.json of its --out folder, or leave --bench out"
+            f"{path} is not what nsa-dist bench writes ({type(error).__name__}: {error}), so it has no rates; pass "
+            f"the bench.json of kernels/bench/run.py or the cp.json of nsa-dist bench cp, or leave --bench out"
         ) from None
     if not cases:
         raise ValueError(
@@ -44,23 +48,6 @@ def with_bench(cluster: Cluster, path: Path, group: int) -> Cluster:
             "attention": BranchRates(**{branch: _rates(rows[name], source) for branch, name in _ROWS.items()}),
         }
     )
-
-
-def with_links(cluster: Cluster, rows: Sequence[Mapping[str, Any]], source: str) -> Cluster:
-    """`cluster` with what the collectives of a node's GPUs achieved, rows as `nsa-dist bench cp --gpus` measures them.
-
-    Of the largest group: the all-to-all that sent most gives the rate, of which the datasheet's is the whole; the
-    quickest collective of all gives the latency. Links between nodes were not measured: they keep their rate and
-    latency, and take over the share.
-    """
-    size = max(row["cp_size"] for row in rows)
-    of_size = [row for row in rows if row["cp_size"] == size]
-    largest = max((row for row in of_size if row["collective"] == "all_to_all"), key=lambda row: row["sent_bytes"])
-    share = largest["bytes_per_s"] / cluster.intra_node.bytes_per_s.value
-    least_s = min(row["seconds"] for row in of_size)
-    told = f"{source}, all_to_all of {largest['sent_bytes'] / 1e6:.0f} MB over {size} ranks"
-    intra_node = cluster.intra_node.model_copy(update={"latency_s": _measured(least_s, source)})
-    return cluster.model_copy(update={"intra_node": intra_node, "link_efficiency": _measured(share, told)})
 
 
 def _is_whole(case: Mapping[str, Any]) -> bool:

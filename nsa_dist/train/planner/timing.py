@@ -6,8 +6,9 @@ whatever its shape. Overlap is an input, not a prediction.
 
 from dataclasses import dataclass
 
+from nsa_dist.cp.work import BRANCHES
 from nsa_dist.train.planner.cluster import Cluster
-from nsa_dist.train.planner.core_time import BRANCHES, attention_s, memory_rate, merge_s, rate, wire_s
+from nsa_dist.train.planner.core_time import attention_s, memory_rate, merge_s, rate, wire_s
 from nsa_dist.train.planner.shape import Shape
 from nsa_dist.train.planner.strategies import Options, Strategy, page_counts
 
