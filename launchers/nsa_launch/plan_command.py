@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nsa_dist.cp.fetch import FetchOptions
-from nsa_dist.train.output import write_atomically
+from nsa_dist.train.atomic import write_atomically
 from nsa_dist.train.planner.cluster import load_cluster
 from nsa_dist.train.planner.measured import with_bench
 from nsa_dist.train.planner.memory import KINDS

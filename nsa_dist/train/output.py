@@ -1,11 +1,11 @@
 """The files of one run: where they lie, and which checkpoint counts."""
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from nsa_dist.train.atomic import write_atomically
 from nsa_dist.train.config import RunSection, TrainConfig
 
 KEPT_FILES = ("latest.json", "metrics.jsonl", "checkpoints", "tensorboard", "data", "loss.png", "selection.png")
@@ -81,17 +81,6 @@ def check_empty(run: RunSection) -> None:
             f"output_dir={run.output_dir} already holds a run ({', '.join(held)}), which a new one would mix with; "
             f"set resume=true to go on with it, overwrite=true to replace it, or another output_dir"
         )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file at once, and only after its bytes are on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".draft")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
 
 
 def _remove_run(output: OutputDir) -> None:

@@ -35,7 +35,7 @@ def test_the_union_is_the_one_asked_for(rank, u, layout):
     visible = sum(cost.visible_remote_blocks(plan)[rank])
     reached = draw.remote.sum(1)
     expected = min(round(u * 96), visible)
-    forced = draw_remote(plan, cfg, rank, 1, 0.0).sum()
+    forced = draw_remote(plan, cfg, rank, 0.0).sum()
     assert reached.tolist() == [max(expected, forced)] * 2
     assert draw.union_fractions == pytest.approx([max(expected, forced) / 96] * 2)
 
@@ -76,11 +76,11 @@ def test_a_share_sends_what_the_formulas_say(mode, rank):
         assert sent == {"raw": 2 * 3 * 3 * shard_bytes, "raw.grad": 3 * 3 * shard_bytes}
         return
     owner, _ = plan.owner(torch.arange(128) * 64)
-    wanted = [draw_remote(plan, case.cfg, r, 2, 0.3) for r in range(4)]
+    wanted = [draw_remote(plan, case.cfg, r, 0.3) for r in range(4)]
     if mode == "whole shard":  # every owner has a block that every other rank chose: the first, or one of 30%
         pages = [[0 if q == r else 64 for q in range(4)] for r in range(4)]
     else:
-        pages = [[int(w[:, owner == q].sum()) for q in range(4)] for w in wanted]
+        pages = [[2 * int(w[owner == q].sum()) for q in range(4)] for w in wanted]
     assert sent == cost.sent_bytes(plan, case.cfg, heads, pages, refetch=True)[rank]
 
 

@@ -10,10 +10,12 @@ from nsa_dist.config import NSAConfig
 from nsa_dist.cp.cost import HeadSizes
 from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.cp.plan import ShardPlan
+from nsa_dist.cp.work import backward_flops, forward_flops, rank_work
 
 Mode = Literal["fetch", "whole shard", "all-gather"]
 MODES: tuple[Mode, ...] = ("fetch", "whole shard", "all-gather")
 UNION_FRACTIONS = (0.05, 0.2, 1.0)
+_FLOPS = (forward_flops, backward_flops)
 _DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
 
@@ -63,6 +65,16 @@ class Case:
     def plan(self) -> ShardPlan:
         make = {"zigzag": ShardPlan.zigzag, "contiguous": ShardPlan.contiguous}[self.layout]
         return make([0, self.tokens], self.cp_size, self.cfg.slc_block_len)
+
+    def flops(self) -> int:
+        """Of the busiest rank, forward and backward; phi is an MLP as wide as the head."""
+        plan, dims = self.plan(), (self.heads.dim_k, self.heads.dim_v)
+
+        def of(rank: int) -> int:
+            work = rank_work(plan, self.cfg, rank)
+            return sum(sum(count(work, self.heads, self.cfg, dims).values()) for count in _FLOPS)
+
+        return max(of(rank) for rank in range(self.cp_size))
 
     def as_data(self) -> dict[str, Any]:
         return {"case": self.name, "way": self.way, **asdict(self)}

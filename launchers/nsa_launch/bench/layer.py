@@ -61,16 +61,14 @@ def drawn(case: Case, rank: int, device: torch.device) -> Draw:
 
 def layer_forward(case: Case, shard: Shard, comm: Comm, ops: Any = None) -> Callable[[], Tensor]:
     """A function that runs the layer forward: out [T, Hq, Dv]. The selection is that of `ops`, a kernels' module."""
-    ops = ops or default_ops(shard.q)
-    plan = case.plan()
-    scale = case.heads.dim_k**-0.5
+    ops, plan = ops or default_ops(shard.q), case.plan()
     if case.mode == "all-gather" and case.cp_size > 1:
-        return lambda: gathered_attention(shard, case.cfg, plan, comm, ops, scale)
+        return lambda: gathered_attention(shard, case.cfg, plan, comm, ops, case.heads.dim_k**-0.5)
 
     def forward() -> Tensor:
         out = nsa_attention(
             shard.q, shard.kv, shard.gates, case.cfg, compress_k=shard.phi[0], compress_v=shard.phi[1],
-            plan=plan, cp_group=comm, ops=ops, softmax_scale=scale, fetch=case.fetch_options,
+            plan=plan, cp_group=comm, ops=ops, fetch=case.fetch_options, traffic=comm.traffic, trace=comm.trace,
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out

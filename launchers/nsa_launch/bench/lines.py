@@ -31,13 +31,17 @@ def link(row: Row) -> str:
 def case(row: Row) -> str:
     if "error" in row:
         return f"  {row['case']:{_WIDTH}} FAILED: {row['error']}"
-    predicted, exposed = row["predicted"], row["exposed_s"]
+    exposed, told = row["exposed_s"], row.get("predicted")
+    times = sent = peak = ""
+    if told:
+        times = f" (predicted {ms(told['forward_s'])} / {ms(told['backward_s'])})"
+        sent = f" (predicted {mb(sum(told['sent_bytes'].values()))})"
+        peak = f" (predicted {gib(told['peak_bytes'])})"
     return (
-        f"  {row['case']:{_WIDTH}}{ms(row['forward_s']):>9} /{ms(row['backward_s']):>9}"
-        f"  predicted {ms(predicted['forward_s']):>9} /{ms(predicted['backward_s']):>9}"
-        f"  waited {ms(exposed['forward']):>7} /{ms(exposed['backward']):>7}"
-        f"  sent {mb(sum(row['sent_bytes'].values())):>9} MB (predicted {mb(sum(predicted['sent_bytes'].values()))})"
-        f"  peak {gib(row['peak_bytes'])} (predicted {gib(predicted['peak_bytes'])}) GiB  u {row['union_fraction']:.2f}"
+        f"  {row['case']:{_WIDTH}}{ms(row['forward_s']):>9} /{ms(row['backward_s']):>9}{times}"
+        f"  waited {ms(exposed['forward'])} / {ms(exposed['backward'])}"
+        f"  sent {mb(sum(row['sent_bytes'].values()))} MB{sent}  peak {gib(row['peak_bytes'])} GiB{peak}"
+        f"  u {row['union_fraction']:.2f}"
     )
 
 

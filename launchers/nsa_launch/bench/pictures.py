@@ -66,6 +66,8 @@ def _draw_times(axes: Axes, rows: list[Row]) -> None:
         waited = min(whole, 1e3 * sum(row["exposed_s"].values()))
         axes.bar(x, whole - waited, color=_COLOURS[row["mode"]], label="computing" if x == 0 else None)
         axes.bar(x, waited, bottom=whole - waited, color="#edae49", label="waiting" if x == 0 else None)
+        if "predicted" not in row:
+            continue
         told = 1e3 * (row["predicted"]["forward_s"] + row["predicted"]["backward_s"])
         axes.plot([x - 0.4, x + 0.4], [told, told], color="black", lw=1.5, label="predicted" if x == 0 else None)
     axes.set_xticks(range(len(rows)), [row["way"] for row in rows], rotation=30, ha="right")

@@ -4,7 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nsa_dist.cp.work import backward_flops, forward_flops, rank_work
 from nsa_dist.train.planner.cluster import load_cluster
 from nsa_dist.train.planner.core import Core
 from nsa_dist.train.planner.layer import layer_cost
@@ -28,10 +27,10 @@ class Predictor:
             self.cluster = with_links(self.cluster, whole, source)
 
     def of(self, case: Case) -> dict[str, Any]:
-        """Seconds, bytes that the busiest rank sends, peak memory, and FLOPs of the busiest rank."""
+        """Seconds, bytes that the busiest rank sends, and its peak memory."""
         core = core_of(case)
         cost = layer_cost(core, strategy_of(case), Options(fetch=case.fetch_options), self.cluster)
-        return {**asdict(cost), "flops": max(_flops(core, rank) for rank in range(case.cp_size))}
+        return asdict(cost)
 
 
 def core_of(case: Case) -> Core:
@@ -44,9 +43,3 @@ def strategy_of(case: Case) -> Strategy:
     if case.mode == "fetch":
         return Strategy("fetch", case.union_fraction)
     return Strategy("raw all-gather" if case.mode == "all-gather" else case.mode)
-
-
-def _flops(core: Core, rank: int) -> int:
-    work = rank_work(core.plan, core.cfg, rank)
-    arguments = (work, core.heads, core.cfg, core.phi_hidden_dims)
-    return sum(forward_flops(*arguments).values()) + sum(backward_flops(*arguments).values())

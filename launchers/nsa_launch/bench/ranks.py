@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from nsa_launch.bench import lines, pictures, timeline, training
+from nsa_launch.bench import lines, pictures, timeline
 from nsa_launch.bench.case import Case
-from nsa_launch.bench.predicted import Predictor
 from nsa_launch.bench.report import Report, Row, machine
 from nsa_launch.bench.tasks import Alone, Compare, Links, Measure
 from nsa_launch.bench.team import Place, TaskFailed, Team
 
 if TYPE_CHECKING:
     from nsa_launch.bench.command import Request
+    from nsa_launch.bench.predicted import Predictor
 
 # Seconds that a step must have left to be begun: shorter, and it would be cut off.
 _LEAST_S = 15.0
@@ -27,7 +28,7 @@ class Bench:
     def __init__(self, request: "Request", place: Place, team: Team, report: Report) -> None:
         self.request, self.place, self.team, self.report = request, place, team, report
         self.sizes = [size for size in (2, 4, 8, 16) if size < place.num_ranks] + [place.num_ranks]
-        self.predictor = Predictor(request.cluster, place.num_ranks)
+        self.predictor = _predictor(request, place, report)
 
     def checks(self) -> None:
         self.report.say("\nAgainst one rank: is it the same?")
@@ -51,7 +52,9 @@ class Bench:
                     slowest = max(per_rank, key=lambda row: row["seconds"])
                     row = {"cp_size": size, **slowest, "bytes_per_s": slowest["sent_bytes"] / slowest["seconds"]}
                     self.report.add("links", row, lines.link(row))
-        if self.place.device == "cuda" and not self.place.shared:  # what shares a GPU says nothing of links
+        if (
+            self.predictor and self.place.device == "cuda" and not self.place.shared
+        ):  # what shares a GPU says nothing of links
             self.predictor.take_links(self.report.data.get("links", []), self.report.source)
 
     def scaling(self) -> None:
@@ -84,7 +87,7 @@ class Bench:
         rows = self._run(f"timeline of {case.name}", Measure(case, self.request.repeats, keep_spans=True))
         if isinstance(rows, list):
             path = self.request.out / "timeline.png"
-            timeline.draw(rows[0]["spans"], f"One layer, rank 0: {case.name}; {self.report.source}", path)
+            timeline.draw(rows[0]["spans"], f"One layer, rank 0: {case.name}\n{self.report.source}", path)
             self.report.say(f"\nwrote {path}")
         elif rows is not None:
             self.report.leave_out(f"timeline of {case.name}", rows)
@@ -102,10 +105,14 @@ class Bench:
     def _timed(self, case: Case) -> Row | None:
         """A row, with an error if the case failed; None if there was no time for it."""
         rows = self._run(case.name, Measure(case, self.request.repeats))
-        predicted = {"predicted": self.predictor.of(case)}
+        predicted = {"predicted": self.predictor.of(case)} if self.predictor else {}
         if isinstance(rows, str):
             return {**case.as_data(), **predicted, "error": rows}
-        return None if rows is None else {**case.as_data(), **predicted, **_slowest(rows), "ranks": rows}
+        return (
+            None
+            if rows is None
+            else {**case.as_data(), **predicted, **_slowest(rows), "flops": case.flops(), "ranks": rows}
+        )
 
     def _run(self, name: str, task: Callable[[Any], Any]) -> list[Any] | str | None:
         """What the ranks of the group found, or why they did not, or None if there was no time to ask."""
@@ -130,10 +137,22 @@ def run(request: "Request", place: Place) -> bool:
         if request.trace:
             bench.timeline()
     if request.training:
+        from nsa_launch.bench import training
+
         training.run(request, place, report)
     if any("error" not in row for row in report.data.get("cases", [])):
         pictures.draw_ways(report.data, request.out / "cp.png")
     return report.failed()
+
+
+def _predictor(request: "Request", place: Place, report: Report) -> "Predictor | None":
+    """The planner's word, where what it needs is installed. ValueError for a cluster description that is none."""
+    if find_spec("pydantic") is None:
+        report.leave_out("predictions", "the planner needs pydantic; pip install --editable '.[train]' installs it")
+        return None
+    from nsa_launch.bench.predicted import Predictor
+
+    return Predictor(request.cluster, place.num_ranks)
 
 
 def _judged(case: Case, rows: list[Row], on_gpu: bool) -> Row:
@@ -172,7 +191,7 @@ def _slowest(rows: list[Row]) -> Row:
 def _efficiency(row: Row, one: Row, alone: list[Row] | None) -> Row:
     """Two readings of one word: against the same share with nothing sent, and FLOPs a second and rank against one."""
     seconds = row["forward_s"] + row["backward_s"]
-    flops = [r["predicted"]["flops"] / (r["forward_s"] + r["backward_s"]) for r in (row, one)]
+    flops = [r["flops"] / (r["forward_s"] + r["backward_s"]) for r in (row, one)]
     found: Row = {"flops_efficiency": flops[0] / flops[1]}
     if alone:
         share_s = max(r["forward_s"] + r["backward_s"] - _made_up(r) for r in alone)

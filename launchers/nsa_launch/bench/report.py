@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nsa_dist.train.output import write_atomically
+from nsa_dist.train.atomic import write_atomically
 
 GIB = 2**30
 Row = dict[str, Any]

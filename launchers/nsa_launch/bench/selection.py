@@ -1,7 +1,7 @@
 """A choice of blocks that reaches a given union: what trained models choose is not known, so it is set.
 
 Every query keeps its forced blocks and draws the others, distinct, evenly over all allowed ones that it sees; allowed
-are the blocks of its rank and, for each kv head, remote blocks drawn beforehand: the fraction u of them.
+are the blocks of its rank and remote blocks drawn beforehand: the fraction u of them.
 
     blocks 0 .. 7, own 2 3 4 5, u = 0.5: allowed of the remote 0 1 6 7 are two that some query sees, here 0 and 1
     the query in block 5 with n = 4 takes 0, 4, 5, which are forced, and one of 1 2 3
@@ -39,34 +39,31 @@ def draw_selection(
     """For a plan over one document. The same on every call; a rank that sees less than u chooses all that it sees."""
     generator = torch.Generator(device).manual_seed(rank)
     local = _local_blocks(plan, rank).to(device)
-    remote = draw_remote(plan, cfg, rank, num_kv_heads, union_fraction).to(device)
+    allowed = local | draw_remote(plan, cfg, rank, union_fraction).to(device)
     tokens = plan.stream_positions(rank).to(device)
     own = torch.div(tokens, cfg.slc_block_len, rounding_mode="floor")
-    rows = [_draw_for_queries(own, local | allowed, cfg, generator) for allowed in remote]
-    block_indices = torch.stack(rows, 1)
+    block_indices = torch.stack([_draw_for_queries(own, allowed, cfg, generator) for _ in range(num_kv_heads)], 1)
     return Draw(block_indices, _union(block_indices, plan.num_blocks) & ~local, int((~local).sum()))
 
 
-def draw_remote(plan: ShardPlan, cfg: NSAConfig, rank: int, num_kv_heads: int, union_fraction: float) -> Tensor:
-    """bool [Hkv, num_blocks], on the CPU: of each head the remote blocks that the queries of `rank` may choose.
+def draw_remote(plan: ShardPlan, cfg: NSAConfig, rank: int, union_fraction: float) -> Tensor:
+    """bool [num_blocks], on the CPU: the remote blocks that the queries of `rank` may choose, for every head the same.
 
     What is forced, and others drawn evenly up to u of all remote blocks, as far as the rank sees them.
     """
     generator = torch.Generator().manual_seed(rank)
     remote = ~_local_blocks(plan, rank)
-    seen, forced = remote.clone(), torch.zeros_like(remote)
+    seen, chosen = remote.clone(), torch.zeros_like(remote)
     seen[plan.segments(rank)[-1].stop // plan.block_len :] = False
-    forced[: cfg.num_init_blocks] = True
+    chosen[: cfg.num_init_blocks] = True
     for segment in plan.segments(rank):
         first = segment.start // plan.block_len
-        forced[max(0, first - cfg.num_local_blocks + 1) : first] = True
-    forced &= seen
-    free = (seen & ~forced).nonzero().squeeze(1)
-    wanted = max(0, min(int(seen.sum()), round(union_fraction * int(remote.sum()))) - int(forced.sum()))
-    heads = forced.repeat(num_kv_heads, 1)
-    for head in heads:
-        head[free[torch.randperm(len(free), generator=generator)[:wanted]]] = True
-    return heads
+        chosen[max(0, first - cfg.num_local_blocks + 1) : first] = True
+    chosen &= seen
+    free = (seen & ~chosen).nonzero().squeeze(1)
+    wanted = min(int(seen.sum()), round(union_fraction * int(remote.sum()))) - int(chosen.sum())
+    chosen[free[torch.randperm(len(free), generator=generator)[: max(0, wanted)]]] = True
+    return chosen
 
 
 def with_selection(ops: Any, replaced: Callable[[Tensor], Tensor]) -> SimpleNamespace:

@@ -53,6 +53,6 @@ def _timeline(request: "Request", report: Report, device: torch.device) -> None:
     case = request.sizes.case(request.sizes.tokens[0], request.cp_size)
     row = measure_share(case, device, request.rank, request.repeats, keep_spans=True)
     path = request.out / "timeline.png"
-    title = f"One layer, rank {request.rank}, the others made up: {case.name}; {report.source}"
+    title = f"One layer, rank {request.rank}, the others made up: {case.name}\n{report.source}"
     timeline.draw(row["spans"], title, path)
     report.say(f"\nwrote {path}")

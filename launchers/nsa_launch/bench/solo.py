@@ -52,9 +52,8 @@ def measure_share(
 
 def synthetic_comm(case: Case, rank: int, device: torch.device) -> SyntheticComm:
     """The group of the case without its other ranks, who choose as this one does."""
-    plan, num_kv_heads = case.plan(), case.heads.num_kv_heads
-    others = range(case.cp_size)
-    wanted = [draw_remote(plan, case.cfg, other, num_kv_heads, case.union_fraction) for other in others]
+    plan = case.plan()
+    wanted = [draw_remote(plan, case.cfg, other, case.union_fraction) for other in range(case.cp_size)]
     return SyntheticComm(
         trace=new_trace(device), num_ranks=case.cp_size, own_rank=rank, bitmaps=torch.stack(wanted).to(device)
     )

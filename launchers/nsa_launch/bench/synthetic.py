@@ -6,10 +6,10 @@ real rank; the time on the wire is not there, what stands for it is a copy in de
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from nsa_dist.cp.comm import Comm
+from nsa_dist.cp.fetch import pack_bits
 
 MADE_UP = "made up"
 
@@ -18,14 +18,13 @@ MADE_UP = "made up"
 class SyntheticComm(Comm):
     """A `Comm` of `num_ranks` ranks of which only `own_rank` exists.
 
-    Others' data are copies of the rank's own, but for their bitmaps, which are given: bool [P, Hkv, num_blocks], row
-    r being what rank r would ask for.
+    Others' data are copies of the rank's own, but for their bitmaps, which are given: bool [P, num_blocks], row r
+    being what rank r would ask for, for every kv head.
     """
 
     num_ranks: int = 1
     own_rank: int = 0
     bitmaps: Tensor | None = field(default=None, repr=False)
-    heads_asked: list[int] = field(default_factory=lambda: [0], repr=False)  # heads come some at a time, in turn
 
     @property
     def size(self) -> int:
@@ -53,15 +52,9 @@ class SyntheticComm(Comm):
             _repeat_into(out, x)
 
     def _packed_bitmaps(self, own: Tensor) -> Tensor:
-        """uint8 [P, h, bytes] for h heads, eight blocks to the byte as `nsa_dist.cp.fetch` packs them."""
+        """uint8 [P, h, bytes] for the h heads of `own`."""
         assert self.bitmaps is not None
-        heads, width = own.shape
-        first = self.heads_asked[0] % self.bitmaps.shape[1]
-        self.heads_asked[0] = first + heads
-        bitmaps = self.bitmaps[:, first : first + heads]
-        bits = torch.nn.functional.pad(bitmaps, (0, 8 * width - bitmaps.shape[2]))
-        shifts = torch.arange(8, device=own.device, dtype=torch.uint8)
-        packed = (bits.unflatten(2, (width, 8)).to(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
+        packed = pack_bits(self.bitmaps)[:, None].repeat(1, own.shape[0], 1)
         packed[self.rank] = own
         return packed
 

@@ -27,7 +27,7 @@ def draw(spans: Sequence[Span], title: str, path: Path) -> None:
     patches = [Patch(color=_COLOURS.get(kind, _OTHER), label=kind) for kind in kinds]
     patches.append(Patch(facecolor="white", edgecolor="#b00020", hatch="////", label="waiting"))
     figure.legend(handles=patches, loc="outside lower center", ncol=len(patches), frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
 
 
