@@ -5,7 +5,9 @@
     dw1    = vec(x[block i])^T dpre + pos_emb (x) sum_i dpre                  dpos_emb = w1 sum_i dpre
     dx[r]  = sum over blocks i that cover row r of dpre[i] @ w1[r - start_i]^T
 
-So neither x + pos_emb nor its blocks are ever written out: the position embedding is one bias row per head.
+So neither x + pos_emb nor its blocks are ever written out: the position embedding is one more row of the first
+product, whose result is the bias of the others. The sum over l * D is cut into PARTS, added up in order, so that few
+blocks fill a GPU too.
 The rows of x that share an offset o in their blocks are one product [blocks, F] @ [F, D]; a row belongs to the last
 block that starts at or before it, and earlier blocks that cover it too are products with a later slice of w1. Where
 starts are d apart, that is l / d products for each of d offsets.
@@ -23,6 +25,8 @@ from torch import Tensor
 
 FAR = tl.constexpr(2**31 - 1)
 
+PARTS = 4  # of the sum over l * D; a constant, so that the bits of a block's y do not depend on how many there are
+
 
 @triton.jit
 def _gelu_parts(x):
@@ -33,53 +37,69 @@ def _gelu_parts(x):
 
 
 @triton.jit
-def _hidden_kernel(
-    x_ptr, block_rows_ptr, w1_ptr, bias_ptr,
-    pre_ptr, hidden_ptr,
-    num_blocks, block_len, width, stride_xt, stride_xh,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+def _first_product_kernel(
+    x_ptr, block_rows_ptr, pos_emb_ptr, w1_ptr,
+    parts_ptr,
+    num_blocks, block_len, width, num_heads, stride_xt, stride_xh,
+    PARTS: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """pre and hidden of BLOCK_M blocks and BLOCK_F hidden values of one head."""
-    head = tl.program_id(2).to(tl.int64)
+    """One part of vec(block) @ w1 of BLOCK_M blocks and BLOCK_F hidden values of one head; block M is pos_emb."""
+    head = (tl.program_id(2) % num_heads).to(tl.int64)
+    part = tl.program_id(2) // num_heads
     block = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     start = tl.load(block_rows_ptr + tl.minimum(block, num_blocks - 1)).to(tl.int64)
-    x_rows = x_ptr + head * stride_xh + start[:, None] * stride_xt
+    rows = tl.where(
+        block < num_blocks, x_ptr + head * stride_xh + start * stride_xt, pos_emb_ptr + head * block_len * D
+    )
+    stride = tl.where(block < num_blocks, tl.cast(stride_xt, tl.int64), D)[:, None]
     w1_head = w1_ptr + head * block_len * D * width
     inside = (f < width)[None, :]
     k = tl.arange(0, BLOCK_K)
+    part_len = tl.cdiv(block_len * D, PARTS * BLOCK_K) * BLOCK_K
     acc = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
-    for first in tl.range(0, block_len * D, BLOCK_K):
-        x = tl.load(x_rows + first // D * tl.cast(stride_xt, tl.int64) + (first % D + k)[None, :])  # [BLOCK_M, BLOCK_K]
+    for first in tl.range(part * part_len, tl.minimum((part + 1) * part_len, block_len * D), BLOCK_K):
+        x = tl.load(rows[:, None] + first // D * stride + (first % D + k)[None, :])  # [BLOCK_M, BLOCK_K]
         w1 = tl.load(w1_head + (first + k)[:, None] * width + f[None, :], mask=inside, other=0.0)
         acc = tl.dot(x, w1, acc, input_precision=PRECISION)
-    pre = acc + tl.load(bias_ptr + head * width + f, mask=f < width, other=0.0)[None, :]
-    gate, _ = _gelu_parts(pre)
-    place = (head * num_blocks + block)[:, None] * width + f[None, :]
-    mask = (block < num_blocks)[:, None] & inside
-    tl.store(pre_ptr + place, pre, mask=mask)
-    tl.store(hidden_ptr + place, (pre * gate).to(hidden_ptr.dtype.element_ty), mask=mask)
+    place = ((part * num_heads + head) * (num_blocks + 1) + block)[:, None] * width + f[None, :]
+    tl.store(parts_ptr + place, acc, mask=(block <= num_blocks)[:, None] & inside)
 
 
 @triton.jit
-def _output_kernel(
-    hidden_ptr, w2_ptr,
-    y_ptr,
+def _second_product_kernel(
+    parts_ptr, w2_ptr,
+    pre_ptr, hidden_ptr, y_ptr,
     num_blocks, width,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y of BLOCK_M blocks and BLOCK_D dims of one head."""
+    """pre and hidden of BLOCK_M blocks of one head, from the parts, and BLOCK_D dims of y."""
     head = tl.program_id(2).to(tl.int64)
+    num_heads = tl.num_programs(2)
     block = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     dim = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    hidden_rows = hidden_ptr + (head * num_blocks + tl.minimum(block, num_blocks - 1))[:, None] * width
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for first in tl.range(0, width, BLOCK_F):
         f = first + tl.arange(0, BLOCK_F)
-        hidden = tl.load(hidden_rows + f[None, :], mask=(f < width)[None, :], other=0.0)
+        mask = (block < num_blocks)[:, None] & (f < width)[None, :]
+        pre = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+        bias = tl.zeros([BLOCK_F], tl.float32)
+        for part in tl.static_range(PARTS):
+            parts = parts_ptr + (part * num_heads + head) * (num_blocks + 1) * width + f
+            pre += tl.load(parts[None, :] + block[:, None] * width, mask=mask, other=0.0)
+            bias += tl.load(parts + num_blocks * width, mask=f < width, other=0.0)
+        pre += bias[None, :]
+        gate, _ = _gelu_parts(pre)
+        hidden = (pre * gate).to(hidden_ptr.dtype.element_ty)
+        if tl.program_id(1) == 0:
+            place = (head * num_blocks + block)[:, None] * width + f[None, :]
+            tl.store(pre_ptr + place, pre, mask=mask)
+            tl.store(hidden_ptr + place, hidden, mask=mask)
         w2 = tl.load(w2_ptr + (head * width + f)[:, None] * D + dim[None, :], mask=(f < width)[:, None], other=0.0)
         acc = tl.dot(hidden, w2, acc, input_precision=PRECISION)
-    y = y_ptr + (block * tl.num_programs(2) + head)[:, None] * D + dim[None, :]
+    y = y_ptr + (block.to(tl.int64) * num_heads + head)[:, None] * D + dim[None, :]
     tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=(block < num_blocks)[:, None])
 
 
@@ -113,13 +133,17 @@ def _grad_pre_kernel(
 
 @triton.jit
 def _grad_w1_kernel(
-    x_ptr, block_rows_ptr, grad_pre_ptr, pos_emb_ptr, total_ptr,
-    grad_w1_ptr,
-    num_blocks, block_len, width, stride_xt, stride_xh,
+    x_ptr, block_rows_ptr, grad_pre_ptr, pos_emb_ptr, partial_ptr, w1_ptr,
+    grad_w1_ptr, grad_pos_emb_ptr,
+    num_blocks, num_partials, block_len, width, stride_xt, stride_xh,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dw1 of BLOCK_K inputs (one offset in the block, BLOCK_K dims) and BLOCK_F hidden values of one head."""
+    """dw1 of BLOCK_K inputs (one offset in the block, BLOCK_K dims) and BLOCK_F hidden values of one head.
+
+    The programs of the first hidden values take dpos_emb of their inputs too.
+    """
     head = tl.program_id(2).to(tl.int64)
+    num_heads = tl.num_programs(2)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     offset = tl.program_id(0) * BLOCK_K // D
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -133,10 +157,44 @@ def _grad_w1_kernel(
         grad_pre = grad_pre_ptr + (head * num_blocks + block)[:, None] * width + f[None, :]
         grad_pre = tl.load(grad_pre, mask=(block < num_blocks)[:, None] & inside, other=0.0)
         acc = tl.dot(x, grad_pre, acc, input_precision=PRECISION)
-    place = (head * block_len * D + k)[:, None]
-    total = tl.load(total_ptr + head * width + f, mask=f < width, other=0.0)
-    acc += tl.load(pos_emb_ptr + place).to(tl.float32) * total[None, :]
-    tl.store(grad_w1_ptr + place * width + f[None, :], acc.to(grad_w1_ptr.dtype.element_ty), mask=inside)
+    place = head * block_len * D + k
+    total = _total(partial_ptr, f, head, num_heads, num_partials, width)
+    acc += tl.load(pos_emb_ptr + place).to(tl.float32)[:, None] * total[None, :]
+    tl.store(grad_w1_ptr + place[:, None] * width + f[None, :], acc.to(grad_w1_ptr.dtype.element_ty), mask=inside)
+    if tl.program_id(1) == 0:
+        grad_pos_emb = tl.zeros([BLOCK_K], tl.float32)
+        for first in tl.range(0, width, BLOCK_F):
+            f = first + tl.arange(0, BLOCK_F)
+            total = _total(partial_ptr, f, head, num_heads, num_partials, width)
+            w1 = tl.load(w1_ptr + place[:, None] * width + f[None, :], mask=(f < width)[None, :], other=0.0)
+            grad_pos_emb += tl.sum(w1.to(tl.float32) * total[None, :], 1)
+        tl.store(grad_pos_emb_ptr + place, grad_pos_emb.to(grad_pos_emb_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _total(partial_ptr, f, head, num_heads, num_partials, width):
+    """The sum of dpre over all blocks, of the hidden values f of one head."""
+    total = tl.zeros(f.shape, tl.float32)
+    for first in tl.range(0, num_partials, 32):
+        tile = first + tl.arange(0, 32)[:, None]
+        partial = partial_ptr + (tile * num_heads + head) * width + f[None, :]
+        total += tl.sum(tl.load(partial, mask=(tile < num_partials) & (f < width)[None, :], other=0.0), 0)
+    return total
+
+
+@triton.jit
+def _sort_kernel(block_rows_ptr, start_ptr, order_ptr, num_blocks, BLOCK: tl.constexpr):
+    """starts = sorted(block_rows), order the blocks they come from: a block's place is how many go before it."""
+    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.load(block_rows_ptr + block, mask=block < num_blocks, other=0).to(tl.int32)
+    place = tl.zeros([BLOCK], tl.int32)
+    for first in tl.range(0, num_blocks, BLOCK):
+        other = first + tl.arange(0, BLOCK)
+        other_start = tl.load(block_rows_ptr + other, mask=other < num_blocks, other=FAR).to(tl.int32)
+        before = (other_start[None, :] == start[:, None]) & (other[None, :] < block[:, None])
+        place += tl.sum(((other_start[None, :] < start[:, None]) | before).to(tl.int32), 1)
+    tl.store(start_ptr + place, start, mask=block < num_blocks)
+    tl.store(order_ptr + place, block, mask=block < num_blocks)
 
 
 @triton.jit
@@ -201,7 +259,6 @@ def mlp_forward(
     """y [M, Hkv, D], pre fp32 [Hkv, M, F], hidden [Hkv, M, F]; the parameters contiguous, in the dtype of x."""
     num_heads, head_dim = x.shape[1:]
     num_blocks, width = block_rows.shape[0], w1.shape[2]
-    bias = torch.bmm(pos_emb.float().flatten(1)[:, None], w1.float())[:, 0]  # [Hkv, F]
     pre = x.new_empty(num_heads, num_blocks, width, dtype=torch.float32)
     hidden = x.new_empty(num_heads, num_blocks, width)
     y = x.new_empty(num_blocks, num_heads, head_dim)
@@ -210,18 +267,20 @@ def mlp_forward(
     tile = _tile(x.dtype)
     block_d = _power_of_2_part(head_dim, 64)
     block_f = _width_tile(width)
-    row_tiles = triton.cdiv(num_blocks, tile["BLOCK_M"])
-    _hidden_kernel[(row_tiles, triton.cdiv(width, block_f), num_heads)](
-        x, block_rows, w1, bias,
-        pre, hidden,
-        num_blocks, pos_emb.shape[1], width, *x.stride()[:2],
-        D=head_dim, BLOCK_F=block_f, BLOCK_K=block_d, **tile,
+    parts = x.new_empty(PARTS, num_heads, num_blocks + 1, width, dtype=torch.float32)
+    _first_product_kernel[
+        (triton.cdiv(num_blocks + 1, tile["BLOCK_M"]), triton.cdiv(width, block_f), num_heads * PARTS)
+    ](
+        x, block_rows, pos_emb, w1,
+        parts,
+        num_blocks, pos_emb.shape[1], width, num_heads, *x.stride()[:2],
+        PARTS=PARTS, D=head_dim, BLOCK_F=block_f, BLOCK_K=block_d, **tile,
     )  # fmt: skip
-    _output_kernel[(row_tiles, head_dim // block_d, num_heads)](
-        hidden, w2,
-        y,
+    _second_product_kernel[(triton.cdiv(num_blocks, tile["BLOCK_M"]), head_dim // block_d, num_heads)](
+        parts, w2,
+        pre, hidden, y,
         num_blocks, width,
-        D=head_dim, BLOCK_D=block_d, BLOCK_F=min(block_f, 64), **tile,
+        PARTS=PARTS, D=head_dim, BLOCK_D=block_d, BLOCK_F=min(block_f, 32), **{**tile, "num_stages": 1},
     )  # fmt: skip
     return y, pre, hidden
 
@@ -247,18 +306,16 @@ def mlp_backward(
         D=head_dim, BLOCK_F=min(block_f, 64), BLOCK_D=block_d, **tile,
     )  # fmt: skip
     grad_w2 = torch.bmm(hidden.transpose(1, 2), grad_y.transpose(0, 1))
-    total = partial.sum(0)  # [Hkv, F]
-    grad_pos_emb = torch.bmm(w1.float(), total[..., None]).to(pos_emb.dtype).view_as(pos_emb)
-
-    grad_w1 = torch.empty_like(w1)
+    grad_w1, grad_pos_emb = torch.empty_like(w1), torch.empty_like(pos_emb)
     _grad_w1_kernel[(block_len * head_dim // block_d, triton.cdiv(width, block_f), num_heads)](
-        x, block_rows, grad_pre, pos_emb, total,
-        grad_w1,
-        num_blocks, block_len, width, *x.stride()[:2],
+        x, block_rows, grad_pre, pos_emb, partial, w1,
+        grad_w1, grad_pos_emb,
+        num_blocks, row_tiles, block_len, width, *x.stride()[:2],
         D=head_dim, BLOCK_F=block_f, BLOCK_K=block_d, **tile,
     )  # fmt: skip
 
-    starts, order = torch.sort(block_rows)
+    starts, order = block_rows.new_empty(2, num_blocks, dtype=torch.int32)
+    _sort_kernel[(triton.cdiv(num_blocks, 64),)](block_rows, starts, order, num_blocks, BLOCK=64)
     grad_x = x.new_zeros(x.shape)  # rows that no block covers stay 0
     _grad_x_kernel[(row_tiles, block_len, num_heads * head_dim // block_d)](
         grad_pre, w1, starts, order,
