@@ -4,7 +4,8 @@
     out[t, h]  = sum_i softmax(s[t, h])[i] * v[i, h // G]        softmax_lse[t, h] = log sum_i exp(s[t, h, i])
 
 A tile is BLOCK_M *rows* of one key-value head; row r is query r // G and head r % G of the group, so that every G
-fills a tile: 128 rows are 8 queries of 16 heads, or 128 queries of one head.
+fills a tile: 128 rows are 8 queries of 16 heads, or 128 queries of one head. On Hopper GPUs `hopper_forward` takes the
+usual sizes.
 
 Shapes      T = query tokens here, M = compressed blocks of the whole sequence, G = Hq // Hkv
     q       [T, Hq, Dk]      bf16, fp16 or fp32; strides over T and Hq in whole 16 bytes (else copied)
@@ -25,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nsa_kernels import hopper_forward
 from nsa_kernels.cmp_backward import compressed_attention_backward
 from nsa_kernels.cmp_tiles import (
     check_attention_inputs,
@@ -35,6 +37,7 @@ from nsa_kernels.cmp_tiles import (
     split_head_dim,
 )
 from nsa_kernels.deltas import row_deltas
+from nsa_kernels.hopper import hopper_takes
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -114,29 +117,37 @@ def _forward_tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
+def _attend(q, k, v, begin, end, out, lse, softmax_scale) -> None:
+    num_queries, num_q_heads, head_dim = q.shape
+    num_keys, num_kv_heads = k.shape[:2]
+    group = num_q_heads // num_kv_heads
+    dim_a, dim_b = split_head_dim(head_dim)
+    tile = _forward_tile(max(head_dim, v.shape[2]), q.dtype)
+    _forward_kernel[(triton.cdiv(num_queries * group, tile["BLOCK_M"]) * num_kv_heads,)](
+        q, *kv_descriptors(k, v, tile["BLOCK_N"]), begin, end,
+        out, lse,
+        num_queries * group, num_keys, num_kv_heads, softmax_scale,
+        *q.stride()[:2],
+        G=group, DK_A=dim_a, DK_B=dim_b, DV=v.shape[2], PRECISION=dot_precision(q.dtype), **tile,
+    )  # fmt: skip
+
+
 class _CompressedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, begin, end, softmax_scale):
         q, k, v = (copyable_by_tma(x) for x in (q, k, v))
         num_queries, num_q_heads, head_dim = q.shape
-        num_keys, num_kv_heads = k.shape[:2]
         out = q.new_empty(num_queries, num_q_heads, v.shape[2])
         lse = q.new_empty(num_queries, num_q_heads, dtype=torch.float32)
         ctx.softmax_scale = softmax_scale
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, begin, end, out, lse)
-        if num_keys == 0 or num_queries == 0:
+        if k.shape[0] == 0 or num_queries == 0:
             return out.zero_(), lse.fill_(float("-inf"))
-        tile = _forward_tile(max(head_dim, v.shape[2]), q.dtype)
-        group = num_q_heads // num_kv_heads
-        _forward_kernel[(triton.cdiv(num_queries * group, tile["BLOCK_M"]) * num_kv_heads,)](
-            q, *kv_descriptors(k, v, tile["BLOCK_N"]), begin, end,
-            out, lse,
-            num_queries * group, num_keys, num_kv_heads, softmax_scale,
-            *q.stride()[:2],
-            G=group, DK_A=split_head_dim(head_dim)[0], DK_B=split_head_dim(head_dim)[1], DV=v.shape[2],
-            PRECISION=dot_precision(q.dtype), **tile,
-        )  # fmt: skip
+        if hopper_takes(q, k) and head_dim == v.shape[2]:
+            hopper_forward.attend(q, k, v, begin, end, out, lse, softmax_scale)
+        else:
+            _attend(q, k, v, begin, end, out, lse, softmax_scale)
         return out, lse
 
     @staticmethod

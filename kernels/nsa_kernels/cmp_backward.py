@@ -17,10 +17,12 @@ Source      Dao 2023, arXiv:2307.08691, section 3.1
 import torch
 from torch import Tensor
 
+from nsa_kernels import hopper_grad_kv
 from nsa_kernels.cmp_grad_kv import grad_kv
 from nsa_kernels.cmp_grad_q import grad_q
 from nsa_kernels.cmp_statistics import row_statistics
 from nsa_kernels.cmp_tiles import check_attention_inputs, check_gradients, copyable_by_tma
+from nsa_kernels.hopper import hopper_takes
 
 
 @torch.no_grad()
@@ -51,5 +53,7 @@ def compressed_attention_backward(
     q, k, v, grad_out = (copyable_by_tma(x) for x in (q, k, v, grad_out))
     begin, end = begin.contiguous(), end.contiguous()
     statistics = row_statistics(softmax_lse, delta, gate, begin, end, k.shape[1])
-    dk, dv = grad_kv(q, k, v, begin, end, statistics, grad_out, softmax_scale)
-    return grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale), dk, dv
+    arguments = (q, k, v, begin, end, statistics, grad_out, softmax_scale)
+    on_hopper = hopper_takes(q, k) and q.shape[2] == v.shape[2]
+    dk, dv = hopper_grad_kv.grad_kv(*arguments) if on_hopper else grad_kv(*arguments)
+    return grad_q(*arguments), dk, dv

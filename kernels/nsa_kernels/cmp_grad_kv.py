@@ -2,9 +2,7 @@
 
     P_g = gate * P        dV = P_g^T dO        dK = scale * (P_g * (dO V^T - delta))^T Q
 
-There are T / 16 keys and G heads to a key-value head, so a key tile is seen by many rows and there are few key tiles:
-the rows of each are cut into `num_splits` equal parts, whose partial dK, dV [num_splits, M, Hkv, D] are fp32 and are
-added up in order, so two runs give the same bits.
+Each program takes one part of its keys' rows; see `cmp_parts`.
 """
 
 import torch
@@ -12,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.cmp_parts import num_splits, sum_parts, tile_ranges
 from nsa_kernels.cmp_statistics import load_statistics
 from nsa_kernels.cmp_tiles import dot_precision, row_offsets, split_head_dim, tile_descriptor
 
@@ -23,7 +22,7 @@ def _grad_kv_kernel(
     q_ptr, q_a_desc, q_b_desc, k_ptr, v_ptr, begin_ptr, end_ptr, statistics_ptr, grad_out_ptr, grad_out_desc,
     tile_range_ptr,
     grad_k_ptr, grad_v_ptr,
-    num_rows, num_keys, num_heads_kv, num_key_tiles, softmax_scale,
+    num_padded_rows, num_keys, num_heads_kv, num_key_tiles, softmax_scale,
     stride_qt, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_gt, stride_gh,
     NUM_SPLITS: tl.constexpr, BY_TMA: tl.constexpr,
     G: tl.constexpr, DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr,
@@ -76,7 +75,7 @@ def _grad_kv_kernel(
                 q_b = tl.load(q_rows + dim_b)
             s = tl.dot(k_b, tl.trans(q_b), s, input_precision=PRECISION)
         grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
-        base, delta, gate = load_statistics(statistics_ptr, row_in, head, num_rows, num_heads_kv)
+        base, delta, gate = load_statistics(statistics_ptr, row_in, head, num_padded_rows, num_heads_kv)
         p = tl.exp2(tl.fma(s, scale, -base[None, :])) * gate[None, :]
         if (start < full_from) | (start + BLOCK_M > tl.minimum(full_to, seen_to)):
             begin = tl.load(begin_ptr + row_in // G)[None, :]
@@ -110,28 +109,6 @@ def _tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
-def tile_ranges(begin: Tensor, end: Tensor, num_keys: int, block_n: int) -> Tensor:
-    """Which queries see each key tile: int32 [4, tiles], rows seen_from, seen_to, full_from, full_to.
-
-    Queries [seen_from, seen_to) see some key of the tile, [full_from, full_to) all of them. For 4 queries with
-    begin = 0, end = 0, 1, 2, 3 and tiles of 2 keys, three keys in all: 1, 4, 2, 4 and 3, 4, 3, 4.
-    """
-    tile_begin = torch.arange(0, num_keys, block_n, dtype=torch.int32, device=begin.device)
-    tile_end = (tile_begin + block_n).clamp(max=num_keys)
-    ranges = (
-        torch.searchsorted(end, tile_begin, right=True, out_int32=True),
-        torch.searchsorted(begin, tile_end, out_int32=True),
-        torch.searchsorted(end, tile_end, out_int32=True),
-        torch.searchsorted(begin, tile_begin, right=True, out_int32=True),
-    )
-    return torch.stack(ranges)
-
-
-def _num_splits(num_items: int) -> int:
-    """Parts per key tile: at least four work items for each of 132 multiprocessors, but 16 parts at most."""
-    return max(1, min(16, triton.next_power_of_2(triton.cdiv(4 * 132, num_items))))
-
-
 def grad_kv(q, k, v, begin, end, statistics, grad_out, softmax_scale) -> tuple[Tensor, Tensor]:
     """dK [M, Hkv, Dk] and dV [M, Hkv, Dv] in the dtypes of k and v."""
     num_q_heads, head_dim = q.shape[1:]
@@ -140,20 +117,20 @@ def grad_kv(q, k, v, begin, end, statistics, grad_out, softmax_scale) -> tuple[T
     dim_a, dim_b = split_head_dim(head_dim)
     tile = _tile(max(head_dim, v.shape[2]), q.dtype)
     num_key_tiles = triton.cdiv(num_keys, tile["BLOCK_N"])
-    num_splits = _num_splits(num_key_tiles * num_kv_heads)
-    grad_k = torch.empty(num_splits, *k.shape, dtype=torch.float32, device=k.device)
-    grad_v = torch.empty(num_splits, *v.shape, dtype=torch.float32, device=v.device)
+    splits = num_splits(num_key_tiles * num_kv_heads)
+    grad_k = torch.empty(splits, *k.shape, dtype=torch.float32, device=k.device)
+    grad_v = torch.empty(splits, *v.shape, dtype=torch.float32, device=v.device)
     # A group that does not divide the tile straddles it: its rows are then loaded through pointers.
     by_tma = tile["BLOCK_M"] % group == 0
     rows, heads = (tile["BLOCK_M"] // group, group) if by_tma else (tile["BLOCK_M"], 1)
-    _grad_kv_kernel[(num_key_tiles * num_kv_heads * num_splits,)](
+    _grad_kv_kernel[(num_key_tiles * num_kv_heads * splits,)](
         q, tile_descriptor(q, rows, heads, dim_a), tile_descriptor(q, rows, heads, dim_b or dim_a),
         k, v, begin, end, statistics, grad_out, tile_descriptor(grad_out, rows, heads, v.shape[2]),
         tile_ranges(begin, end, num_keys, tile["BLOCK_N"]),
         grad_k, grad_v,
-        q.shape[0] * group, num_keys, num_kv_heads, num_key_tiles, softmax_scale,
+        statistics.shape[2], num_keys, num_kv_heads, num_key_tiles, softmax_scale,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad_out.stride()[:2],
-        NUM_SPLITS=num_splits, BY_TMA=by_tma,
+        NUM_SPLITS=splits, BY_TMA=by_tma,
         G=group, DK_A=dim_a, DK_B=dim_b, DV=v.shape[2], PRECISION=dot_precision(q.dtype), **tile,
     )  # fmt: skip
-    return grad_k.sum(0).to(k.dtype), grad_v.sum(0).to(v.dtype)
+    return sum_parts(grad_k, grad_v, k.dtype)

@@ -18,7 +18,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def _grad_q_kernel(
     q_ptr, k_a_desc, k_b_desc, v_desc, begin_ptr, end_ptr, statistics_ptr, grad_out_ptr,
     grad_q_ptr,
-    num_rows, num_keys, num_heads_kv, softmax_scale,
+    num_rows, num_padded_rows, num_keys, num_heads_kv, softmax_scale,
     stride_qt, stride_qh, stride_gt, stride_gh,
     G: tl.constexpr, DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -45,7 +45,7 @@ def _grad_q_kernel(
         q_b = tl.load(q_rows + dim_b)
         grad_q_b = tl.zeros([BLOCK_M, DK_B], tl.float32)
     grad_out = tl.load(grad_out_ptr + row_offsets(row, head, stride_gt, stride_gh, G)[:, None] + dim_v)
-    base, delta, gate = load_statistics(statistics_ptr, row, head, num_rows, num_heads_kv)
+    base, delta, gate = load_statistics(statistics_ptr, row, head, num_padded_rows, num_heads_kv)
 
     scale = softmax_scale * LOG2_E
     for start in tl.range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
@@ -96,7 +96,7 @@ def grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale) -> Tensor:
     _grad_q_kernel[(triton.cdiv(num_queries * group, tile["BLOCK_M"]) * num_kv_heads,)](
         q, *kv_descriptors(k, v, tile["BLOCK_N"]), begin, end, statistics, grad_out,
         result,
-        num_queries * group, num_keys, num_kv_heads, softmax_scale,
+        num_queries * group, statistics.shape[2], num_keys, num_kv_heads, softmax_scale,
         *q.stride()[:2], *grad_out.stride()[:2],
         G=group, DK_A=dim_a, DK_B=dim_b, DV=v.shape[2], PRECISION=dot_precision(q.dtype), **tile,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from kernels.plain import interval_attention
 from nsa_kernels import reference
 from nsa_kernels.cmp_attention import compressed_attention
 from nsa_kernels.cmp_backward import compressed_attention_backward
-from nsa_kernels.cmp_grad_kv import tile_ranges
+from nsa_kernels.cmp_parts import tile_ranges
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 # dP - dO . O is nothing but rounding where one key has all the weight: that of fp32 sums over a head dim.
@@ -91,6 +91,14 @@ def test_backward_of_a_gated_sum(group, num_kv_heads, dims, device):
     exact = gated_gradients(reference.compressed_attention, tensors, p.begin, p.end, grad_out, gate, torch.float64)
     for name, a, b, e in zip(NAMES[2:], actual, plain, exact, strict=True):
         assert_twice(name, a, b, e, FLOOR)
+
+
+@pytest.mark.parametrize(("group", "num_kv_heads"), [(1, 2), (4, 1), (16, 1)])
+def test_documents_of_several_tiles_of_keys(group, num_kv_heads, device):
+    """Head dim 64: on a Hopper GPU the Gluon kernels, whose tiles of 128 keys begin inside a document."""
+    p = pack([300, 20, 150], block_len=8, stride=2)
+    assert p.num_blocks > 2 * 100
+    check(inputs(len(p.begin), p.num_blocks, group, num_kv_heads, (64, 64), torch.bfloat16, device), p.begin, p.end)
 
 
 @pytest.mark.parametrize("group", [16, 64])

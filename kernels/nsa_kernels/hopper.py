@@ -1,0 +1,45 @@
+"""What the Gluon kernels for Hopper share: barriers, tiles for the copy engine, and when they can be used."""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
+@gluon.jit
+def ceil_div(a, b):
+    return (a + b - 1) // b
+
+
+@gluon.jit
+def new_barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Barriers [NUMBER], each of which completes its phase after ARRIVALS."""
+    barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUMBER):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+def descriptor(x: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    """Tiles of `x` in the layout of tensor cores; what lies past its end reads as 0 and is not written."""
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[x.dtype])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block), layout)
+
+
+def hopper_takes(q: Tensor, k: Tensor) -> bool:
+    """A Hopper GPU, 16-bit inputs, Dk of 64 or 128, and whole groups in the 64 rows of four warps."""
+    return (
+        q.is_cuda
+        and torch.cuda.get_device_capability(q.device)[0] == 9
+        and q.element_size() == 2
+        and q.shape[2] in (64, 128)
+        and 64 % (q.shape[1] // k.shape[1]) == 0
+    )
+
+
+def num_multiprocessors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
