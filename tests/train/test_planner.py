@@ -11,7 +11,7 @@ import yaml
 
 from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.train.config import ModelSection, NSASection, ParallelSection, RunSection, TrainConfig
-from nsa_dist.train.planner import core_memory, memory
+from nsa_dist.train.planner import memory
 from nsa_dist.train.planner.cluster import Cluster, load_cluster
 from nsa_dist.train.planner.knobs import turn_knobs
 from nsa_dist.train.planner.measured import with_bench
@@ -152,20 +152,6 @@ def test_saved_tensors_are_those_of_a_built_model(built, name):
     assert built[name]["saved"] == expected + norms * more * tokens * config.model.hidden_size
 
 
-# Peak of one attention layer, forward and backward, over its inputs, output and their gradients, GiB: bf16, D 128,
-# `python kernels/bench/run.py --preset targets` on one NVIDIA H200.
-MEASURED_PEAKS = {(65536, 64, 4): 7.27, (65536, 32, 8): 3.50, (65536, 16, 16): 3.27, (8192, 64, 4): 2.26}
-
-
-@pytest.mark.parametrize("case", MEASURED_PEAKS, ids=str)
-def test_peak_of_the_attention_is_that_measured_on_a_gpu(case):
-    tokens, num_q_heads, num_kv_heads = case
-    model = ModelSection(num_attention_heads=num_q_heads, num_query_groups=num_kv_heads, head_dim=128)
-    run = RunSection(output_dir="unused", sequence_length=tokens, dtype="bf16")
-    shape = Shape.of(TrainConfig(run=run, model=model), 1, "zigzag")
-    assert core_memory.core_peak_bytes(shape.core) / GIB == pytest.approx(MEASURED_PEAKS[case], rel=0.1)
-
-
 # --- Properties -----------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +206,8 @@ def test_kept_pages_are_sent_once_and_held_longer():
 def test_a_page_budget_bounds_pages_and_costs_rounds():
     plan = make_plan(long_config(), cluster(), Options(fetch=FetchOptions(kv_fetch_budget_bytes=GIB // 2)), [8])
     judged, free = plan.best.judged, long_plan().best.judged
-    assert judged.memory_bytes["pages"] == 3 * GIB // 2  # the pages, and their gradients twice as wide
+    # Three rounds of half the budget: in use, on their way, packed for others; and gradients twice as wide as often.
+    assert judged.memory_bytes["pages"] == 3 * GIB // 4 * 3
     assert free.time.compute_s["merge"] == 0 < judged.time.compute_s["merge"]
 
 

@@ -113,31 +113,32 @@ class _GatheredAttention(torch.autograd.Function):
         call: _Call = ctx.call
         ops, layout, comm, scale = call.ops, call.layout, call.comm, {"softmax_scale": call.scale}
         q, gates, *kv, ids, lse_cmp, lse_slc, lse_win, out_cmp, out_slc, out_win = ctx.saved_tensors
-        with comm.computing("combine", "combine"):
+        ctx.maybe_clear_saved_tensors()  # the branches' results are freed at once, as `nsa_dist.branches` does
+        with comm.computing("delta", "delta"):
             deltas = ops.gate_deltas(grad_out, out_cmp, out_slc, out_win)
+        del out_cmp, out_slc, out_win
         gate, delta = gates.unbind(-1), deltas.unbind(-1)
         rows = [call.gather(x) for x in kv[4:]]
         with comm.computing("win", "win"):
-            dq, dk, dv = ops.window_attention_backward(
+            dq_win, dk, dv = ops.window_attention_backward(
                 grad_out, gate[2], delta[2], lse_win, q, *rows, layout.win_begin, layout.win_end, **scale
             )
+        del rows
         grads_win = [call.scatter(dk), call.scatter(dv)]
-        del dk, dv, rows
-        dq = dq.to(accumulated(dq))
+        del dk, dv
         rows = [call.gather(x) for x in kv[2:4]]
         with comm.computing("slc", "slc"):
-            more, dk, dv, *_ = ops.selected_attention_backward(
+            dq_slc, dk, dv, *_ = ops.selected_attention_backward(
                 grad_out, gate[1], delta[1], lse_slc, q, *rows, ids, call.table, layout.position,
                 slc_block_len=call.cfg.slc_block_len, **scale,
             )  # fmt: skip
-        dq += more
-        del more, rows
+        del rows
         grads_slc = [call.scatter(dk), call.scatter(dv)]
         del dk, dv
-        more, grads_cmp, grads_phi = _compressed_backward(call, q, kv[:2], grad_out, gate[0], delta[0], lse_cmp)
-        dq += more
+        dq, grads_cmp, grads_phi = _compressed_backward(call, q, kv[:2], grad_out, gate[0], delta[0], lse_cmp)
+        dq = ops.sum_branches(dq, dq_slc, dq_win)
         grads = [g.to(x.dtype) for g, x in zip([*grads_cmp, *grads_slc, *grads_win], kv, strict=True)]
-        return None, dq.to(q.dtype), deltas.to(gates.dtype), *grads, *grads_phi
+        return None, dq, deltas.to(gates.dtype), *grads, *grads_phi
 
 
 def _compressed_backward(call: _Call, q, kv, grad_out, gate, delta, lse) -> tuple[Tensor, list[Tensor], list[Tensor]]:

@@ -5,17 +5,17 @@ layers save it (RMSNorm fused, as on a GPU). What lives only while one layer is 
 of a few moments, each a sum of the buffers that are alive in it; that of the attention was compared with a GPU's.
 """
 
-from nsa_dist.cp import cost
 from nsa_dist.train.planner.cluster import Cluster
 from nsa_dist.train.planner.core_memory import (
     compressed_bytes,
+    extended_bytes,
     kept_page_bytes,
-    query_elements,
+    largest_moment,
     results_bytes,
-    selected_backward_bytes,
+    statistics_bytes,
 )
 from nsa_dist.train.planner.shape import Shape
-from nsa_dist.train.planner.strategies import Options, Strategy, held_bytes
+from nsa_dist.train.planner.strategies import Options, Strategy
 
 KINDS = (
     "weights",
@@ -50,6 +50,7 @@ def stage_memory(
     kept = 1 if shape.config.model.recompute_attention else layers
     keeps_pages = options.fetch.keep_pages and strategy.how == "fetch"
     kept_pages = kept * shape.batch * kept_page_bytes(shape.core, strategy) if keeps_pages else 0
+    moment = largest_moment(shape.core, strategy, options)
     return {
         "weights": parameters * shape.element_bytes,
         "gradients": parameters * 4,  # fp32 buffers of Megatron's data parallelism
@@ -57,9 +58,9 @@ def stage_memory(
         "activations": layers * layer_activation_bytes(shape) + _ends_bytes(shape, stage),
         "kv": layers * shape.kv_pairs * _kv_pair_bytes(shape) + kept * core_kv_bytes(shape),
         "compressed": kept * shape.batch * compressed_bytes(shape.core),
-        "pages": held_bytes(shape.core, strategy, options) + kept_pages,
+        "pages": moment.remote + kept_pages,
         "logits": is_last * logits_bytes(shape),
-        "transient": kept * core_saved_bytes(shape) + working_bytes(shape),
+        "transient": kept * core_saved_bytes(shape) + working_bytes(shape, moment.work),
         "reserved": int(cluster.reserved_bytes.value),
     }
 
@@ -87,23 +88,21 @@ def _kv_pair_bytes(shape: Shape) -> int:
 
 def core_kv_bytes(shape: Shape) -> int:
     """K/V that the attention core makes of the projected ones and saves: turned keys, and rows with their halos."""
-    heads, e = shape.heads, shape.element_bytes
-    turned = shape.tokens * heads.num_kv_heads * heads.dim_k * e
+    heads = shape.heads
+    turned = shape.tokens * heads.num_kv_heads * heads.dim_k * shape.element_bytes
     if shape.plan.cp_size == 1:
         return turned * (1 if shape.config.nsa.shared_kv else 2)
-    halos = sum(
-        max(map(sum, cost.halo_rows(shape.plan, length))) for length in cost.halo_lengths(shape.config.nsa.sizes())
-    )
-    return turned + (2 * shape.tokens + shape.batch * halos) * heads.row_elements * e
+    return turned + shape.batch * extended_bytes(shape.core)
 
 
 def core_saved_bytes(shape: Shape) -> int:
-    """Saved by the attention core beside K/V: turned queries, rotary tables, the branches' results."""
+    """Saved by the attention core beside K/V: turned queries, rotary tables, gates, the branches' results."""
     heads, nsa = shape.heads, shape.config.nsa
     turned_keys = 1 if nsa.shared_kv else 2 if nsa.compress_before_rope else 3
     queries = heads.num_q_heads * heads.dim_k * shape.element_bytes
     tables = (1 + turned_keys) * heads.dim_k * 4  # cosines and sines, fp32
-    return shape.tokens * (queries + tables + heads.num_q_heads * 3 * 4) + shape.batch * results_bytes(shape.core)
+    of_sequence = statistics_bytes(shape.core) + results_bytes(shape.core)
+    return shape.tokens * (queries + tables + heads.num_q_heads * 3 * 4) + shape.batch * of_sequence
 
 
 def logits_bytes(shape: Shape) -> int:
@@ -111,13 +110,18 @@ def logits_bytes(shape: Shape) -> int:
     return shape.tokens * shape.local_vocab * (shape.element_bytes + 8)
 
 
-def working_bytes(shape: Shape) -> int:
-    """The largest moment of computing one layer, beside everything saved."""
-    q, out = query_elements(shape.core)
-    turning = 14 * q  # fp32 copies while queries are turned
-    gates = 4 * out * shape.element_bytes  # gradients of the output and of the three branches' results
-    mlp = 5 * shape.tokens * shape.local_ffn * shape.element_bytes
-    return max(selected_backward_bytes(shape.core), turning, gates, mlp)
+def working_bytes(shape: Shape, attention: int) -> int:
+    """The largest moment of computing one layer, beside everything saved.
+
+    attention       its largest moment, in which the results of the sequence at hand, saved until then, are counted
+                    where they are alive. The gradient of its output is there as well
+    """
+    core, e = shape.core, shape.element_bytes
+    rows = core.tokens * core.heads.num_q_heads
+    attending = attention - results_bytes(core) + rows * core.heads.dim_v * e
+    turning = 14 * rows * core.heads.dim_k  # fp32 copies while queries are turned
+    mlp = 5 * shape.tokens * shape.local_ffn * e
+    return max(attending, turning, mlp)
 
 
 def _ends_bytes(shape: Shape, stage: int) -> int:

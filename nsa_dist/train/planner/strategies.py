@@ -97,48 +97,51 @@ def trips(strategy: Strategy, options: Options) -> int:
     return 1 if strategy.how == "fetch" and options.fetch.keep_pages else 2
 
 
-def pages_per_round(core: Core, options: Options) -> int | None:
-    """As many pages as the budget holds, at least one; None without a budget."""
-    budget = options.fetch.kv_fetch_budget_bytes
-    return None if budget is None else max(1, budget // page_bytes(core, core.heads.element_bytes))
+def head_groups(core: Core, options: Options) -> int:
+    """In how many groups the kv heads are worked on, as `nsa_dist.cp.call` cuts them: one without other ranks."""
+    return 1 if core.plan.cp_size == 1 else min(core.heads.num_kv_heads, options.fetch.head_groups)
 
 
 def num_rounds(core: Core, strategy: Strategy, options: Options) -> int:
-    """Partial results of selected attention that are merged: rounds within the budget, or the steps of a ring."""
-    if core.plan.cp_size == 1 or strategy.how == "raw all-gather":
+    """Partial results of selected attention, for each head, that are merged: rounds of the budget, steps of a ring."""
+    if core.plan.cp_size == 1 or strategy.how in ("raw all-gather", "all-gather"):
         return 1
     if strategy.how == "ring":
         return core.plan.cp_size
-    if strategy.how == "whole shard":
-        return core.plan.cp_size  # a shard at a time
-    per_round = pages_per_round(core, options)
-    if strategy.how == "all-gather" or per_round is None:
-        return 1
-    return max(1, -(-max(map(sum, page_counts(core, strategy))) // per_round))
+    return -(-_group_pages(core, strategy, options) // pages_at_once(core, strategy, options))
 
 
-def held_bytes(core: Core, strategy: Strategy, options: Options) -> int:
-    """Remote K/V and its gradients held at once on a rank, one layer, at the worst moment: in backward.
+def pages_at_once(core: Core, strategy: Strategy, options: Options) -> int:
+    """Pages of one round on the rank that gets most, at least one: a head group's, or what half the budget holds."""
+    of_group = _group_pages(core, strategy, options)
+    most = options.fetch.round_pages(page_bytes(core, core.heads.element_bytes))
+    return of_group if most is None else min(of_group, most)
 
-    fetch       the pages, at most the budget, and their fp32 gradients
-    whole shard two shards (one in use, one on its way), one key/value head at a time
-    all-gather  the whole sequence, one key/value head at a time
-    ring        two shards and the gradients that travel with them
-    raw all-gather  the whole sequence of one branch, all heads
+
+def held_bytes(core: Core, strategy: Strategy, options: Options, *, forward: bool = False) -> int:
+    """Remote K/V held at once on a rank, one layer; in backward with their gradients.
+
+    fetch, whole shard  three rounds' pages: in use, on their way, packed for others, who fetch as much. In backward
+                        gradients as written, put together, and on their way home from the round before
+    all-gather      the whole sequence, one key/value head at a time
+    ring            two shards and the gradients that travel with them
+    raw all-gather  the whole sequence of one branch, all heads, as gathered and in order; in backward gradients in
+                    both orders
     """
     if core.plan.cp_size == 1:
         return 0
     heads = core.heads
-    both = heads.element_bytes + heads.grad_bytes
-    shard = core.plan.tokens_per_rank * heads.row_elements
+    both = heads.element_bytes + (0 if forward else heads.grad_bytes)
+    shard = core.tokens * heads.row_elements
     if strategy.how == "ring":
         return 2 * shard * both
     if strategy.how == "raw all-gather":
-        return core.plan.cp_size * shard * both
-    if strategy.how == "whole shard":
-        return 2 * shard // heads.num_kv_heads * both
+        return 2 * core.plan.cp_size * shard * both
     if strategy.how == "all-gather":
         return core.plan.cp_size * shard // heads.num_kv_heads * both
-    pages = max(map(sum, page_counts(core, strategy)))
-    per_round = pages_per_round(core, options)
-    return (pages if per_round is None else min(pages, per_round)) * page_bytes(core, both)
+    return 3 * pages_at_once(core, strategy, options) * page_bytes(core, both)
+
+
+def _group_pages(core: Core, strategy: Strategy, options: Options) -> int:
+    most = max(map(sum, page_counts(core, strategy)))
+    return max(1, -(-most // head_groups(core, options)))
