@@ -149,9 +149,25 @@ def resumed(rank: int, base: Path) -> TrainResult:
 
 def tiny_job(base: Path, name: str, parallel: dict) -> None:
     """The first steps of configs/tiny-cpu.yaml."""
-    raw = yaml.safe_load((ROOT / "configs/tiny-cpu.yaml").read_text())
-    raw.pop("launch", None)
+    raw = tiny_config()
     raw["parallel"] = parallel
     raw["run"].update(output_dir=base / "tiny" / name, steps=3, eval_batches=1)
     raw["optimizer"]["warmup_steps"] = 1
     run(parse(TrainConfig, raw, "tiny-cpu.yaml"))
+
+
+def whole_tiny_job(rank: int, base: Path, name: str, parallel: dict, validated: bool) -> None:
+    """All steps of configs/tiny-cpu.yaml as it is shipped, but for the layout and what changes no training step."""
+    raw = tiny_config()
+    raw["parallel"].update(parallel)
+    raw["run"].update(output_dir=base / name, checkpoint_interval=raw["run"]["steps"])
+    if not validated:
+        raw["run"].update(eval_interval=raw["run"]["steps"], eval_batches=1)
+    run(parse(TrainConfig, raw, "tiny-cpu.yaml"))
+
+
+def tiny_config() -> dict:
+    """configs/tiny-cpu.yaml without the launcher's section."""
+    raw = yaml.safe_load((ROOT / "configs/tiny-cpu.yaml").read_text())
+    raw.pop("launch")
+    return raw
