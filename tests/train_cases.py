@@ -27,6 +27,7 @@ LAYOUTS: dict[str, dict] = {
     "TP2 with sequence parallelism": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
     "PP2": {"parallel": {"pipeline_model_parallel_size": 2}},
     "CP2 with recompute": {"parallel": {"context_parallel_size": 2}, "model": {"recompute_attention": True}},
+    "CP2 with whole shards": {"parallel": {"context_parallel_size": 2, "whole_shard_fraction": 0.01}},
     "CP2 with kept pages in rounds": {
         "parallel": {"context_parallel_size": 2, "keep_pages": True, "kv_fetch_budget_bytes": 4096}
     },

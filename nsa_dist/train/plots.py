@@ -31,7 +31,7 @@ def plot_losses(train: Sequence[Record], validation: Sequence[Record], vocab_siz
     axes.axhline(math.log(vocab_size), ls=":", color="gray", label=f"uniform guess, ln {vocab_size}")
     if validation:
         last = validation[-1]
-        axes.annotate(f"{last['loss']:.3f}", (last["step"], last["loss"]), xytext=(-4, 8),
+        axes.annotate(f"{last['loss']:.3f}", (last["step"], last["loss"]), xytext=(0, -30),
                       textcoords="offset points", ha="right", color="#d1495b")  # fmt: skip
     axes.set(xlabel="step", ylabel="loss (nats per byte)", title="Training and validation loss", ylim=(0, None))
     axes.grid(alpha=0.3)

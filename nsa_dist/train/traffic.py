@@ -119,9 +119,9 @@ class TrafficMeter:
         """One layer's entry of the record, from its row of the summed table."""
         kinds = self._kinds
         chosen = row[len(kinds) :]
-        runs = self.config.run.global_batch_size * self._forward_runs * self.plan.cp_size  # over all ranks, of a head
+        calls = self.config.run.global_batch_size * self._forward_runs * self.plan.cp_size  # of a head, over all ranks
         return {
-            "union_fraction": [blocks / (runs * self._num_remote) for blocks in chosen],
+            "union_fraction": [blocks / (calls * self._num_remote) for blocks in chosen],
             "sent_bytes": {kind: int(num_bytes) for kind, num_bytes in zip(kinds, row, strict=False)},
             "formula_bytes": self._fixed_bytes | self._page_bytes(int(sum(chosen))),
         }
