@@ -9,7 +9,7 @@ whole chunks, so that no selection block straddles two ranks. Padding is added b
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
 import torch
@@ -64,15 +64,15 @@ class ShardPlan:
 
     @classmethod
     def zigzag(cls, cu_seqlens: Tensor | Sequence[int], cp_size: int, block_len: int = 64) -> "ShardPlan":
-        return cls(_as_tuple(cu_seqlens), cp_size, block_len, "zigzag")
+        return _plan(_as_tuple(cu_seqlens), cp_size, block_len, "zigzag")
 
     @classmethod
     def contiguous(cls, cu_seqlens: Tensor | Sequence[int], cp_size: int, block_len: int = 64) -> "ShardPlan":
-        return cls(_as_tuple(cu_seqlens), cp_size, block_len, "contiguous")
+        return _plan(_as_tuple(cu_seqlens), cp_size, block_len, "contiguous")
 
     @classmethod
     def zigzag_documents(cls, cu_seqlens: Tensor | Sequence[int], cp_size: int, block_len: int = 64) -> "ShardPlan":
-        return cls(_as_tuple(cu_seqlens), cp_size, block_len, "zigzag_documents")
+        return _plan(_as_tuple(cu_seqlens), cp_size, block_len, "zigzag_documents")
 
     @classmethod
     def auto(cls, cu_seqlens: Tensor | Sequence[int], cp_size: int, block_len: int = 64) -> "ShardPlan":
@@ -258,6 +258,20 @@ class ShardPlan:
 
     def _on(self, device: torch.device, key: tuple, compute) -> Tensor:
         return self.memo((*key, device), lambda: compute().to(device))
+
+
+def _plan(cu_seqlens: tuple[int, ...], cp_size: int, block_len: int, layout: str) -> ShardPlan:
+    return (_plan_alone if cp_size == 1 else ShardPlan)(cu_seqlens, cp_size, block_len, layout)
+
+
+@lru_cache(maxsize=4)
+def _plan_alone(cu_seqlens: tuple[int, ...], cp_size: int, block_len: int, layout: str) -> ShardPlan:
+    """The plan of one rank; calls with the same documents share it and what was derived from it.
+
+    For `nsa_attention` makes one in every call that is not given any, and its index tensors take milliseconds. Not for
+    groups: whether their ranks agree is asked once per plan, of all ranks at the same time.
+    """
+    return ShardPlan(cu_seqlens, cp_size, block_len, layout)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -102,6 +102,19 @@ def test_one_rank_without_padding_copies_nothing():
         assert plan.unshard([x]) is x
 
 
+def test_one_rank_derives_its_layout_once():
+    """`nsa_attention` builds a plan in every call that has none; groups build, and agree about, each of theirs."""
+    first, again, longer = (ShardPlan.contiguous([0, n], 1, 64) for n in (1000, 1000, 1001))
+    cfg, cpu = NSAConfig(), torch.device("cpu")
+    assert rank_layout(first, cfg, 0, cpu) is rank_layout(again, cfg, 0, cpu)
+    assert len(rank_layout(longer, cfg, 0, cpu).position) == 1024
+    assert first == again
+    assert first != longer
+    two = [ShardPlan.contiguous([0, 1000], 2, 64) for _ in range(2)]
+    assert two[0] == two[1]
+    assert two[0] is not two[1]
+
+
 def test_padding_never_reads_the_first_row():
     x = torch.full((3, 2), torch.nan)
     assert ShardPlan.zigzag([0, 3], 2, 4).shard(x, 1).eq(0).all()
