@@ -32,7 +32,7 @@ class Bench:
 
     def checks(self) -> None:
         self.report.say("\nAgainst one rank: is it the same?")
-        for case in self._checked():
+        for case in self._asked(self._checked()):
             rows = self._run(f"comparison of {case.name}", Compare(case))
             if isinstance(rows, str):
                 self.report.add("checks", {**case.as_data(), "error": rows, "wrong": rows}, lines.failed(case, rows))
@@ -61,7 +61,7 @@ class Bench:
         """The same tokens a rank over more ranks, each beside the same share with nothing sent."""
         self.report.say("\nScaling at fixed tokens a rank: ms forward / backward; the same share alone; efficiency")
         one: Row | None = None
-        for case in self.request.sizes.scaling([1, *self.sizes]):
+        for case in self._asked(self.request.sizes.scaling([1, *self.sizes])):
             row = self._timed(case)
             if row is None or "error" in row:
                 if row:
@@ -74,9 +74,7 @@ class Bench:
 
     def cases(self) -> None:
         self.report.say("\nEvery way over all ranks: ms forward / backward, slowest rank; predicted; wire; memory")
-        for case in self.request.sizes.timed(self.place.num_ranks):
-            if self.request.only not in case.name:
-                continue
+        for case in self._asked(self.request.sizes.timed(self.place.num_ranks)):
             row = self._timed(case)
             if row is not None:
                 self.report.add("cases", row, lines.case(row))
@@ -91,6 +89,10 @@ class Bench:
             self.report.say(f"\nwrote {path}")
         elif rows is not None:
             self.report.leave_out(f"timeline of {case.name}", rows)
+
+    def _asked(self, cases: Iterator[Case]) -> Iterator[Case]:
+        """Those that `--only` lets through."""
+        return (case for case in cases if self.request.only in case.name)
 
     def _checked(self) -> Iterator[Case]:
         """Every size in zigzag, the largest also in contiguous order and by the baseline."""
@@ -204,4 +206,4 @@ def _made_up(row: Row) -> float:
 
 
 def _link_bytes(place: Place) -> tuple[int, ...]:
-    return _LINK_BYTES if place.device == "cuda" else (2**10, 2**16)
+    return _LINK_BYTES if place.backend == "nccl" else (2**10, 2**16)
