@@ -12,6 +12,7 @@ from rich.table import Table
 from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.train.atomic import write_atomically
 from nsa_dist.train.planner.cluster import load_cluster
+from nsa_dist.train.planner.fetching import HEADINGS, cells, fetching
 from nsa_dist.train.planner.measured import with_bench
 from nsa_dist.train.planner.memory import KINDS
 from nsa_dist.train.planner.report import as_data
@@ -88,8 +89,8 @@ def run(request: Request) -> None:
 
 def show(plan: Plan, console: Console) -> None:
     """Tables first, what they mean last, where a terminal leaves the eye."""
-    for table in (_memory_table(plan), _time_table(plan), _wire_table(plan), _strategy_table(plan)):
-        console.print(table)
+    for table in (_memory_table, _time_table, _wire_table, _strategy_table, _fetching_table):
+        console.print(table(plan))
     constants = plan.cluster.constants().items()
     sources = [f"{name} = {c.value:.4g}, {c.evidence}: {c.source}" for name, c in constants]
     _print_list(console, f"Constants of {plan.cluster.name}", sources)
@@ -158,6 +159,17 @@ def _strategy_table(plan: Plan) -> Table:
     for index, strategy in enumerate(plan.options.strategies()):
         outcomes = [c.outcomes[index] for c in plan.candidates]
         table.add_row(strategy.name, *(f"{_s(o.time.total_s)} / {_gib(o.memory_bytes['pages'])}" for o in outcomes))
+    return table
+
+
+def _fetching_table(plan: Plan) -> Table:
+    table = Table(title="When fetching pays, in time, and what each holds of remote K/V", title_justify="left")
+    us = plan.options.union_fractions
+    held = [*(f"GiB, u={u:g}" for u in us), "GiB, raw"]
+    for heading in (*HEADINGS, *(f"saved, u={u:g}" for u in us), *held):
+        table.add_column(heading, justify="right")
+    for row in fetching(plan):
+        table.add_row(*cells(row))
     return table
 
 

@@ -13,6 +13,7 @@ from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.train.config import ModelSection, NSASection, ParallelSection, RunSection, TrainConfig
 from nsa_dist.train.planner import memory
 from nsa_dist.train.planner.cluster import Cluster, load_cluster
+from nsa_dist.train.planner.fetching import fetching, markdown
 from nsa_dist.train.planner.knobs import turn_knobs
 from nsa_dist.train.planner.measured import with_bench
 from nsa_dist.train.planner.report import as_data
@@ -186,6 +187,34 @@ def test_the_alternatives_send_the_whole_sequence():
         assert sent["pages"] == 3 * whole
         assert sent["pages.grad"] == 2 * whole
         assert sent["bitmap"] == 0
+
+
+def test_raw_gathering_moves_three_branches_and_compresses_everything():
+    candidate = long_plan().candidates[-1]
+    raw, gather = candidate.outcome("raw all-gather"), candidate.outcome("all-gather")
+    assert raw.sent_bytes["pages"] == 3 * gather.sent_bytes["pages"]
+    assert raw.sent_bytes["pages.grad"] == 3 * gather.sent_bytes["pages.grad"]
+    assert not any(raw.sent_bytes[kind] for kind in ("halo", "compressed", "bitmap", "halo.grad", "compressed.grad"))
+    # Two forwards and a backward over an eighth; backward compresses once more.
+    attention = cluster().attention.phi
+    one = gather.time.compute_s["phi"]
+    forward, backward = 2 / attention.forward.value, 2 / attention.backward.value
+    more = 1 / attention.forward.value
+    expected = 8 * one * (forward + backward + more) / (forward + backward)
+    assert raw.time.compute_s["phi"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_readme_has_the_planners_table():
+    plan = make_plan(long_config(), cluster().model_copy(update={"num_nodes": 8}), cp_sizes=[8, 16, 32, 64])
+    assert markdown(plan) in (CLUSTER_FILE.parents[2] / "README.md").read_text()
+
+
+def test_fetching_pays_below_break_even():
+    (row,) = fetching(make_plan(long_config(), cluster(), cp_sizes=[1, 8]))
+    assert row.cp_size == 8
+    assert 0 < row.even_gather < row.even_raw <= 1
+    assert row.saved[0.05] > row.saved[0.2] > row.saved[1.0] > 0
+    assert row.held_bytes[0.05] < row.held_bytes[0.2] < row.held_bytes[1.0] < row.raw_held_bytes
 
 
 def test_fewer_chosen_blocks_cost_less():

@@ -34,7 +34,12 @@ _TIME = {
     "merge": ("#edae49", "merging rounds"),
     "wire": ("#d1495b", "wire"),
 }
-_LINES = {"whole shard": ("#8d6a9f", "s"), "all-gather": ("#30638e", "D"), "ring": ("#8cb369", "^")}
+_LINES = {
+    "whole shard": ("#8d6a9f", "s"),
+    "all-gather": ("#30638e", "D"),
+    "ring": ("#8cb369", "^"),
+    "raw all-gather": ("#4a4e69", "v"),
+}
 _FETCHES = ("#d1495b", "#e08a5f", "#edae49", "#f2cc8f")
 _ALIKE = 1.05  # lines closer than this cannot be told apart
 

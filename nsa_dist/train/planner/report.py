@@ -1,7 +1,9 @@
 """A plan as plain data, for JSON: everything that the table, the picture and the words are made of."""
 
+from dataclasses import asdict
 from typing import Any
 
+from nsa_dist.train.planner.fetching import fetching
 from nsa_dist.train.planner.sweep import Candidate, Plan
 from nsa_dist.train.planner.verdict import CAVEATS, verdict
 
@@ -20,6 +22,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         },
         "best_cp_size": best and best.cp_size,
         "candidates": [_candidate(plan, candidate) for candidate in plan.candidates],
+        "fetching": [asdict(row) for row in fetching(plan)],
         "verdict": verdict(plan),
         "caveats": list(CAVEATS),
     }

@@ -23,8 +23,8 @@ CAVEATS = (
     "neighbouring queries choose, hardly on length: models at random initialisation choose nearly all they can see up "
     "to 64 ranks (0.75 over all ranks in zigzag order, 1 on the busiest). Take a smaller u only after seeing it in a "
     "run's metrics.",
-    "Alternatives move only the selected branch's K/V here and share our halos and compressed keys; public code "
-    "gathers every branch's raw K/V and compresses all of it on every rank, which costs more than shown.",
+    "`raw all-gather` is what public code does: the raw K/V of every branch go to every rank, which compresses all of "
+    "it. The other alternatives move only the selected branch's K/V and share our halos and compressed keys.",
 )
 
 
@@ -148,11 +148,11 @@ def _fetch_time(plan: Plan, shown: Candidate) -> Iterator[str]:
     gain_s = gather.time.total_s - quickest.time.total_s
     share = gain_s / gather.time.total_s
     if even == 0:
-        yield "In time fetching never beats an all-gather of raw K/V here."
+        yield "In time fetching never beats an all-gather of the selected branch's K/V here."
     elif even == 1:
-        yield "In time fetching beats an all-gather of raw K/V here at any u."
+        yield "In time fetching beats an all-gather of the selected branch's K/V here at any u."
     else:
-        yield f"In time fetching beats an all-gather of raw K/V here only while u is below {even:.2f}."
+        yield f"In time fetching beats an all-gather of the selected branch's K/V here only while u is below {even:.2f}."
     if share < _MATTERS:
         yield (
             f"Either way it hardly matters on this cluster: {quickest.strategy.name} saves {_seconds(gain_s)} a step "
