@@ -308,7 +308,7 @@ def test_what_does_not_fit_is_told_with_a_knob_that_helps():
 def test_verdict_says_when_fetching_pays():
     words = "\n".join(verdict(long_plan()))
     assert "Take cp 8" in words
-    assert "only while u is below 0." in words
+    assert "only while u < 0." in words
     assert "Fetch for the memory bound, not for speed." in words
 
 

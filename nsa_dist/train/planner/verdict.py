@@ -152,7 +152,7 @@ def _fetch_time(plan: Plan, shown: Candidate) -> Iterator[str]:
     elif even == 1:
         yield "In time fetching beats an all-gather of the selected branch's K/V here at any u."
     else:
-        yield f"In time fetching beats an all-gather of the selected branch's K/V here only while u is below {even:.2f}."
+        yield f"In time fetching beats an all-gather of the selected branch's K/V here only while u < {even:.2f}."
     if share < _MATTERS:
         yield (
             f"Either way it hardly matters on this cluster: {quickest.strategy.name} saves {_seconds(gain_s)} a step "
