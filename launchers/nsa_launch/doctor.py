@@ -86,6 +86,8 @@ def _gpus() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         yield Finding(f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}")
+    if torch.cuda.device_count() > 1:
+        yield Finding("links", "not measured: nsa-dist bench cp --gpus all --out DIR measures them, in 9 minutes")
     yield Finding("NCCL", ".".join(map(str, torch.cuda.nccl.version())))  # type: ignore[no-untyped-call]
 
 
@@ -97,7 +99,7 @@ def _paths() -> Iterator[Finding]:
         yield Finding("attention", f"Triton {_version('triton') or 'not installed'} kernels (nsa_kernels)", remedy)
         yield Finding("ranks", "one GPU each, over NCCL")
     else:
-        yield Finding("attention", "PyTorch (nsa_kernels.reference): the Triton kernels need a GPU")
+        yield Finding("attention", "PyTorch (nsa_kernels.cpu): the Triton kernels need a GPU")
         yield Finding("ranks", "CPU processes, over gloo")
     engine = _version("transformer-engine")
     yield Finding("layers", f"Transformer Engine {engine}" if engine else "Megatron-core's own (no Transformer Engine)")

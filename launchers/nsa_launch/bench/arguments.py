@@ -51,7 +51,9 @@ def _cp_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="which one; 0 sees, and fetches, most")
     parser.add_argument("--tokens", type=_numbers, metavar="N,N", help="lengths of the whole sequence")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds this text")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs after one to warm up; medians count")
+    parser.add_argument(
+        "--repeats", type=int, metavar="N", help="runs after one to warm up; default 3, 2 for real ranks"
+    )
     parser.add_argument("--budget-s", type=float, default=540.0, metavar="S", help="what does not fit is left out")
     parser.add_argument(
         "--cluster", type=Path, metavar="FILE", help="constants of the predictions; default: h200-8.yaml"

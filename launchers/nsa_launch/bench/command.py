@@ -46,15 +46,17 @@ class Request:
                 f"--rank {arguments.rank} must be one of the ranks 0..{arguments.cp - 1} of --cp {arguments.cp}, as "
                 f"one of them is measured; take --rank 0, which sees most"
             )
+        place = _place(arguments, device)
+        repeats = (3 if place is None else 2) if arguments.repeats is None else arguments.repeats
         return cls(
             out=arguments.out,
             device=device,
-            place=_place(arguments, device),
+            place=place,
             cp_size=arguments.cp,
             rank=arguments.rank,
             sizes=sizes,
             only=arguments.only,
-            repeats=arguments.repeats,
+            repeats=repeats,
             until=time.monotonic() + arguments.budget_s,
             memory_curve=not arguments.no_memory_curve,
             training=not arguments.no_training,

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from nsa_launch.bench.command import Request
     from nsa_launch.bench.predicted import Predictor
 
-# Seconds that a step must have left to be begun: shorter, and it would be cut off.
-_LEAST_S = 15.0
+# Seconds that a step must have left to be begun, and may take at most: a hang must not take the rest with it.
+_LEAST_S, _MOST_S = 15.0, 120.0
+_TRAINING_S = 75.0  # kept for the training run, which comes last
 _LINK_BYTES = (2**16, 2**24, 2**28)
 # Of the norm, one rounding to bf16 of operands and results: what the kernels' benchmark allows, too.
 _BF16_ERROR, _FP64_ERROR = 1e-2, 1e-10
@@ -118,11 +119,12 @@ class Bench:
 
     def _run(self, name: str, task: Callable[[Any], Any]) -> list[Any] | str | None:
         """What the ranks of the group found, or why they did not, or None if there was no time to ask."""
-        if self.request.left_s < _LEAST_S:
+        left_s = self.request.left_s - (_TRAINING_S if self.request.training else 0.0)
+        if left_s < _LEAST_S:
             self.report.leave_out(name, "the time is over")
             return None
         try:
-            return [row for row in self.team.run(task, self.request.left_s) if row is not None]
+            return [row for row in self.team.run(task, min(left_s, _MOST_S)) if row is not None]
         except TaskFailed as error:
             return str(error)
 
