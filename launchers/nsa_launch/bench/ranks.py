@@ -53,9 +53,7 @@ class Bench:
                     slowest = max(per_rank, key=lambda row: row["seconds"])
                     row = {"cp_size": size, **slowest, "bytes_per_s": slowest["sent_bytes"] / slowest["seconds"]}
                     self.report.add("links", row, lines.link(row))
-        if (
-            self.predictor and self.place.device == "cuda" and not self.place.shared
-        ):  # what shares a GPU says nothing of links
+        if self.predictor and self.place.backend == "nccl":  # what shares a GPU says nothing of links
             self.predictor.take_links(self.report.data.get("links", []), self.report.source)
 
     def scaling(self) -> None:
@@ -109,13 +107,10 @@ class Bench:
         """A row, with an error if the case failed; None if there was no time for it."""
         rows = self._run(case.name, Measure(case, self.request.repeats))
         predicted = {"predicted": self.predictor.of(case)} if self.predictor else {}
-        if isinstance(rows, str):
-            return {**case.as_data(), **predicted, "error": rows}
-        return (
-            None
-            if rows is None
-            else {**case.as_data(), **predicted, **_slowest(rows), "flops": case.flops(), "ranks": rows}
-        )
+        if rows is None:
+            return None
+        found = {"error": rows} if isinstance(rows, str) else {**_slowest(rows), "ranks": rows}
+        return {**case.as_data(), **predicted, "flops": case.flops(), **found}
 
     def _run(self, name: str, task: Callable[[Any], Any]) -> list[Any] | str | None:
         """What the ranks of the group found, or why they did not, or None if there was no time to ask."""

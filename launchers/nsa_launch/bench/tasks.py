@@ -68,7 +68,6 @@ class Measure:
         comm = replace(world.comm(case.cp_size), traffic=Traffic(), trace=trace)
         forward = layer_forward(case, shard, comm, with_selection(default_ops(shard.q), Replay(draw.block_indices)))
         measured = measure(forward, shard, comm, repeats=self.repeats, ready=lambda: world.comm(case.cp_size).agree(0))
-        _release(device)
         row = {"union_fractions": draw.union_fractions, "pages": int(draw.remote.sum()), **asdict(measured)}
         return row | {"spans": trace.spans()} if self.keep_spans else row
 
@@ -83,9 +82,7 @@ class Alone:
     def __call__(self, world: World) -> Row | None:
         if world.rank >= self.case.cp_size:
             return None
-        row = measure_share(self.case, world.device, world.rank, self.repeats)
-        _release(world.device)
-        return row
+        return measure_share(self.case, world.device, world.rank, self.repeats)
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,6 @@ class Links:
                     call()
                     times.append(elapsed([begin, mark(world.device)])[0])
                 rows.append({"collective": name, "sent_bytes": num_bytes, "seconds": median(times[1:])})
-            _release(world.device)
         return rows
 
 
@@ -159,8 +155,3 @@ def _collectives(comm: Comm, num_bytes: int, device: torch.device) -> dict[str, 
         "all_to_all": lambda: comm.all_to_all(rows, sizes, sizes, "bench"),
         "reduce_scatter": lambda: comm.reduce_scatter(all_of_them, "bench"),
     }
-
-
-def _release(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

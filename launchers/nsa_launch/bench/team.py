@@ -5,6 +5,7 @@ outcome for all: the first failure, a silence or the end of the time allowed end
 starts a new team. That costs seconds, and no state of a broken group survives.
 """
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -171,6 +172,9 @@ def _work(rank: int, place: Place, meeting: str, pipe: Connection) -> None:
         except Exception as error:
             traceback.print_exc()
             pipe.send((False, _one_line(error)))
+        if place.device == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()  # the next task begins with the whole GPU
     dist.destroy_process_group()
 
 
