@@ -1,10 +1,11 @@
-"""The table, printed and written case by case, and its figures as JSON."""
+"""The table, printed and written case by case, its figures as JSON, and the short one of the READMEs as Markdown."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 from bench_cases import Case
+from bench_table import markdown
 
 COLUMNS = {
     "forward_ms": "fwd ms",
@@ -20,7 +21,7 @@ class Report:
 
     def __init__(self, folder: Path, machine: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._text, self._json = folder / "bench.txt", folder / "bench.json"
+        self._text, self._json, self._short = (folder / f"bench.{suffix}" for suffix in ("txt", "json", "md"))
         self._figures: dict = {"machine": machine, "cases": []}
         self.failed = False
         self._text.write_text("")
@@ -33,11 +34,20 @@ class Report:
         self._print("\n".join(["", *_table(case, [*rows, *_sum(rows)])]))
         self._figures["cases"].append({"case": case.name, **asdict(case), "rows": rows})
         self._json.write_text(json.dumps(self._figures, indent=1) + "\n")
+        cases = ((_title(c), {row["step"]: row for row in c["rows"]}) for c in self._figures["cases"])
+        self._short.write_text(markdown(cases))
 
     def _print(self, text: str) -> None:
         print(text, flush=True)
         with self._text.open("a") as file:
             file.write(text + "\n")
+
+
+def _title(figures: dict) -> str:
+    """Of a column: `64k, Hq 64 / Hkv 4`, and what is not as usual."""
+    unusual = "" if figures["dim_k"] == figures["dim_v"] == 128 else f", D {figures['dim_k']}/{figures['dim_v']}"
+    unusual += ", correlated" if figures["correlated"] else ""
+    return f"{figures['tokens'] // 1024}k, Hq {figures['num_q_heads']} / Hkv {figures['num_kv_heads']}{unusual}"
 
 
 def _sum(rows: list[dict]) -> list[dict]:

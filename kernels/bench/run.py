@@ -6,7 +6,7 @@
 
 Every result is compared with the reference on sampled rows first; a wrong one gets no time, and makes the exit status
 1. A case that runs out of memory, or out of the budget, says so and the next one is taken. The table is printed and
-written to OUT/bench.txt as it grows, all figures to OUT/bench.json.
+written to OUT/bench.txt as it grows, all figures to OUT/bench.json, the README's table to OUT/bench.md.
 """
 
 import argparse

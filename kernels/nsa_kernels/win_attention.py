@@ -124,7 +124,7 @@ class _WindowAttention(torch.autograd.Function):
         out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         if q.numel():
-            tile = window_tiles(q.shape[2], q.shape[1] // k.shape[1], q.element_size()).forward
+            tile = window_tiles(q.shape[2], q.element_size()).forward
             _launch_forward(q, k, v, begin, end, out, lse, softmax_scale, tile)
         ctx.save_for_backward(q, k, v, begin, end, out, lse)
         ctx.softmax_scale = softmax_scale

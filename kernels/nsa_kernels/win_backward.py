@@ -1,4 +1,4 @@
-"""Gradients of gated window attention in two kernels without atomics: dK and dV, then dQ.
+"""Gradients of gated window attention, without atomics: dK and dV, then dQ.
 
     P  = gate * exp(softmax_scale * Q K^T - softmax_lse)         recomputed tile by tile
     dV = P^T dO         dP = dO V^T         dS = P * (dP - delta)         dQ = scale * dS K         dK = scale * dS^T Q
@@ -7,8 +7,8 @@
 `softmax_lse` shifts every score of a row alike, so a gradient of its own joins dS as `+ P * grad_lse`: it is taken off
 delta.
 
-dK, dV      A program owns 64 key rows of one key-value head and walks the (query, head) rows that see any of them, so
-            the sum over queries and over the G heads stays in fp32 registers and is rounded once.
+dK, dV      `cmp_grad_kv`, for compressed attention sees an interval of keys just as well. A key that no query sees may
+            be NaN: its row of dS alone becomes so.
 dQ          A program owns the rows of a forward tile and walks their key tiles again. The scores are thus computed
             twice: 7 products in place of 5, the price of no atomics.
 Shapes      as win_attention.py; grad_out [T, Hq, Dv], gate [T, Hq] or None for ones, delta, softmax_lse [T, Hq] fp32,
@@ -20,115 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.rows import token_head_strides, unit_stride
-from nsa_kernels.win_tiles import KEY_TILE, kernel_dims, window_tiles
-
-
-@triton.jit
-def _keys_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    begin_ptr,
-    end_ptr,
-    gate_ptr,
-    lse_ptr,
-    delta_ptr,
-    grad_out_ptr,
-    bounds_ptr,
-    dk_ptr,
-    dv_ptr,
-    stride_qt,
-    stride_qh,
-    stride_kr,
-    stride_kh,
-    stride_vr,
-    stride_vh,
-    stride_ot,
-    stride_oh,
-    stride_gt,
-    stride_gh,
-    stride_lt,
-    stride_lh,
-    stride_dt,
-    stride_dh,
-    num_keys,
-    num_kv_heads,
-    softmax_scale,
-    G: tl.constexpr,
-    DK: tl.constexpr,
-    DK_TAIL: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-):
-    """dK and dV of BLOCK_N key rows. Scores are transposed, [keys, rows]: P^T and dS^T then feed from registers."""
-    tile = tl.program_id(0)
-    head = tl.program_id(1)
-    log2e: tl.constexpr = 1.4426950408889634
-    scale_log2 = softmax_scale * log2e
-
-    # A row that sees nothing has lse = -inf and P = exp(inf), but it is in no full tile, and the mask gives it 0.
-    bounds = bounds_ptr + tile * 4
-    first_row, last_row = tl.load(bounds) * G, tl.load(bounds + 3) * G
-    first_full, last_full = tl.load(bounds + 1) * G, tl.load(bounds + 2) * G
-
-    key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    present = key < num_keys
-    dim_k, dim_v = tl.arange(0, DK), tl.arange(0, DV)
-    k_rows = k_ptr + key.to(tl.int64) * stride_kr + head.to(tl.int64) * stride_kh
-    v_rows = v_ptr + key.to(tl.int64) * stride_vr + head.to(tl.int64) * stride_vh
-    k = tl.load(k_rows[:, None] + dim_k[None, :], mask=present[:, None], other=0.0)  # [BLOCK_N, DK]
-    v = tl.load(v_rows[:, None] + dim_v[None, :], mask=present[:, None], other=0.0)  # [BLOCK_N, DV]
-    dk = tl.zeros([BLOCK_N, DK], tl.float32)
-    dv = tl.zeros([BLOCK_N, DV], tl.float32)
-    if DK_TAIL > 0:
-        dim_tail = DK + tl.arange(0, DK_TAIL)
-        k_tail = tl.load(k_rows[:, None] + dim_tail[None, :], mask=present[:, None], other=0.0)
-        dk_tail = tl.zeros([BLOCK_N, DK_TAIL], tl.float32)
-
-    for start in range(first_row, last_row, BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        inside = row < last_row
-        token = (row // G).to(tl.int64)
-        q_head = head * G + row % G
-        q_rows = q_ptr + token * stride_qt + q_head * stride_qh
-        q = tl.load(q_rows[:, None] + dim_k[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, DK]
-        lse = tl.load(lse_ptr + token * stride_lt + q_head * stride_lh, mask=inside, other=float("inf"))
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        if DK_TAIL > 0:
-            q_tail = tl.load(q_rows[:, None] + dim_tail[None, :], mask=inside[:, None], other=0.0)
-            s = tl.dot(k_tail, tl.trans(q_tail), s, input_precision=PRECISION)
-        p = tl.exp2(s * scale_log2 - (lse * log2e)[None, :])
-        if (start < first_full) | (start + BLOCK_M > last_full):
-            row_begin = tl.load(begin_ptr + token, mask=inside, other=0)
-            row_end = tl.load(end_ptr + token, mask=inside, other=0)
-            visible = (key[:, None] >= row_begin[None, :]) & (key[:, None] < row_end[None, :])
-            p = tl.where(visible, p, 0.0)
-        if HAS_GATE:
-            gate = tl.load(gate_ptr + token * stride_gt + q_head * stride_gh, mask=inside, other=0.0)
-            p *= gate.to(tl.float32)[None, :]
-        grad_rows = grad_out_ptr + token * stride_ot + q_head * stride_oh
-        grad_out = tl.load(grad_rows[:, None] + dim_v[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, DV]
-        dv = tl.dot(p.to(grad_out.dtype), grad_out, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        delta = tl.load(delta_ptr + token * stride_dt + q_head * stride_dh, mask=inside, other=0.0)
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-        if DK_TAIL > 0:
-            dk_tail = tl.dot(ds, q_tail, dk_tail, input_precision=PRECISION)
-
-    out_row = key.to(tl.int64) * num_kv_heads + head
-    dv_ptrs = dv_ptr + out_row[:, None] * DV + dim_v[None, :]
-    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=present[:, None])
-    dk_rows = dk_ptr + out_row * (DK + DK_TAIL)
-    dk *= softmax_scale
-    tl.store(dk_rows[:, None] + dim_k[None, :], dk.to(dk_ptr.dtype.element_ty), mask=present[:, None])
-    if DK_TAIL > 0:
-        dk_tail *= softmax_scale
-        tl.store(dk_rows[:, None] + dim_tail[None, :], dk_tail.to(dk_ptr.dtype.element_ty), mask=present[:, None])
+from nsa_kernels import cmp_grad_kv
+from nsa_kernels.cmp_statistics import load_statistics, row_statistics
+from nsa_kernels.cmp_tiles import copyable_by_tma
+from nsa_kernels.rows import token_head_strides
+from nsa_kernels.win_tiles import kernel_dims, window_tiles
 
 
 @triton.jit
@@ -138,9 +34,7 @@ def _queries_kernel(
     v_ptr,
     begin_ptr,
     end_ptr,
-    gate_ptr,
-    lse_ptr,
-    delta_ptr,
+    statistics_ptr,
     grad_out_ptr,
     dq_ptr,
     stride_qt,
@@ -151,13 +45,8 @@ def _queries_kernel(
     stride_vh,
     stride_ot,
     stride_oh,
-    stride_gt,
-    stride_gh,
-    stride_lt,
-    stride_lh,
-    stride_dt,
-    stride_dh,
     num_queries,
+    num_padded_rows,
     num_kv_heads,
     softmax_scale,
     G: tl.constexpr,
@@ -167,7 +56,6 @@ def _queries_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
-    HAS_GATE: tl.constexpr,
 ):
     """dQ of one tile of BLOCK_M (query, head) rows of one key-value head; the walk of the forward kernel."""
     first_row = tl.program_id(0) * BLOCK_M
@@ -188,8 +76,7 @@ def _queries_kernel(
 
     dim_k, dim_v = tl.arange(0, DK), tl.arange(0, DV)
     out_row = token * (num_kv_heads * G) + q_head
-    lse_log2 = tl.load(lse_ptr + token * stride_lt + q_head * stride_lh, mask=inside, other=0.0) * log2e
-    delta = tl.load(delta_ptr + token * stride_dt + q_head * stride_dh, mask=inside, other=0.0)
+    base, delta, gate = load_statistics(statistics_ptr, row, head, num_padded_rows, num_kv_heads)
     q_rows = q_ptr + token * stride_qt + q_head * stride_qh
     q = tl.load(q_rows[:, None] + dim_k[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, DK]
     grad_rows = grad_out_ptr + token * stride_ot + q_head * stride_oh
@@ -214,7 +101,7 @@ def _queries_kernel(
         v_rows = v_head + key.to(tl.int64) * stride_vr
         v = tl.load(v_rows[:, None] + dim_v[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, DV]
         dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        p = tl.exp2(s * scale_log2 - lse_log2[:, None])
+        p = tl.exp2(s * scale_log2 - base[:, None])
         if (start < low_last) | (start + BLOCK_N > high_first):
             visible = (key[None, :] >= row_begin[:, None]) & (key[None, :] < row_end[:, None])
             p = tl.where(visible, p, 0.0)
@@ -223,11 +110,7 @@ def _queries_kernel(
         if DK_TAIL > 0:
             dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision=PRECISION)
 
-    # A row of P has one gate, which thus multiplies dQ; P itself stays as it is.
-    factor = tl.full([BLOCK_M], softmax_scale, tl.float32)
-    if HAS_GATE:
-        gate = tl.load(gate_ptr + token * stride_gt + q_head * stride_gh, mask=inside, other=0.0)
-        factor *= gate.to(tl.float32)
+    factor = gate * softmax_scale  # a row of P has one gate, which thus multiplies dQ
     dq_rows = dq_ptr + out_row * (DK + DK_TAIL)
     dq *= factor[:, None]
     tl.store(dq_rows[:, None] + dim_k[None, :], dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None])
@@ -248,50 +131,25 @@ def window_gradients(
     end: Tensor,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the dtypes of q, k, v, whose last strides must be 1."""
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    if not q.numel():
-        return dq, dk.zero_(), dv.zero_()
-    grad_out = unit_stride(grad_out)
-    tensors = (q, k, v, begin, end, gate, lse, delta, grad_out)
-    statistics = (delta if gate is None else gate, lse, delta)
-    strides = (*token_head_strides(q, k, v, grad_out), *(s for t in statistics for s in t.stride()))
-    dims = {**kernel_dims(q, k, v), "HAS_GATE": gate is not None}
-    tiles = window_tiles(q.shape[2], q.shape[1] // k.shape[1], q.element_size())
-    num_queries, (num_keys, num_kv_heads) = q.shape[0], k.shape[:2]
-    if num_keys:
-        _keys_kernel[(triton.cdiv(num_keys, KEY_TILE), num_kv_heads)](
-            *(*tensors, _seeing_queries(begin, end, num_keys)),
-            *(dk, dv),
-            *(*strides, num_keys, num_kv_heads, softmax_scale),
-            **dims,
-            **tiles.keys.launch(),
-        )
+    """dq, dk, dv in the dtypes of q, k, v."""
+    if not q.numel() or not k.numel():
+        return tuple(torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))  # type: ignore[return-value]
+    q, k, v, grad_out = (copyable_by_tma(t) for t in (q, k, v, grad_out))
+    statistics = row_statistics(lse, delta, gate, begin, end, k.shape[1])
+    arguments = (q, k, v, begin, end, statistics, grad_out, softmax_scale)
+    return _grad_q(*arguments), *cmp_grad_kv.grad_kv(*arguments)
+
+
+def _grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale) -> Tensor:
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    num_queries, num_kv_heads = q.shape[0], k.shape[1]
+    tile = window_tiles(q.shape[2], q.element_size()).queries
     num_rows = num_queries * (q.shape[1] // num_kv_heads)
-    _queries_kernel[(triton.cdiv(num_rows, tiles.queries.block_m), num_kv_heads)](
-        *tensors,
+    _queries_kernel[(triton.cdiv(num_rows, tile.block_m), num_kv_heads)](
+        *(q, k, v, begin, end, statistics, grad_out),
         dq,
-        *(*strides, num_queries, num_kv_heads, softmax_scale),
-        **dims,
-        **tiles.queries.launch(),
+        *(*token_head_strides(q, k, v, grad_out), num_queries, statistics.shape[2], num_kv_heads, softmax_scale),
+        **kernel_dims(q, k, v),
+        **tile.launch(),
     )
-    return dq, dk, dv
-
-
-def _seeing_queries(begin: Tensor, end: Tensor, num_keys: int) -> Tensor:
-    """Which queries see each key tile: int32 [tiles, 4], found by bisection as begin and end do not decrease.
-
-    Queries [0] .. [3] see some key of rows [first, last] of the tile, queries [1] .. [2] all of them.
-
-    With a window of 3 over 6 tokens, begin = 0 0 0 1 2 3 and end = 1 2 3 4 5 6: a tile of rows 2 and 3 is seen by
-    queries 2 .. 6 (exclusive), wholly by queries 3 .. 5.
-    """
-    first = torch.arange(0, num_keys, KEY_TILE, dtype=torch.int32, device=begin.device)
-    last = (first + (KEY_TILE - 1)).clamp_(max=num_keys - 1)
-    bounds = [
-        torch.searchsorted(end, first, right=True),  # the first query with end > first
-        torch.searchsorted(end, last, right=True),
-        torch.searchsorted(begin, first, right=True),  # one past the last query with begin <= first
-        torch.searchsorted(begin, last, right=True),
-    ]
-    return torch.stack(bounds, 1).to(torch.int32)
+    return dq

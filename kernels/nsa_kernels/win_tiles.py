@@ -31,24 +31,21 @@ class Tile:
 @dataclass(frozen=True)
 class WindowTiles:
     forward: Tile
-    keys: Tile  # dK and dV: KEY_TILE keys are owned, block_m rows walked
     queries: Tile  # dQ
 
 
-def window_tiles(dim_k: int, group: int, itemsize: int) -> WindowTiles:
-    """The tiles for a head dim of q and k (Dv is never larger), G heads a group, and a dtype of `itemsize` bytes.
+def window_tiles(dim_k: int, itemsize: int) -> WindowTiles:
+    """The tiles for a head dim of q and k (Dv is never larger), and a dtype of `itemsize` bytes.
 
     Milliseconds on one H200: bf16, D 128, 64k tokens, a window of 512, Hq 64 / Hkv 4, then Hq 16 / Hkv 16.
     """
     if itemsize == 4:  # fp32 is for checking, not for speed: what fits in shared memory at any head dim
-        return WindowTiles(Tile(64, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1))
+        return WindowTiles(Tile(64, 4, 1), Tile(32, 4, 1))
     if dim_k > 128:  # checked, not timed one by one
-        return WindowTiles(Tile(128, 8, 2), Tile(64, 4, 2), Tile(128, 8, 2))
+        return WindowTiles(Tile(128, 8, 2), Tile(128, 8, 2))
     return WindowTiles(
         # 3.07, 0.90. 212 registers in place of 128 leave room for one program an SM: 3.74, 1.12. 64 rows: 3.48, 0.95
         forward=Tile(128, 8, 2, maxnreg=128),
-        # 64 rows 6.45, 2.07; 32 rows 7.43, 1.91: at G = 1 the addresses of 64 rows spill registers
-        keys=Tile(32 if group == 1 else 64, 4, 2),
         # 4.15, 1.11. 128 rows and 8 warps: 4.24, 1.33; one stage: 4.98
         queries=Tile(64, 4, 2),
     )
@@ -61,7 +58,7 @@ def split_head_dim(dim: int) -> tuple[int, int]:
 
 
 def kernel_dims(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int | str]:
-    """The constexprs that the three kernels share."""
+    """The constexprs that the two kernels share."""
     dk, dk_tail = split_head_dim(q.shape[2])
     group = q.shape[1] // k.shape[1]
     # fp32 in full precision; 16-bit inputs have one way only.

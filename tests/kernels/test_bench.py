@@ -19,6 +19,7 @@ from bench_checks import Wanted, check_branch, check_layer, sample_rows
 from bench_compile import branches_alone
 from bench_inputs import make_inputs
 from bench_layer import whole_layer
+from bench_report import Report
 
 CASE = Case(tokens=320, num_q_heads=4, num_kv_heads=2, dim_k=32, dim_v=16)
 
@@ -85,6 +86,32 @@ def test_layer_and_every_gradient_against_the_reference(device):
         results[name] = out.detach(), *torch.autograd.grad(out, cast.leaves, grad.to(dtype))
     for i, (a, p, e) in enumerate(zip(results["actual"], results["plain"], results["exact"], strict=True)):
         assert_twice(f"result {i}", a, p, e, floor=1e-5)
+
+
+def test_the_table_of_the_readmes(tmp_path):
+    report = Report(tmp_path, {"device": "none"})
+    rows = [
+        {"step": "compress k", "forward_ms": 0.25, "backward_ms": 0.5},
+        {"step": "compress v", "forward_ms": 0.35, "backward_ms": 0.5},
+        {"step": "select", "forward_ms": 7.04},
+        {"step": "combine", "forward_ms": 1.0},
+        {"step": "gate_deltas", "backward_ms": 1.25},
+        {"step": "sum_branches", "backward_ms": 1.0},
+        {"step": "all", "forward_ms": 120.4, "backward_ms": 250.0, "peak_gib": 3.25},
+        {"step": "dense", "forward_ms": 240.8, "backward_ms": 1000.0},
+    ]
+    report.add(CASE, rows)
+    report.add(replace(CASE, tokens=2048), [{"step": "all", "note": "WRONG: out 1.0e+00"}])
+    assert report.failed
+    lines = (tmp_path / "bench.md").read_text().splitlines()
+    assert lines[0] == "| forward / backward, ms | 0k, Hq 4 / Hkv 2, D 32/16 | 2k, Hq 4 / Hkv 2, D 32/16 |"
+    cells = {line.split(" | ")[0][2:]: line.split(" | ")[1] for line in lines[2:]}
+    assert cells["compress, k and v"] == "0.6 / 1.0"
+    assert cells["select"] == "7.0"
+    assert cells["combine / deltas and sum of dq"] == "1.0 / 2.2"
+    assert cells["**all**"] == "**120 / 250**"
+    assert cells["dense / all"] == "2.0x / 4.0x"
+    assert all(line.endswith(" |  |") for line in lines[2:])
 
 
 def _cast(x, dtype):

@@ -9,7 +9,6 @@ from kernels.judge import assert_twice
 from kernels.plain import interval_attention
 from nsa_kernels import reference
 from nsa_kernels.win_attention import window_attention, window_attention_backward
-from nsa_kernels.win_backward import _seeing_queries
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -187,13 +186,6 @@ def test_only_lse_is_used(device):
     for actual, wanted in zip(actual_grads, torch.autograd.grad(expected.sum(), tensors[:2]), strict=False):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
     assert (actual_grads[2] == 0).all()
-
-
-def test_seeing_queries_worked_example(monkeypatch):
-    """The example of the docstring: a window of 3 over 6 tokens, tiles of 2 rows."""
-    monkeypatch.setattr("nsa_kernels.win_backward.KEY_TILE", 2)
-    begin, end = causal_window([6], window=3)
-    assert _seeing_queries(begin, end, 6).tolist() == [[0, 1, 3, 4], [2, 3, 5, 6], [4, 5, 6, 6]]
 
 
 def gated(attend, gate):
