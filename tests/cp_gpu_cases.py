@@ -7,6 +7,7 @@ from nsa_dist import BranchKV, NSAConfig, ShardPlan, nsa_attention
 from nsa_dist.compress import CompressMLP
 from nsa_dist.cp.fetch import FetchOptions
 from ranks import groups_up_to
+from thread_ranks import run_threads
 
 
 def make_inputs(num_tokens: int, num_q_heads: int, num_kv_heads: int, dim: int) -> tuple[list, list, torch.Tensor]:
@@ -66,6 +67,45 @@ def compare(rank: int, sizes: list[int], lengths: list[int], heads: tuple[int, i
             }
     dist.barrier()
     return result
+
+
+def synchronisations(num_kv_heads: int) -> dict[str, str]:
+    """What torch says of forward and backward where the host would wait for the device in line: "" if it does not.
+
+    Two ranks as threads, so that no transport is in the way. The wait for the bits of the selection, an event that
+    has come while the next stage was queued, is not one of those that torch reports.
+    """
+    leaves, phis, weight = make_inputs(8192, 16, num_kv_heads, 128)
+    found = {"forward": "", "backward": ""}
+
+    def work(comm):
+        plan = ShardPlan.zigzag([0, 8192], comm.size)
+        shards = [plan.shard(x, comm.rank).detach().requires_grad_() for x in leaves]
+        grad_out = plan.shard(weight, comm.rank)
+
+        def forward():
+            return nsa_attention(
+                shards[0], BranchKV(*shards[1:7]), shards[7], NSAConfig(), compress_k=phis[0], compress_v=phis[1],
+                plan=plan, cp_group=comm,
+            )  # fmt: skip
+
+        torch.autograd.grad(forward(), shards, grad_out)  # kernels are compiled and layouts made
+        torch.cuda.synchronize()
+        for name, run in (("forward", forward), ("backward", lambda: torch.autograd.grad(forward(), shards, grad_out))):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                run()
+            except RuntimeError as error:
+                found[name] = str(error)
+                raise
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    try:
+        run_threads(2, work)
+    except RuntimeError:
+        assert any(found.values())
+    return found
 
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
