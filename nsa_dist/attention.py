@@ -66,7 +66,7 @@ def nsa_attention(
     Output and gradients do not depend on the group's size or the plan. Gradients of phi's parameters are this rank's
     part: sum them over the group, as data parallelism over the context-parallel ranks does.
 
-    Raises ValueError if shapes, plan, cu_seqlens and group disagree; also if the ranks' plans or configs differ.
+    Raises ValueError if shapes, plan, cu_seqlens and group disagree; also if ranks' plans, configs or options differ.
     """
     _check_shapes(q, kv, gates)
     comm = cp_group if isinstance(cp_group, Comm) else Comm(cp_group)
@@ -87,8 +87,9 @@ def nsa_attention(
         _check_plan(q, plan, cu_seqlens, comm)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
-    layout = _agreed_layout(local_plan, cfg, q, kv, comm)
-    call = Call(cfg, layout, comm, ops or default_ops(q), fetch or FetchOptions(), softmax_scale)
+    fetch = fetch or FetchOptions()
+    layout = _agreed_layout(local_plan, cfg, q, kv, comm, fetch)
+    call = Call(cfg, layout, comm, ops or default_ops(q), fetch, softmax_scale)
     out, block_indices = attend(inputs[0], BranchKV(*inputs[1:7]), inputs[7], (compress_k, compress_v), call)
     if plan is None:
         out, block_indices = local_plan.unshard([out]), local_plan.unshard([block_indices])
@@ -112,21 +113,23 @@ def default_ops(q: Tensor) -> ModuleType:
     return cpu if q.device.type == "cpu" and q.dtype != torch.float64 else reference
 
 
-def _agreed_layout(plan: ShardPlan, cfg: NSAConfig, q: Tensor, kv: BranchKV, comm: Comm) -> RankLayout:
+def _agreed_layout(
+    plan: ShardPlan, cfg: NSAConfig, q: Tensor, kv: BranchKV, comm: Comm, fetch: FetchOptions
+) -> RankLayout:
     """This rank's layout; the first time, make sure that every rank of the group means the same one."""
     heads = (q.shape[1], kv.k_slc.shape[1], q.shape[2], kv.v_slc.shape[2], q.dtype)
 
     def compare() -> bool:
-        text = repr((plan.cu_seqlens, plan.cp_size, plan.block_len, plan.layout, cfg, heads))
+        text = repr((plan.cu_seqlens, plan.cp_size, plan.block_len, plan.layout, cfg, heads, fetch))
         fingerprint = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         return comm.agree(fingerprint)
 
-    if not plan.memo(("agreed", cfg, heads, comm.group), compare):
+    if not plan.memo(("agreed", cfg, heads, fetch, comm.group), compare):
         raise ValueError(
             f"the ranks of the context-parallel group disagree about the layout: rank {comm.rank} has {plan.layout} "
-            f"over cp_size={plan.cp_size} with {plan.num_documents} documents of {plan.num_tokens} tokens and {cfg}; "
-            f"every rank needs the same plan, config and head sizes, or tokens would be silently scrambled; build the "
-            f"plan from the same cu_seqlens on every rank"
+            f"over cp_size={plan.cp_size} with {plan.num_documents} documents of {plan.num_tokens} tokens, {cfg} and "
+            f"{fetch}; every rank needs the same plan, configs and head sizes, or tokens would be silently scrambled; "
+            f"build the plan from the same cu_seqlens on every rank, and pass the same options"
         )
     return rank_layout(plan, cfg, comm.rank, q.device)
 

@@ -180,13 +180,15 @@ def disagreements(rank: int) -> dict[str, str]:
     if rank > 1:
         return {}
     messages = {}
-    for name, lengths, layout, cfg in (
-        ("documents", ([128, 128], [64, 192])[rank], "zigzag", SMALL),
-        ("layout", [256], LAYOUTS[rank], SMALL),
-        ("config", [256], "zigzag", (SMALL, NSAConfig(8, 4, 16, 5, 1, 2, 21))[rank]),
+    fetch = FetchOptions()
+    for name, lengths, layout, cfg, options in (
+        ("documents", ([128, 128], [64, 192])[rank], "zigzag", SMALL, fetch),
+        ("layout", [256], LAYOUTS[rank], SMALL, fetch),
+        ("config", [256], "zigzag", (SMALL, NSAConfig(8, 4, 16, 5, 1, 2, 21))[rank], fetch),
+        ("fetch options", [256], "zigzag", SMALL, (fetch, FetchOptions(head_groups=1))[rank]),
     ):
         try:
-            run(make_inputs(256), cfg, lengths, make_plan(layout, lengths, 2, cfg), rank, group)
+            run(make_inputs(256), cfg, lengths, make_plan(layout, lengths, 2, cfg), rank, group, fetch=options)
             messages[name] = "nothing was raised"
         except ValueError as error:
             messages[name] = str(error)

@@ -38,7 +38,7 @@ def test_counted_bytes_equal_the_formulas(results, layout):
         assert sum(c[kind] for c in counted) == times * sum(c[f"{kind}.grad"] for c in counted) > 0
 
 
-@pytest.mark.parametrize("what", ["documents", "layout", "config"])
+@pytest.mark.parametrize("what", ["documents", "layout", "config", "fetch options"])
 def test_ranks_that_disagree_raise(results, what):
     for rank in range(2):
         assert "build the plan from the same cu_seqlens on every rank" in results[rank][2][what]
