@@ -48,6 +48,28 @@ class FetchOptions:
                 f"move all of them at once, with nothing to hide it"
             )
 
+    @classmethod
+    def for_link(
+        cls, link_bytes_per_s: float, gather_bytes_per_s: float, copy_bytes_per_s: float, **others
+    ) -> "FetchOptions":
+        """Options whose threshold between fetch and whole shard is where both take the same time.
+
+        A byte that was chosen is gathered page by page, 1 / gather, and sent, 1 / link; a byte of a whole shard is
+        copied as it lies, 1 / copy, and sent. So a shard of which the fraction u was chosen is better sent whole from
+
+            u = (1 / link + 1 / copy) / (1 / link + 1 / gather)
+
+        on: 1 where gathering is no slower than copying or where the link is all that counts. link: what one rank sends
+        in a second; all three are to be measured or looked up. `others` are further fields of the options.
+        """
+        rates = {"link": link_bytes_per_s, "gather": gather_bytes_per_s, "copy": copy_bytes_per_s}
+        if min(rates.values()) <= 0:
+            raise ValueError(
+                f"rates of {rates} bytes per second must be positive, because times are compared; pass measured ones"
+            )
+        threshold = (1 / link_bytes_per_s + 1 / copy_bytes_per_s) / (1 / link_bytes_per_s + 1 / gather_bytes_per_s)
+        return cls(whole_shard_fraction=min(1.0, threshold), **others)
+
     def round_pages(self, page_bytes: int) -> int | None:
         """Pages of one round: half the budget, for the next round travels while this one is in use; None: no bound."""
         if self.kv_fetch_budget_bytes is None:
@@ -69,7 +91,10 @@ class FetchOptions:
 
 @dataclass(frozen=True)
 class Route:
-    """One round's pages to send and to receive, each list ordered by the other rank, then head, then block."""
+    """One round's pages to send and to receive, each list ordered by the other rank, then head, then block.
+
+    whole_heads     if all that is sent are whole shards of heads: the head of each in turn; else None
+    """
 
     send_head: Tensor  # int64 [sum(send_sizes)]
     send_page: Tensor  # int64, local page
@@ -77,6 +102,7 @@ class Route:
     recv_block: Tensor  # int64, global block
     send_sizes: tuple[int, ...]
     recv_sizes: tuple[int, ...]
+    whole_heads: tuple[int, ...] | None = None
 
 
 def chosen_elsewhere(block_indices: Tensor, layout: RankLayout) -> Tensor:
@@ -137,6 +163,7 @@ def plan_rounds(wanted: Tensor, layout: RankLayout, rank: int, per_round: int | 
                 recv_block=recv[:, 2],
                 send_sizes=tuple(map(len, sends)),
                 recv_sizes=tuple(torch.bincount(recv[:, 0], minlength=len(lists)).tolist()),
+                whole_heads=_whole_heads(sends, len(layout.local_blocks)),
             )
         )
     return rounds
@@ -149,10 +176,29 @@ def _page_list(wanted: Tensor, owner: Tensor) -> Tensor:
     return pages[pages[:, 0].argsort(stable=True)]
 
 
+def _whole_heads(sends: list[Tensor], num_local: int) -> tuple[int, ...] | None:
+    """The heads of which each rank gets all local pages, rank by rank, if nobody gets a part of one."""
+    heads: list[int] = []
+    for pages in sends:
+        found, counts = pages[:, 1].unique_consecutive(return_counts=True)
+        if not bool((counts == num_local).all()):
+            return None
+        heads += found.tolist()
+    return tuple(heads)
+
+
 def post_pages(k: Tensor, v: Tensor, route: Route, block_len: int, comm: Comm, name: str) -> Handle:
     """The pages of one round: k [T, Hkv, Dk], v [T, Hkv, Dv] of the owners -> [received, l', Dk + Dv]."""
-    head, page = put_on(k.device, route.send_head), put_on(k.device, route.send_page)
-    packed = torch.cat([_paged(x, block_len)[page, :, head] for x in (k, v)], -1)
+    packed = k.new_empty(len(route.send_page), block_len, k.shape[2] + v.shape[2])
+    parts = (k, packed[..., : k.shape[2]]), (v, packed[..., k.shape[2] :])
+    if route.whole_heads is not None:
+        for x, part in parts:
+            for head, shard in zip(route.whole_heads, part.split(len(k) // block_len), strict=False):
+                shard.copy_(_paged(x[:, head], block_len))
+    else:
+        heads, pages = put_on(k.device, route.send_head), put_on(k.device, route.send_page)
+        for x, part in parts:
+            part.copy_(_paged(x, block_len)[pages, :, heads])
     return comm.post_all_to_all(packed, route.send_sizes, route.recv_sizes, "pages", name)
 
 
@@ -174,5 +220,5 @@ def add_page_gradients(home: Tensor, dk: Tensor, dv: Tensor, route: Route, block
 
 
 def _paged(x: Tensor, block_len: int) -> Tensor:
-    """[T, Hkv, D] -> [pages, l', Hkv, D], a view."""
+    """[T, ...] -> [pages, l', ...], a view."""
     return x.unflatten(0, (-1, block_len))
