@@ -137,8 +137,9 @@ class TrafficMeter:
     @cached_property
     def _fixed_bytes(self) -> dict[str, int]:
         """By kind, of one layer and step over all ranks, had nobody chosen a remote block."""
-        none = [[0] * self.plan.cp_size] * self.plan.cp_size
-        ranks = cost.sent_bytes(self.plan, self.config.nsa.sizes(), self._shape.heads, none, refetch=True)
+        none, heads = [[0] * self.plan.cp_size] * self.plan.cp_size, self._shape.heads
+        halves = self.config.parallel.fetch_options().halves_queries(heads.num_kv_heads)
+        ranks = cost.sent_bytes(self.plan, self.config.nsa.sizes(), heads, none, refetch=True, halves=halves)
         groups = self.config.run.global_batch_size * self.config.parallel.tensor_model_parallel_size
         return {
             kind: groups * (1 if kind.endswith(".grad") else self._forward_runs) * num_bytes

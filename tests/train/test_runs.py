@@ -150,6 +150,15 @@ def test_counted_bytes_are_those_of_the_formulas(base, pair, name):
             assert layer["sent_bytes"]["pages.grad"] == pytest.approx(chosen * 16 * (8 + 8) * 4)
 
 
+@pytest.mark.parametrize("name", TINY_JOBS)
+def test_counted_bytes_of_one_head_in_two_halves_are_those_of_the_formulas(base, pair, name):
+    found = records(base, f"tiny/{name}", "traffic")
+    assert len(found) == 3
+    for record in found:
+        assert record["sent_bytes"] == record["formula_bytes"]
+        assert record["sent_bytes"]["bitmap"] == 2 * 2 * 8 * 2 * 2  # halves, ranks, 64 blocks, sequences, layers
+
+
 def test_pages_travel_again_in_backward_unless_they_are_kept(base, pair):
     travels = {"CP2 zigzag": 2, "CP2 with kept pages in rounds": 1, "CP2 with recompute": 3}
     for name, times in travels.items():
