@@ -17,7 +17,7 @@ Source      Dao 2023, arXiv:2307.08691, section 3.1
 import torch
 from torch import Tensor
 
-from nsa_kernels import hopper_grad_kv
+from nsa_kernels import hopper_grad_kv, hopper_grad_q
 from nsa_kernels.cmp_grad_kv import grad_kv
 from nsa_kernels.cmp_grad_q import grad_q
 from nsa_kernels.cmp_statistics import row_statistics
@@ -54,6 +54,6 @@ def compressed_attention_backward(
     begin, end = begin.contiguous(), end.contiguous()
     statistics = row_statistics(softmax_lse, delta, gate, begin, end, k.shape[1])
     arguments = (q, k, v, begin, end, statistics, grad_out, softmax_scale)
-    on_hopper = hopper_takes(q, k) and q.shape[2] == v.shape[2]
-    dk, dv = hopper_grad_kv.grad_kv(*arguments) if on_hopper else grad_kv(*arguments)
-    return grad_q(*arguments), dk, dv
+    if hopper_takes(q, k) and q.shape[2] == v.shape[2]:
+        return hopper_grad_q.grad_q(*arguments), *hopper_grad_kv.grad_kv(*arguments)
+    return grad_q(*arguments), *grad_kv(*arguments)
