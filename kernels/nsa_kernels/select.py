@@ -7,9 +7,10 @@ compressed block i shares with selection block j. Both are counted from the quer
 row cmp_begin[t] + i of k_cmp.
 
 Two kernels take turns on a chunk of queries, over one buffer of at most MAX_BUFFER_BYTES:
-1. A tile of (queries x G heads) against compressed keys: probabilities in registers, weighed and added up over the S
-   keys of a block and over the group. Keys i of block j = i // S also touch blocks j + 1, j + 2, ...: layer `o` of the
-   buffer holds at [o, j] what the keys of block j give to block j + o. (l/d, S) = (2, 4) has two layers.
+1. `select_importance`, or `hopper_importance` on Hopper GPUs: a tile of (queries x G heads) against compressed keys,
+   probabilities in registers, weighed and added up over the S keys of a block and over the group. Keys i of block
+   j = i // S also touch blocks j + 1, j + 2, ...: layer `o` of the buffer holds at [o, j] what the keys of block j give
+   to block j + o. (l/d, S) = (2, 4) has two layers.
 2. The top n of `sum_o buffer[o, j - o]`: one int64 per block, the bits of its importance above those of ~j, so that
    sorting integers prefers larger importance, then the lower index.
 
@@ -31,90 +32,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.cmp_tiles import check_dtypes, check_intervals, dot_precision, split_head_dim
+from nsa_kernels import hopper_importance
+from nsa_kernels.cmp_tiles import check_dtypes, check_intervals, copyable_by_tma
+from nsa_kernels.hopper import hopper_takes
 from nsa_kernels.rows import unit_stride
+from nsa_kernels.select_importance import importance, interval
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(2**31 - 1)
 INFINITY_BITS = tl.constexpr(0x7F800000)  # of fp32: more than any importance
 
 MAX_BUFFER_BYTES = 2**28
-
-
-@triton.jit
-def _importance_kernel(
-    q_ptr, k_ptr, lse_ptr, begin_ptr, end_ptr,
-    imp_ptr,
-    first_query, last_query, chunk_len, num_keys, num_heads_kv, num_blocks, softmax_scale,
-    stride_qt, stride_qh, stride_kn, stride_kh, stride_lt, stride_lh,
-    G: tl.constexpr, G_PAD: tl.constexpr, DK_A: tl.constexpr, DK_B: tl.constexpr,
-    CELLS_CMP: tl.constexpr, CELLS_SLC: tl.constexpr, SLC_PAD: tl.constexpr, NUM_LAYERS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """buffer[h, query of the chunk, layer, j] for BLOCK_Q queries and every block j that holds a key they see."""
-    head = tl.program_id(0) % num_heads_kv
-    query = first_query + tl.program_id(0) // num_heads_kv * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    begin, num_seen = _interval(begin_ptr, end_ptr, query, last_query)
-    row = tl.arange(0, BLOCK_Q * G_PAD)  # row r is query r // G_PAD, head r % G_PAD
-    row_query = first_query + tl.program_id(0) // num_heads_kv * BLOCK_Q + row // G_PAD
-    row_begin, row_seen = _interval(begin_ptr, end_ptr, row_query, last_query)
-    row_query = tl.minimum(row_query, last_query - 1).to(tl.int64)
-    row_head = head * G + tl.minimum(row % G_PAD, G - 1)
-
-    dim_a = tl.arange(0, DK_A)
-    q_rows = q_ptr + (row_query * stride_qt + row_head.to(tl.int64) * stride_qh)[:, None]
-    q_a = tl.load(q_rows + dim_a)
-    if DK_B:
-        dim_b = DK_A + tl.arange(0, DK_B)
-        q_b = tl.load(q_rows + dim_b)
-    lse = tl.load(lse_ptr + row_query * stride_lt + row_head.to(tl.int64) * stride_lh)
-    base = tl.where((row % G_PAD < G) & (row_seen > 0), lse * LOG2_E, float("inf"))  # p = 0 on the rows that pad
-    scale = softmax_scale * LOG2_E
-    k_ptr += head.to(tl.int64) * stride_kh
-    imp_rows = imp_ptr + (head.to(tl.int64) * chunk_len + query - first_query)[:, None] * NUM_LAYERS * num_blocks
-
-    # Columns run over residues slowly, blocks fast: the S keys of a block then lie in one thread's registers.
-    column = tl.arange(0, SLC_PAD * BLOCK_J)
-    column_key = column % BLOCK_J * CELLS_SLC + column // BLOCK_J
-    residue = tl.arange(0, SLC_PAD)[None, None, :, None]
-
-    # One turn for each document that the tile holds; nearly always there is one.
-    doc = tl.min(tl.where(num_seen > 0, begin, FAR))
-    while doc < FAR:
-        seen = tl.where(row_begin == doc, row_seen, 0)  # [rows], keys of this document that the row sees
-        most = tl.max(seen)
-        least = tl.min(seen)
-        for first_key in tl.range(0, most, BLOCK_J * CELLS_SLC):
-            key = first_key + column_key  # counted from the document's first
-            key_row = tl.minimum(doc + key, num_keys - 1).to(tl.int64)
-            k_rows = k_ptr + key_row[None, :] * stride_kn
-            s = tl.dot(q_a, tl.load(k_rows + dim_a[:, None]), input_precision=PRECISION)  # [rows, columns]
-            if DK_B:
-                s = tl.dot(q_b, tl.load(k_rows + dim_b[:, None]), s, input_precision=PRECISION)
-            if first_key + BLOCK_J * CELLS_SLC > least:
-                s = tl.where(key[None, :] < seen[:, None], s, float("-inf"))
-            p = tl.exp2(tl.fma(s, scale, -base[:, None]))
-            p = tl.reshape(p, [BLOCK_Q, G_PAD, SLC_PAD, BLOCK_J])
-
-            block = first_key // CELLS_SLC + tl.arange(0, BLOCK_J)
-            stored = (begin == doc)[:, None] & (num_seen > 0)[:, None] & (block < num_blocks)[None, :]
-            for layer in tl.static_range(NUM_LAYERS):
-                # Eq. 9 for offset k = residue - layer * S; a padding residue weighs nothing.
-                cells = tl.minimum(residue - layer * CELLS_SLC + CELLS_CMP, CELLS_SLC)
-                cells -= tl.maximum(residue - layer * CELLS_SLC, 0)
-                weight = tl.where(residue < CELLS_SLC, tl.maximum(cells, 0), 0).to(tl.float32)
-                # -0.0, unlike 0.0, is what the compiler may leave out of a sum.
-                share = tl.sum(tl.sum(tl.where(weight > 0, p * weight, -0.0), 2), 1)  # [BLOCK_Q, BLOCK_J]
-                tl.store(imp_rows + layer * num_blocks + block[None, :], share, mask=stored)
-        doc = tl.min(tl.where((num_seen > 0) & (begin > doc), begin, FAR))
-
-
-@triton.jit
-def _interval(begin_ptr, end_ptr, query, last_query):
-    """The first compressed key of each query and how many it sees; none past the end of the chunk."""
-    begin = tl.load(begin_ptr + query, mask=query < last_query, other=0)
-    end = tl.load(end_ptr + query, mask=query < last_query, other=0)
-    return begin, tl.maximum(end - begin, 0)
+MIN_PAIRS_ON_HOPPER = 2**26  # (query, key) pairs from which the Gluon kernel wins: 32,768 tokens
 
 
 @triton.jit
@@ -134,7 +62,7 @@ def _top_kernel(
     head = tl.program_id(0) % num_heads_kv
     query = first_query + tl.program_id(0) // num_heads_kv * BLOCK_Q + tl.arange(0, BLOCK_Q)
     live = query < last_query
-    _, num_seen = _interval(begin_ptr, end_ptr, query, last_query)
+    _, num_seen = interval(begin_ptr, end_ptr, query, last_query)
     num_scored = tl.cdiv(num_seen, CELLS_SLC)[:, None, None]  # blocks with a key that the query sees
     position = tl.load(position_ptr + query, mask=live, other=-1)
     doc_start = tl.load(doc_start_ptr + query, mask=live, other=0)
@@ -190,17 +118,6 @@ def _merge_sorted(a, b):
     return tl.bitonic_merge(half, descending=True)
 
 
-def _importance_tile(dtype: torch.dtype, group_pad: int) -> dict[str, int]:
-    """Rows of a tile are BLOCK_Q * group_pad, keys BLOCK_J * S = 128.
-
-    H200, bf16, 65,536 tokens, D 128, ms for (Hq, Hkv) = (64, 4), (32, 8), (16, 16), rows, warps, stages:
-    128, 8, 2 5.9, 3.3, 3.9;  128, 4, 2 6.0, 3.6, 2.5;  64, 4, 2 7.2, 4.1, 3.0;  128, 8, 3 7.8, 4.5, 2.8.
-    """
-    if dtype == torch.float32:
-        return {"BLOCK_Q": max(1, 32 // group_pad), "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_Q": 128 // group_pad, "num_warps": 8 if group_pad > 2 else 4, "num_stages": 2}
-
-
 def _top_tile(num_blocks: int, chosen_pad: int, on_gpu: bool) -> dict[str, int]:
     """NUM_BUNDLES * BUNDLE blocks are looked at together, by one warp. The interpreter's time goes by programs.
 
@@ -239,38 +156,33 @@ def select_blocks(
     """
     _check(q, k_cmp, lse_cmp, cmp_begin, cmp_end, position, doc_start, softmax_scale)
     _check_block_lengths(cmp_block_len, cmp_stride, slc_block_len)
-    q, k_cmp = unit_stride(q), unit_stride(k_cmp)
     begin, end, position, doc_start = (t.contiguous() for t in (cmp_begin, cmp_end, position, doc_start))
-    num_queries, num_q_heads, head_dim = q.shape
+    num_queries = q.shape[0]
     num_keys, num_kv_heads = k_cmp.shape[:2]
     cells_cmp, cells_slc = cmp_block_len // cmp_stride, slc_block_len // cmp_stride
     num_layers = 1 + triton.cdiv(cells_cmp - 1, cells_slc)
     num_blocks = triton.cdiv(num_keys, cells_slc)
-    group = num_q_heads // num_kv_heads
-    group_pad = triton.next_power_of_2(group)
     chosen_pad = max(2, triton.next_power_of_2(num_slc_blocks))
-    tile, top_tile = _importance_tile(q.dtype, group_pad), _top_tile(num_blocks, chosen_pad, q.is_cuda)
+    top_tile = _top_tile(num_blocks, chosen_pad, q.is_cuda)
 
+    keys, fill = unit_stride(k_cmp), importance
+    if _large_on_hopper(q, k_cmp, cells_slc):
+        keys, fill = hopper_importance.boxes_of_blocks(k_cmp, cells_slc), hopper_importance.importance
+    q = copyable_by_tma(q)
     row_bytes = 4 * num_kv_heads * num_layers * max(1, num_blocks)
-    chunk_len = max(tile["BLOCK_Q"], MAX_BUFFER_BYTES // row_bytes // tile["BLOCK_Q"] * tile["BLOCK_Q"])
-    chunk_len = min(num_queries, chunk_len)
-    importance = q.new_empty(num_kv_heads, chunk_len, num_layers, num_blocks, dtype=torch.float32)
+    chunk_len = max(1, MAX_BUFFER_BYTES // row_bytes)
+    chunk_len = min(num_queries, chunk_len // 128 * 128 or chunk_len)  # whole tiles of queries, if there is room
+    buffer = q.new_empty(num_kv_heads, chunk_len, num_layers, num_blocks, dtype=torch.float32)
     out = torch.empty(num_queries, num_kv_heads, num_slc_blocks, dtype=torch.int32, device=q.device)
     for first in range(0, num_queries, max(1, chunk_len)):
         last = min(first + chunk_len, num_queries)
         if num_keys:
-            _importance_kernel[(triton.cdiv(last - first, tile["BLOCK_Q"]) * num_kv_heads,)](
-                q, k_cmp, lse_cmp, begin, end,
-                importance,
-                first, last, chunk_len, num_keys, num_kv_heads, num_blocks, softmax_scale,
-                *q.stride()[:2], *k_cmp.stride()[:2], *lse_cmp.stride(),
-                G=group, G_PAD=group_pad, DK_A=split_head_dim(head_dim)[0], DK_B=split_head_dim(head_dim)[1],
-                CELLS_CMP=cells_cmp, CELLS_SLC=cells_slc, SLC_PAD=triton.next_power_of_2(cells_slc),
-                NUM_LAYERS=num_layers, BLOCK_J=max(1, 128 // triton.next_power_of_2(cells_slc)),
-                PRECISION=dot_precision(q.dtype), **tile,
+            fill(
+                q, keys, lse_cmp, begin, end, buffer, first, last,
+                softmax_scale=softmax_scale, cells_cmp=cells_cmp, cells_slc=cells_slc,
             )  # fmt: skip
         _top_kernel[(triton.cdiv(last - first, top_tile["BLOCK_Q"]) * num_kv_heads,)](
-            importance, begin, end, position, doc_start,
+            buffer, begin, end, position, doc_start,
             out,
             first, last, chunk_len, num_kv_heads, num_blocks,
             SLC_LEN=slc_block_len, CELLS_SLC=cells_slc, NUM_LAYERS=num_layers,
@@ -278,6 +190,16 @@ def select_blocks(
             **top_tile,
         )  # fmt: skip
     return out
+
+
+def _large_on_hopper(q: Tensor, k_cmp: Tensor, cells_slc: int) -> bool:
+    """Whether the Gluon kernel takes these and is faster; the bits are the same either way.
+
+    H200, bf16, Hq 64, Hkv 4, D 128, ms of the importances, alone / sustained: 64k tokens 5.2 / 5.4 against 5.9 / 6.1;
+    8k tokens 0.55 / 0.40 against 0.23 / 0.16. Other groups were not timed.
+    """
+    is_large = q.shape[0] * k_cmp.shape[0] >= MIN_PAIRS_ON_HOPPER and q.shape[1] // k_cmp.shape[1] >= 8
+    return is_large and 16 % cells_slc == 0 and hopper_takes(q, k_cmp)
 
 
 def _check(q, k_cmp, lse_cmp, begin, end, position, doc_start, softmax_scale) -> None:

@@ -196,3 +196,13 @@ def test_errors_name_the_remedy(change, remedy, device):
     change(arguments)
     with pytest.raises(ValueError, match=remedy):
         select_blocks(**arguments)
+
+
+@pytest.mark.parametrize("group", [8, 16])
+def test_the_kernel_of_large_problems_gives_the_same_bits(group, device, monkeypatch):
+    """On a Hopper GPU the Gluon kernel; elsewhere both are the same. Documents begin inside its boxes of blocks."""
+    arguments, sizes = problem([220, 20, 130], group, 1, 64, torch.bfloat16, device, cmp_stride=8, slc_block_len=32)
+    few = select_blocks(*arguments, **sizes)
+    monkeypatch.setattr(select, "MIN_PAIRS_ON_HOPPER", 0)
+    assert torch.equal(select_blocks(*arguments, **sizes), few)
+    assert_same_but_for_ties(arguments, sizes)
