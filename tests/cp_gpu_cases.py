@@ -51,7 +51,7 @@ def compare(rank: int, sizes: list[int], lengths: list[int], heads: tuple[int, i
             got = attend(leaves, phis, weight, cu_seqlens, plan, rank, groups[size])
             again = attend(leaves, phis, weight, cu_seqlens, plan, rank, groups[size])
             rounds = attend(
-                leaves, phis, weight, cu_seqlens, plan, rank, groups[size], FetchOptions(kv_fetch_budget_bytes=2**22)
+                leaves, phis, weight, cu_seqlens, plan, rank, groups[size], FetchOptions(kv_fetch_budget_bytes=2**24)
             )
             real = ~plan.padding(rank).cuda()
             whole = [plan.shard(x, rank) for x in (expected[0], expected[1].long() + 1, *expected[2])]

@@ -112,7 +112,7 @@ def chosen_elsewhere(block_indices: Tensor, layout: RankLayout) -> Tensor:
     marks = torch.zeros(num_kv_heads, num_blocks + 1, dtype=torch.bool, device=block_indices.device)
     ids = block_indices.transpose(0, 1).flatten(1).long()  # [Hkv, T * n]
     marks.scatter_(1, ids.masked_fill(ids < 0, num_blocks), True)
-    marks[:, layout.local_blocks] = False
+    marks.index_fill_(1, layout.local_blocks, False)  # not marks[:, ...] = False, which copies from the host
     return marks[:, :num_blocks]
 
 
@@ -198,8 +198,20 @@ def post_pages(k: Tensor, v: Tensor, route: Route, block_len: int, comm: Comm, n
     else:
         heads, pages = put_on(k.device, route.send_head), put_on(k.device, route.send_page)
         for x, part in parts:
-            part.copy_(_paged(x, block_len)[pages, :, heads])
+            part.copy_(_gathered(x, pages, heads, block_len))
     return comm.post_all_to_all(packed, route.send_sizes, route.recv_sizes, "pages", name)
+
+
+def _gathered(x: Tensor, pages: Tensor, heads: Tensor, block_len: int) -> Tensor:
+    """Those pages of x [T, Hkv, D], each of its head: [n, l', D]. One index over rows is what torch gathers fast."""
+    stride_t, stride_h, _ = x.stride()
+    if stride_h < x.shape[2] or stride_t % stride_h or x.stride(2) != 1:
+        return _paged(x, block_len)[pages, :, heads]
+    per_token = stride_t // stride_h  # rows of one head's size from a token to the next
+    rows = x.as_strided(((len(x) - 1) * per_token + x.shape[1], x.shape[2]), (stride_h, 1))
+    token = pages[:, None] * block_len + torch.arange(block_len, device=x.device)
+    index = token * per_token + heads[:, None]
+    return rows.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def post_page_gradients(grad: Tensor, route: Route, comm: Comm, name: str) -> Handle:

@@ -33,7 +33,7 @@ class SelectedForward:
     """The selected branch of one forward; k [T, Hkv, Dk], v [T, Hkv, Dv] are the rank's own."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, stages: list[Stage], call: Call):
-        self._q, self._k, self._v, self._stages, self._call = q, k, v, stages, call
+        self._q, self._k, self._v, self._call = q, k, v, call
         self._alone = call.comm.size == 1
         self._halves = len(stages) > 1 and stages[0].kv_heads == stages[1].kv_heads
         self._page_bytes = call.cfg.slc_block_len * (k.shape[2] + v.shape[2]) * k.element_size()
@@ -59,16 +59,14 @@ class SelectedForward:
         """Read what all ranks chose, which has come meanwhile, and start the first round."""
         if self._alone:
             return
-        layout, comm, options = self._call.layout, self._call.comm, self._call.fetch
         with self._side.entered():
             bits = read_on_host(self._bitmaps[stage.number].wait())
-        chosen = unpack_bits(bits, len(layout.block_owner))
-        wanted = widen_to_whole_shards(chosen, layout.block_owner, options.whole_shard_fraction)
+        chosen = unpack_bits(bits, len(self._call.layout.block_owner))
+        wanted = self._widened(chosen)
         if self._halves and stage.number == 1:
-            both = widen_to_whole_shards(self._chosen[0] | chosen, layout.block_owner, options.whole_shard_fraction)
-            wanted = both & ~widen_to_whole_shards(self._chosen[0], layout.block_owner, options.whole_shard_fraction)
+            wanted = self._widened(self._chosen[0] | chosen) & ~self._widened(self._chosen[0])
         self._chosen.append(chosen)
-        self._rounds.append(plan_rounds(wanted, layout, comm.rank, options.round_pages(self._page_bytes)))
+        self._rounds.append(self._planned(wanted))
         if self._ahead:
             self._post_round(stage, 0)
 
@@ -99,14 +97,19 @@ class SelectedForward:
         """The rounds of every head group, for backward; counts u."""
         if self._alone:
             return [[]]
-        layout, comm, options = self._call.layout, self._call.comm, self._call.fetch
-        rounds = self._rounds
         if self._halves:
             self._chosen = [self._chosen[0] | self._chosen[1]]
-            wanted = widen_to_whole_shards(self._chosen[0], layout.block_owner, options.whole_shard_fraction)
-            rounds = [plan_rounds(wanted, layout, comm.rank, None)]
-        comm.traffic.count_union(torch.cat([chosen[comm.rank] for chosen in self._chosen]), len(layout.local_blocks))
-        return rounds
+            self._rounds = [self._planned(self._widened(self._chosen[0]))]
+        own = torch.cat([chosen[self._call.comm.rank] for chosen in self._chosen])
+        self._call.comm.traffic.count_union(own, len(self._call.layout.local_blocks))
+        return self._rounds
+
+    def _widened(self, chosen: Tensor) -> Tensor:
+        return widen_to_whole_shards(chosen, self._call.layout.block_owner, self._call.fetch.whole_shard_fraction)
+
+    def _planned(self, wanted: Tensor) -> list[Route]:
+        per_round = self._call.fetch.round_pages(self._page_bytes)
+        return plan_rounds(wanted, self._call.layout, self._call.comm.rank, per_round)
 
     def _local(self, stage: Stage) -> tuple[Tensor, Tensor]:
         return self._k[:, stage.kv_heads], self._v[:, stage.kv_heads]
