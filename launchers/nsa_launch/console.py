@@ -84,7 +84,8 @@ class Console:
             self.say(
                 f"{record['context_parallel_size']} context-parallel ranks, {record['layout']}, load imbalance "
                 f"{record['load_imbalance']:.2f}; kv_fetch_budget_bytes={record['kv_fetch_budget_bytes']}, "
-                f"whole_shard_fraction={record['whole_shard_fraction']:g}, keep_pages={record['keep_pages']}"
+                f"whole_shard_fraction={record['whole_shard_fraction']:g}, keep_pages={record['keep_pages']}, "
+                f"head_groups={record['head_groups']}"
             )
 
     def _consequence(self) -> str:

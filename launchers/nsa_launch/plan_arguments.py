@@ -38,8 +38,6 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         metavar="1,0.2",
         help="shares of the remote blocks chosen; memory is judged by the first (default 1,0.2,0.05)",
     )
-    parser.add_argument("--page-budget-gib", type=float, metavar="GIB", help="fetched pages held at once on a rank")
-    parser.add_argument("--keep-pages", action="store_true", help="keep pages for backward, do not fetch them again")
     parser.add_argument("--overlap", type=float, default=0.0, metavar="0..1", help="share of wire time hidden")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw memory and step time here")

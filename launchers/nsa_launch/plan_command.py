@@ -3,13 +3,12 @@
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.train.atomic import write_atomically
 from nsa_dist.train.planner.cluster import load_cluster
 from nsa_dist.train.planner.fetching import HEADINGS, cells, fetching
@@ -26,7 +25,7 @@ _FILE_COLUMNS = 160
 
 @dataclass(frozen=True)
 class Request:
-    """The words of the command line."""
+    """The words of the command line. How pages are fetched is the configuration's to say, in `parallel`."""
 
     config: Path
     overrides: Sequence[str]
@@ -41,21 +40,13 @@ class Request:
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> "Request":
         """From the words of `plan_arguments`. ValueError for numbers that make no sense."""
-        budget = arguments.page_budget_gib
-        options = Options(
-            union_fractions=arguments.u,
-            fetch=FetchOptions(
-                kv_fetch_budget_bytes=None if budget is None else int(budget * GIB), keep_pages=arguments.keep_pages
-            ),
-            overlap=arguments.overlap,
-        )
         return cls(
             config=arguments.config,
             overrides=arguments.overrides,
             cluster=arguments.cluster,
             bench=arguments.bench,
             num_nodes=arguments.nodes,
-            options=options,
+            options=Options(union_fractions=arguments.u, overlap=arguments.overlap),
             cp_sizes=arguments.cp,
             json=arguments.json,
             picture=arguments.picture,
@@ -70,7 +61,8 @@ def run(request: Request) -> None:
     )
     for path in request.bench:
         cluster = with_bench(cluster, path, config.model.num_attention_heads // config.model.num_query_groups)
-    plan = make_plan(config, cluster, request.options, request.cp_sizes)
+    options = replace(request.options, fetch=config.parallel.fetch_options())
+    plan = make_plan(config, cluster, options, request.cp_sizes)
     console = Console(highlight=False)
     if not console.is_terminal:  # a file or a pipe wraps nothing
         console.width = _FILE_COLUMNS

@@ -93,12 +93,13 @@ class ParallelSection(Section):
     sequence_parallel: bool = False
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     kv_fetch_budget_bytes: int | None = Field(
-        default=None, description="selected pages of other ranks held at once; null: all that were chosen, in one round"
+        default=None, description="selected pages of other ranks held at once; null: those of two head groups"
     )
     whole_shard_fraction: float = Field(
         default=1.0, description="from this share of a rank's blocks chosen on all of them are fetched"
     )
     keep_pages: bool = Field(default=False, description="keep fetched pages for backward instead of fetching again")
+    head_groups: int = Field(default=4, description="kv heads travel in so many groups, each under others' computation")
 
     @model_validator(mode="after")
     def _check_fetch(self) -> "ParallelSection":
@@ -107,7 +108,12 @@ class ParallelSection(Section):
 
     def fetch_options(self) -> FetchOptions:
         """How the selected branch moves the blocks that other context-parallel ranks hold."""
-        return FetchOptions(self.kv_fetch_budget_bytes, self.whole_shard_fraction, self.keep_pages)
+        return FetchOptions(
+            kv_fetch_budget_bytes=self.kv_fetch_budget_bytes,
+            whole_shard_fraction=self.whole_shard_fraction,
+            keep_pages=self.keep_pages,
+            head_groups=self.head_groups,
+        )
 
     @property
     def model_parallel_size(self) -> int:

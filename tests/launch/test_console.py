@@ -78,7 +78,7 @@ def test_the_last_words_name_losses_and_places(tmp_path, folder, capsys):
 
 START = (
     '{"kind": "start", "step": 0, "context_parallel_size": %d, "layout": "zigzag", "load_imbalance": 1.0, '
-    '"kv_fetch_budget_bytes": null, "whole_shard_fraction": 1.0, "keep_pages": false}'
+    '"kv_fetch_budget_bytes": null, "whole_shard_fraction": 1.0, "keep_pages": false, "head_groups": 4}'
 )
 
 
@@ -91,7 +91,7 @@ def test_the_choices_of_context_parallelism_are_told_at_the_start(tmp_path, fold
         console.update()
     assert capsys.readouterr().out == (
         "2 context-parallel ranks, zigzag, load imbalance 1.00; "
-        "kv_fetch_budget_bytes=None, whole_shard_fraction=1, keep_pages=False\n"
+        "kv_fetch_budget_bytes=None, whole_shard_fraction=1, keep_pages=False, head_groups=4\n"
     )
 
 

@@ -29,8 +29,9 @@ def test_plans_every_configuration(config, tmp_path, capsys):
 
 def test_options_reach_the_plan(tmp_path):
     report = tmp_path / "plan.json"
-    words = ["plan", str(CONFIGS / "long-1m.yaml"), "num_layers=2", "--cluster", str(CLUSTER), "--nodes", "2"]
-    words += ["--cp", "8,16", "--u", "0.5", "--page-budget-gib", "1.5", "--keep-pages", "--overlap", "0.5"]
+    words = ["plan", str(CONFIGS / "long-1m.yaml"), "num_layers=2", "keep_pages=true"]
+    words += [f"kv_fetch_budget_bytes={3 * 2**29}", "--cluster", str(CLUSTER), "--nodes", "2"]
+    words += ["--cp", "8,16", "--u", "0.5", "--overlap", "0.5"]
     assert main([*words, "--json", str(report)]) == exit_codes.OK
     data = json.loads(report.read_text())
     assert [candidate["cp_size"] for candidate in data["candidates"]] == [8, 16]

@@ -53,6 +53,7 @@ def test_defaults_hold_together():
         ({"run": {**RUN, "steps": 10}, "optimizer": {"warmup_steps": 10}}, "take warmup_steps=1"),
         ({"run": {**RUN, "stpes": 3}}, "run.stpes: no such key; did you mean 'steps'"),
         ({"parallel": {"kv_fetch_budget_bytes": 0}}, "parallel: .*kv_fetch_budget_bytes=0 must be positive.*pass None"),
+        ({"parallel": {"head_groups": 0}}, "head_groups=0 must be at least 1.*pass 1 to"),
         ({"parallel": {"whole_shard_fraction": 1.5}}, r"whole_shard_fraction=1.5 .*must lie in \(0, 1\]"),
         ({"modle": {}}, "modle: no such key; did you mean 'model'"),
         ({"run": {**RUN, "lr": 1}}, "it belongs to the section 'optimizer'"),
@@ -67,8 +68,8 @@ def test_errors_name_the_remedy(raw, remedy):
 
 
 def test_fetch_options_reach_the_attention():
-    config = check({"parallel": {"kv_fetch_budget_bytes": 4096, "whole_shard_fraction": 0.5, "keep_pages": True}})
-    assert config.parallel.fetch_options() == FetchOptions(4096, 0.5, True)
+    options = {"kv_fetch_budget_bytes": 4096, "whole_shard_fraction": 0.5, "keep_pages": True, "head_groups": 2}
+    assert check({"parallel": options}).parallel.fetch_options() == FetchOptions(**options)
     assert check({}).parallel.fetch_options() == FetchOptions()
 
 

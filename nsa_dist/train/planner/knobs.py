@@ -67,7 +67,7 @@ def _changes(config: TrainConfig, options: Options) -> Iterator[tuple[str, Train
             yield words, changed, options
     if (options.fetch.kv_fetch_budget_bytes or 2 * GIB) > GIB:
         fetch = replace(options.fetch, kv_fetch_budget_bytes=GIB)
-        yield "--page-budget-gib 1", config, replace(options, fetch=fetch)
+        yield f"parallel.kv_fetch_budget_bytes={GIB}", config, replace(options, fetch=fetch)
 
 
 def _changed(config: TrainConfig, update: dict[str, dict[str, Any]]) -> TrainConfig | None:

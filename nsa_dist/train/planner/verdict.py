@@ -133,7 +133,7 @@ def _wire(plan: Plan) -> Iterator[str]:
             "shard once a node. That is why a small u matters here, and why a group inside one node is better."
         )
     held, gathered = judged.memory_bytes["pages"], gather.memory_bytes["pages"]
-    bound = "" if held <= gathered else ". --page-budget-gib bounds it, at the price of rounds"
+    bound = "" if held <= gathered else ". parallel.kv_fetch_budget_bytes bounds it, at the price of rounds"
     yield (
         f"Remote K/V held at once: {_gib(held)} with {judged.strategy.name}; an all-gather holds {_gib(gathered)} one "
         f"head at a time, {_gib(_whole(shown))} otherwise{bound}."
