@@ -30,8 +30,9 @@ def _draw_curve(axes: Axes, rows: list[Row], tokens_per_rank: int) -> None:
         label = "raw K/V gathered" if mode == "all-gather" else next(r["way"] for r in line if r["cp_size"] > 1)
         xs, ys = [row["cp_size"] for row in line], [row["peak_bytes"] / GIB for row in line]
         axes.plot(xs, ys, marker="o", color=_COLOURS[mode], label=label)
+        offset = 6 if mode == "all-gather" else -14
         for x, y in zip(xs, ys, strict=True):
-            axes.annotate(f"{y:.1f}", (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=9)
+            axes.annotate(f"{y:.1f}", (x, y), xytext=(0, offset), textcoords="offset points", ha="center", fontsize=9)
     inputs = rows[0]["inputs_bytes"] / GIB
     axes.axhline(inputs, color="#9a9cb3", ls="--", lw=1)
     axes.annotate("inputs and the gradient of the output", (1, inputs), xytext=(0, 3), textcoords="offset points")
@@ -40,7 +41,7 @@ def _draw_curve(axes: Axes, rows: list[Row], tokens_per_rank: int) -> None:
     axes.set_xticks(ticks, [f"{p}\n{p * tokens_per_rank // 1024}k" for p in ticks])
     axes.set_xlabel("ranks, and tokens of the whole sequence")
     axes.set_ylabel("GiB")
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 1.1 * max(row["peak_bytes"] for row in rows) / GIB)
     axes.set_title(f"{tokens_per_rank:,} tokens a rank", loc="left", weight="bold")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(loc="lower right", frameon=False)

@@ -18,6 +18,7 @@ from nsa_dist.train.planner.strategies import (
     Strategy,
     head_groups,
     held_bytes,
+    num_rounds,
     page_bytes,
     page_counts,
 )
@@ -108,21 +109,22 @@ def largest_moment(core: Core, strategy: Strategy, options: Options) -> Moment:
     heads = -(-core.heads.num_kv_heads // groups)
     deltas = core.tokens * core.heads.num_q_heads * BRANCHES * 4
     forward = results_bytes(core) - sizes.out + slc_workspace_bytes(core, heads, forward=True)
-    pages = held_bytes(core, strategy, options)
+    pages, rounds = held_bytes(core, strategy, options), num_rounds(core, strategy, options)
     moments = [
         Moment(forward, held_bytes(core, strategy, options, forward=True)),
         Moment(results_bytes(core) + deltas, held_bytes(core, strategy, options, forward=True) // 3),
-        *(Moment(_group_bytes(core, groups, number) + deltas, pages) for number in range(groups)),
+        *(Moment(_group_bytes(core, number, groups, rounds) + deltas, pages) for number in range(groups)),
     ]
     return max(moments, key=lambda moment: moment.total)
 
 
-def _group_bytes(core: Core, groups: int, number: int) -> int:
+def _group_bytes(core: Core, number: int, groups: int, rounds: int) -> int:
     """Backward of the selected branch of head group `number`, after its compressed branch.
 
     The gradient of q of all groups is filled as they come; dq of this group by two branches, the second in fp32 over
     ranks; sums of keys and values of this and the earlier groups; the window's of the earlier ones; gradients of
-    compressed K and V, of the whole sequence, that wait for the end on their way home.
+    compressed K and V, of the whole sequence, that wait for the end on their way home. A second round has dq, sums and
+    chosen blocks of its own beside those it is added to.
     """
     sizes, heads = Sizes.of(core), -(-core.heads.num_kv_heads // groups)
     several = core.plan.cp_size > 1
@@ -130,8 +132,12 @@ def _group_bytes(core: Core, groups: int, number: int) -> int:
     wide = sizes.g if several else sizes.e
     dq = of_q + of_q // sizes.e * wide
     sums = (number + 1) * of_kv // sizes.e * (sizes.g if several or is_cut(core) else sizes.e)
+    if rounds > 1:
+        own = (of_q + of_kv) // sizes.e * sizes.g
+        return _group_bytes(core, number, groups, 1) + own + core.tokens * heads * core.cfg.num_slc_blocks * 4
     compressed = (number + 1) * cost.total_cmp_blocks(core.plan, core.cfg) * core.heads.row_elements // groups * wide
-    return sizes.q + dq + sums + number * of_kv + compressed + slc_workspace_bytes(core, heads)
+    before = 2 * of_q if number else 0  # what the branches of the group before gave to its sum, until it is replaced
+    return sizes.q + before + dq + sums + number * of_kv + compressed + slc_workspace_bytes(core, heads)
 
 
 def kept_page_bytes(core: Core, strategy: Strategy) -> int:

@@ -125,8 +125,7 @@ def held_bytes(core: Core, strategy: Strategy, options: Options, *, forward: boo
                         gradients as written, put together, and on their way home from the round before
     all-gather      the whole sequence, one key/value head at a time
     ring            two shards and the gradients that travel with them
-    raw all-gather  the whole sequence of one branch, all heads, as gathered and in order; in backward gradients in
-                    both orders
+    raw all-gather  the whole sequence of one branch, all heads, and its gradients
     """
     if core.plan.cp_size == 1:
         return 0
@@ -136,7 +135,7 @@ def held_bytes(core: Core, strategy: Strategy, options: Options, *, forward: boo
     if strategy.how == "ring":
         return 2 * shard * both
     if strategy.how == "raw all-gather":
-        return 2 * core.plan.cp_size * shard * both
+        return core.plan.cp_size * shard * both
     if strategy.how == "all-gather":
         return core.plan.cp_size * shard // heads.num_kv_heads * both
     return 3 * pages_at_once(core, strategy, options) * page_bytes(core, both)

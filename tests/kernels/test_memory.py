@@ -1,0 +1,37 @@
+"""The planner's memory of a layer against what is alive while its kernels run, in triton's interpreter."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import nsa_kernels
+from kernels.live_bytes import LiveBytes
+from nsa_dist.config import NSAConfig
+from nsa_dist.cp.cost import HeadSizes
+from nsa_dist.train.planner.core_memory import layer_peak_bytes
+from nsa_dist.train.planner.strategies import Options
+from nsa_launch.bench.case import Case
+from nsa_launch.bench.layer import drawn, layer_forward, make_shard
+from nsa_launch.bench.predicted import core_of, strategy_of
+from nsa_launch.bench.selection import Replay, with_selection
+from nsa_launch.bench.solo import synthetic_comm
+
+CASE = Case(
+    512, 1, heads=HeadSizes(16, 2, 16, 16), cfg=NSAConfig(num_slc_blocks=4, window_len=64), union_fraction=1.0
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize(("cp_size", "budget"), [(1, None), (2, None), (4, None), (2, 2**15)])
+def test_memory_of_a_layer(cp_size, budget):
+    """One rank of several, 512 tokens each; with a budget of eight pages in several rounds."""
+    case, device = replace(CASE, tokens=512 * cp_size, cp_size=cp_size, page_budget_bytes=budget), torch.device("cpu")
+    shard, draw = make_shard(case, 512, device, seed=0), drawn(case, 0, device)
+    comm = replace(synthetic_comm(case, 0, device), trace=None)
+    forward = layer_forward(case, shard, comm, with_selection(nsa_kernels, Replay(draw.block_indices)))
+    with LiveBytes() as live:
+        torch.autograd.grad(forward(), shard.leaves, shard.grad_out)
+    predicted = layer_peak_bytes(core_of(case), strategy_of(case), Options(fetch=case.fetch_options))
+    assert predicted == pytest.approx(live.peak, rel=0.1)

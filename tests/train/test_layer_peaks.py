@@ -1,0 +1,44 @@
+"""The planner's memory of one layer against peaks measured on a GPU, one rank of several with the others made up.
+
+`nsa-dist bench cp --repeats 1 --only 128/128 --tokens 1048576` on one NVIDIA H200 (torch 2.11), 2026-11-24: Hq 64,
+Hkv 4, D 128, bf16, forward and backward, inputs counted.
+"""
+
+import pytest
+
+from nsa_dist.train.planner.core_memory import layer_peak_bytes
+from nsa_dist.train.planner.strategies import GIB, Options
+from nsa_launch.bench.case import Case
+from nsa_launch.bench.predicted import core_of, strategy_of
+
+K = 1024
+BUDGET = 2**28
+# (tokens, cp_size, mode, u, page budget): GiB
+MEASURED = {
+    (32 * K, 1, "fetch", 0.2, BUDGET): 5.64,
+    (64 * K, 2, "fetch", 0.2, BUDGET): 5.53,
+    (128 * K, 4, "fetch", 0.2, BUDGET): 5.66,
+    (256 * K, 8, "fetch", 0.2, BUDGET): 5.92,
+    (128 * K, 1, "fetch", 0.2, BUDGET): 15.94,
+    (256 * K, 2, "fetch", 0.2, BUDGET): 15.48,
+    (512 * K, 4, "fetch", 0.2, BUDGET): 15.99,
+    (1024 * K, 8, "fetch", 0.2, BUDGET): 17.03,
+    (1024 * K, 8, "fetch", 0.05, None): 16.56,
+    (1024 * K, 8, "fetch", 0.2, None): 16.99,
+    (1024 * K, 8, "fetch", 1.0, None): 19.44,
+    (1024 * K, 8, "whole shard", 0.2, None): 20.10,
+    (64 * K, 2, "all-gather", 0.2, None): 5.53,
+    (128 * K, 4, "all-gather", 0.2, None): 5.97,
+    (256 * K, 8, "all-gather", 0.2, None): 6.82,
+    (256 * K, 2, "all-gather", 0.2, None): 16.59,
+    (512 * K, 4, "all-gather", 0.2, None): 17.99,
+    (1024 * K, 8, "all-gather", 0.2, None): 21.66,
+}
+
+
+@pytest.mark.parametrize("key", MEASURED, ids=str)
+def test_predicted_peak_is_the_measured_one(key):
+    tokens, cp_size, mode, u, budget = key
+    case = Case(tokens, cp_size, mode, u, page_budget_bytes=budget)
+    predicted = layer_peak_bytes(core_of(case), strategy_of(case), Options(fetch=case.fetch_options))
+    assert predicted / GIB == pytest.approx(MEASURED[key], rel=0.1)
