@@ -29,6 +29,7 @@ from .slc_backward import differentiate_chunk
 from .slc_checks import check_inputs
 from .slc_forward import attend_chunk
 from .slc_index import build_block_index
+from .slc_rows import pack_rows
 from .slc_tiles import WORKSPACE_BYTES, backward_tiles, chunks, forward_tiles
 
 
@@ -153,7 +154,7 @@ def _gradients(
     slc_block_len, softmax_scale, workspace_bytes, dtype,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dq, dk, dv, dk_remote, dv_remote in `dtype`, or each in that of its tensor."""
-    grad_out, lse, delta = unit_stride(grad_out), lse.contiguous(), delta.contiguous()
+    grad_out, about_rows = unit_stride(grad_out), pack_rows(lse, delta, gate, position)
     (num_queries, num_q_heads, head_dim_k), num_kv_heads = q.shape, k.shape[1]
     group = num_q_heads // num_kv_heads
     tiles = backward_tiles(group, head_dim_k, v.shape[2])
@@ -175,8 +176,8 @@ def _gradients(
             gather_all=True,
         )
         differentiate_chunk(
-            q[rows], k, v, k_remote, v_remote, block_table, block_indices[rows], position[rows], index,
-            grad_out[rows], None if gate is None else gate[rows], lse[rows], delta[rows], dq[rows], sums,
+            q[rows], k, v, k_remote, v_remote, block_table, block_indices[rows], index,
+            grad_out[rows], about_rows[:, rows], dq[rows], sums,
             head_start=heads.start, slc_block_len=slc_block_len, softmax_scale=softmax_scale, add=rows.start > 0,
         )  # fmt: skip
     return dq, *[s if s is None else s.to(dtype or x.dtype) for s, x in zip(sums, pages, strict=True)]

@@ -7,7 +7,9 @@ cuts long lists into *work items* of at most `item_queries` entries, so that a b
 
 How     1. `mark` sets bit t of a bitmap [list, t] by atomic OR: the order of the ORs leaves no trace.
         2. `prefix` counts each list's bits up to every group of 256 queries.
-        3. `place` reads an entry's place off the bits before its own and writes it there: a stable counting sort.
+        3. `scan` adds the counts up: where each list begins, and which work items it is cut into.
+        4. `place` reads an entry's place off the bits before its own and writes it there: a stable counting sort. The
+           first entry of an item names the item's list.
 Memory  num_lists * T / 8 bytes for the bitmap, 1/8 of that for its prefix sums, and 4 bytes an entry.
 
 Example, one segment, one head, n = 2, 4 blocks, item_queries = 2
@@ -15,9 +17,10 @@ Example, one segment, one head, n = 2, 4 blocks, item_queries = 2
     entries             0 2 4 | 3 6 | 5 7                                    lists 0, 1, 2; list 3 is empty
     offsets             0 3 5 7 7
     item_offsets        0 2 3 4 4           list 0 is two items
-    item_list           0 0 1 2 4 4 4 4     4 = num_lists: no such item
+    item_list           0 0 1 2             and room for 4 more
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +41,7 @@ class BlockIndex:
     entries         int32 [Hkv * T * n]         t * n + i; those of list x are entries[offsets[x] : offsets[x + 1]]
     offsets         int32 [num_lists + 1]
     item_offsets    int32 [num_lists + 1]       the items of list x are item_offsets[x] .. item_offsets[x + 1]
-    item_list       int32 [max_items]           an item's list; num_lists for those past the last
+    item_list       int32 [max_items]           an item's list; only the first item_offsets[num_lists] are set
     item_queries    entries in an item, at most
     num_segments    num_lists = num_segments * Hkv * num_blocks
     """
@@ -141,13 +144,34 @@ def _prefix_kernel(
     tl.store(counts + which, total)
 
 
+@triton.jit(do_not_specialize=["num_lists"])
+def _scan_kernel(
+    counts,
+    offsets, item_offsets,
+    num_lists,
+    ITEM_QUERIES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: the exclusive sums of the counts, and of the items they make."""
+    entries, items = 0, 0
+    for first in range(0, num_lists, BLOCK):
+        which = first + tl.arange(0, BLOCK)
+        count = tl.load(counts + which, mask=which < num_lists, other=0)
+        share = (count + ITEM_QUERIES - 1) // ITEM_QUERIES
+        tl.store(offsets + which, entries + tl.cumsum(count) - count, mask=which < num_lists)
+        tl.store(item_offsets + which, items + tl.cumsum(share) - share, mask=which < num_lists)
+        entries += tl.sum(count)
+        items += tl.sum(share)
+    tl.store(offsets + num_lists, entries)
+    tl.store(item_offsets + num_lists, items)
+
+
 @triton.jit(do_not_specialize=["num_entries", "num_heads", "num_blocks", "segment_queries", "num_groups"])
 def _place_kernel(
-    block_indices, position, bitmap, prefix, offsets,
-    entries,
+    block_indices, position, bitmap, prefix, offsets, item_offsets,
+    entries, item_list,
     num_entries, num_heads, num_blocks, segment_queries, num_groups, stride_t, stride_h, stride_n,
     SLOTS: tl.constexpr, BLOCK_LEN: tl.constexpr, GATHER_ALL: tl.constexpr, BLOCK: tl.constexpr,
-    GROUP_WORDS: tl.constexpr,
+    GROUP_WORDS: tl.constexpr, ITEM_QUERIES: tl.constexpr,
 ):  # fmt: skip
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     which, t, name, gathered = _locate(
@@ -166,6 +190,9 @@ def _place_kernel(
     rank += tl.load(prefix + group, mask=gathered, other=0)
     first = tl.load(offsets + which, mask=gathered, other=0)
     tl.store(entries + first + rank, name, mask=gathered)
+    begins = gathered & (rank % ITEM_QUERIES == 0)
+    item = tl.load(item_offsets + which, mask=begins, other=0) + rank // ITEM_QUERIES
+    tl.store(item_list + item, which, mask=begins)
 
 
 def build_block_index(
@@ -189,10 +216,14 @@ def build_block_index(
     num_segments = triton.cdiv(num_queries, segment_queries)
     num_entries, num_lists = block_indices.numel(), num_segments * num_heads * num_blocks
     num_groups = triton.cdiv(segment_queries, GROUP_QUERIES)
+    # Every list ends in at most one short item, so this many always suffice; how many there are stays on the device.
+    max_items = num_entries // item_queries + min(num_lists, num_entries)
     bitmap = torch.zeros(num_lists, num_groups * GROUP_WORDS, dtype=torch.int32, device=device)
     prefix = torch.empty(num_lists, num_groups, dtype=torch.int32, device=device)
-    counts = torch.empty(num_lists, dtype=torch.int32, device=device)
-    entries = torch.empty(num_entries, dtype=torch.int32, device=device)
+    sizes = (num_lists, num_lists + 1, num_lists + 1, num_entries, max_items)
+    counts, offsets, item_offsets, entries, item_list = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(
+        sizes
+    )
 
     grid = (triton.cdiv(num_entries, _ENTRIES_PER_PROGRAM),)
     options = {
@@ -201,25 +232,22 @@ def build_block_index(
         "GATHER_ALL": gather_all,
         "BLOCK": _ENTRIES_PER_PROGRAM,
     }
-    sizes, strides = (num_entries, num_heads, num_blocks, segment_queries), block_indices.stride()
-    _mark_kernel[grid](block_indices, position, bitmap, *sizes, num_groups * GROUP_WORDS, *strides, **options)
+    shape, strides = (num_entries, num_heads, num_blocks, segment_queries), block_indices.stride()
+    _mark_kernel[grid](block_indices, position, bitmap, *shape, num_groups * GROUP_WORDS, *strides, **options)
     block_groups = min(128, triton.next_power_of_2(num_groups))
     _prefix_kernel[(num_lists,)](bitmap, prefix, counts, num_groups, GROUP_WORDS, block_groups)
-    offsets = _exclusive_sum(counts)
+    block_lists = min(4096, triton.next_power_of_2(num_lists))
+    _scan_kernel[(1,)](counts, offsets, item_offsets, num_lists, item_queries, block_lists, num_warps=8)
     _place_kernel[grid](
-        block_indices, position, bitmap, prefix, offsets, entries,
-        *sizes, num_groups, *strides, **options, GROUP_WORDS=GROUP_WORDS,
+        block_indices, position, bitmap, prefix, offsets, item_offsets,
+        entries, item_list,
+        *shape, num_groups, *strides, **options, GROUP_WORDS=GROUP_WORDS, ITEM_QUERIES=item_queries,
     )  # fmt: skip
-
-    item_offsets = _exclusive_sum((counts + (item_queries - 1)) // item_queries)
-    # Every list ends in at most one short item, so this many always suffice; how many there are stays on the device.
-    max_items = num_entries // item_queries + min(num_lists, num_entries)
-    item = torch.arange(max_items, dtype=torch.int32, device=device)
-    item_list = torch.searchsorted(item_offsets[1:], item, right=True, out_int32=True)
     return BlockIndex(entries, offsets, item_offsets, item_list, item_queries, num_segments)
 
 
-def _exclusive_sum(counts: Tensor) -> Tensor:
-    total = torch.zeros(counts.shape[0] + 1, dtype=torch.int32, device=counts.device)
-    torch.cumsum(counts, 0, dtype=torch.int32, out=total[1:])
-    return total
+def _int32_buffers(sizes: Sequence[int], device: torch.device) -> list[Tensor]:
+    """One allocation; each begins on a line of the cache, as kernels are compiled anew for another alignment."""
+    padded = [triton.cdiv(size, 32) * 32 for size in sizes]
+    whole = torch.empty(sum(padded), dtype=torch.int32, device=device)
+    return [x[:size] for x, size in zip(whole.split(padded), sizes, strict=True)]

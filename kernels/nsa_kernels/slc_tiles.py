@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 import triton
+from torch import Tensor
 
 # Partial results of one chunk, at most. More chunks cost launches (about 0.1 ms each) and a tail wave per kernel.
-WORKSPACE_BYTES = 2 * 2**30
+WORKSPACE_BYTES = 9 * 2**28
 
 
 @dataclass(frozen=True)
@@ -89,19 +91,39 @@ def backward_tiles(group: int, head_dim_k: int, head_dim_v: int) -> BackwardTile
     )
 
 
+def hopper_takes(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, slc_block_len: int, copied: tuple[Tensor, ...]
+) -> bool:
+    """Whether `slc_hopper` can copy these by boxes: a Hopper GPU, sizes that fill its tiles, aligned addresses."""
+    return (
+        q.is_cuda
+        and torch.cuda.get_device_capability(q.device)[0] == 9
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[2] == v.shape[2] == 128
+        and slc_block_len == 64
+        and q.shape[1] // k.shape[1] in (8, 16, 32, 64)
+        and block_indices.shape[2] <= 32
+        and all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 for x in copied)
+    )
+
+
 def chunks(
     num_queries: int, num_kv_heads: int, bytes_per_query: int, limit: int = WORKSPACE_BYTES
 ) -> Iterator[tuple[slice, slice]]:
     """(queries, key-value heads) of each chunk: as many heads as fit, else one head and as many queries as fit.
+
+    Chunks are alike, so that none is left over that fills no wave of programs.
 
     bytes_per_query     workspace of one query and one key-value head
     """
     if num_queries == 0:
         return
     heads = max(1, min(num_kv_heads, limit // max(1, num_queries * bytes_per_query)))
+    heads = triton.cdiv(num_kv_heads, triton.cdiv(num_kv_heads, heads))
     rows = num_queries
     if num_queries * bytes_per_query > limit:
-        rows = max(64, limit // bytes_per_query // 64 * 64)
+        pieces = triton.cdiv(num_queries, max(64, limit // bytes_per_query // 64 * 64))
+        rows = triton.cdiv(triton.cdiv(num_queries, pieces), 64) * 64
     for head in range(0, num_kv_heads, heads):
         for first in range(0, num_queries, rows):
             yield slice(first, min(first + rows, num_queries)), slice(head, min(head + heads, num_kv_heads))

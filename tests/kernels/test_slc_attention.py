@@ -166,6 +166,21 @@ def test_head_dims_of_models(group, dims, device):
     check(case, block_len=64)
 
 
+@pytest.mark.parametrize(
+    ("group", "num_kv_heads", "dtype"), [(8, 2, DTYPES[1]), (16, 2, DTYPES[0]), (64, 1, DTYPES[0])]
+)
+def test_sizes_of_the_hopper_kernels(group, num_kv_heads, dtype, device):
+    """What they take: blocks of 64, D 128, wide groups. Padding rows, remote pages, q as a part of a wider tensor."""
+    position = torch.cat([torch.arange(6 * 64 + 30, 7 * 64 + 9), torch.full((3,), -1)])
+    case = make_case(
+        position, None, group=group, num_kv_heads=num_kv_heads, dims=(128, 128), dtype=dtype, device=device,
+        local_blocks=[2, 6, 7], block_len=64,
+    )  # fmt: skip
+    check(
+        replace(case, q=torch.cat([case.q, torch.full_like(case.q, torch.nan)], 1)[:, : case.q.shape[1]]), block_len=64
+    )
+
+
 @pytest.mark.parametrize("group", [1, 4])
 def test_remote_pages_are_read_in_place(group, device):
     """Two segments of one rank; the blocks between and before them are pages of other ranks, keys beside values."""

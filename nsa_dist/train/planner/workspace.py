@@ -3,7 +3,7 @@
 from nsa_dist.train.planner.core import Core
 
 # nsa_kernels.slc_tiles: what parts may take, rows of a work item forward and backward, rows of a segment forward.
-WORKSPACE_BYTES = 2 * 2**30
+WORKSPACE_BYTES = 9 * 2**28
 ITEM_ROWS = {True: 2048, False: 4096}
 SEGMENT_ROWS = 65536
 
@@ -19,7 +19,7 @@ def slc_workspace_bytes(core: Core, num_kv_heads: int, forward: bool = False) ->
     index = lists * (-(-segment // 256)) * 36 + 4 * entries  # bits, their sums a group of 256 queries, entries
     items = entries // max(1, ITEM_ROWS[forward] // core.group) + min(lists, entries)
     pages = 0 if forward else items * core.plan.block_len * (core.heads.dim_k + core.heads.dim_v) * 4
-    return parts + index + 8 * items + pages
+    return parts + index + 4 * items + pages
 
 
 def is_cut(core: Core) -> bool:
@@ -31,8 +31,10 @@ def _chunk(core: Core, num_kv_heads: int, forward: bool) -> tuple[int, int]:
     """Queries and heads at once, as `nsa_kernels.slc_tiles.chunks` cuts them."""
     per_query = _bytes_per_query(core, forward)
     if core.tokens * per_query > WORKSPACE_BYTES:
-        return max(64, WORKSPACE_BYTES // per_query // 64 * 64), 1
-    return core.tokens, max(1, min(num_kv_heads, WORKSPACE_BYTES // (core.tokens * per_query)))
+        pieces = -(-core.tokens // max(64, WORKSPACE_BYTES // per_query // 64 * 64))
+        return -(-core.tokens // pieces // 64) * 64, 1
+    at_once = max(1, min(num_kv_heads, WORKSPACE_BYTES // (core.tokens * per_query)))
+    return core.tokens, -(-num_kv_heads // -(-num_kv_heads // at_once))
 
 
 def _bytes_per_query(core: Core, forward: bool) -> int:
