@@ -9,8 +9,10 @@ import nsa_kernels
 from kernels.live_bytes import LiveBytes
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.cost import HeadSizes
+from nsa_dist.train.planner import workspace
 from nsa_dist.train.planner.core_memory import layer_peak_bytes
 from nsa_dist.train.planner.strategies import Options
+from nsa_kernels import slc_tiles
 from nsa_launch.bench.case import Case
 from nsa_launch.bench.layer import drawn, layer_forward, make_shard
 from nsa_launch.bench.predicted import core_of, strategy_of
@@ -20,6 +22,18 @@ from nsa_launch.bench.solo import synthetic_comm
 CASE = Case(
     512, 1, heads=HeadSizes(16, 2, 16, 16), cfg=NSAConfig(num_slc_blocks=4, window_len=64), union_fraction=1.0
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("tokens", [512, 40_000, 131_072, 1_000_064])
+@pytest.mark.parametrize("heads", [HeadSizes(64, 4, 128, 128), HeadSizes(16, 16, 192, 128)], ids=["G=16", "G=1"])
+def test_the_planner_cuts_chunks_as_the_kernels_do(heads, tokens, forward):
+    core = core_of(Case(tokens, 1, heads=heads))
+    cuts = slc_tiles.chunks(core.tokens, heads.num_kv_heads, workspace.bytes_per_query(core, forward))
+    rows, kv_heads = next(iter(cuts))
+    assert workspace.chunk(core, heads.num_kv_heads, forward) == (rows.stop, kv_heads.stop)
+    tiles = (slc_tiles.forward_tiles if forward else slc_tiles.backward_tiles)(core.group, heads.dim_k, heads.dim_v)
+    assert tiles.item_rows == workspace.ITEM_ROWS[forward]
 
 
 @pytest.mark.slow
