@@ -3,6 +3,7 @@
 1. `row_deltas`: delta = sum(dO * O) - dlse per (query, head), unless the caller has it.
 2. `items`, one work item at a time: a block against some of the queries that chose it. It sums its own dK and dV in
    registers and leaves one fp32 page of them; each (query, block) pair leaves its part of dQ in the slot of the query.
+   `slc_items`, and `slc_items_hopper` where `slc_tiles.hopper_takes` says so.
 3. `slc_parts.sum_parts`: every query's dQ, its parts in the order of its list.
 4. `pages`: adds up every block's items in order, and writes the page's gradient, wherever the page lies.
 

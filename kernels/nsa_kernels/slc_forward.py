@@ -8,6 +8,8 @@
 3. `slc_parts.sum_parts`: the weighted sum of each row's parts, in the order of its list.
 
 So a query's bits depend on its own list of blocks only: not on its tile neighbours, not on page numbers.
+Where `slc_tiles.hopper_takes` says so, kernels in Gluon do the same: `slc_gathered_hopper` the first step, and
+`slc_shared_hopper` the others in one, so that the shared blocks' part stays in registers.
 
 Shapes      T = query tokens of this chunk, n = slots, G = query heads per key-value head, H = key-value heads of it
     part        [H, T, n, G, Dv]    fp16 for 16-bit inputs, fp32 for fp32, over its largest |element|

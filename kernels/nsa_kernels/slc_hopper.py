@@ -81,8 +81,8 @@ def load_page(
     column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
     if HAS_REMOTE:
         if page >= num_local_pages:
-            base = remote + (page - num_local_pages).to(gl.int64) * stride_page
-            page_buffer.store(gl.load(base + row * stride_page_row + column).to(local.dtype.element_ty))
+            from_remote = remote + (page - num_local_pages).to(gl.int64) * stride_page
+            page_buffer.store(gl.load(from_remote + row * stride_page_row + column).to(local.dtype.element_ty))
         else:
             base = local + page.to(gl.int64) * 64 * stride_row + head * stride_head
             page_buffer.store(gl.load(base + row * stride_row + column))

@@ -21,8 +21,8 @@ def load_page(
     column = FIRST + tl.arange(0, WIDTH)[None, :]
     if HAS_REMOTE:
         if page >= num_local_pages:
-            base = remote + (page - num_local_pages).to(tl.int64) * stride_page
-            tile = tl.load(base + row * stride_page_row + column).to(local.dtype.element_ty)
+            from_remote = remote + (page - num_local_pages).to(tl.int64) * stride_page
+            tile = tl.load(from_remote + row * stride_page_row + column).to(local.dtype.element_ty)
         else:
             base = local + page.to(tl.int64) * LEN * stride_row + head * stride_head
             tile = tl.load(base + row * stride_row + column)

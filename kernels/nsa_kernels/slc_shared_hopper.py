@@ -84,6 +84,7 @@ def _attend_and_add(
     SLOTS: gl.constexpr, SLOTS_P2: gl.constexpr, GROUP: gl.constexpr, WIDTH: gl.constexpr,
     HAS_REMOTE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """The warps with the tensor cores: the shared blocks, every part's weight, the sum."""
     QUERIES: gl.constexpr = ROWS // GROUP
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     wide_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
