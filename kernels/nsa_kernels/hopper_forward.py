@@ -26,16 +26,15 @@ from nsa_kernels.hopper import ceil_div, descriptor, new_barriers, num_multiproc
 
 GROUP_ROWS = gl.constexpr(64)  # rows of four warps
 BLOCK_M = gl.constexpr(128)
-BLOCK_N = gl.constexpr(128)
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
 def _forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, begin_ptr, end_ptr, lse_ptr,
+    q_desc, k_desc, v_desc, out_desc, begin_ptr, end_ptr, unseen_ptr, lse_ptr,
     num_rows, num_heads_kv, num_items, softmax_scale,
-    NUM_STAGES: gl.constexpr, G: gl.constexpr, D: gl.constexpr,
+    NUM_STAGES: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [4, GROUP_ROWS // G, G, D], q_desc.layout)
@@ -54,8 +53,8 @@ def _forward_kernel(
     sizes = (num_rows, num_heads_kv, num_items)
     gl.warp_specialize(
         [
-            (_attend, (0, buffers, barriers, out_desc, begin_ptr, end_ptr, lse_ptr, sizes, softmax_scale)),
-            (_attend, (1, buffers, barriers, out_desc, begin_ptr, end_ptr, lse_ptr, sizes, softmax_scale)),
+            (_attend, (0, buffers, barriers, out_desc, begin_ptr, end_ptr, unseen_ptr, lse_ptr, sizes, softmax_scale)),
+            (_attend, (1, buffers, barriers, out_desc, begin_ptr, end_ptr, unseen_ptr, lse_ptr, sizes, softmax_scale)),
             (_copy, (q_desc, k_desc, v_desc, buffers, barriers, begin_ptr, end_ptr, sizes)),
         ],
         [4, 1],
@@ -64,7 +63,7 @@ def _forward_kernel(
 
 
 @gluon.jit
-def _place(item, begin_ptr, end_ptr, sizes, G: gl.constexpr):
+def place(item, begin_ptr, end_ptr, sizes, G: gl.constexpr, BLOCK_N: gl.constexpr):
     """Head and first row of an item, and its key tiles: the first key, how many, and the keys that all rows see.
 
     The last rows see most keys: they come first. As begin and end do not decrease, those of the first and the last
@@ -90,11 +89,12 @@ def _copy(q_desc, k_desc, v_desc, buffers, barriers, begin_ptr, end_ptr, sizes):
     q_smem, _out_smem, k_smem, v_smem = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     NUM_STAGES: gl.constexpr = k_smem.shape[0]
+    BLOCK_N: gl.constexpr = k_smem.shape[1]
     G: gl.constexpr = q_smem.shape[2]
     step = 0
     for item in range(gl.program_id(0), sizes[2], gl.num_programs(0)):
         turn = item // gl.num_programs(0)
-        head, row, first_key, num_tiles, _begun, _ended = _place(item, begin_ptr, end_ptr, sizes, G)
+        head, row, first_key, num_tiles, _begun, _ended = place(item, begin_ptr, end_ptr, sizes, G, BLOCK_N)
         here = q_full.index(turn % 2)
         mbarrier.wait(q_empty.index(turn % 2), (turn // 2 & 1) ^ 1)
         mbarrier.expect(here, 2 * q_desc.block_type.nbytes)
@@ -119,22 +119,38 @@ def _probabilities(s, top, total, scale, key, begin, end, masked):
     """P of one key tile, the factor by which what was summed before shrinks, and the new top and total."""
     ROWS: gl.constexpr = top.type.layout
     if masked:
-        column = gl.expand_dims(key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, ROWS.parent)), 0)
+        column = gl.expand_dims(key + gl.arange(0, s.shape[1], gl.SliceLayout(0, ROWS.parent)), 0)
         s = gl.where((column >= gl.expand_dims(begin, 1)) & (column < gl.expand_dims(end, 1)), s, float("-inf"))
     new_top = gl.maximum(top, gl.max(s, 1))
-    base = gl.where(new_top == float("-inf"), 0.0, new_top) * scale  # a row without a key yet: exp2(-inf - 0)
-    p = gl.exp2(gl.fma(s, scale, -gl.expand_dims(base, 1)))
-    alpha = gl.exp2(gl.fma(top, scale, -base))
+    base = gl.where(new_top == float("-inf"), 0.0, new_top)  # a row without a key yet: exp2(-inf - 0)
+    p = gl.exp2(gl.fma(s, scale, -gl.expand_dims(base * scale, 1)))
+    alpha = gl.exp2((top - base) * scale)  # exactly 1 where a row sees no key of the tile: its bits stay
     return p, alpha, new_top, total * alpha + gl.sum(p, 1)
 
 
 @gluon.jit
-def _attend(WHICH: gl.constexpr, buffers, barriers, out_desc, begin_ptr, end_ptr, lse_ptr, sizes, softmax_scale):
+def blank_unseen(v, key, lowest, highest, unseen_ptr):
+    """Rows of `v` outside of [lowest, highest) become 0 in a tile with rows that no query sees: they may hold NaN."""
+    if unseen_ptr is not None:
+        BLOCK_N: gl.constexpr = v.shape[0]
+        if gl.load(unseen_ptr + key // BLOCK_N) != 0:
+            LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+            row = gl.expand_dims(key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT)), 1)
+            values = v.load(LAYOUT)
+            v.store(gl.where((row >= lowest) & (row < highest), values, 0.0).to(v.dtype))
+            fence_async_shared()
+
+
+@gluon.jit
+def _attend(
+    WHICH: gl.constexpr, buffers, barriers, out_desc, begin_ptr, end_ptr, unseen_ptr, lse_ptr, sizes, softmax_scale
+):
     """out and lse of GROUP_ROWS rows of every item."""
     q_smem, out_smem, k_smem, v_smem = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     num_rows, num_heads_kv, num_items = sizes
     NUM_STAGES: gl.constexpr = k_smem.shape[0]
+    BLOCK_N: gl.constexpr = k_smem.shape[1]
     G: gl.constexpr = q_smem.shape[2]
     D: gl.constexpr = q_smem.shape[3]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -147,7 +163,9 @@ def _attend(WHICH: gl.constexpr, buffers, barriers, out_desc, begin_ptr, end_ptr
     step = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         turn = item // gl.num_programs(0)
-        head, first_row, first_key, num_tiles, all_begun, none_ended = _place(item, begin_ptr, end_ptr, sizes, G)
+        head, first_row, first_key, num_tiles, all_begun, none_ended = place(
+            item, begin_ptr, end_ptr, sizes, G, BLOCK_N
+        )
         row = first_row + WHICH * GROUP_ROWS + gl.arange(0, GROUP_ROWS, ROWS)
         query = gl.minimum(row, num_rows - 1) // G
         begin = gl.load(begin_ptr + query)
@@ -156,6 +174,8 @@ def _attend(WHICH: gl.constexpr, buffers, barriers, out_desc, begin_ptr, end_ptr
         total = gl.zeros([GROUP_ROWS], gl.float32, ROWS)
         acc = gl.zeros([GROUP_ROWS, D], gl.float32, SUMS)
 
+        lowest = gl.load(begin_ptr + first_row // G)
+        highest = gl.load(end_ptr + gl.minimum(first_row + BLOCK_M, num_rows) // G - 1)
         q = q_smem.index(turn % 2 * 2 + WHICH).reshape([GROUP_ROWS, D])
         mbarrier.wait(q_full.index(turn % 2), turn // 2 & 1)
         if num_tiles > 0:
@@ -173,15 +193,16 @@ def _attend(WHICH: gl.constexpr, buffers, barriers, out_desc, begin_ptr, end_ptr
                 last_phase = step // NUM_STAGES & 1
                 step += 1
                 stage = step % NUM_STAGES
+                key = first_key + i * BLOCK_N
                 k = k_smem.index(stage).reshape([BLOCK_N, D])
                 v = v_smem.index(last).reshape([BLOCK_N, D])
                 mbarrier.wait(k_full.index(stage), step // NUM_STAGES & 1)
                 s = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
                 mbarrier.wait(v_full.index(last), last_phase)
+                blank_unseen(v, key - BLOCK_N, lowest, highest, unseen_ptr)
                 product = warpgroup_mma(p, v, acc, is_async=True)
                 s = warpgroup_mma_wait(1, deps=[s])
                 mbarrier.arrive(k_empty.index(stage))
-                key = first_key + i * BLOCK_N
                 masked = (key < all_begun) | (key + BLOCK_N > none_ended)
                 next_p, alpha, top, total = _probabilities(s, top, total, scale, key, begin, end, masked)
                 acc = warpgroup_mma_wait(0, deps=[product])
@@ -191,6 +212,7 @@ def _attend(WHICH: gl.constexpr, buffers, barriers, out_desc, begin_ptr, end_ptr
             stage = step % NUM_STAGES
             mbarrier.wait(v_full.index(stage), step // NUM_STAGES & 1)
             v = v_smem.index(stage).reshape([BLOCK_N, D])
+            blank_unseen(v, first_key + (num_tiles - 1) * BLOCK_N, lowest, highest, unseen_ptr)
             product = warpgroup_mma(p, v, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[product])
             mbarrier.arrive(v_empty.index(stage))
@@ -211,7 +233,17 @@ def _attend(WHICH: gl.constexpr, buffers, barriers, out_desc, begin_ptr, end_ptr
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, out: Tensor, lse: Tensor, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    *,
+    key_tile: int = 128,
+    unseen: Tensor | None = None,
 ) -> None:
     """Writes out [T, Hq, D] and lse [T, Hq], both contiguous.
 
@@ -222,9 +254,9 @@ def attend(
     num_kv_heads = k.shape[1]
     group = num_q_heads // num_kv_heads
     num_items = triton.cdiv(num_queries * group, BLOCK_M.value) * num_kv_heads
-    rows, keys = (GROUP_ROWS.value // group, group, head_dim), (BLOCK_N.value, 1, head_dim)
+    rows, keys = (GROUP_ROWS.value // group, group, head_dim), (key_tile, 1, head_dim)
     _forward_kernel[(min(num_items, num_multiprocessors(q)),)](
-        descriptor(q, rows), descriptor(k, keys), descriptor(v, keys), descriptor(out, rows), begin, end, lse,
+        descriptor(q, rows), descriptor(k, keys), descriptor(v, keys), descriptor(out, rows), begin, end, unseen, lse,
         num_queries * group, num_kv_heads, num_items, softmax_scale,
-        NUM_STAGES=2, G=group, D=head_dim, num_warps=4,
+        NUM_STAGES=256 // key_tile, G=group, D=head_dim, BLOCK_N=key_tile, num_warps=4,
     )  # fmt: skip

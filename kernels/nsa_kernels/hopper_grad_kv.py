@@ -34,17 +34,17 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 def _grad_kv_kernel(
     q_desc, k_desc, v_desc, grad_out_desc, statistics_desc, begin_ptr, end_ptr, tile_range_ptr,
     grad_k_ptr, grad_v_ptr,
-    num_queries, num_padded_rows, num_keys, num_heads_kv, num_key_tiles, softmax_scale,
+    num_queries, num_padded_rows, num_keys, num_heads_kv, softmax_scale,
     NUM_SPLITS: gl.constexpr, NUM_STAGES: gl.constexpr, G: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     # The first key tiles are seen by most queries: they start first.
     part = gl.program_id(0) % NUM_SPLITS
     head = gl.program_id(0) // NUM_SPLITS % num_heads_kv
     tile = gl.program_id(0) // NUM_SPLITS // num_heads_kv
-    seen_from = gl.load(tile_range_ptr + tile) * G // BLOCK_M * BLOCK_M
-    seen_to = gl.load(tile_range_ptr + num_key_tiles + tile) * G
-    full_from = gl.load(tile_range_ptr + 2 * num_key_tiles + tile) * G  # rows in [full_from, full_to) see all keys
-    full_to = gl.load(tile_range_ptr + 3 * num_key_tiles + tile) * G
+    num_groups = ceil_div(num_keys, GROUP_KEYS)
+    second = gl.minimum(2 * tile + 1, num_groups - 1)
+    seen_from = gl.load(tile_range_ptr + 2 * tile) * G // BLOCK_M * BLOCK_M
+    seen_to = gl.load(tile_range_ptr + num_groups + second) * G
     part_len = ceil_div(ceil_div(gl.maximum(seen_to - seen_from, 0), NUM_SPLITS), BLOCK_M) * BLOCK_M
     first = seen_from + part * part_len
     num_steps = ceil_div(gl.maximum(gl.minimum(seen_to - first, part_len), 0), BLOCK_M)
@@ -59,7 +59,7 @@ def _grad_kv_kernel(
     buffers = (k_smem, v_smem, q_smem, grad_out_smem, statistics_smem)
     barriers = (new_barriers(1, 1), new_barriers(NUM_STAGES, 1), new_barriers(NUM_STAGES, 2))
     place = (head, tile, part, first, num_steps)
-    mask = (begin_ptr, end_ptr, full_from, full_to, num_queries)
+    mask = (begin_ptr, end_ptr, tile_range_ptr, num_queries)
     sizes = (num_keys, num_heads_kv, num_padded_rows)
     sums = (grad_k_ptr, grad_v_ptr)
     gl.warp_specialize(
@@ -117,13 +117,23 @@ def _sum_up(WHICH: gl.constexpr, buffers, barriers, place, mask, sizes, sums, so
     k = k_smem.reshape([BLOCK_N, D]).slice(WHICH * GROUP_KEYS, GROUP_KEYS)
     v = v_smem.reshape([BLOCK_N, D]).slice(WHICH * GROUP_KEYS, GROUP_KEYS)
     first_key = tile * BLOCK_N + WHICH * GROUP_KEYS
+    begin_ptr, end_ptr, tile_range_ptr, num_queries = mask
+    num_groups = ceil_div(num_keys, GROUP_KEYS)
+    ranges = tile_range_ptr + gl.minimum(2 * tile + WHICH, num_groups - 1)
+    first_step = gl.minimum(gl.maximum(gl.load(ranges) * G - first, 0) // BLOCK_M, num_steps)
+    stop_step = ceil_div(gl.maximum(gl.load(ranges + num_groups) * G - first, 0), BLOCK_M)
+    stop_step = gl.maximum(gl.minimum(stop_step, num_steps), first_step)
+    full_from = gl.load(ranges + 2 * num_groups) * G  # rows in [full_from, full_to) see all keys of this group
+    full_to = gl.load(ranges + 3 * num_groups) * G
+    mask = (begin_ptr, end_ptr, full_from, full_to, num_queries)
     nothing = gl.zeros([GROUP_KEYS, BLOCK_M], gl.float32, SCORES)
     grad_k = gl.zeros([GROUP_KEYS, D], gl.float32, SUMS)
     grad_v = gl.zeros([GROUP_KEYS, D], gl.float32, SUMS)
     scale = softmax_scale * LOG2_E
     if num_steps > 0:
         mbarrier.wait(keys_there.index(0), 0)
-    for step in range(num_steps):
+    _pass_over(0, first_step, full, empty)
+    for step in range(first_step, stop_step):
         stage = step % NUM_STAGES
         mbarrier.wait(full.index(stage), step // NUM_STAGES & 1)
         q = q_smem.index(stage).reshape([BLOCK_M, D])
@@ -141,13 +151,23 @@ def _sum_up(WHICH: gl.constexpr, buffers, barriers, place, mask, sizes, sums, so
         grad_k = warpgroup_mma(gl.convert_layout(grad_s.to(q.dtype), OPERAND), q, grad_k, is_async=True)
         grad_k, grad_v = warpgroup_mma_wait(0, deps=[grad_k, grad_v])
         mbarrier.arrive(empty.index(stage))
+    _pass_over(stop_step, num_steps, full, empty)
 
     key = first_key + gl.arange(0, GROUP_KEYS, gl.SliceLayout(1, SUMS))
     slot = ((part * num_keys + key).to(gl.int64) * num_heads_kv + head) * D
     at = gl.expand_dims(slot, 1) + gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, SUMS)), 0)
     inside = gl.expand_dims(key < num_keys, 1)
-    gl.store(grad_k_ptr + at, grad_k * softmax_scale, mask=inside)
-    gl.store(grad_v_ptr + at, grad_v, mask=inside)
+    gl.store(grad_k_ptr + at, (grad_k * softmax_scale).to(grad_k_ptr.dtype.element_ty), mask=inside)
+    gl.store(grad_v_ptr + at, grad_v.to(grad_v_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _pass_over(start, stop, full, empty):
+    """Steps whose rows see no key of this group, but one of the other's."""
+    NUM_STAGES: gl.constexpr = full.shape[0]
+    for step in range(start, stop):
+        mbarrier.wait(full.index(step % NUM_STAGES), step // NUM_STAGES & 1)
+        mbarrier.arrive(empty.index(step % NUM_STAGES))
 
 
 @gluon.jit
@@ -183,14 +203,15 @@ def grad_kv(
     group = num_q_heads // num_kv_heads
     num_key_tiles = triton.cdiv(num_keys, BLOCK_N.value)
     splits = num_splits(num_key_tiles * num_kv_heads)
-    grad_k, grad_v = torch.empty(2, splits, *k.shape, dtype=torch.float32, device=k.device)
+    dtype = torch.float32 if splits > 1 else k.dtype
+    grad_k, grad_v = torch.empty(2, splits, *k.shape, dtype=dtype, device=k.device)
     rows, keys = (BLOCK_M.value // group, group, head_dim), (BLOCK_N.value, 1, head_dim)
     _grad_kv_kernel[(num_key_tiles * num_kv_heads * splits,)](
         descriptor(q, rows), descriptor(k, keys), descriptor(v, keys), descriptor(grad_out, rows),
         descriptor(statistics.view(-1), (BLOCK_M.value,)), begin, end,
-        tile_ranges(begin, end, num_keys, BLOCK_N.value),
+        tile_ranges(begin, end, num_keys, GROUP_KEYS.value),
         grad_k, grad_v,
-        num_queries, statistics.shape[2], num_keys, num_kv_heads, num_key_tiles, softmax_scale,
+        num_queries, statistics.shape[2], num_keys, num_kv_heads, softmax_scale,
         NUM_SPLITS=splits, NUM_STAGES=3, G=group, D=head_dim, num_warps=4,
     )  # fmt: skip
-    return sum_parts(grad_k, grad_v, k.dtype)
+    return (grad_k[0], grad_v[0]) if splits == 1 else sum_parts(grad_k, grad_v, k.dtype)

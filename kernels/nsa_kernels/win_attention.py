@@ -10,6 +10,7 @@ Shapes      T = query tokens, R = key rows (they may begin before the first quer
     softmax_lse [T, Hq]         fp32, natural log; -inf on a row that sees nothing
 Tiles       The rows of a tile are queries x heads of one group, flattened: 128 rows at G = 16 are 8 queries, which
             span 9 key tiles of 64 at a window of 512, where 128 queries of one head span 10. K/V traffic is the same.
+            On Hopper GPUs `hopper_forward` takes the place of the kernel below for head dims of 64 and 128.
 Numerics    Scores, softmax and accumulators in fp32; P is rounded to the dtype of v for the tensor cores, out once.
             Key tiles lie at multiples of 64 rows whatever the queries are, and a tile that a row does not see leaves
             its registers as they were: the bits of a row do not depend on the rows that share its tile.
@@ -24,10 +25,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nsa_kernels import hopper_forward
+from nsa_kernels.cmp_tiles import copyable_by_tma
 from nsa_kernels.deltas import row_deltas
+from nsa_kernels.hopper import hopper_takes
+from nsa_kernels.intervals import unseen_tiles
 from nsa_kernels.rows import token_head_strides, unit_stride
 from nsa_kernels.win_backward import window_gradients
-from nsa_kernels.win_tiles import Tile, kernel_dims, split_head_dim, window_tiles
+from nsa_kernels.win_tiles import KEY_TILE, kernel_dims, split_head_dim, window_tiles
 
 
 @triton.jit
@@ -120,12 +125,14 @@ def _forward_kernel(
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, begin, end, softmax_scale):
-        q, k, v = (unit_stride(t) for t in (q, k, v))
+        q, k, v = (copyable_by_tma(t) for t in (q, k, v))
         out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        if q.numel():
-            tile = window_tiles(q.shape[2], q.element_size()).forward
-            _launch_forward(q, k, v, begin, end, out, lse, softmax_scale, tile)
+        if q.numel() and k.numel() and hopper_takes(q, k) and q.shape[2] == v.shape[2]:
+            unseen = unseen_tiles(begin, end, k.shape[0], KEY_TILE)
+            hopper_forward.attend(q, k, v, begin, end, out, lse, softmax_scale, key_tile=KEY_TILE, unseen=unseen)
+        elif q.numel():
+            _launch_forward(q, k, v, begin, end, out, lse, softmax_scale)
         ctx.save_for_backward(q, k, v, begin, end, out, lse)
         ctx.softmax_scale = softmax_scale
         ctx.set_materialize_grads(False)
@@ -149,8 +156,8 @@ def _launch_forward(
     out: Tensor,
     lse: Tensor,
     softmax_scale: float,
-    tile: Tile,
 ) -> None:
+    tile = window_tiles(q.shape[2], q.element_size()).forward
     num_queries, num_kv_heads = q.shape[0], k.shape[1]
     num_rows = num_queries * (q.shape[1] // num_kv_heads)
     _forward_kernel[(triton.cdiv(num_rows, tile.block_m), num_kv_heads)](
@@ -198,7 +205,6 @@ def window_attention_backward(
     """
     _check(q, k, v, begin, end, softmax_scale)
     _check_upstream(grad_out, gate, delta, softmax_lse, q, v)
-    q, k, v = (unit_stride(t) for t in (q, k, v))
     return window_gradients(grad_out, gate, delta, softmax_lse, q, k, v, begin, end, softmax_scale)
 
 

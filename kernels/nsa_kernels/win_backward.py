@@ -7,8 +7,8 @@
 `softmax_lse` shifts every score of a row alike, so a gradient of its own joins dS as `+ P * grad_lse`: it is taken off
 delta.
 
-dK, dV      `cmp_grad_kv`, for compressed attention sees an interval of keys just as well. A key that no query sees may
-            be NaN: its row of dS alone becomes so.
+dK, dV      The kernels of compressed attention, which sees an interval of keys just as well: `hopper_grad_kv` where it
+            can run, else `cmp_grad_kv`. A key that no query sees may be NaN: its row of dS alone becomes so.
 dQ          A program owns the rows of a forward tile and walks their key tiles again. The scores are thus computed
             twice: 7 products in place of 5, the price of no atomics.
 Shapes      as win_attention.py; grad_out [T, Hq, Dv], gate [T, Hq] or None for ones, delta, softmax_lse [T, Hq] fp32,
@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels import cmp_grad_kv
+from nsa_kernels import cmp_grad_kv, hopper_grad_kv
 from nsa_kernels.cmp_statistics import load_statistics, row_statistics
 from nsa_kernels.cmp_tiles import copyable_by_tma
+from nsa_kernels.hopper import hopper_takes
 from nsa_kernels.rows import token_head_strides
 from nsa_kernels.win_tiles import kernel_dims, window_tiles
 
@@ -137,7 +138,8 @@ def window_gradients(
     q, k, v, grad_out = (copyable_by_tma(t) for t in (q, k, v, grad_out))
     statistics = row_statistics(lse, delta, gate, begin, end, k.shape[1])
     arguments = (q, k, v, begin, end, statistics, grad_out, softmax_scale)
-    return _grad_q(*arguments), *cmp_grad_kv.grad_kv(*arguments)
+    on_hopper = hopper_takes(q, k) and q.shape[2] == v.shape[2]
+    return _grad_q(*arguments), *(hopper_grad_kv if on_hopper else cmp_grad_kv).grad_kv(*arguments)
 
 
 def _grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nsa_kernels.cmp_parts import tile_ranges
+from nsa_kernels.intervals import unseen_tiles
 
 
 @pytest.mark.parametrize("num_queries", [0, 1, 2, 63, 64, 65, 300])
@@ -13,11 +14,13 @@ def test_against_every_pair(num_queries, num_keys, device):
     length = torch.randint(0, 40, (num_queries,), device=device)
     end = torch.maximum(begin, (begin + length).cummax(0).values.clamp(max=num_keys)).to(torch.int32)
     actual = tile_ranges(begin, end, num_keys, 16)
+    unseen = unseen_tiles(begin, end, num_keys, 16).tolist()
     key = torch.arange(num_keys, device=device)
     for tile, (first, stop, full, full_stop) in enumerate(actual.T.tolist()):
         keys = key[tile * 16 : (tile + 1) * 16]
         sees = (keys >= begin[:, None]) & (keys < end[:, None])  # [T, keys]
         some, every = sees.any(1), sees.all(1)
+        assert unseen[tile] == (not bool(sees.any(0).all()))
         query = torch.arange(num_queries, device=device)
         assert not some[(query < first) | (query >= stop)].any()
         assert every[(query >= full) & (query < full_stop)].all()
