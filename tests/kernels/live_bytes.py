@@ -1,5 +1,7 @@
 """Bytes of all tensors alive at once, without a GPU's allocator to ask: every operation is watched."""
 
+import sys
+
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +18,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        if _inside_a_kernel():
+            return result
         for x in tree_iter((args, result)):
             if isinstance(x, torch.Tensor):
                 storage = x.untyped_storage()
@@ -23,3 +27,13 @@ class LiveBytes(TorchDispatchMode):
         self._known = {k: v for k, v in self._known.items() if not v[0].expired()}
         self.peak = max(self.peak, sum(num_bytes for _, num_bytes in self._known.values()))
         return result
+
+
+def _inside_a_kernel() -> bool:
+    """Whether triton's interpreter is at work: what it allocates stands for registers."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("interpreter.py"):
+            return True
+        frame = frame.f_back
+    return False
