@@ -27,6 +27,8 @@ Reference   nsa_kernels.reference.select_blocks
 Source      Yuan et al. 2025, arXiv:2502.11089, eq. 8 to 12
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -165,7 +167,8 @@ def select_blocks(
     chosen_pad = max(2, triton.next_power_of_2(num_slc_blocks))
     top_tile = _top_tile(num_blocks, chosen_pad, q.is_cuda)
 
-    keys, fill = unit_stride(k_cmp), importance
+    keys = unit_stride(k_cmp)
+    fill: Callable[..., None] = importance
     if _large_on_hopper(q, k_cmp, cells_slc):
         keys, fill = hopper_importance.boxes_of_blocks(k_cmp, cells_slc), hopper_importance.importance
     q = copyable_by_tma(q)
