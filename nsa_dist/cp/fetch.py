@@ -198,20 +198,8 @@ def post_pages(k: Tensor, v: Tensor, route: Route, block_len: int, comm: Comm, n
     else:
         heads, pages = put_on(k.device, route.send_head), put_on(k.device, route.send_page)
         for x, part in parts:
-            part.copy_(_gathered(x, pages, heads, block_len))
+            part.copy_(_paged(x, block_len)[pages, :, heads])
     return comm.post_all_to_all(packed, route.send_sizes, route.recv_sizes, "pages", name)
-
-
-def _gathered(x: Tensor, pages: Tensor, heads: Tensor, block_len: int) -> Tensor:
-    """Those pages of x [T, Hkv, D], each of its head: [n, l', D]. One index over rows is what torch gathers fast."""
-    stride_t, stride_h, _ = x.stride()
-    if stride_h < x.shape[2] or stride_t % stride_h or x.stride(2) != 1:
-        return _paged(x, block_len)[pages, :, heads]
-    per_token = stride_t // stride_h  # rows of one head's size from a token to the next
-    rows = x.as_strided(((len(x) - 1) * per_token + x.shape[1], x.shape[2]), (stride_h, 1))
-    token = pages[:, None] * block_len + torch.arange(block_len, device=x.device)
-    index = token * per_token + heads[:, None]
-    return rows.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def post_page_gradients(grad: Tensor, route: Route, comm: Comm, name: str) -> Handle:
