@@ -20,7 +20,6 @@ Example, one segment, one head, n = 2, 4 blocks, item_queries = 2
     item_list           0 0 1 2             and room for 4 more
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -244,10 +243,3 @@ def build_block_index(
         *shape, num_groups, *strides, **options, GROUP_WORDS=GROUP_WORDS, ITEM_QUERIES=item_queries,
     )  # fmt: skip
     return BlockIndex(entries, offsets, item_offsets, item_list, item_queries, num_segments)
-
-
-def _int32_buffers(sizes: Sequence[int], device: torch.device) -> list[Tensor]:
-    """One allocation; each begins on a line of the cache, as kernels are compiled anew for another alignment."""
-    padded = [triton.cdiv(size, 32) * 32 for size in sizes]
-    whole = torch.empty(sum(padded), dtype=torch.int32, device=device)
-    return [x[:size] for x, size in zip(whole.split(padded), sizes, strict=True)]
