@@ -38,6 +38,7 @@ from nsa_kernels.cmp_tiles import (
 )
 from nsa_kernels.deltas import row_deltas
 from nsa_kernels.hopper import hopper_takes
+from nsa_kernels.sizes import cdiv
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -123,7 +124,7 @@ def _attend(q, k, v, begin, end, out, lse, softmax_scale) -> None:
     group = num_q_heads // num_kv_heads
     dim_a, dim_b = split_head_dim(head_dim)
     tile = _forward_tile(max(head_dim, v.shape[2]), q.dtype)
-    _forward_kernel[(triton.cdiv(num_queries * group, tile["BLOCK_M"]) * num_kv_heads,)](
+    _forward_kernel[(cdiv(num_queries * group, tile["BLOCK_M"]) * num_kv_heads,)](
         q, *kv_descriptors(k, v, tile["BLOCK_N"]), begin, end,
         out, lse,
         num_queries * group, num_keys, num_kv_heads, softmax_scale,

@@ -13,6 +13,7 @@ from torch import Tensor
 from nsa_kernels.cmp_parts import num_splits, sum_parts, tile_ranges
 from nsa_kernels.cmp_statistics import load_statistics
 from nsa_kernels.cmp_tiles import dot_precision, row_offsets, split_head_dim, tile_descriptor
+from nsa_kernels.sizes import cdiv
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -116,7 +117,7 @@ def grad_kv(q, k, v, begin, end, statistics, grad_out, softmax_scale) -> tuple[T
     group = num_q_heads // num_kv_heads
     dim_a, dim_b = split_head_dim(head_dim)
     tile = _tile(max(head_dim, v.shape[2]), q.dtype)
-    num_key_tiles = triton.cdiv(num_keys, tile["BLOCK_N"])
+    num_key_tiles = cdiv(num_keys, tile["BLOCK_N"])
     splits = num_splits(num_key_tiles * num_kv_heads)
     grad_k = torch.empty(splits, *k.shape, dtype=torch.float32, device=k.device)
     grad_v = torch.empty(splits, *v.shape, dtype=torch.float32, device=v.device)

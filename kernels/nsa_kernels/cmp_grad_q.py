@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nsa_kernels.cmp_statistics import load_statistics
 from nsa_kernels.cmp_tiles import dot_precision, kv_descriptors, row_offsets, split_head_dim
+from nsa_kernels.sizes import cdiv
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -93,7 +94,7 @@ def grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale) -> Tensor:
     dim_a, dim_b = split_head_dim(head_dim)
     tile = _tile(max(head_dim, v.shape[2]), q.dtype)
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _grad_q_kernel[(triton.cdiv(num_queries * group, tile["BLOCK_M"]) * num_kv_heads,)](
+    _grad_q_kernel[(cdiv(num_queries * group, tile["BLOCK_M"]) * num_kv_heads,)](
         q, *kv_descriptors(k, v, tile["BLOCK_N"]), begin, end, statistics, grad_out,
         result,
         num_queries * group, statistics.shape[2], num_keys, num_kv_heads, softmax_scale,

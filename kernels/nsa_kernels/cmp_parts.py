@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.sizes import cdiv, next_power_of_2
+
 BLOCK = 1024
 
 
@@ -40,9 +42,9 @@ def tile_ranges(begin: Tensor, end: Tensor, num_keys: int, block_n: int) -> Tens
     Queries [seen_from, seen_to) see some key of the tile, [full_from, full_to) all of them. For 4 queries with
     begin = 0, end = 0, 1, 2, 3 and tiles of 2 keys, three keys in all: 1, 4, 2, 4 and 3, 4, 3, 4.
     """
-    num_tiles = triton.cdiv(num_keys, block_n)
+    num_tiles = cdiv(num_keys, block_n)
     out = torch.empty(4, num_tiles, dtype=torch.int32, device=begin.device)
-    _tile_ranges_kernel[(triton.cdiv(num_tiles, 32),)](
+    _tile_ranges_kernel[(cdiv(num_tiles, 32),)](
         begin, end,
         out,
         begin.shape[0], num_keys, num_tiles,
@@ -53,7 +55,7 @@ def tile_ranges(begin: Tensor, end: Tensor, num_keys: int, block_n: int) -> Tens
 
 def num_splits(num_items: int) -> int:
     """Parts per key tile: at least four work items for each of 132 multiprocessors, but 16 parts at most."""
-    return max(1, min(16, triton.next_power_of_2(triton.cdiv(4 * 132, num_items))))
+    return max(1, min(16, next_power_of_2(cdiv(4 * 132, num_items))))
 
 
 @triton.jit
@@ -72,7 +74,7 @@ def _sum_kernel(k_parts_ptr, v_parts_ptr, k_ptr, v_ptr, k_size, v_size, NUM_PART
 def sum_parts(k_parts: Tensor, v_parts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The sums over the first dim of two contiguous fp32 tensors, in order, rounded once."""
     k, v = (torch.empty(parts.shape[1:], dtype=dtype, device=parts.device) for parts in (k_parts, v_parts))
-    _sum_kernel[(triton.cdiv(max(k.numel(), v.numel()), BLOCK), 2)](
+    _sum_kernel[(cdiv(max(k.numel(), v.numel()), BLOCK), 2)](
         k_parts, v_parts,
         k, v,
         k.numel(), v.numel(),

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.cmp_tiles import row_offsets
+from nsa_kernels.sizes import cdiv
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 BLOCK_ROWS = 1024
@@ -59,7 +60,7 @@ def row_statistics(
     """softmax_lse, delta and gate [T, Hq] of any strides (no gate: 1) as fp32 [3, Hkv, R]."""
     num_queries, num_q_heads = softmax_lse.shape
     group = num_q_heads // num_kv_heads
-    num_tiles = triton.cdiv(num_queries * group, BLOCK_ROWS)
+    num_tiles = cdiv(num_queries * group, BLOCK_ROWS)
     out = torch.empty(3, num_kv_heads, num_tiles * BLOCK_ROWS, dtype=torch.float32, device=softmax_lse.device)
     _statistics_kernel[(num_tiles, num_kv_heads)](
         softmax_lse, delta, gate, begin, end,

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from nsa_kernels.cmp_tiles import KERNEL_DTYPES
 from nsa_kernels.compress_phi import mlp_backward, mlp_forward
 from nsa_kernels.rows import unit_stride
+from nsa_kernels.sizes import cdiv, next_power_of_2
 
 BLOCK_ROWS = 32  # of the kernels of the mean, which only move bytes
 
@@ -82,11 +83,11 @@ class _CompressMean(torch.autograd.Function):
         num_blocks = block_rows.shape[0]
         y = x.new_empty(num_blocks, num_heads, head_dim)
         if y.numel():
-            _mean_kernel[(triton.cdiv(num_blocks, BLOCK_ROWS), num_heads)](
+            _mean_kernel[(cdiv(num_blocks, BLOCK_ROWS), num_heads)](
                 x, block_rows,
                 y,
                 num_blocks, block_len, *x.stride()[:2],
-                D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=BLOCK_ROWS,
+                D=head_dim, D_PAD=next_power_of_2(head_dim), BLOCK=BLOCK_ROWS,
             )  # fmt: skip
         return y
 
@@ -104,11 +105,11 @@ class _CompressMean(torch.autograd.Function):
         row = torch.arange(ctx.num_rows, dtype=starts.dtype, device=starts.device)
         first = torch.searchsorted(starts, row - ctx.block_len, right=True, out_int32=True)
         last = torch.searchsorted(starts, row, right=True, out_int32=True)
-        _mean_backward_kernel[(triton.cdiv(ctx.num_rows, BLOCK_ROWS), num_heads)](
+        _mean_backward_kernel[(cdiv(ctx.num_rows, BLOCK_ROWS), num_heads)](
             grad_y, order, first, last,
             grad_x,
             ctx.num_rows, ctx.block_len, *grad_y.stride()[:2],
-            D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=BLOCK_ROWS,
+            D=head_dim, D_PAD=next_power_of_2(head_dim), BLOCK=BLOCK_ROWS,
         )  # fmt: skip
         return grad_x, None, None
 

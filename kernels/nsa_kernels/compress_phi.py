@@ -18,10 +18,14 @@ Work        each of pre, dw1 and dx 2 * M * l * D * F FLOP a head, and reads x (
 Reference   nsa_kernels.reference.compress_mlp
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from nsa_kernels.sizes import cdiv, next_power_of_2
 
 FAR = tl.constexpr(2**31 - 1)
 
@@ -242,7 +246,7 @@ def _grad_x_kernel(
     tl.store(grad_x, acc.to(grad_x_ptr.dtype.element_ty), mask=owned[:, None])
 
 
-def _tile(dtype: torch.dtype) -> dict[str, int | str]:
+def _tile(dtype: torch.dtype) -> dict[str, Any]:
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
     return {"BLOCK_M": 64, "PRECISION": "tf32", "num_warps": 4, "num_stages": 3}
@@ -269,14 +273,14 @@ def mlp_forward(
     block_f = _width_tile(width)
     parts = x.new_empty(PARTS, num_heads, num_blocks + 1, width, dtype=torch.float32)
     _first_product_kernel[
-        (triton.cdiv(num_blocks + 1, tile["BLOCK_M"]), triton.cdiv(width, block_f), num_heads * PARTS)
+        (cdiv(num_blocks + 1, tile["BLOCK_M"]), cdiv(width, block_f), num_heads * PARTS)
     ](
         x, block_rows, pos_emb, w1,
         parts,
         num_blocks, pos_emb.shape[1], width, num_heads, *x.stride()[:2],
         PARTS=PARTS, D=head_dim, BLOCK_F=block_f, BLOCK_K=block_d, **tile,
     )  # fmt: skip
-    _second_product_kernel[(triton.cdiv(num_blocks, tile["BLOCK_M"]), head_dim // block_d, num_heads)](
+    _second_product_kernel[(cdiv(num_blocks, tile["BLOCK_M"]), head_dim // block_d, num_heads)](
         parts, w2,
         pre, hidden, y,
         num_blocks, width,
@@ -296,10 +300,10 @@ def mlp_backward(
     tile = _tile(x.dtype)
     block_d = _power_of_2_part(head_dim, 64)
     block_f = _width_tile(width)
-    row_tiles = triton.cdiv(num_blocks, tile["BLOCK_M"])
+    row_tiles = cdiv(num_blocks, tile["BLOCK_M"])
     grad_pre = torch.empty_like(hidden)
     partial = x.new_empty(row_tiles, num_heads, width, dtype=torch.float32)
-    _grad_pre_kernel[(row_tiles, triton.cdiv(width, min(block_f, 64)), num_heads)](
+    _grad_pre_kernel[(row_tiles, cdiv(width, min(block_f, 64)), num_heads)](
         grad_y, w2, pre,
         grad_pre, partial,
         num_blocks, width, *grad_y.stride()[:2],
@@ -307,7 +311,7 @@ def mlp_backward(
     )  # fmt: skip
     grad_w2 = torch.bmm(hidden.transpose(1, 2), grad_y.transpose(0, 1))
     grad_w1, grad_pos_emb = torch.empty_like(w1), torch.empty_like(pos_emb)
-    _grad_w1_kernel[(block_len * head_dim // block_d, triton.cdiv(width, block_f), num_heads)](
+    _grad_w1_kernel[(block_len * head_dim // block_d, cdiv(width, block_f), num_heads)](
         x, block_rows, grad_pre, pos_emb, partial, w1,
         grad_w1, grad_pos_emb,
         num_blocks, row_tiles, block_len, width, *x.stride()[:2],
@@ -315,7 +319,7 @@ def mlp_backward(
     )  # fmt: skip
 
     starts, order = block_rows.new_empty(2, num_blocks, dtype=torch.int32)
-    _sort_kernel[(triton.cdiv(num_blocks, 64),)](block_rows, starts, order, num_blocks, BLOCK=64)
+    _sort_kernel[(cdiv(num_blocks, 64),)](block_rows, starts, order, num_blocks, BLOCK=64)
     grad_x = x.new_zeros(x.shape)  # rows that no block covers stay 0
     _grad_x_kernel[(row_tiles, block_len, num_heads * head_dim // block_d)](
         grad_pre, w1, starts, order,
@@ -327,4 +331,4 @@ def mlp_backward(
 
 
 def _width_tile(width: int) -> int:
-    return max(16, min(128, triton.next_power_of_2(width)))
+    return max(16, min(128, next_power_of_2(width)))

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.sizes import cdiv
+
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads"])
 def _delta_kernel(
@@ -43,7 +45,7 @@ def row_deltas(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor
     lse_strides = grad_lse.stride() if grad_lse is not None else (0, 0)
     if rows == 0:
         return delta
-    _delta_kernel[(triton.cdiv(rows, 64),)](
+    _delta_kernel[(cdiv(rows, 64),)](
         out, grad_out, grad_lse,
         delta,
         rows, num_heads, *out.stride()[:2], *grad_out.stride()[:2], *lse_strides,

@@ -7,7 +7,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+# Of tiles whose last dim is 64 or 128 16-bit numbers, as tensor cores read them; by the number of their dims.
+_TILES = {rank: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank) for rank in (3, 4)}
+_NUMBERS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
 
 @gluon.jit
@@ -25,8 +27,8 @@ def new_barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 def descriptor(x: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
-    """Tiles of `x` in the layout of tensor cores; what lies past its end reads as 0 and is not written."""
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[x.dtype])
+    """Tiles of `x`, 16-bit in 3 or 4 dims or fp32 in one; what lies past its end reads as 0 and is not written."""
+    layout = _NUMBERS if x.dim() == 1 else _TILES[x.dim()]
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block), layout)
 
 

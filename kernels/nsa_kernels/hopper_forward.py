@@ -10,7 +10,6 @@ Numerics    as `cmp_attention`, with key tiles of BLOCK_N: the bits of a row dep
 Source      Shah et al. 2024, arXiv:2407.08608 (FlashAttention-3), section 3.2
 """
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -23,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_kernels.hopper import ceil_div, descriptor, new_barriers, num_multiprocessors
+from nsa_kernels.sizes import cdiv
 
 GROUP_ROWS = gl.constexpr(64)  # rows of four warps
 BLOCK_M = gl.constexpr(128)
@@ -253,7 +253,7 @@ def attend(
     num_queries, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group = num_q_heads // num_kv_heads
-    num_items = triton.cdiv(num_queries * group, BLOCK_M.value) * num_kv_heads
+    num_items = cdiv(num_queries * group, BLOCK_M.value) * num_kv_heads
     rows, keys = (GROUP_ROWS.value // group, group, head_dim), (key_tile, 1, head_dim)
     _forward_kernel[(min(num_items, num_multiprocessors(q)),)](
         descriptor(q, rows), descriptor(k, keys), descriptor(v, keys), descriptor(out, rows), begin, end, unseen, lse,

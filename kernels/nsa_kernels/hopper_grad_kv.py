@@ -15,7 +15,6 @@ Source      Shah et al. 2024, arXiv:2407.08608 (FlashAttention-3)
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -23,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from nsa_kernels.cmp_parts import num_splits, sum_parts, tile_ranges
 from nsa_kernels.hopper import ceil_div, descriptor, new_barriers
+from nsa_kernels.sizes import cdiv
 
 BLOCK_M = gl.constexpr(64)  # rows of a tile
 BLOCK_N = gl.constexpr(128)
@@ -201,7 +201,7 @@ def grad_kv(
     num_queries, num_q_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[:2]
     group = num_q_heads // num_kv_heads
-    num_key_tiles = triton.cdiv(num_keys, BLOCK_N.value)
+    num_key_tiles = cdiv(num_keys, BLOCK_N.value)
     splits = num_splits(num_key_tiles * num_kv_heads)
     dtype = torch.float32 if splits > 1 else k.dtype
     grad_k, grad_v = torch.empty(2, splits, *k.shape, dtype=dtype, device=k.device)

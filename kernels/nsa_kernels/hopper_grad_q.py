@@ -13,7 +13,6 @@ Source      Shah et al. 2024, arXiv:2407.08608 (FlashAttention-3)
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_kernels.hopper import ceil_div, descriptor, new_barriers, num_multiprocessors
+from nsa_kernels.sizes import cdiv
 
 GROUP_ROWS = gl.constexpr(64)  # rows of four warps
 BLOCK_M = gl.constexpr(128)
@@ -188,7 +188,7 @@ def grad_q(
     num_queries, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group = num_q_heads // num_kv_heads
-    num_items = triton.cdiv(num_queries * group, BLOCK_M.value) * num_kv_heads
+    num_items = cdiv(num_queries * group, BLOCK_M.value) * num_kv_heads
     rows, keys = (GROUP_ROWS.value // group, group, head_dim), (BLOCK_N.value, 1, head_dim)
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _grad_q_kernel[(min(num_items, num_multiprocessors(q)),)](

@@ -10,13 +10,13 @@ Shapes      as `select`; G a power of two of at most 64, Dk of 64 or 128, S = l'
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from nsa_kernels.hopper import descriptor, new_barriers, num_multiprocessors
+from nsa_kernels.sizes import cdiv
 
 GROUP_ROWS = gl.constexpr(64)  # rows of four warps
 NUM_GROUPS = gl.constexpr(4)
@@ -201,7 +201,7 @@ def boxes_of_blocks(k: Tensor, cells_slc: int) -> Tensor:
     num_keys, num_heads, head_dim = k.shape
     rows = torch.nn.functional.pad(k, (0, 0, 0, 0, 0, 2 * cells_slc))
     stride_n, stride_h, _ = rows.stride()
-    shape = (2 * cells_slc - 1, triton.cdiv(num_keys, cells_slc), num_heads, head_dim)
+    shape = (2 * cells_slc - 1, cdiv(num_keys, cells_slc), num_heads, head_dim)
     return rows.as_strided(shape, (stride_n, cells_slc * stride_n, stride_h, 1))
 
 
@@ -213,7 +213,7 @@ def importance(
     num_kv_heads, head_dim = boxes.shape[2:]
     group = q.shape[1] // num_kv_heads
     queries = NUM_GROUPS.value * GROUP_ROWS.value // group
-    num_items = triton.cdiv(last - first, queries) * num_kv_heads
+    num_items = cdiv(last - first, queries) * num_kv_heads
     _importance_kernel[(min(num_items, num_multiprocessors(q)),)](
         descriptor(q, (GROUP_ROWS.value // group, group, head_dim)),
         descriptor(boxes, (cells_slc, BLOCK_N.value // cells_slc, 1, head_dim)),

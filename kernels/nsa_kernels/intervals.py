@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.sizes import cdiv
+
 
 @triton.jit
 def _count_up_to(ascending_ptr, limit, length, num_steps):
@@ -43,11 +45,11 @@ def _unseen_tiles_kernel(
 
 def unseen_tiles(begin: Tensor, end: Tensor, num_keys: int, tile_len: int) -> Tensor:
     """int32 [tiles]: 1 where some row of the tile is seen by no query at all, and may hold anything."""
-    num_tiles = triton.cdiv(num_keys, tile_len)
+    num_tiles = cdiv(num_keys, tile_len)
     unseen = torch.empty(num_tiles, dtype=torch.int32, device=begin.device)
     if num_tiles:
         block = 8
-        _unseen_tiles_kernel[(triton.cdiv(num_tiles, block),)](
+        _unseen_tiles_kernel[(cdiv(num_tiles, block),)](
             begin, end,
             unseen,
             len(begin), num_keys, num_tiles, len(begin).bit_length(),

@@ -1,7 +1,8 @@
 """What kernels that pass over [tokens, heads, dim] tensors row by row share: strides, and tiles of rows."""
 
-import triton
 from torch import Tensor
+
+from nsa_kernels.sizes import cdiv, next_power_of_2
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -16,7 +17,7 @@ def token_head_strides(*tensors: Tensor) -> tuple[int, ...]:
 
 def row_blocks(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
     """Grid and tile of a pass over the (token, head) rows of `x` [T, H, D]: 4096 elements a program, 32 a thread."""
-    block_d = triton.next_power_of_2(x.shape[2])
+    block_d = next_power_of_2(x.shape[2])
     block_m = max(1, 4096 // block_d)
     num_rows = x.shape[0] * x.shape[1]
-    return (triton.cdiv(num_rows, block_m),), {"DIM": x.shape[2], "BLOCK_D": block_d, "BLOCK_M": block_m}
+    return (cdiv(num_rows, block_m),), {"DIM": x.shape[2], "BLOCK_D": block_d, "BLOCK_M": block_m}

@@ -39,6 +39,7 @@ from nsa_kernels.cmp_tiles import check_dtypes, check_intervals, copyable_by_tma
 from nsa_kernels.hopper import hopper_takes
 from nsa_kernels.rows import unit_stride
 from nsa_kernels.select_importance import importance, interval
+from nsa_kernels.sizes import cdiv, next_power_of_2
 
 FAR = tl.constexpr(2**31 - 1)
 INFINITY_BITS = tl.constexpr(0x7F800000)  # of fp32: more than any importance
@@ -126,7 +127,7 @@ def _top_tile(num_blocks: int, chosen_pad: int, on_gpu: bool) -> dict[str, int]:
     H200, 65,536 tokens, ms for 4, 8, 16 key-value heads: 64 * 4 0.78, -, 3.1;  128 * 4 0.88, 1.8, 3.5;
     64 * 8 1.04, 2.1, 4.2;  two queries to a warp 1.1. Sorting all blocks, 128 at a time: 1.7; 512 at a time: 3.6.
     """
-    num_bundles = max(chosen_pad, min(64, triton.next_power_of_2(max(1, num_blocks // 4))))
+    num_bundles = max(chosen_pad, min(64, next_power_of_2(max(1, num_blocks // 4))))
     return {"BLOCK_Q": 1 if on_gpu else 64, "NUM_BUNDLES": num_bundles, "BUNDLE": 4, "num_warps": 1}
 
 
@@ -162,9 +163,9 @@ def select_blocks(
     num_queries = q.shape[0]
     num_keys, num_kv_heads = k_cmp.shape[:2]
     cells_cmp, cells_slc = cmp_block_len // cmp_stride, slc_block_len // cmp_stride
-    num_layers = 1 + triton.cdiv(cells_cmp - 1, cells_slc)
-    num_blocks = triton.cdiv(num_keys, cells_slc)
-    chosen_pad = max(2, triton.next_power_of_2(num_slc_blocks))
+    num_layers = 1 + cdiv(cells_cmp - 1, cells_slc)
+    num_blocks = cdiv(num_keys, cells_slc)
+    chosen_pad = max(2, next_power_of_2(num_slc_blocks))
     top_tile = _top_tile(num_blocks, chosen_pad, q.is_cuda)
 
     keys = unit_stride(k_cmp)
@@ -184,7 +185,7 @@ def select_blocks(
                 q, keys, lse_cmp, begin, end, buffer, first, last,
                 softmax_scale=softmax_scale, cells_cmp=cells_cmp, cells_slc=cells_slc,
             )  # fmt: skip
-        _top_kernel[(triton.cdiv(last - first, top_tile["BLOCK_Q"]) * num_kv_heads,)](
+        _top_kernel[(cdiv(last - first, top_tile["BLOCK_Q"]) * num_kv_heads,)](
             buffer, begin, end, position, doc_start,
             out,
             first, last, chunk_len, num_kv_heads, num_blocks,
@@ -230,5 +231,5 @@ def _check_block_lengths(cmp_block_len: int, cmp_stride: int, slc_block_len: int
         if length % cmp_stride:
             raise ValueError(
                 f"{name}={length} must be a multiple of cmp_stride={cmp_stride}, so that importance is counted in "
-                f"whole strides; take {name}={triton.cdiv(length, cmp_stride) * cmp_stride}"
+                f"whole strides; take {name}={cdiv(length, cmp_stride) * cmp_stride}"
             )

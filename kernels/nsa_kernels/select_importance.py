@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.cmp_tiles import dot_precision, split_head_dim
+from nsa_kernels.sizes import cdiv, next_power_of_2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(2**31 - 1)
@@ -113,11 +114,11 @@ def importance(
     """Writes `out` for the queries [first, last)."""
     num_keys, num_kv_heads = k.shape[:2]
     group = q.shape[1] // num_kv_heads
-    group_pad = triton.next_power_of_2(group)
-    cells_pad = triton.next_power_of_2(cells_slc)
+    group_pad = next_power_of_2(group)
+    cells_pad = next_power_of_2(cells_slc)
     dim_a, dim_b = split_head_dim(q.shape[2])
     tile = _tile(q.dtype, group_pad)
-    _importance_kernel[(triton.cdiv(last - first, tile["BLOCK_Q"]) * num_kv_heads,)](
+    _importance_kernel[(cdiv(last - first, tile["BLOCK_Q"]) * num_kv_heads,)](
         q, k, lse, begin, end,
         out,
         first, last, out.shape[1], num_keys, num_kv_heads, out.shape[3], softmax_scale,

@@ -31,6 +31,7 @@ from nsa_kernels.deltas import row_deltas
 from nsa_kernels.hopper import hopper_takes
 from nsa_kernels.intervals import unseen_tiles
 from nsa_kernels.rows import token_head_strides, unit_stride
+from nsa_kernels.sizes import cdiv
 from nsa_kernels.win_backward import window_gradients
 from nsa_kernels.win_tiles import KEY_TILE, kernel_dims, split_head_dim, window_tiles
 
@@ -160,7 +161,7 @@ def _launch_forward(
     tile = window_tiles(q.shape[2], q.element_size()).forward
     num_queries, num_kv_heads = q.shape[0], k.shape[1]
     num_rows = num_queries * (q.shape[1] // num_kv_heads)
-    _forward_kernel[(triton.cdiv(num_rows, tile.block_m), num_kv_heads)](
+    _forward_kernel[(cdiv(num_rows, tile.block_m), num_kv_heads)](
         *(q, k, v, begin, end),
         *(out, lse),
         *(*token_head_strides(q, k, v), num_queries, num_kv_heads, softmax_scale),

@@ -25,6 +25,7 @@ from nsa_kernels.cmp_statistics import load_statistics, row_statistics
 from nsa_kernels.cmp_tiles import copyable_by_tma
 from nsa_kernels.hopper import hopper_takes
 from nsa_kernels.rows import token_head_strides
+from nsa_kernels.sizes import cdiv
 from nsa_kernels.win_tiles import kernel_dims, window_tiles
 
 
@@ -147,7 +148,7 @@ def _grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale) -> Tensor:
     num_queries, num_kv_heads = q.shape[0], k.shape[1]
     tile = window_tiles(q.shape[2], q.element_size()).queries
     num_rows = num_queries * (q.shape[1] // num_kv_heads)
-    _queries_kernel[(triton.cdiv(num_rows, tile.block_m), num_kv_heads)](
+    _queries_kernel[(cdiv(num_rows, tile.block_m), num_kv_heads)](
         *(q, k, v, begin, end, statistics, grad_out),
         dq,
         *(*token_head_strides(q, k, v, grad_out), num_queries, statistics.shape[2], num_kv_heads, softmax_scale),

@@ -47,6 +47,7 @@ class RankLayout:
     local_blocks: Tensor  # int64 [T // l']: global id of each local selection block
     block_owner: Tensor  # int64 [num_blocks], on the CPU: rank that holds each selection block
     page_of_block: Tensor  # int64 [num_blocks], on the CPU: local page of each selection block, -1 if held elsewhere
+    own_pages: Tensor  # the same, int32, on the device
     win_interior: slice  # queries whose windows lie in local rows, at most about half: they need no halo
     cmp_halo: Halo
     win_halo: Halo
@@ -93,6 +94,7 @@ def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device) -
     last_row = cmp_halo.extended_rows[blocks.last_local_row[own]]
     local_blocks = stream[:: plan.block_len] // plan.block_len
     first_block = torch.arange(plan.num_blocks) * plan.block_len
+    page_of_block = torch.full((plan.num_blocks,), -1).index_copy_(0, local_blocks, torch.arange(len(local_blocks)))
 
     def ints(x: Tensor) -> Tensor:
         return x.to(torch.int32).to(device)
@@ -110,7 +112,8 @@ def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device) -
         cmp_gather_rows=_gather_rows(blocks.owner, plan.cp_size, num_cmp_max).to(device),
         local_blocks=local_blocks.to(device),
         block_owner=plan.owner(first_block)[0],
-        page_of_block=torch.full((plan.num_blocks,), -1).index_copy_(0, local_blocks, torch.arange(len(local_blocks))),
+        page_of_block=page_of_block,
+        own_pages=ints(page_of_block),
         win_interior=_interior(win_halo, win_begin, plan.block_len),
         cmp_halo=_halo_to(cmp_halo, device),
         win_halo=_halo_to(win_halo, device),

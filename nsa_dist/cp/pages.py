@@ -27,9 +27,12 @@ def page_table(stage: Stage, k: Tensor, fetched: Sequence[Fetched], layout: Rank
     Pages 0 .. T / l' - 1 are those of the rank's own k [T, ...], left out unless `own`; then come fetched ones.
     """
     heads, num_local = stage.kv_heads.stop - stage.kv_heads.start, len(layout.local_blocks)
-    table = torch.full((heads, len(layout.block_owner)), -1, dtype=torch.int32, device=k.device)
+    if own and not fetched:
+        return layout.own_pages.expand(heads, -1)
     if own:
-        table[:, layout.local_blocks] = torch.arange(num_local, dtype=torch.int32, device=k.device)
+        table = layout.own_pages.repeat(heads, 1)
+    else:
+        table = torch.full((heads, len(layout.block_owner)), -1, dtype=torch.int32, device=k.device)
     for part in fetched:
         where = put_on(k.device, part.route.recv_head), put_on(k.device, part.route.recv_block)
         table[where] = torch.arange(num_local, num_local + len(part.pages), dtype=torch.int32, device=k.device)
