@@ -66,6 +66,9 @@ def nsa_attention(
     Output and gradients do not depend on the group's size or the plan. Gradients of phi's parameters are this rank's
     part: sum them over the group, as data parallelism over the context-parallel ranks does.
 
+    One rank can be captured in a CUDA graph after a call that is not. Give `plan` then, and keep it as long as the
+    graph, which reads index tensors that live with it; cu_seqlens on a GPU would make the host wait for them.
+
     Raises ValueError if shapes, plan, cu_seqlens and group disagree; also if ranks' plans, configs or options differ.
     """
     _check_shapes(q, kv, gates)

@@ -1,6 +1,7 @@
 """The inputs of one NSA layer, random or correlated, and what every query of its one document may see."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import torch
 from bench_cases import Case
@@ -24,6 +25,17 @@ class LayerInputs:
     def leaves(self) -> list[Tensor]:
         pairs = [t for pair in self.raw.values() for t in pair]
         return [self.q, *pairs, self.gates, *(t for phi in self.phi for t in phi.values())]
+
+    def with_leaves(self, leaves: Iterable[Tensor]) -> "LayerInputs":
+        """The same layer on other tensors, in the order of `leaves`."""
+        take = iter(leaves)
+        return replace(
+            self,
+            q=next(take),
+            raw={branch: (next(take), next(take)) for branch in self.raw},
+            gates=next(take),
+            phi=[{name: next(take) for name in phi} for phi in self.phi],
+        )
 
 
 def make_inputs(case: Case, device: str = "cuda", seed: int = 0) -> LayerInputs:

@@ -1,8 +1,9 @@
-"""The whole layer as its users call it: `nsa_attention` over one document."""
+"""The whole layer as its users call it: `nsa_attention` over one document, as it is or captured in CUDA graphs."""
 
 from collections.abc import Callable
 from types import ModuleType
 
+import torch
 from bench_inputs import CONFIG, LayerInputs
 from torch import Tensor
 
@@ -14,6 +15,15 @@ def whole_layer(x: LayerInputs, ops: ModuleType | None = None) -> Callable[[], T
     kv = BranchKV(*(t for pair in x.raw.values() for t in pair))
     compress_k, compress_v = (_Phi(weights) for weights in x.phi)
     return lambda: nsa_attention(x.q, kv, x.gates, CONFIG, compress_k=compress_k, compress_v=compress_v, ops=ops)
+
+
+def captured_layer(x: LayerInputs) -> Callable[[], Tensor]:
+    """() -> out, as `whole_layer`, by a graph of the forward and one of the backward: what the host takes falls away.
+
+    Beside the kernels, backward copies the output's gradient into the graph.
+    """
+    graphed = torch.cuda.make_graphed_callables(lambda *leaves: whole_layer(x.with_leaves(leaves))(), tuple(x.leaves))
+    return lambda: graphed(*x.leaves)
 
 
 class _Phi:

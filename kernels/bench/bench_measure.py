@@ -10,7 +10,7 @@ from bench_branches import Branch, branches
 from bench_cases import Case
 from bench_checks import Wanted, check_branch, check_layer, complaints, sample_rows
 from bench_inputs import make_inputs, random
-from bench_layer import whole_layer
+from bench_layer import captured_layer, whole_layer
 from bench_timing import Timer, peak_gib
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,9 +19,14 @@ from nsa_kernels import reference
 
 Row = dict[str, float | str]
 
+CAPTURED_TOKENS = 16384  # up to here the host's time shows, so the layer is timed as CUDA graphs, too
+
 
 def measure_case(case: Case, timer: Timer, dense_limit_s: float) -> list[Row]:
-    """A row for every branch, `all` for the layer as it is called, `dense` for dense causal attention."""
+    """A row for every branch, `all` for the layer as it is called, `dense` for dense causal attention.
+
+    Of short cases also `all, captured`, the layer in CUDA graphs.
+    """
     rows: list[Row] = []
     wanted = Wanted()
     steps: list[tuple[str, Callable[[], Row]]] = [
@@ -29,6 +34,8 @@ def measure_case(case: Case, timer: Timer, dense_limit_s: float) -> list[Row]:
         ("all", lambda: _measure_layer(case, timer, rows, wanted)),
         ("dense", lambda: _measure_dense(case, timer, dense_limit_s)),
     ]
+    if case.tokens <= CAPTURED_TOKENS:
+        steps.insert(2, ("all, captured", lambda: _measure_captured(case, timer, rows)))
     for step, measure in steps:
         try:
             row = measure()
@@ -82,6 +89,27 @@ def _measure_layer(case: Case, timer: Timer, rows: list[Row], wanted: Wanted) ->
     if differing:
         return {"step": "all", "note": "WRONG: another run has other gradients, or one is not finite"}
     return {"step": "all", **row}
+
+
+def _measure_captured(case: Case, timer: Timer, rows: list[Row]) -> Row:
+    """The layer in CUDA graphs, whose bits must be those of `all`. Memory is the graphs' own, and not looked at."""
+    if any("WRONG" in str(row.get("note", "")) for row in rows):
+        return {"step": "all, captured", "note": "WRONG: the layer is"}
+    x = make_inputs(case)
+    grad = random((case.tokens, case.num_q_heads, case.dim_v), x.generator, x.q.device.type)
+    forward = captured_layer(x)
+
+    def results(layer: Callable[[], Tensor]) -> list[Tensor]:
+        out = layer()
+        return [t.clone() for t in (out.detach(), *torch.autograd.grad(out, x.leaves, grad))]
+
+    if not all(map(torch.equal, results(forward), results(whole_layer(x)))):
+        return {"step": "all, captured", "note": "WRONG: other bits than without capture"}
+    return {
+        "step": "all, captured",
+        "forward_ms": timer.median_ms(forward),
+        "backward_ms": timer.median_ms(lambda out: torch.autograd.grad(out, x.leaves, grad), before=forward),
+    }
 
 
 def _time(timer: Timer, forward: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> tuple[Row, bool]:

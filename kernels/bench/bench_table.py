@@ -13,6 +13,7 @@ LINES = {
     "win": ["win"],
     "combine / deltas and sum of dq": ["combine", "gate_deltas", "sum_branches"],
     "**all**": ["all"],
+    "all, captured in CUDA graphs": ["all, captured"],
     "dense, cuDNN": ["dense"],
 }
 

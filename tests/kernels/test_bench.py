@@ -63,6 +63,12 @@ def test_made_up_results_have_the_shapes_of_real_ones(checked, device):
             assert [t.shape for t in outputs[0]] == [t.shape for t in outputs[1]]
 
 
+def test_a_layer_on_other_leaves(device):
+    x = make_inputs(CASE, device.type)
+    others = [torch.zeros_like(t) for t in x.leaves]
+    assert all(a is b for a, b in zip(x.with_leaves(others).leaves, others, strict=True))
+
+
 def test_sampled_rows_are_ordered_and_hold_both_ends(device):
     rows = sample_rows(1000, device)
     assert rows[0] == 0
@@ -98,6 +104,7 @@ def test_the_table_of_the_readmes(tmp_path):
         {"step": "gate_deltas", "backward_ms": 1.25},
         {"step": "sum_branches", "backward_ms": 1.0},
         {"step": "all", "forward_ms": 120.4, "backward_ms": 250.0, "peak_gib": 3.25},
+        {"step": "all, captured", "forward_ms": 90.4, "backward_ms": 12.25},
         {"step": "dense", "forward_ms": 240.8, "backward_ms": 1000.0},
     ]
     report.add(CASE, rows)
@@ -110,6 +117,7 @@ def test_the_table_of_the_readmes(tmp_path):
     assert cells["select"] == "7.0"
     assert cells["combine / deltas and sum of dq"] == "1.0 / 2.2"
     assert cells["**all**"] == "**120 / 250**"
+    assert cells["all, captured in CUDA graphs"] == "90.4 / 12.2"
     assert cells["dense / all"] == "2.0x / 4.0x"
     assert all(line.endswith(" |  |") for line in lines[2:])
 
