@@ -137,9 +137,11 @@ class _Branches(torch.autograd.Function):
                 )  # fmt: skip
             name = f"compressed.grad[{group.number}]"
             compressed.append(CompressedReturn(dk, dv, ctx.num_own, call.layout, call.comm, name))
+            del dk, dv
             dq_slc = selected.run(group, queries, grad, gate[..., 1], delta[..., 1], lse_slc, ids)
             dq_win = window.run(group, queries, grad, gate[..., 2], delta[..., 2], group.of(lse_win))
             call.ops.sum_branches(dq, dq_slc, dq_win, out=group.of(grad_q))
+            del dq, dq_slc, dq_win
         grads_win, grads_slc = window.finish(), selected.finish()
         grads_cmp = [_cat(x) for x in zip(*(part.wait() for part in compressed), strict=True)]
         dtype, grad_gates = q.dtype, _cat(deltas).to(gates.dtype)

@@ -1,5 +1,6 @@
 """Bytes of all tensors alive at once, without a GPU's allocator to ask: every operation is watched."""
 
+import gc
 import sys
 
 import torch
@@ -24,9 +25,14 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(x, torch.Tensor):
                 storage = x.untyped_storage()
                 self._known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._known = {k: v for k, v in self._known.items() if not v[0].expired()}
-        self.peak = max(self.peak, sum(num_bytes for _, num_bytes in self._known.values()))
+        if self._alive() > self.peak:
+            gc.collect()  # the interpreter leaves a kernel's arguments in reference cycles
+            self.peak = max(self.peak, self._alive())
         return result
+
+    def _alive(self) -> int:
+        self._known = {k: v for k, v in self._known.items() if not v[0].expired()}
+        return sum(num_bytes for _, num_bytes in self._known.values())
 
 
 def _inside_a_kernel() -> bool:

@@ -12,7 +12,7 @@ from nsa_dist.cp.cost import HeadSizes
 from nsa_dist.train.planner import workspace
 from nsa_dist.train.planner.core_memory import layer_peak_bytes
 from nsa_dist.train.planner.strategies import Options
-from nsa_kernels import slc_tiles
+from nsa_kernels import cmp_grad_kv, slc_tiles
 from nsa_launch.bench.case import Case
 from nsa_launch.bench.layer import drawn, layer_forward, make_shard
 from nsa_launch.bench.predicted import core_of, strategy_of
@@ -38,9 +38,13 @@ def test_the_planner_cuts_chunks_as_the_kernels_do(heads, tokens, forward):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
-@pytest.mark.parametrize(("cp_size", "budget"), [(2, None), (4, None), (2, 2**15)])
-def test_memory_of_a_layer(cp_size, budget):
-    """One rank of several, 512 tokens each; with a budget of eight pages in several rounds."""
+@pytest.mark.parametrize(("cp_size", "budget"), [(1, None), (2, None), (4, None), (2, 2**15)])
+def test_memory_of_a_layer(cp_size, budget, monkeypatch):
+    """One rank of several, 512 tokens each; with a budget of eight pages in several rounds.
+
+    dK and dV of the window are not summed in 16 parts: of so few keys they would decide, on a GPU they are 140 MB.
+    """
+    monkeypatch.setattr(cmp_grad_kv, "num_splits", lambda num_items: 1)
     case, device = replace(CASE, tokens=512 * cp_size, cp_size=cp_size, page_budget_bytes=budget), torch.device("cpu")
     shard, draw = make_shard(case, 512, device, seed=0), drawn(case, 0, device)
     comm = replace(synthetic_comm(case, 0, device), trace=None)
@@ -48,4 +52,4 @@ def test_memory_of_a_layer(cp_size, budget):
     with LiveBytes() as live:
         torch.autograd.grad(forward(), shard.leaves, shard.grad_out)
     predicted = layer_peak_bytes(core_of(case), strategy_of(case), Options(fetch=case.fetch_options))
-    assert predicted == pytest.approx(live.peak, rel=0.1)
+    assert predicted == pytest.approx(live.peak, rel=0.07)

@@ -110,10 +110,14 @@ def largest_moment(core: Core, strategy: Strategy, options: Options) -> Moment:
     deltas = core.tokens * core.heads.num_q_heads * BRANCHES * 4
     forward = results_bytes(core) - sizes.out + slc_workspace_bytes(core, heads, forward=True)
     pages, rounds = held_bytes(core, strategy, options), num_rounds(core, strategy, options)
+    if strategy.how == "raw all-gather":
+        backward = [_gathered_bytes(core)]
+    else:
+        backward = [_group_bytes(core, number, groups, rounds) for number in range(groups)]
     moments = [
         Moment(forward, held_bytes(core, strategy, options, forward=True)),
         Moment(results_bytes(core) + deltas, held_bytes(core, strategy, options, forward=True) // 3),
-        *(Moment(_group_bytes(core, number, groups, rounds) + deltas, pages) for number in range(groups)),
+        *(Moment(work + deltas, pages) for work in backward),
     ]
     return max(moments, key=lambda moment: moment.total)
 
@@ -136,8 +140,13 @@ def _group_bytes(core: Core, number: int, groups: int, rounds: int) -> int:
         own = (of_q + of_kv) // sizes.e * sizes.g
         return _group_bytes(core, number, groups, 1) + own + core.tokens * heads * core.cfg.num_slc_blocks * 4
     compressed = (number + 1) * cost.total_cmp_blocks(core.plan, core.cfg) * core.heads.row_elements // groups * wide
-    before = 2 * of_q if number else 0  # what the branches of the group before gave to its sum, until it is replaced
-    return sizes.q + before + dq + sums + number * of_kv + compressed + slc_workspace_bytes(core, heads)
+    return sizes.q + dq + sums + number * of_kv + compressed + slc_workspace_bytes(core, heads)
+
+
+def _gathered_bytes(core: Core) -> int:
+    """The same on gathered K/V: all heads at once, after the window branch, whose dq and own dK, dV are there."""
+    sizes = Sizes.of(core)
+    return 2 * sizes.q + sizes.kv // sizes.e * sizes.g + slc_workspace_bytes(core, core.heads.num_kv_heads)
 
 
 def kept_page_bytes(core: Core, strategy: Strategy) -> int:
