@@ -74,13 +74,17 @@ class ThreadComm(Comm):
 
 
 def run_threads(size: int, work: Callable[[ThreadComm], object]) -> list:
-    """`work(comm)` on every rank; their results by rank. An exception on any rank is raised here."""
+    """`work(comm)` on every rank; their results by rank. An exception on any rank is raised here.
+
+    Backward runs in the rank's own thread: torch's has one for each GPU, where a second rank would wait for the first.
+    """
     board = Board(size)
 
     def enter(rank: int):
         with board.turn:
             try:
-                return work(ThreadComm(board=board, index=rank))
+                with torch.autograd.set_multithreading_enabled(False):
+                    return work(ThreadComm(board=board, index=rank))
             except BaseException:
                 board.barrier.abort()
                 raise

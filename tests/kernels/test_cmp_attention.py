@@ -231,9 +231,10 @@ def test_only_lse_is_used(device):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_tile_ranges_worked_example():
+def test_tile_ranges_worked_example(device):
     """The example of the docstring: four queries that see 0, 1, 2, 3 keys; tiles of keys 0, 1 and 2."""
-    begin, end = torch.zeros(4, dtype=torch.int32), torch.arange(4, dtype=torch.int32)
+    end = torch.arange(4, dtype=torch.int32, device=device)
+    begin = torch.zeros_like(end)
     assert tile_ranges(begin, end, 3, 2).tolist() == [[1, 3], [4, 4], [2, 3], [4, 4]]
 
 
