@@ -133,7 +133,7 @@ class _Branches(torch.autograd.Function):
                 dq, dk, dv = call.ops.compressed_attention_backward(
                     grad, gate[..., 0], delta[..., 0], lse_cmp, queries, k_cmp[:, group.kv_heads],
                     v_cmp[:, group.kv_heads], call.layout.cmp_begin, call.layout.cmp_end,
-                    softmax_scale=call.softmax_scale,
+                    softmax_scale=call.softmax_scale, kv_dtype=call.sum_dtype(q),
                 )  # fmt: skip
             name = f"compressed.grad[{group.number}]"
             compressed.append(CompressedReturn(dk, dv, ctx.num_own, call.layout, call.comm, name))

@@ -38,22 +38,24 @@ def compressed_attention_backward(
     end: Tensor,
     *,
     softmax_scale: float,
+    kv_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gate * out, out and softmax_lse what `compressed_attention` returned for the same arguments.
 
     grad_out [T, Hq, Dv]   gate [T, Hq] or None: 1   delta fp32 [T, Hq] = rowsum(grad_out * out), of the ungated out
     softmax_lse fp32 [T, Hq]
-    returns dq [T, Hq, Dk], dk [M, Hkv, Dk], dv [M, Hkv, Dv] in the dtypes of q, k, v
+    kv_dtype            of dk and dv, for sums that go on elsewhere; None: those of k, v
+    returns dq [T, Hq, Dk], dk [M, Hkv, Dk], dv [M, Hkv, Dv]
     raises ValueError on shapes and dtypes that do not fit together
     """
     check_attention_inputs(q, k, v, begin, end, softmax_scale)
     check_gradients(grad_out, gate, delta, softmax_lse, q, v)
     if k.shape[0] == 0 or q.shape[0] == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        return torch.zeros_like(q), torch.zeros_like(k, dtype=kv_dtype), torch.zeros_like(v, dtype=kv_dtype)
     q, k, v, grad_out = (copyable_by_tma(x) for x in (q, k, v, grad_out))
     begin, end = begin.contiguous(), end.contiguous()
     statistics = row_statistics(softmax_lse, delta, gate, begin, end, k.shape[1])
     arguments = (q, k, v, begin, end, statistics, grad_out, softmax_scale)
     if hopper_takes(q, k) and q.shape[2] == v.shape[2]:
-        return hopper_grad_q.grad_q(*arguments), *hopper_grad_kv.grad_kv(*arguments)
-    return grad_q(*arguments), *grad_kv(*arguments)
+        return hopper_grad_q.grad_q(*arguments), *hopper_grad_kv.grad_kv(*arguments, kv_dtype)
+    return grad_q(*arguments), *grad_kv(*arguments, kv_dtype)

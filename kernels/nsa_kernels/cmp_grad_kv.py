@@ -110,8 +110,8 @@ def _tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
-def grad_kv(q, k, v, begin, end, statistics, grad_out, softmax_scale) -> tuple[Tensor, Tensor]:
-    """dK [M, Hkv, Dk] and dV [M, Hkv, Dv] in the dtypes of k and v."""
+def grad_kv(q, k, v, begin, end, statistics, grad_out, softmax_scale, dtype=None) -> tuple[Tensor, Tensor]:
+    """dK [M, Hkv, Dk] and dV [M, Hkv, Dv] in `dtype`; None: that of k."""
     num_q_heads, head_dim = q.shape[1:]
     num_keys, num_kv_heads = k.shape[:2]
     group = num_q_heads // num_kv_heads
@@ -134,4 +134,4 @@ def grad_kv(q, k, v, begin, end, statistics, grad_out, softmax_scale) -> tuple[T
         NUM_SPLITS=splits, BY_TMA=by_tma,
         G=group, DK_A=dim_a, DK_B=dim_b, DV=v.shape[2], PRECISION=dot_precision(q.dtype), **tile,
     )  # fmt: skip
-    return sum_parts(grad_k, grad_v, k.dtype)
+    return sum_parts(grad_k, grad_v, dtype or k.dtype)

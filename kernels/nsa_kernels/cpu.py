@@ -77,11 +77,12 @@ def compressed_attention_backward(
     end: Tensor,
     *,
     softmax_scale: float,
+    kv_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as `reference.compressed_attention_backward`."""
     upstream = Upstream.of(grad_out, gate, delta, softmax_lse)
     grads = attention_backward(upstream, q, k, v, interval_chunks(begin, end, q.shape[1]), softmax_scale)
-    return grads[0].to(q.dtype), grads[1].to(k.dtype), grads[2].to(v.dtype)
+    return grads[0].to(q.dtype), grads[1].to(kv_dtype or k.dtype), grads[2].to(kv_dtype or v.dtype)
 
 
 # The same functions of their arguments: only the keys differ.

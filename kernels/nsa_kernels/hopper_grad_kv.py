@@ -191,9 +191,10 @@ def _masked(p, first_row, first_key, mask, G: gl.constexpr):
 
 
 def grad_kv(
-    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, statistics: Tensor, grad_out: Tensor, softmax_scale
-) -> tuple[Tensor, Tensor]:
-    """dK and dV [M, Hkv, D] in the dtypes of k and v.
+    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, statistics: Tensor, grad_out: Tensor, softmax_scale,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dK and dV [M, Hkv, D] in `dtype`; None: that of k.
 
     H200, bf16, 65,536 tokens, D 128, Hq 64, Hkv 4: 13.4 ms (653 TFLOP/s) alone, 15.5 sustained at the card's power
     limit, where `cmp_grad_kv` takes 18.0 and 20.2. 16 splits and 2 stages: the same within 1%.
@@ -203,8 +204,9 @@ def grad_kv(
     group = num_q_heads // num_kv_heads
     num_key_tiles = cdiv(num_keys, BLOCK_N.value)
     splits = num_splits(num_key_tiles * num_kv_heads)
-    dtype = torch.float32 if splits > 1 else k.dtype
-    grad_k, grad_v = torch.empty(2, splits, *k.shape, dtype=dtype, device=k.device)
+    dtype = dtype or k.dtype
+    parts_dtype = torch.float32 if splits > 1 else dtype
+    grad_k, grad_v = torch.empty(2, splits, *k.shape, dtype=parts_dtype, device=k.device)
     rows, keys = (BLOCK_M.value // group, group, head_dim), (BLOCK_N.value, 1, head_dim)
     _grad_kv_kernel[(num_key_tiles * num_kv_heads * splits,)](
         descriptor(q, rows), descriptor(k, keys), descriptor(v, keys), descriptor(grad_out, rows),
@@ -214,4 +216,4 @@ def grad_kv(
         num_queries, statistics.shape[2], num_keys, num_kv_heads, softmax_scale,
         NUM_SPLITS=splits, NUM_STAGES=3, G=group, D=head_dim, num_warps=4,
     )  # fmt: skip
-    return (grad_k[0], grad_v[0]) if splits == 1 else sum_parts(grad_k, grad_v, k.dtype)
+    return (grad_k[0], grad_v[0]) if splits == 1 else sum_parts(grad_k, grad_v, dtype)

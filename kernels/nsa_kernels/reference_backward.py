@@ -39,12 +39,16 @@ def compressed_attention_backward(
     end: Tensor,
     *,
     softmax_scale: float,
+    kv_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of `gate * compressed_attention(q, k, v, begin, end)`, from its delta and softmax_lse."""
+    """dq, dk, dv of `gate * compressed_attention(q, k, v, begin, end)`, from its delta and softmax_lse.
+
+    kv_dtype    of dk and dv; None: those of k and v
+    """
     upstream = _upstream(grad_out, gate, delta, softmax_lse)
     attend, chunks = interval_attention(begin, end, q.shape[1], softmax_scale)
     dq, dk, dv = chunk_gradients(attend, chunks, upstream, q, k, v)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq.to(q.dtype), dk.to(kv_dtype or k.dtype), dv.to(kv_dtype or v.dtype)
 
 
 @torch.no_grad()
@@ -60,10 +64,14 @@ def window_attention_backward(
     end: Tensor,
     *,
     softmax_scale: float,
+    kv_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of `gate * window_attention(q, k, v, begin, end)`, from its delta and softmax_lse."""
+    """dq, dk, dv of `gate * window_attention(q, k, v, begin, end)`, from its delta and softmax_lse.
+
+    kv_dtype    of dk and dv; None: those of k and v
+    """
     return compressed_attention_backward(
-        grad_out, gate, delta, softmax_lse, q, k, v, begin, end, softmax_scale=softmax_scale
+        grad_out, gate, delta, softmax_lse, q, k, v, begin, end, softmax_scale=softmax_scale, kv_dtype=kv_dtype
     )
 
 

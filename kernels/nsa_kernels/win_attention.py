@@ -194,6 +194,7 @@ def window_attention_backward(
     end: Tensor,
     *,
     softmax_scale: float,
+    kv_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `gate * window_attention(q, k, v, begin, end)`, in the dtypes of q, k, v.
 
@@ -201,12 +202,13 @@ def window_attention_backward(
     gate        [T, Hq]         of either sign; None: ones
     delta       fp32 [T, Hq]    rowsum(grad_out * out), of `out` without its gate
     softmax_lse fp32 [T, Hq]    as `window_attention` returned it; these four of any strides
+    kv_dtype                    of dk and dv instead, for sums that go on elsewhere
 
     Raises ValueError as `window_attention`, and on shapes and dtypes of these four that do not fit.
     """
     _check(q, k, v, begin, end, softmax_scale)
     _check_upstream(grad_out, gate, delta, softmax_lse, q, v)
-    return window_gradients(grad_out, gate, delta, softmax_lse, q, k, v, begin, end, softmax_scale)
+    return window_gradients(grad_out, gate, delta, softmax_lse, q, k, v, begin, end, softmax_scale, kv_dtype)
 
 
 def _check_upstream(

@@ -132,15 +132,17 @@ def window_gradients(
     begin: Tensor,
     end: Tensor,
     softmax_scale: float,
+    kv_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the dtypes of q, k, v."""
+    """dq, dk, dv in the dtypes of q, k, v; dk and dv in `kv_dtype` if it is given."""
     if not q.numel() or not k.numel():
-        return tuple(torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))  # type: ignore[return-value]
+        dk, dv = (torch.zeros(t.shape, dtype=kv_dtype or t.dtype, device=t.device) for t in (k, v))
+        return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk, dv
     q, k, v, grad_out = (copyable_by_tma(t) for t in (q, k, v, grad_out))
     statistics = row_statistics(lse, delta, gate, begin, end, k.shape[1])
     arguments = (q, k, v, begin, end, statistics, grad_out, softmax_scale)
     on_hopper = hopper_takes(q, k) and q.shape[2] == v.shape[2]
-    return _grad_q(*arguments), *(hopper_grad_kv if on_hopper else cmp_grad_kv).grad_kv(*arguments)
+    return _grad_q(*arguments), *(hopper_grad_kv if on_hopper else cmp_grad_kv).grad_kv(*arguments, kv_dtype)
 
 
 def _grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from nsa_dist.config import NSAConfig
@@ -22,6 +23,10 @@ class Call:
     ops: ModuleType
     fetch: FetchOptions
     softmax_scale: float
+
+    def sum_dtype(self, x: Tensor) -> torch.dtype | None:
+        """Of gradients to which those of other ranks or rounds are added: fp32 or better. One rank: None, as x."""
+        return None if self.comm.size == 1 else torch.promote_types(x.dtype, torch.float32)
 
 
 @dataclass(frozen=True)

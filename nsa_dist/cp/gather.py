@@ -35,18 +35,19 @@ class CompressedGather:
 
 
 class CompressedReturn:
-    """The gradients of some heads of the gathered keys and values, dk [M, h, Dk], dv [M, h, Dv], on their way home."""
+    """The gradients of some heads of the gathered keys and values, dk [M, h, Dk], dv [M, h, Dv], on their way home.
+
+    Over ranks they are fp32 or better, for they are terms of a sum.
+    """
 
     def __init__(self, dk: Tensor, dv: Tensor, num_own: int, layout: RankLayout, comm: Comm, name: str):
         self._grads: tuple[Tensor, ...] = (dk, dv)
         self._num_own, self._dims = num_own, (dk.shape[2], dv.shape[2])
         self._handle: Handle | None = None
         if comm.size > 1:
-            dtype = torch.promote_types(dk.dtype, torch.float32)
-            total = torch.zeros(
-                comm.size * layout.num_cmp_max, dk.shape[1], sum(self._dims), dtype=dtype, device=dk.device
-            )
-            total.index_copy_(0, layout.cmp_gather_rows, torch.cat([dk, dv], -1).to(dtype))
+            total = dk.new_zeros(comm.size * layout.num_cmp_max, dk.shape[1], sum(self._dims))
+            for part, grad in zip(total.split(self._dims, -1), (dk, dv), strict=True):
+                part.index_copy_(0, layout.cmp_gather_rows, grad)
             self._handle = comm.post_reduce_scatter(total.unflatten(0, (comm.size, -1)), "compressed.grad", name)
             self._grads = ()
 

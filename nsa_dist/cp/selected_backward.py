@@ -52,15 +52,13 @@ class SelectedBackward:
         """dq of one head group, rounded once to the dtype of q; the other tensors are the group's [T, its Hq, ...]."""
         total, rounds = None, self._rounds[group.number]
         local = self._k[:, group.kv_heads], self._v[:, group.kv_heads]
-        # What other ranks' parts or other rounds' are added to is not rounded before.
-        dtype = None if self._call.comm.size == 1 else torch.promote_types(q.dtype, torch.float32)
         for number, route in enumerate(rounds or [None]):
             here = [] if route is None else [Fetched(self._receive(), route)]
             table = page_table(group, self._k, here, self._call.layout, own=number == 0)
             ids = block_indices if len(rounds) <= 1 else only_here(block_indices, table)
             with self._call.comm.computing(round_name("slc", group, number), "slc"):
                 dq, dk, dv, *remote = self._call.ops.selected_attention_backward(
-                    grad_out, gate, delta, lse, q, *local, ids, dtype=dtype,
+                    grad_out, gate, delta, lse, q, *local, ids, dtype=self._call.sum_dtype(q),
                     **page_arguments(group, self._k, here, table, self._call),
                 )  # fmt: skip
             total = dq if total is None else total.add_(dq)

@@ -64,6 +64,7 @@ class WindowBackward:
             dq, *grads = self._call.ops.window_attention_backward(
                 grad_out, gate, delta, lse, q, self._k[:, group.kv_heads], self._v[:, group.kv_heads],
                 layout.win_begin, layout.win_end, softmax_scale=self._call.softmax_scale,
+                kv_dtype=self._call.sum_dtype(q),
             )  # fmt: skip
         self._parts.append(tuple(grads))
         return dq
@@ -74,7 +75,6 @@ class WindowBackward:
         self._parts = []
         if self._call.comm.size == 1:
             return grads
-        halo, dtype = self._call.layout.win_halo, torch.promote_types(grads[0].dtype, torch.float32)
-        grads = [grad.to(dtype) for grad in grads]
+        halo = self._call.layout.win_halo
         returned = post_halo_gradients(grads, [halo, halo], self._call.comm).wait()
         return [gather_gradients(dy, halo, rows) for dy, rows in zip(grads, returned, strict=True)]

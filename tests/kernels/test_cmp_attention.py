@@ -84,13 +84,17 @@ def test_backward_of_a_gated_sum(group, num_kv_heads, dims, device):
     deltas = torch.full((*q.shape[:2], 3), math.nan, device=device)
     deltas[..., 1] = (out.float() * grad_out.float()).sum(-1)
     delta = deltas[..., 1].masked_fill_((p.begin == p.end)[:, None], math.nan)  # goes nowhere
-    actual = compressed_attention_backward(
-        grad_out, gate, delta, lse, q, k, v, p.begin, p.end, softmax_scale=dims[0] ** -0.5
-    )
+    args = grad_out, gate, delta, lse, q, k, v, p.begin, p.end
+    actual = compressed_attention_backward(*args, softmax_scale=dims[0] ** -0.5)
+    wide = compressed_attention_backward(*args, softmax_scale=dims[0] ** -0.5, kv_dtype=torch.float32)
     plain = gated_gradients(interval_attention, tensors, p.begin, p.end, grad_out, gate)
     exact = gated_gradients(reference.compressed_attention, tensors, p.begin, p.end, grad_out, gate, torch.float64)
-    for name, a, b, e in zip(NAMES[2:], actual, plain, exact, strict=True):
+    for name, a, w, b, e in zip(NAMES[2:], actual, wide, plain, exact, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert w.dtype == (torch.bfloat16 if name == "dq" else torch.float32)
+        assert torch.equal(w.bfloat16(), a), f"{name}: not the same sum before rounding"
         assert_twice(name, a, b, e, FLOOR)
+        assert_twice(f"{name} in {w.dtype}", w, b, e, FLOOR)
 
 
 @pytest.mark.parametrize(("group", "num_kv_heads"), [(1, 2), (4, 1), (16, 1)])

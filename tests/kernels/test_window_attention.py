@@ -229,12 +229,15 @@ def test_gradients_through_a_gate(group, dims, dtype, device):
     with torch.no_grad():
         out, lse = window_attention(*tensors, begin, end, softmax_scale=dims[0] ** -0.5)
         deltas = torch.stack([(grad_out.float() * out.float()).sum(-1)] * 3, -1)
-        actual = window_attention_backward(
-            grad_out, gate, deltas[..., 1], lse, *tensors, begin, end, softmax_scale=dims[0] ** -0.5
-        )
-    for name, a, p, e, x in zip(("dq", "dk", "dv"), actual, plain, exact, tensors, strict=True):
+        args = grad_out, gate, deltas[..., 1], lse, *tensors, begin, end
+        actual = window_attention_backward(*args, softmax_scale=dims[0] ** -0.5)
+        wide = window_attention_backward(*args, softmax_scale=dims[0] ** -0.5, kv_dtype=torch.float32)
+    for name, a, w, p, e, x in zip(("dq", "dk", "dv"), actual, wide, plain, exact, tensors, strict=True):
         assert a.dtype == x.dtype
+        assert w.dtype == (x.dtype if name == "dq" else torch.float32)
+        assert torch.equal(w.to(x.dtype), a), f"{name}: not the same sum before rounding"
         assert_twice(name, a, p, e)
+        assert_twice(f"{name} in {w.dtype}", w, p, e)
 
 
 def test_a_gate_of_ones_and_of_none_give_the_same_bits(device):

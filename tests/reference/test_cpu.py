@@ -111,6 +111,20 @@ def test_interval_gradients_of_a_part(name, heads, dtype):
     assert_same(got, expected, dtype)
 
 
+@pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
+@pytest.mark.parametrize("name", ["window_attention", "compressed_attention"])
+def test_interval_gradients_in_fp32(name, ops):
+    """dk and dv of bf16 inputs before they are rounded; dq as always."""
+    inputs, interval = interval_inputs(HEADS[0], torch.bfloat16)
+    whole = backward_inputs(*getattr(ops, name)(*inputs, *interval, softmax_scale=0.3))
+    backward = getattr(ops, f"{name}_backward")
+    rounded = backward(*whole, *inputs, *interval, softmax_scale=0.3)
+    wide = backward(*whole, *inputs, *interval, softmax_scale=0.3, kv_dtype=torch.float32)
+    assert [x.dtype for x in wide] == [torch.bfloat16, torch.float32, torch.float32]
+    assert all(torch.equal(x.bfloat16(), y) for x, y in zip(wide, rounded, strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(wide, rounded, strict=True))
+
+
 @pytest.mark.parametrize("remote", [False, True])
 def test_selected_gradients_of_a_part(remote):
     """The merged out and softmax_lse come from more blocks than these."""

@@ -140,7 +140,7 @@ def _group_bytes(core: Core, number: int, groups: int, rounds: int) -> int:
         own = (of_q + of_kv) // sizes.e * sizes.g
         return _group_bytes(core, number, groups, 1) + own + core.tokens * heads * core.cfg.num_slc_blocks * 4
     compressed = (number + 1) * cost.total_cmp_blocks(core.plan, core.cfg) * core.heads.row_elements // groups * wide
-    return sizes.q + dq + sums + number * of_kv + compressed + slc_workspace_bytes(core, heads)
+    return sizes.q + dq + sums + number * of_kv // sizes.e * wide + compressed + slc_workspace_bytes(core, heads)
 
 
 def _gathered_bytes(core: Core) -> int:
