@@ -15,14 +15,14 @@ class WindowForward:
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: Call):
         self._q, self._call, self._halo = q, call, call.layout.win_halo
+        self._interior = slice(0, len(q)) if call.comm.size == 1 else call.layout.win_interior
         self._parts: dict[int, tuple[Tensor, Tensor]] = {}
         self.k, self.v = (k, v) if call.comm.size == 1 else (extend(x, self._halo) for x in (k, v))
 
     def attend_interior(self) -> None:
-        """The queries that need no halo."""
-        interior = self._call.layout.win_interior
-        if self._call.comm.size > 1 and interior.start < interior.stop:
-            self._attend(interior, "win[interior]")
+        """The queries that need no halo: all of a lone rank's."""
+        if self._interior.start < self._interior.stop:
+            self._attend(self._interior, "win[interior]")
 
     def halo_arrived(self, received_k: Tensor, received_v: Tensor) -> None:
         fill(self.k, self._halo, received_k)
@@ -30,13 +30,9 @@ class WindowForward:
 
     def attend_rest(self) -> tuple[Tensor, Tensor]:
         """out [T, Hq, Dv], softmax_lse [T, Hq] of all queries."""
-        interior, num_tokens = self._call.layout.win_interior, len(self._q)
-        if not self._parts:
-            self._attend(slice(0, num_tokens), "win")
-        else:
-            for rows in (slice(0, interior.start), slice(interior.stop, num_tokens)):
-                if rows.start < rows.stop:
-                    self._attend(rows, f"win[{rows.start}:{rows.stop}]")
+        for rows in (slice(0, self._interior.start), slice(self._interior.stop, len(self._q))):
+            if rows.start < rows.stop:
+                self._attend(rows, f"win[{rows.start}:{rows.stop}]")
         outs, lses = zip(*(self._parts[start] for start in sorted(self._parts)), strict=True)
         self._parts = {}
         return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs), torch.cat(lses))
