@@ -59,8 +59,17 @@ def attend(
     if comm.size > 1:
         k_rows, v_rows = extended([k_rows, v_rows], layout.cmp_halo, received[:2], comm)
     with comm.computing("phi", "phi"):
-        k_cmp, v_cmp = (_compress(phi, x, call) for phi, x in zip(compress, (k_rows, v_rows), strict=True))
+        k_cmp, v_cmp = _compress_both(compress, (k_rows, v_rows), call)
     return _Branches.apply(q, k_cmp, v_cmp, kv.k_slc, kv.v_slc, kv.k_win, kv.v_win, gates, window, call)
+
+
+def _compress_both(
+    phis: tuple[Compress | None, Compress | None], rows: tuple[Tensor, Tensor], call: Call
+) -> tuple[Tensor, Tensor]:
+    weights = [getattr(phi, "mlp_weights", lambda: None)() for phi in phis]
+    if None not in weights:
+        return call.ops.compress_mlp_pair(*rows, call.layout.cmp_rows, *weights)
+    return _compress(phis[0], rows[0], call), _compress(phis[1], rows[1], call)
 
 
 def _compress(phi: Compress | None, rows: Tensor, call: Call) -> Tensor:

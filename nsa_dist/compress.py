@@ -60,3 +60,10 @@ class CompressMLP(nn.Module):
             block_rows = torch.arange(num_blocks, device=x.device, dtype=torch.int32) * block_len
             x = x.flatten(0, 1)
         return ops.compress_mlp(x, block_rows, self.pos_emb, self.w1, self.w2)
+
+    def mlp_weights(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(pos_emb, w1, w2) if a call does no more than `ops.compress_mlp` of them: two such phis run together."""
+        hooks = (self._forward_pre_hooks, self._forward_hooks, self._backward_pre_hooks, self._backward_hooks)
+        if type(self).forward is not CompressMLP.forward or any(hooks):
+            return None
+        return self.pos_emb, self.w1, self.w2

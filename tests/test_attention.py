@@ -66,6 +66,23 @@ def test_any_callable_compresses():
     assert starts[0].tolist() == [*range(0, 26, 4), *range(0, 30, 4)]
 
 
+def test_phis_run_together_unless_a_hook_hangs_on_one(monkeypatch):
+    inputs, calls = make_inputs(70), []
+
+    def pair(*arguments, of=reference.compress_mlp_pair):
+        calls.append("pair")
+        return of(*arguments)
+
+    monkeypatch.setattr(reference, "compress_mlp_pair", pair)
+    together = run(inputs, SMALL, [70])
+    inputs.phi_k.register_forward_pre_hook(lambda *_: calls.append("hook"))
+    apart = run(inputs, SMALL, [70])
+    assert calls == ["pair", "hook"]
+    assert torch.equal(together[0], apart[0])
+    for a, b in zip(together[2] + together[3], apart[2] + apart[3], strict=True):
+        assert torch.equal(a, b)
+
+
 def test_compress_mlp_takes_blocks_or_rows():
     inputs = make_inputs(60)
     by_rows = nsa_attention(inputs.q, inputs.kv, inputs.gates, SMALL, compress_k=inputs.phi_k)

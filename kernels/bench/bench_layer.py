@@ -34,5 +34,8 @@ class _Phi:
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self.weights = weights
 
+    def mlp_weights(self) -> tuple[Tensor, ...]:
+        return self.weights["pos_emb"], self.weights["w1"], self.weights["w2"]
+
     def __call__(self, rows: Tensor, block_start: Tensor, *, block_rows: Tensor, ops: ModuleType) -> Tensor:
         return ops.compress_mlp(rows, block_rows, **self.weights)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nsa_kernels.cmp_backward import compressed_attention_backward as compressed_attention_backward
     from nsa_kernels.compress import compress_mean as compress_mean
     from nsa_kernels.compress import compress_mlp as compress_mlp
+    from nsa_kernels.compress import compress_mlp_pair as compress_mlp_pair
     from nsa_kernels.gates import combine as combine
     from nsa_kernels.partials import merge as merge
     from nsa_kernels.select import select_blocks as select_blocks
@@ -27,6 +28,7 @@ _MODULES = {
     "combine": "gates",
     "compress_mean": "compress",
     "compress_mlp": "compress",
+    "compress_mlp_pair": "compress",
     "compressed_attention": "cmp_attention",
     "compressed_attention_backward": "cmp_backward",
     "gate_deltas": "sums",

@@ -12,8 +12,10 @@ Shapes      R = key rows here, M = blocks, l = block length, F = hidden width
     pos_emb [Hkv, l, D]     w1 [Hkv, l * D, F]      w2 [Hkv, F, D]      cast to the dtype of x where they differ
     returns [M, Hkv, D]     dtype of x
 Numerics    fp32 accumulation; hidden values enter the second product in the dtype of x; the result is rounded once
-Reference   nsa_kernels.reference.compress_mean, compress_mlp
+Reference   nsa_kernels.reference.compress_mean, compress_mlp, compress_mlp_pair
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -115,18 +117,30 @@ class _CompressMean(torch.autograd.Function):
 
 
 class _CompressMLP(torch.autograd.Function):
+    """`tensors` are x, pos_emb, w1, w2 of one tensor, or each of both, in the same order."""
+
     @staticmethod
-    def forward(ctx, x, block_rows, pos_emb, w1, w2):
-        x = unit_stride(x)
-        y, pre, hidden = mlp_forward(x, block_rows, pos_emb, w1, w2)
-        ctx.save_for_backward(x, block_rows, pos_emb, w1, w2, pre, hidden)
-        return y
+    def forward(ctx, block_rows, *tensors):
+        ctx.num = len(tensors) // 4
+        xs, pos_embs, w1s, w2s = _in_turn(tensors, ctx.num)
+        y, pre, hidden = mlp_forward(xs, block_rows, pos_embs, w1s, w2s)
+        ctx.save_for_backward(block_rows, pre, hidden, *tensors)
+        return tuple(y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):
-        grad_x, grad_pos_emb, grad_w1, grad_w2 = mlp_backward(unit_stride(grad_y), *ctx.saved_tensors)
-        return grad_x, None, grad_pos_emb, grad_w1, grad_w2
+    def backward(ctx, *grad_ys):
+        block_rows, pre, hidden, *tensors = ctx.saved_tensors
+        xs, pos_embs, w1s, w2s = _in_turn(tensors, ctx.num)
+        grad_ys = tuple(unit_stride(t) for t in grad_ys)
+        if grad_ys[0].stride() != grad_ys[-1].stride():
+            grad_ys = tuple(t.contiguous() for t in grad_ys)
+        grads = mlp_backward(grad_ys, xs, block_rows, pos_embs, w1s, w2s, pre, hidden)
+        return None, *(grad for of_both in grads for grad in of_both)
+
+
+def _in_turn(tensors: Sequence[Tensor], num: int) -> list[Sequence[Tensor]]:
+    return [tensors[i : i + num] for i in range(0, len(tensors), num)]
 
 
 def compress_mean(x: Tensor, block_rows: Tensor, block_len: int) -> Tensor:
@@ -143,6 +157,24 @@ def compress_mlp(x: Tensor, block_rows: Tensor, pos_emb: Tensor, w1: Tensor, w2:
     returns     [M, Hkv, D]         dtype of x
     raises ValueError on shapes and dtypes that do not fit together
     """
+    return _CompressMLP.apply(block_rows.contiguous(), *_mlp_tensors(x, pos_emb, w1, w2))[0]
+
+
+def compress_mlp_pair(
+    k: Tensor, v: Tensor, block_rows: Tensor, phi_k: tuple[Tensor, ...], phi_v: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """`compress_mlp` of k and of v, each phi its (pos_emb, w1, w2): the same bits, in half the launches.
+
+    That is where k and v, and their phis, have the same shapes and strides; else it is one after the other.
+    """
+    pairs = list(zip(_mlp_tensors(k, *phi_k), _mlp_tensors(v, *phi_v), strict=True))
+    if all((a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype) for a, b in pairs):
+        return _CompressMLP.apply(block_rows.contiguous(), *(t for pair in pairs for t in pair))
+    return compress_mlp(k, block_rows, *phi_k), compress_mlp(v, block_rows, *phi_v)
+
+
+def _mlp_tensors(x: Tensor, pos_emb: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the kernels take; ValueError if they cannot."""
     _check_dtype(x)
     num_heads, head_dim = x.shape[1:]
     fits = pos_emb.ndim == w1.ndim == w2.ndim == 3 and pos_emb.shape[::2] == (num_heads, head_dim)
@@ -158,7 +190,7 @@ def compress_mlp(x: Tensor, block_rows: Tensor, pos_emb: Tensor, w1: Tensor, w2:
             f"head_dim={head_dim} must be a multiple of 16, for tensor cores take 16 numbers at once; pad it with zeros"
         )
     pos_emb, w1, w2 = (p.to(x.dtype).contiguous() for p in (pos_emb, w1, w2))
-    return _CompressMLP.apply(x, block_rows.contiguous(), pos_emb, w1, w2)
+    return unit_stride(x), pos_emb, w1, w2
 
 
 def _check_dtype(x: Tensor) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "combine",
     "compress_mean",
     "compress_mlp",
+    "compress_mlp_pair",
     "compressed_attention",
     "compressed_attention_backward",
     "gate_deltas",
@@ -74,6 +75,13 @@ def compress_mlp(x: Tensor, block_rows: Tensor, pos_emb: Tensor, w1: Tensor, w2:
     flat = (blocks.transpose(1, 2) + pos_emb.to(dtype)).flatten(2)  # [M, Hkv, l * D]
     hidden = F.gelu(torch.bmm(flat.transpose(0, 1), w1.to(dtype)), approximate="tanh")  # [Hkv, M, F]
     return torch.bmm(hidden, w2.to(dtype)).transpose(0, 1).to(x.dtype)
+
+
+def compress_mlp_pair(
+    k: Tensor, v: Tensor, block_rows: Tensor, phi_k: tuple[Tensor, ...], phi_v: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """`compress_mlp` of k and of v, each phi its (pos_emb, w1, w2)."""
+    return compress_mlp(k, block_rows, *phi_k), compress_mlp(v, block_rows, *phi_v)
 
 
 # --- Attention over one interval of keys per query: the compressed and the window branch ------------------------

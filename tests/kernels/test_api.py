@@ -12,6 +12,7 @@ from nsa_kernels import cpu, reference
 CONTRACT = [
     "compress_mean",
     "compress_mlp",
+    "compress_mlp_pair",
     "select_blocks",
     "combine",
     "gate_deltas",

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from kernels.judge import assert_twice
 from nsa_kernels import reference
-from nsa_kernels.compress import compress_mean, compress_mlp
+from nsa_kernels.compress import compress_mean, compress_mlp, compress_mlp_pair
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 REGULAR = list(range(0, 81, 8))  # blocks of 16 rows, 8 apart
@@ -137,6 +137,25 @@ def test_bits_do_not_depend_on_the_other_blocks(device):
     mine = block_rows[5:9] - 37
     assert torch.equal(whole[5:9], compress_mlp(x[37:], mine, *params))
     assert torch.equal(whole_mean[5:9], compress_mean(x[37:], mine, 16))
+
+
+@pytest.mark.parametrize("block_rows", [REGULAR, TANGLED, []], ids=["regular", "tangled", "no block"])
+@pytest.mark.parametrize("width", [20, 16], ids=["equal", "of another width"])
+def test_a_pair_has_the_bits_of_each_alone(block_rows, width, device):
+    """In one launch where both are alike, else one after the other; the second's gradient of y is expanded."""
+    pair = [mlp_inputs(170, 3, 16, 16, w, torch.bfloat16, device) for w in (20, width)]
+    block_rows = torch.tensor(block_rows, dtype=torch.int32, device=device)
+    grad = torch.randn(len(block_rows), 3, 16, device=device).bfloat16()
+    grads = (grad, grad[:, :1].expand_as(grad))
+    leaves = [[t.requires_grad_() for t in tensors] for tensors in pair]
+    alone = [compress_mlp(x, block_rows, *params) for x, *params in leaves]
+    together = compress_mlp_pair(leaves[0][0], leaves[1][0], block_rows, leaves[0][1:], leaves[1][1:])
+    for a, b in zip(alone, together, strict=True):
+        assert torch.equal(a, b)
+    of_each = [g for y, of, d in zip(alone, leaves, grads, strict=True) for g in torch.autograd.grad(y, of, d)]
+    of_both = torch.autograd.grad(together, [*leaves[0], *leaves[1]], grads)
+    for a, b in zip(of_each, of_both, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_two_runs_give_the_same_bits(device):
