@@ -1,6 +1,7 @@
 """Ranks that are threads of one process: a `Comm` over a barrier, so that eight ranks cost no more than their work.
 
-Only one rank runs at a time, the others wait for their turn: triton's interpreter is not made for threads.
+Only one rank runs at a time, the others wait for their turn: triton's interpreter is not made for threads. A rank's
+backward runs in its own thread, on a GPU, too.
 """
 
 import threading
@@ -81,7 +82,8 @@ def run_threads(size: int, work: Callable[[ThreadComm], object]) -> list:
     board = Board(size)
 
     def enter(rank: int):
-        with board.turn:
+        # On a GPU backward runs in one thread of autograd, where a rank that waits for another would keep it out.
+        with board.turn, torch.autograd.set_multithreading_enabled(False):
             try:
                 with torch.autograd.set_multithreading_enabled(False):
                     return work(ThreadComm(board=board, index=rank))
