@@ -8,6 +8,8 @@
 3. `slc_parts.sum_parts`: the weighted sum of each row's parts, in the order of its list.
 
 So a query's bits depend on its own list of blocks only: not on its tile neighbours, not on page numbers.
+Where `slc_tiles.hopper_takes` says so, kernels in Gluon do the same: `slc_gathered_hopper` the first step, and
+`slc_shared_hopper` the others in one, so that the shared blocks' part stays in registers.
 
 Shapes      T = query tokens of this chunk, n = slots, G = query heads per key-value head, H = key-value heads of it
     part        [H, T, n, G, Dv]    fp16 for 16-bit inputs, fp32 for fp32, over its largest |element|
@@ -22,6 +24,7 @@ from torch import Tensor
 from .slc_gathered import attend_gathered
 from .slc_index import BlockIndex
 from .slc_shared import attend_shared_and_sum
+from .slc_tiles import hopper_takes
 
 LOG2E = 1.4426950408889634
 
@@ -56,12 +59,16 @@ def attend_chunk(
     part = torch.empty(*part_shape, head_dim_v, dtype=torch.float32 if exact else torch.float16, device=q.device)
     scale, part_lse = (torch.empty(part_shape, dtype=torch.float32, device=q.device) for _ in range(2))
 
+    gather, finish = attend_gathered, attend_shared_and_sum
+    if hopper_takes(q, k, v, block_indices, slc_block_len, (q,)):  # Gluon is experimental: imported only where it runs
+        from .slc_gathered_hopper import attend_gathered as gather
+        from .slc_shared_hopper import attend_shared_and_sum as finish
     scale_log2 = softmax_scale * LOG2E
-    attend_gathered(
+    gather(
         q, k, v, k_remote, v_remote, block_table, index, part, scale, part_lse,
         head_start=head_start, slc_block_len=slc_block_len, scale_log2=scale_log2,
     )  # fmt: skip
-    attend_shared_and_sum(
+    finish(
         q, k, v, k_remote, v_remote, block_table, block_indices, position, part, scale, part_lse, out, lse,
         head_start=head_start, slc_block_len=slc_block_len, scale_log2=scale_log2,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 A block's keys and values are loaded once and meet the queries, the G heads of each as G tile rows, so tiles are full at
 any G. Each (query, block) pair leaves its own normalised output and log-sum-exp in the slot of the query. Shapes: see
-`slc_forward`.
+`slc_forward`; `slc_gathered_hopper` does the same faster where it can.
 """
 
 import torch

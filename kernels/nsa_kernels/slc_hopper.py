@@ -34,11 +34,12 @@ def load_entries(entries, first, end, QUERIES: gl.constexpr):
 @gluon.jit
 def copy_tiles(
     q, grad_out, parts, entries, begin, end, q_head, part_base, q_boxes, do_boxes, part_boxes, ready, done,
-    SLOTS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    SLOTS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: brings tile after tile into the stages, and sends off the parts that came of them.
 
-    A tile is ROWS / GROUP entries of q and of grad_out.
+    A tile is ROWS / GROUP entries of q and, unless it is None, of grad_out. AHEAD tiles more than there are come in,
+    the last entry again, for those who read so far ahead.
     """
     QUERIES: gl.constexpr = ROWS // GROUP
     tiles = gl.cdiv(end - begin, QUERIES)
@@ -57,15 +58,16 @@ def copy_tiles(
                             parts, [part_base + leaving[i], 0, half * HALF], part_boxes.index(box)
                         )
             tma.store_wait(0)
-        if number < tiles:
-            mbarrier.expect(ready.index(stage), 8 * ROWS * HALF)
+        if number < tiles + AHEAD:
+            mbarrier.expect(ready.index(stage), (4 if grad_out is None else 8) * ROWS * HALF)
             for half in gl.static_range(2):
                 for i in gl.static_range(QUERIES):
                     t = arriving[i] // SLOTS
                     box = (stage * 2 + half) * QUERIES + i
                     at = [t, q_head, half * HALF]
                     tma.async_copy_global_to_shared(q, at, ready.index(stage), q_boxes.index(box))
-                    tma.async_copy_global_to_shared(grad_out, at, ready.index(stage), do_boxes.index(box))
+                    if grad_out is not None:
+                        tma.async_copy_global_to_shared(grad_out, at, ready.index(stage), do_boxes.index(box))
 
 
 @gluon.jit

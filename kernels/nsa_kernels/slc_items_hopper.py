@@ -178,7 +178,7 @@ def _items_kernel(
             (copy_tiles, (
                 q, grad_out, dq_part, entries, begin, end, q_head, part_base, q_boxes, do_boxes, part_boxes,
                 ready, done,
-                SLOTS, GROUP, 2,
+                SLOTS, GROUP, 2, 0,
             )),
         ],
         [1],
