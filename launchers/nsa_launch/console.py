@@ -81,10 +81,12 @@ class Console:
 
     def _show_start(self, record: Record) -> None:
         if record["context_parallel_size"] > 1:
+            link = record.get("link_gb_per_s")
             self.say(
                 f"{record['context_parallel_size']} context-parallel ranks, {record['layout']}, load imbalance "
                 f"{record['load_imbalance']:.2f}; kv_fetch_budget_bytes={record['kv_fetch_budget_bytes']}, "
-                f"whole_shard_fraction={record['whole_shard_fraction']:g}, keep_pages={record['keep_pages']}, "
+                f"whole_shard_fraction={record['whole_shard_fraction']:.3g}"
+                f"{f' for links of {link:g} GB/s' if link else ''}, keep_pages={record['keep_pages']}, "
                 f"head_groups={record['head_groups']}"
             )
 

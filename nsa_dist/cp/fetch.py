@@ -18,6 +18,9 @@ from nsa_dist.cp.comm import Comm, Handle
 from nsa_dist.cp.device import put_on
 from nsa_dist.cp.layout import RankLayout
 
+# How fast an H200 packs what it sends, 32 KiB of K or V at a time: page by page, and shards as they lie (DECISIONS.md).
+GATHER_BYTES_PER_S, COPY_BYTES_PER_S = 331e9, 980e9
+
 
 @dataclass(frozen=True)
 class FetchOptions:
@@ -50,7 +53,11 @@ class FetchOptions:
 
     @classmethod
     def for_link(
-        cls, link_bytes_per_s: float, gather_bytes_per_s: float, copy_bytes_per_s: float, **others
+        cls,
+        link_bytes_per_s: float,
+        gather_bytes_per_s: float = GATHER_BYTES_PER_S,
+        copy_bytes_per_s: float = COPY_BYTES_PER_S,
+        **others,
     ) -> "FetchOptions":
         """Options whose threshold between fetch and whole shard is where both take the same time.
 
@@ -60,7 +67,7 @@ class FetchOptions:
             u = (1 / link + 1 / copy) / (1 / link + 1 / gather)
 
         on: 1 where gathering is no slower than copying or where the link is all that counts. link: what one rank sends
-        in a second; all three are to be measured or looked up. `others` are further fields of the options.
+        in a second, to be measured or looked up; the others are an H200's. `others` are further fields of the options.
         """
         rates = {"link": link_bytes_per_s, "gather": gather_bytes_per_s, "copy": copy_bytes_per_s}
         if min(rates.values()) <= 0:

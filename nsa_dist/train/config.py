@@ -4,6 +4,7 @@ A field's name occurs in one section only, so a launcher may accept `resume=true
 sections are checked here as well; what depends on the number of processes is `TrainConfig.data_parallel_size`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -98,6 +99,10 @@ class ParallelSection(Section):
     whole_shard_fraction: float = Field(
         default=1.0, description="from this share of a rank's blocks chosen on all of them are fetched"
     )
+    link_gb_per_s: float | None = Field(
+        default=None,
+        description="what a rank sends in a second: sets whole_shard_fraction where both ways are as quick",
+    )
     keep_pages: bool = Field(default=False, description="keep fetched pages for backward instead of fetching again")
     head_groups: int = Field(default=4, description="kv heads travel in so many groups, each under others' computation")
 
@@ -108,12 +113,26 @@ class ParallelSection(Section):
 
     def fetch_options(self) -> FetchOptions:
         """How the selected branch moves the blocks that other context-parallel ranks hold."""
-        return FetchOptions(
+        options = FetchOptions(
             kv_fetch_budget_bytes=self.kv_fetch_budget_bytes,
             whole_shard_fraction=self.whole_shard_fraction,
             keep_pages=self.keep_pages,
             head_groups=self.head_groups,
         )
+        if self.link_gb_per_s is None:
+            return options
+        if self.link_gb_per_s <= 0:
+            raise ValueError(
+                f"link_gb_per_s={self.link_gb_per_s:g} must be positive, because the time of sending is compared; pass "
+                f"what one rank sends in a second in GB, `nsa-dist bench cp --gpus all` measures it, or null"
+            )
+        if self.whole_shard_fraction != 1.0:
+            raise ValueError(
+                f"link_gb_per_s={self.link_gb_per_s:g} and whole_shard_fraction={self.whole_shard_fraction:g} are both "
+                f"given, but the first sets the second; leave one of them out"
+            )
+        threshold = FetchOptions.for_link(1e9 * self.link_gb_per_s).whole_shard_fraction
+        return replace(options, whole_shard_fraction=threshold)
 
     @property
     def model_parallel_size(self) -> int:

@@ -117,6 +117,7 @@ class _Run:
                 "layout": parallel.layout,
                 "load_imbalance": self.meter.load_imbalance,
                 **asdict(parallel.fetch_options()),
+                "link_gb_per_s": parallel.link_gb_per_s,
             }
         )
 

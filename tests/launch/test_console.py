@@ -95,6 +95,17 @@ def test_the_choices_of_context_parallelism_are_told_at_the_start(tmp_path, fold
     )
 
 
+def test_the_link_that_set_the_fraction_is_told(tmp_path, folder, capsys):
+    with Console(tiny(tmp_path), folder) as console:
+        write(
+            folder,
+            (START % 2).replace('"whole_shard_fraction": 1.0', '"whole_shard_fraction": 0.9204', 1)[:-1]
+            + ', "link_gb_per_s": 50.0}',
+        )
+        console.update()
+    assert "whole_shard_fraction=0.92 for links of 50 GB/s, keep_pages" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("formula", "verdict"), [(2_000_000, "as the formulas say"), (1_500_000, "the formulas say 1.5 MB")]
 )

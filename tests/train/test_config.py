@@ -55,6 +55,8 @@ def test_defaults_hold_together():
         ({"parallel": {"kv_fetch_budget_bytes": 0}}, "parallel: .*kv_fetch_budget_bytes=0 must be positive.*pass None"),
         ({"parallel": {"head_groups": 0}}, "head_groups=0 must be at least 1.*pass 1 to"),
         ({"parallel": {"whole_shard_fraction": 1.5}}, r"whole_shard_fraction=1.5 .*must lie in \(0, 1\]"),
+        ({"parallel": {"link_gb_per_s": 0}}, "link_gb_per_s=0 must be positive.*or null"),
+        ({"parallel": {"link_gb_per_s": 50, "whole_shard_fraction": 0.5}}, "both given.*leave one of them out"),
         ({"modle": {}}, "modle: no such key; did you mean 'model'"),
         ({"run": {**RUN, "lr": 1}}, "it belongs to the section 'optimizer'"),
         ({"run": {}}, "run.output_dir: this key is needed"),
@@ -71,6 +73,13 @@ def test_fetch_options_reach_the_attention():
     options = {"kv_fetch_budget_bytes": 4096, "whole_shard_fraction": 0.5, "keep_pages": True, "head_groups": 2}
     assert check({"parallel": options}).parallel.fetch_options() == FetchOptions(**options)
     assert check({}).parallel.fetch_options() == FetchOptions()
+
+
+@pytest.mark.parametrize(("link", "fraction"), [(50, 0.913), (400, 0.638), (1e-3, 1.0)])
+def test_a_links_speed_sets_the_threshold_of_whole_shards(link, fraction):
+    options = check({"parallel": {"link_gb_per_s": link, "head_groups": 2}}).parallel.fetch_options()
+    assert options == FetchOptions.for_link(1e9 * link, head_groups=2)
+    assert options.whole_shard_fraction == pytest.approx(fraction, abs=0.001)
 
 
 def test_every_problem_gets_a_line():
