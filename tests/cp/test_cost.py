@@ -1,5 +1,6 @@
 """The closed formulas of bytes and work against brute force over tokens, and against what real ranks count."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -97,7 +98,15 @@ COUNTED = {
     "pages kept": (SMALL, [300], FetchOptions(keep_pages=True)),
     "rounds": (SMALL, [300], FetchOptions(kv_fetch_budget_bytes=3 * PAGE_BYTES)),
     "whole shards": (SMALL, [300], FetchOptions(whole_shard_fraction=0.5)),
+    "one kv head, in query halves": (SMALL, [300], FetchOptions()),
+    "one kv head, in query halves, packed": (SMALL, [17, 64, 5, 129, 16, 40, 1], FetchOptions()),
+    "one kv head, halves of whole shards": (SMALL, [300], FetchOptions(whole_shard_fraction=0.5)),
+    "one kv head, at once": (SMALL, [300], FetchOptions(head_groups=1)),
 }
+
+
+def heads_of(name: str) -> cost.HeadSizes:
+    return replace(HEADS, num_kv_heads=1) if name.startswith("one kv head") else HEADS
 
 
 def count_bytes(rank: int) -> dict:
@@ -106,7 +115,8 @@ def count_bytes(rank: int) -> dict:
     found = {}
     for name, (cfg, lengths, options) in COUNTED.items():
         for layout in LAYOUTS:
-            inputs = make_inputs(sum(lengths), HEADS.num_q_heads, HEADS.num_kv_heads, HEADS.dim_k, HEADS.dim_v, cfg)
+            heads = heads_of(name)
+            inputs = make_inputs(sum(lengths), heads.num_q_heads, heads.num_kv_heads, heads.dim_k, heads.dim_v, cfg)
             plan, traffic = make_plan(layout, lengths, WORLD, cfg), Traffic()
             _, ids, *_ = run(
                 inputs, cfg, lengths, plan, rank, torch.distributed.group.WORLD, traffic=traffic, fetch=options
@@ -127,7 +137,10 @@ def test_formulas_equal_counted_bytes(name, layout):
     plan = make_plan(layout, lengths, WORLD, cfg)
     traffic, ids = zip(*(counted()[rank][name, layout] for rank in range(WORLD)), strict=True)
     pages = cost.pages_of(plan, ids, options.whole_shard_fraction)
-    sent = cost.sent_bytes(plan, cfg, HEADS, pages, refetch=not options.keep_pages)
+    heads = heads_of(name)
+    halves = options.halves_queries(heads.num_kv_heads)
+    assert halves == ("halves" in name)
+    sent = cost.sent_bytes(plan, cfg, heads, pages, refetch=not options.keep_pages, halves=halves)
     for rank, expected in enumerate(sent):
         expected["layout"] = cost.layout_check_bytes(plan)
         assert traffic[rank] == {kind: num_bytes for kind, num_bytes in expected.items() if kind in traffic[rank]}
