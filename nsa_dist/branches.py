@@ -121,6 +121,7 @@ class _Branches(torch.autograd.Function):
         )  # fmt: skip
         block_indices = _cat([parts[2] for parts in saved])
         ctx.mark_non_differentiable(block_indices)
+        ctx.set_materialize_grads(False)  # or backward would be handed zeros for it
         return out, block_indices
 
     @staticmethod
