@@ -14,6 +14,7 @@ from nsa_launch.bench import timeline
 from nsa_launch.bench.selection import Replay, draw_remote, draw_selection
 from nsa_launch.bench.sizes import TINY
 from nsa_launch.bench.solo import measure_share, run_solo
+from nsa_launch.bench.synthetic import SyntheticComm
 from nsa_launch.bench.team import Place, TaskFailed, Team
 from nsa_launch.bench.training import Split
 from nsa_launch.cli import main
@@ -92,6 +93,20 @@ def test_a_case_that_fails_is_a_row_with_its_error(monkeypatch):
     (row,) = run_solo([CASE], CPU)
     assert row["error"] == "out of memory: CUDA out of memory. Tried to allocate 40 GiB"
     assert row["case"] == CASE.name
+
+
+def test_head_groups_are_timed_one_by_one(tmp_path, capsys):
+    words = ["--tokens", "1024", "--head-groups", "1,2,4", "--no-memory-curve", "--repeats", "0", "--device", "cpu"]
+    assert main(["bench", "cp", "--out", str(tmp_path), "--cp", "2", "--only", "fetch u=0.2", *words]) == exit_codes.OK
+    shares = json.loads((tmp_path / "cp.json").read_text())["shares"]
+    ways = ["fetch u=0.2, head groups 1", "fetch u=0.2, head groups 2", "fetch u=0.2"]
+    assert [(row["way"], row["head_groups"]) for row in shares] == list(zip(ways, (1, 2, 4), strict=True))
+    assert shares[0]["sent_bytes"] == shares[1]["sent_bytes"]
+
+
+def test_made_up_bitmaps_have_no_heads():
+    with pytest.raises(ValueError, match=r"must be \[8, num_blocks\].*leave the heads out"):
+        SyntheticComm(num_ranks=8, bitmaps=torch.zeros(8, 4, 64, dtype=torch.bool))
 
 
 def test_one_rank_of_many_from_the_command_line(tmp_path, capsys):
@@ -202,13 +217,14 @@ def test_bench_alone_prints_its_help(capsys):
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [
+        (["--head-groups", "1,0"], "pass 1 to move all of them at once"),
         (["--gpus", "all"], "take --ranks 2, whose ranks share one device over gloo"),
         (["--gpus", "2", "--ranks", "2"], "give one of them"),
         (["--ranks", "1"], "leave --ranks out to measure one rank of many"),
         (["--rank", "8"], "take --rank 0"),
         (["--ranks", "2", "--cluster", "nowhere.yaml"], "pass --cluster FILE"),
     ],
-    ids=["no GPUs", "both", "one rank", "no such rank", "no such cluster"],
+    ids=["no head group", "no GPUs", "both", "one rank", "no such rank", "no such cluster"],
 )
 def test_mistakes_are_refused_with_a_remedy(words, remedy, tmp_path, capsys):
     assert main(["bench", "cp", "--device", "cpu", "--out", str(tmp_path), *words]) == exit_codes.BAD_CONFIG

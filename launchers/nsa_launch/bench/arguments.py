@@ -50,6 +50,12 @@ def _cp_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cp", type=int, default=8, metavar="P", help="size of the group one of whose ranks runs")
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="which one; 0 sees, and fetches, most")
     parser.add_argument("--tokens", type=_numbers, metavar="N,N", help="lengths of the whole sequence")
+    parser.add_argument(
+        "--head-groups",
+        type=_numbers,
+        metavar="N,N",
+        help="kv heads travel in so many groups; each is timed; default 4",
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds this text")
     parser.add_argument(
         "--repeats", type=int, metavar="N", help="runs after one to warm up; default 3, 2 for real ranks"

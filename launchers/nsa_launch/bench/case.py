@@ -15,6 +15,7 @@ from nsa_dist.cp.work import backward_flops, forward_flops, rank_work
 Mode = Literal["fetch", "whole shard", "all-gather"]
 MODES: tuple[Mode, ...] = ("fetch", "whole shard", "all-gather")
 UNION_FRACTIONS = (0.05, 0.2, 1.0)
+HEAD_GROUPS = FetchOptions().head_groups
 _FLOPS = (forward_flops, backward_flops)
 _DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
@@ -37,6 +38,7 @@ class Case:
     cfg: NSAConfig = field(default_factory=NSAConfig)
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     page_budget_bytes: int | None = None  # fetched pages held at once
+    head_groups: int = HEAD_GROUPS  # in which the kv heads travel; without meaning where all is gathered
 
     @property
     def name(self) -> str:
@@ -48,10 +50,11 @@ class Case:
         """How remote keys and values come in."""
         if self.cp_size == 1:
             return "one rank"
-        if self.mode != "fetch":
+        if self.mode == "all-gather":
             return self.mode
         budget = f", {self.page_budget_bytes / 2**20:g} MiB" if self.page_budget_bytes else ""
-        return f"fetch u={self.union_fraction:g}{budget}"
+        groups = f", head groups {self.head_groups}" if self.head_groups != HEAD_GROUPS else ""
+        return (self.mode if self.mode != "fetch" else f"fetch u={self.union_fraction:g}{budget}") + groups
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,7 +63,7 @@ class Case:
     @property
     def fetch_options(self) -> FetchOptions:
         fraction = 1e-9 if self.mode == "whole shard" else 1.0
-        return FetchOptions(self.page_budget_bytes, whole_shard_fraction=fraction)
+        return FetchOptions(self.page_budget_bytes, whole_shard_fraction=fraction, head_groups=self.head_groups)
 
     def plan(self) -> ShardPlan:
         make = {"zigzag": ShardPlan.zigzag, "contiguous": ShardPlan.contiguous}[self.layout]
@@ -80,14 +83,19 @@ class Case:
         return {"case": self.name, "way": self.way, **asdict(self)}
 
 
-def ways(case: Case, union_fractions: tuple[float, ...] = UNION_FRACTIONS) -> Iterator[Case]:
-    """`case` in every mode: fetching at each u, whole shards, all-gather. One rank has nothing to fetch."""
+def ways(
+    case: Case, union_fractions: tuple[float, ...] = UNION_FRACTIONS, head_groups: tuple[int, ...] = (HEAD_GROUPS,)
+) -> Iterator[Case]:
+    """`case` in every mode: fetching at each u, whole shards, each in so many groups of heads; all-gather.
+
+    One rank has nothing to fetch.
+    """
     if case.cp_size == 1:
         yield case
         return
     for u in union_fractions:
-        yield replace(case, mode="fetch", union_fraction=u)
-    yield replace(case, mode="whole shard")
+        yield from (replace(case, mode="fetch", union_fraction=u, head_groups=groups) for groups in head_groups)
+    yield from (replace(case, mode="whole shard", head_groups=groups) for groups in head_groups)
     yield replace(case, mode="all-gather")
 
 

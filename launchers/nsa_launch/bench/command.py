@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from nsa_dist.cp.fetch import FetchOptions
 from nsa_launch import exit_codes
 from nsa_launch.bench.sizes import Sizes, sizes_for
 from nsa_launch.bench.team import Place
@@ -41,6 +42,8 @@ class Request:
         sizes = sizes_for(device)
         if arguments.tokens:
             sizes = replace(sizes, tokens=arguments.tokens)
+        if arguments.head_groups:
+            sizes = replace(sizes, head_groups=_checked_groups(arguments.head_groups))
         if not 0 <= arguments.rank < arguments.cp:
             raise ValueError(
                 f"--rank {arguments.rank} must be one of the ranks 0..{arguments.cp - 1} of --cp {arguments.cp}, as "
@@ -90,6 +93,12 @@ def run_kernels(words: list[str]) -> int:
         )
         return exit_codes.BAD_CONFIG
     return subprocess.call([sys.executable, str(script), *words])
+
+
+def _checked_groups(groups: tuple[int, ...]) -> tuple[int, ...]:
+    for number in groups:
+        FetchOptions(head_groups=number)  # ValueError says what is needed
+    return groups
 
 
 def _place(arguments: argparse.Namespace, device: str) -> Place | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.cost import HeadSizes
-from nsa_launch.bench.case import Case, ways
+from nsa_launch.bench.case import HEAD_GROUPS, Case, ways
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Sizes:
     tokens_per_rank: tuple[int, ...]  # of what grows with the ranks: scaling (the last), memory (all)
     checked_tokens: int  # of the comparison with one rank
     page_budget_bytes: int  # of the memory curve
+    head_groups: tuple[int, ...] = (HEAD_GROUPS,)  # of what is timed
 
     def case(self, tokens: int, cp_size: int, **changes) -> Case:
         return replace(Case(tokens, cp_size, heads=self.heads[0], cfg=self.cfg), **changes)
@@ -26,7 +27,7 @@ class Sizes:
         """Every way of every length and head size, the most telling first."""
         for heads in self.heads:
             for tokens in self.tokens:
-                yield from ways(self.case(tokens, cp_size, heads=heads))
+                yield from ways(self.case(tokens, cp_size, heads=heads), head_groups=self.head_groups)
 
     def memory_curve(self, cp_sizes: tuple[int, ...] = (1, 2, 4, 8)) -> Iterator[Case]:
         """As many tokens a rank while the ranks grow: fetched within a budget, and gathered."""

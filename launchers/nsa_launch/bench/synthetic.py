@@ -26,6 +26,14 @@ class SyntheticComm(Comm):
     own_rank: int = 0
     bitmaps: Tensor | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        shape = None if self.bitmaps is None else tuple(self.bitmaps.shape)
+        if shape is not None and (len(shape) != 2 or shape[0] != self.num_ranks):
+            raise ValueError(
+                f"bitmaps of shape {shape} must be [{self.num_ranks}, num_blocks], one row for each of num_ranks, as "
+                f"the other ranks ask for the same blocks for every kv head; leave the heads out"
+            )
+
     @property
     def size(self) -> int:
         return self.num_ranks
