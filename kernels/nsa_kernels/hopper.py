@@ -18,6 +18,14 @@ def ceil_div(a, b):
 
 
 @gluon.jit
+def uniform(x):
+    """`x`, the same in every lane, so that the compiler knows: addresses made of it stay in uniform registers."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def new_barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
     """Barriers [NUMBER], each of which completes its phase after ARRIVALS."""
     barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())

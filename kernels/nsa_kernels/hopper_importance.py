@@ -1,12 +1,13 @@
 """Block importances on Hopper, in Gluon: `select`'s sums with the roles of warps apart.
 
 Every multiprocessor takes tiles of 256 (query, head) rows in turn. One warp copies them and their keys in; four groups
-of four warps own 64 rows each, and while one waits for its products Q K^T, others take exponentials and add up.
+of four warps own 64 rows each. They take turns at the tensor cores: while one waits for its products Q K^T, the others
+take exponentials and add up.
 
 Keys of a tile lie in shared memory by residue slowly and block fast, so that the S keys of a block are in one thread's
 registers: a copy of a [S, tile / S] box of the overlapping view k[residue + S * block].
 
-Shapes      as `select`; G a power of two of at most 64, Dk of 64 or 128, S = l' / d a power of two, 16-bit inputs
+Shapes      as `select`; G of 8, 16, 32 or 64, Dk of 64 or 128, S = l' / d a power of two, 16-bit inputs
 """
 
 import torch
@@ -15,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from nsa_kernels.hopper import descriptor, new_barriers, num_multiprocessors
+from nsa_kernels.hopper import descriptor, new_barriers, num_multiprocessors, uniform
 from nsa_kernels.sizes import cdiv
 
 GROUP_ROWS = gl.constexpr(64)  # rows of four warps
@@ -40,9 +41,10 @@ def _importance_kernel(
     q_empty = new_barriers(2, NUM_GROUPS)
     k_full = new_barriers(NUM_STAGES, 1)
     k_empty = new_barriers(NUM_STAGES, NUM_GROUPS)
+    turns = new_barriers(NUM_GROUPS, 1)
 
     buffers = (q_smem, k_smem)
-    barriers = (q_full, q_empty, k_full, k_empty)
+    barriers = (q_full, q_empty, k_full, k_empty, turns)
     pointers = (lse_ptr, begin_ptr, end_ptr, imp_ptr)
     sizes = (first_query, last_query, chunk_len, num_heads_kv, num_blocks, num_items, stride_lt, stride_lh)
     gl.warp_specialize(
@@ -75,7 +77,7 @@ def _next_document(begin, num_seen, after):
 @gluon.jit
 def _copy(q_desc, k_desc, buffers, barriers, begin_ptr, end_ptr, sizes):
     q_smem, k_smem = buffers
-    q_full, q_empty, k_full, k_empty = barriers
+    q_full, q_empty, k_full, k_empty, _turns = barriers
     first_query, last_query, _chunk_len, num_heads_kv, _num_blocks, num_items, _stride_t, _stride_h = sizes
     NUM_STAGES: gl.constexpr = k_smem.shape[0]
     CELLS_SLC: gl.constexpr = k_smem.shape[1]
@@ -111,14 +113,25 @@ def _copy(q_desc, k_desc, buffers, barriers, begin_ptr, end_ptr, sizes):
 @gluon.jit
 def _share(p, layer: gl.constexpr, G: gl.constexpr, CELLS_CMP: gl.constexpr, CELLS_SLC: gl.constexpr):
     """What the probabilities [rows, keys] give to layer `layer` of each query and block: [queries, blocks], eq. 9."""
-    residue = gl.arange(0, BLOCK_N, gl.SliceLayout(0, p.type.layout)) // (BLOCK_N // CELLS_SLC)
+    BLOCKS: gl.constexpr = BLOCK_N // CELLS_SLC
+    TOGETHER: gl.constexpr = 8 if G == 8 else 4  # sums of 8 heads of a query
+    residue = gl.arange(0, BLOCK_N, gl.SliceLayout(0, p.type.layout)) // BLOCKS
     cells = gl.minimum(residue - layer * CELLS_SLC + CELLS_CMP, CELLS_SLC)
     cells -= gl.maximum(residue - layer * CELLS_SLC, 0)
     weight = gl.expand_dims(gl.maximum(cells, 0).to(gl.float32), 0)
     # -0.0, unlike 0.0, is what the compiler may leave out of a sum.
     weighted = gl.where(weight > 0, p * weight, -0.0)
-    weighted = gl.reshape(weighted, [GROUP_ROWS // G, G, CELLS_SLC, BLOCK_N // CELLS_SLC])
-    return gl.sum(gl.sum(weighted, 2), 1)
+    weighted = gl.reshape(weighted, [4, 2, 8, CELLS_SLC, BLOCKS])  # a row's warp, register and lane
+    share = gl.sum(weighted, 3)
+    if G > 8:
+        share = gl.sum(share, 1)
+    share = gl.reshape(share, [TOGETHER, 8, BLOCKS])
+    # 8 lanes hold a head each of the same blocks: they trade heads for blocks, so that a sum is made by one lane only.
+    share = gl.convert_layout(share, gl.BlockedLayout([TOGETHER // 4, 8, 1], [1, 1, 32], [4, 1, 1], [2, 1, 0]))
+    for level in gl.static_range(3):
+        share = gl.sum(gl.reshape(share, [TOGETHER, 2, 4 >> level, BLOCKS]), 1)
+    share = gl.reshape(share, [GROUP_ROWS // G, TOGETHER * G // GROUP_ROWS, BLOCKS])
+    return gl.sum(share, 1)
 
 
 @gluon.jit
@@ -128,7 +141,7 @@ def _score(
 ):  # fmt: skip
     """buffer[h, query of the chunk, layer, j] for the queries of GROUP_ROWS rows and each block with a key they see."""
     q_smem, k_smem = buffers
-    q_full, q_empty, k_full, k_empty = barriers
+    q_full, q_empty, k_full, k_empty, turns = barriers
     lse_ptr, begin_ptr, end_ptr, imp_ptr = pointers
     first_query, last_query, chunk_len, num_heads_kv, num_blocks, num_items, stride_lt, stride_lh = sizes
     NUM_STAGES: gl.constexpr = k_smem.shape[0]
@@ -163,7 +176,7 @@ def _score(
         imp_tile = imp_ptr + (head.to(gl.int64) * chunk_len + query - first_query) * NUM_LAYERS * num_blocks
         imp_at = imp_tile + (gl.expand_dims(i * (NUM_LAYERS * num_blocks), 1) + block)
 
-        q = q_smem.index(turn % 2 * NUM_GROUPS + WHICH).reshape([GROUP_ROWS, D])
+        q = q_smem.index(uniform(turn % 2) * NUM_GROUPS + WHICH).reshape([GROUP_ROWS, D])
         mbarrier.wait(q_full.index(turn % 2), turn // 2 & 1)
         doc = _next_document(tile_begin, tile_seen, -1)
         while doc < FAR:
@@ -172,11 +185,13 @@ def _score(
             least = gl.min(seen, 0)
             stored = gl.expand_dims((share_begin == doc) & (share_seen > 0), 1)
             for first_key in range(0, most, BLOCK_N):
-                stage = step % NUM_STAGES
+                stage = uniform(step % NUM_STAGES)
                 mbarrier.wait(k_full.index(stage), step // NUM_STAGES & 1)
                 k = k_smem.index(stage).reshape([BLOCK_N, D])
+                mbarrier.wait(turns.index(WHICH), (step & 1) ^ (WHICH == 0))
                 s = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(0, deps=[s])
+                mbarrier.arrive(turns.index((WHICH + 1) % NUM_GROUPS))
                 mbarrier.arrive(k_empty.index(stage))
                 step += 1
                 if first_key + BLOCK_N > least:

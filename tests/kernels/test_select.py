@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kernels.packs import pack
-from nsa_kernels import reference, select
+from nsa_kernels import hopper_importance, reference, select, select_importance
+from nsa_kernels.hopper import hopper_takes
 from nsa_kernels.select import select_blocks
 
 SIZES = {
@@ -167,6 +168,28 @@ def test_layers_worked_example(device):
     assert imp[143, 0, :2].tolist() == [7, 8]
     sizes |= {"num_slc_blocks": 1, "num_init_blocks": 0, "num_local_blocks": 0}
     assert select_blocks(*head, lse, begin, end, position, doc_start, **sizes)[143, 0].tolist() == [1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("slc_block_len", [64, 128])
+@pytest.mark.parametrize(("group", "head_dim"), [(8, 128), (16, 128), (32, 128), (64, 128), (16, 64)])
+def test_importances_of_both_kernels_have_the_same_bits(group, head_dim, slc_block_len, device):
+    (q, k, lse, begin, end, *_), sizes = problem(
+        [3000, 31, 700, 4400], group, 2, head_dim, torch.bfloat16, device, slc_block_len=slc_block_len
+    )
+    if not hopper_takes(q, k):
+        pytest.skip("needs a Hopper GPU")
+    cells = {"cells_cmp": 2, "cells_slc": slc_block_len // 16}
+    buffers = []
+    for fill, keys in (
+        (select_importance.importance, k),
+        (hopper_importance.importance, hopper_importance.boxes_of_blocks(k, cells["cells_slc"])),
+    ):
+        buffers.append(torch.zeros(2, len(q), 2, -(-len(k) // cells["cells_slc"]), device=device))
+        fill(q, keys, lse, begin, end, buffers[-1], 0, len(q), softmax_scale=sizes["softmax_scale"], **cells)
+    assert buffers[0].max() > 0
+    assert torch.equal(*buffers)
 
 
 @pytest.mark.parametrize(("num_queries", "doc_len"), [(0, 64), (64, 20)])
