@@ -133,7 +133,7 @@ def blank_unseen(v, key, lowest, highest, unseen_ptr):
     """Rows of `v` outside of [lowest, highest) become 0 in a tile with rows that no query sees: they may hold NaN."""
     if unseen_ptr is not None:
         BLOCK_N: gl.constexpr = v.shape[0]
-        if (key < lowest) | (key + BLOCK_N > highest):  # noqa: SIM102  (`and` would read the mark at every tile)
+        if (key < lowest) | (key + BLOCK_N > highest):  # noqa: SIM102
             if gl.load(unseen_ptr + key // BLOCK_N) != 0:
                 LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
                 row = gl.expand_dims(key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT)), 1)
