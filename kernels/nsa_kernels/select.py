@@ -199,8 +199,8 @@ def select_blocks(
 def _large_on_hopper(q: Tensor, k_cmp: Tensor, cells_slc: int) -> bool:
     """Whether the Gluon kernel takes these and is faster; the bits are the same either way.
 
-    H200, bf16, Hq 64, Hkv 4, D 128, ms of the importances: 64k tokens 4.1 against 5.9, 8k tokens, with an older form of
-    it, 0.40 against 0.16. Other groups were not timed. Fewer than 4 keys to a block need more shared memory than there is.
+    H200, bf16, Hq 64, Hkv 4, D 128, ms of the importances: 64k tokens 4.1 against 5.9, 8k tokens, with an older form,
+    0.40 against 0.16. Other groups were not timed. Fewer than 4 keys to a block need more shared memory than there is.
     """
     is_large = q.shape[0] * k_cmp.shape[0] >= MIN_PAIRS_ON_HOPPER and q.shape[1] // k_cmp.shape[1] >= 8
     return is_large and cells_slc in (4, 8, 16) and hopper_takes(q, k_cmp)
