@@ -47,14 +47,14 @@ def attend(leaves, phis, weight, cu_seqlens, plan=None, rank=0, group=None, fetc
     return out.detach(), ids, grads
 
 
-def compare(rank: int, sizes: list[int], cases: dict[str, tuple]) -> dict[tuple, dict]:
+def compare(rank: int, cases: dict[str, tuple]) -> dict[tuple, dict]:
     """For each (case, cp_size, layout) what this rank found: what has the bits of one rank, and what errs too much.
 
-    cases   document lengths and (Hq, Hkv, D) by name
+    cases   cp_sizes, document lengths and (Hq, Hkv, D) by name
     """
     torch.cuda.set_device(0)
-    groups, result = groups_up_to(max(sizes)), {}
-    for name, (lengths, heads) in cases.items():
+    groups, result = groups_up_to(dist.get_world_size()), {}
+    for name, (sizes, lengths, heads) in cases.items():
         with tempfile.TemporaryDirectory() as folder:
             for key, found in _compare(rank, sizes, lengths, heads, groups, _agreed(folder)).items():
                 result[name, *key] = found
@@ -64,6 +64,10 @@ def compare(rank: int, sizes: list[int], cases: dict[str, tuple]) -> dict[tuple,
 
 
 def _compare(rank: int, sizes: list[int], lengths: list[int], heads: tuple, groups: dict, folder: Path):
+    if rank >= max(sizes):
+        dist.barrier()
+        dist.barrier()
+        return {}
     leaves, phis, weight = make_inputs(sum(lengths), *heads)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     if rank > 0:

@@ -45,5 +45,8 @@ def read_on_host(x: Tensor) -> Tensor:
 
 
 def put_on(device: torch.device, x: Tensor) -> Tensor:
-    """`x` of the CPU on `device`, in the order of the current stream; the host waits for nothing."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    """`x` of the CPU on `device`, in the order of the current stream; the host waits for nothing.
+
+    A strided `x` would be pinned with its strides, and copied through memory that is not pinned, behind the stream.
+    """
+    return x.contiguous().pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
