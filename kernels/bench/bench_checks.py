@@ -58,7 +58,7 @@ def check_branch(branch: Branch, wanted: Wanted) -> str:
     output = branch.result()
     actual = first(output)
     rows = sample_rows(actual.shape[0], actual.device)
-    inputs, out, lse = _sampled(branch, rows)
+    inputs, out, lse = sampled(branch, rows)
     if branch.name == "select":
         return _compare_selection(actual[rows], out)
     pairs = {"out": (actual[rows], out)}
@@ -107,16 +107,18 @@ def complaints(pairs: dict[str, tuple[Tensor, Tensor]]) -> str:
     return ", ".join(f"{name} {error:.1e}" for name, error in errors.items() if not error <= MAX_ERROR)
 
 
-def _sampled(branch: Branch, rows: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-    """The fp32 inputs, and the reference's output for the sampled rows, differentiable by them, with its lse if any."""
+def sampled(
+    branch: Branch, rows: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+    """The inputs in `dtype`, the reference's output for the sampled rows, differentiable by them, its lse if any."""
     inputs = {}
     for name, tensor in branch.tensors.items():
         part = tensor.detach()[rows] if name in branch.per_row else tensor.detach()
-        inputs[name] = part.float().requires_grad_(tensor.requires_grad)
+        inputs[name] = part.to(dtype).requires_grad_(tensor.requires_grad)
     others = {}
     for name, value in branch.others.items():
         value = value[rows] if name in branch.per_row else value
-        others[name] = value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        others[name] = value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
     output = getattr(reference, branch.function)(**inputs, **others)
     return (inputs, *output) if isinstance(output, tuple) else (inputs, output, None)
 

@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv, next_power_of_2
+
 # Bits of the bitmap are counted in groups of 8 words: one 32-byte sector, 256 queries.
 GROUP_WORDS = 8
 GROUP_QUERIES = 32 * GROUP_WORDS
@@ -212,9 +214,9 @@ def build_block_index(
     num_queries, num_heads, slots = block_indices.shape
     device = block_indices.device
     segment_queries = min(segment_queries, num_queries)
-    num_segments = triton.cdiv(num_queries, segment_queries)
+    num_segments = cdiv(num_queries, segment_queries)
     num_entries, num_lists = block_indices.numel(), num_segments * num_heads * num_blocks
-    num_groups = triton.cdiv(segment_queries, GROUP_QUERIES)
+    num_groups = cdiv(segment_queries, GROUP_QUERIES)
     # Every list ends in at most one short item, so this many always suffice; how many there are stays on the device.
     max_items = num_entries // item_queries + min(num_lists, num_entries)
     bitmap = torch.zeros(num_lists, num_groups * GROUP_WORDS, dtype=torch.int32, device=device)
@@ -224,7 +226,7 @@ def build_block_index(
         sizes
     )
 
-    grid = (triton.cdiv(num_entries, _ENTRIES_PER_PROGRAM),)
+    grid = (cdiv(num_entries, _ENTRIES_PER_PROGRAM),)
     options = {
         "SLOTS": slots,
         "BLOCK_LEN": slc_block_len,
@@ -233,9 +235,9 @@ def build_block_index(
     }
     shape, strides = (num_entries, num_heads, num_blocks, segment_queries), block_indices.stride()
     _mark_kernel[grid](block_indices, position, bitmap, *shape, num_groups * GROUP_WORDS, *strides, **options)
-    block_groups = min(128, triton.next_power_of_2(num_groups))
+    block_groups = min(128, next_power_of_2(num_groups))
     _prefix_kernel[(num_lists,)](bitmap, prefix, counts, num_groups, GROUP_WORDS, block_groups)
-    block_lists = min(4096, triton.next_power_of_2(num_lists))
+    block_lists = min(4096, next_power_of_2(num_lists))
     _scan_kernel[(1,)](counts, offsets, item_offsets, num_lists, item_queries, block_lists, num_warps=8)
     _place_kernel[grid](
         block_indices, position, bitmap, prefix, offsets, item_offsets,

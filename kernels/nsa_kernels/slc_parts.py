@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv
+
 # What a part is divided by at the least: the reciprocal of less may be infinite.
 SMALLEST = tl.constexpr(1e-30)
 
@@ -47,7 +49,7 @@ def sum_parts(part: Tensor, weight: Tensor, out: Tensor, head_start: int, *, row
     """Fill `out` for the heads of the parts: see the head of this file."""
     num_heads, num_queries, slots, group, head_dim = part.shape
     width = head_dim & -head_dim  # the largest power of two that divides it
-    _sum_parts_kernel[(triton.cdiv(num_queries, rows // group), num_heads, head_dim // width)](
+    _sum_parts_kernel[(cdiv(num_queries, rows // group), num_heads, head_dim // width)](
         part, weight,
         out,
         num_queries, head_start, *out.stride()[:2],

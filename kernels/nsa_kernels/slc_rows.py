@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv
+
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads"])
 def _pack_kernel(
@@ -36,7 +38,7 @@ def pack_rows(lse: Tensor, delta: Tensor, gate: Tensor | None, position: Tensor)
     rows = torch.empty(4, *lse.shape, dtype=torch.float32, device=lse.device)
     num_rows = lse.numel()
     if num_rows:
-        _pack_kernel[(triton.cdiv(num_rows, 1024),)](
+        _pack_kernel[(cdiv(num_rows, 1024),)](
             lse, delta, gate, position,
             rows,
             num_rows, lse.shape[1], *lse.stride(), *delta.stride(), *(gate.stride() if gate is not None else (0, 0)),

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv, next_power_of_2
 from .slc_index import is_gathered
 from .slc_pages import load_page, page_strides, split_width
 from .slc_parts import SMALLEST, sum_parts
@@ -145,12 +146,12 @@ def attend_shared_and_sum(
     num_heads, num_queries, num_slots, group, head_dim_v = part.shape
     tiles = forward_tiles(group, q.shape[2], head_dim_v)
     dk0, dk1 = split_width(q.shape[2])
-    _shared_kernel[(triton.cdiv(num_queries, tiles.shared_rows // group), num_heads)](
+    _shared_kernel[(cdiv(num_queries, tiles.shared_rows // group), num_heads)](
         q, k, v, k_remote, v_remote, block_table, block_indices, position,
         part, scale, part_lse, lse,
         scale_log2, num_queries, head_start, k.shape[0] // slc_block_len, block_table.stride(0),
         *block_indices.stride(), *q.stride()[:2], lse.stride(0), *page_strides(k, k_remote), *page_strides(v, v_remote),
-        SLOTS=num_slots, SLOTS_P2=triton.next_power_of_2(num_slots), GROUP=group, DK0=dk0, DK1=dk1, DV=head_dim_v,
+        SLOTS=num_slots, SLOTS_P2=next_power_of_2(num_slots), GROUP=group, DK0=dk0, DK1=dk1, DV=head_dim_v,
         BLOCK_LEN=slc_block_len, HAS_REMOTE=k_remote is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         BLOCK_M=tiles.shared_rows, num_warps=tiles.shared_warps, maxnreg=tiles.shared_registers,

@@ -6,7 +6,6 @@ shared blocks' result never leaves the registers: the parts are added to it ther
 Two programs share a multiprocessor: 101 KB and half the registers each.
 """
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .sizes import cdiv, next_power_of_2
 from .slc_hopper import HALF, ROWS, boxes, load_page
 from .slc_pages import page_strides
 
@@ -269,12 +269,12 @@ def attend_shared_and_sum(
     parts = TensorDescriptor(
         slots, list(slots.shape), list(slots.stride()), [queries, 1, group, HALF.value], layout
     )  # fmt: skip
-    _shared_and_sum_kernel[(triton.cdiv(num_queries, queries), num_heads)](
+    _shared_and_sum_kernel[(cdiv(num_queries, queries), num_heads)](
         boxes(q, group), parts, boxes(out, group), k, v, k_remote, v_remote, block_table, block_indices, position,
         scale, part_lse, lse,
         scale_log2, num_queries, head_start, k.shape[0] // slc_block_len, block_table.stride(0),
         *block_indices.stride(), lse.stride(0), *page_strides(k, k_remote), *page_strides(v, v_remote),
-        SLOTS=num_slots, SLOTS_P2=triton.next_power_of_2(num_slots), GROUP=group, WIDTH=head_dim,
+        SLOTS=num_slots, SLOTS_P2=next_power_of_2(num_slots), GROUP=group, WIDTH=head_dim,
         HAS_REMOTE=k_remote is not None, STAGES=3,
         num_warps=4, maxnreg=128,
     )  # fmt: skip

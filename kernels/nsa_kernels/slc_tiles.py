@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
+
+from .sizes import cdiv, next_power_of_2
 
 # Partial results of one chunk, at most. More chunks cost launches (about 0.1 ms each) and a tail wave per kernel.
 WORKSPACE_BYTES = 9 * 2**28
@@ -61,7 +62,7 @@ class BackwardTiles:
 
 def forward_tiles(group: int, head_dim_k: int, head_dim_v: int) -> ForwardTiles:
     """The sizes above; a tile holds all heads of a group; wider keys need more registers than three programs have."""
-    least = max(64, triton.next_power_of_2(group))
+    least = max(64, next_power_of_2(group))
     registers = 168 if least == 64 and head_dim_k <= 128 and head_dim_v <= 128 else None
     return ForwardTiles(
         rows=least,
@@ -79,7 +80,7 @@ def forward_tiles(group: int, head_dim_k: int, head_dim_v: int) -> ForwardTiles:
 
 def backward_tiles(group: int, head_dim_k: int, head_dim_v: int) -> BackwardTiles:
     """The sizes above. Segments save nothing here, and cost a page of partial sums for each list they cut."""
-    least = max(32, triton.next_power_of_2(group))
+    least = max(32, next_power_of_2(group))
     return BackwardTiles(
         rows=least,
         item_rows=4096,
@@ -120,11 +121,11 @@ def chunks(
     if num_queries == 0:
         return
     heads = max(1, min(num_kv_heads, limit // max(1, num_queries * bytes_per_query)))
-    heads = triton.cdiv(num_kv_heads, triton.cdiv(num_kv_heads, heads))
+    heads = cdiv(num_kv_heads, cdiv(num_kv_heads, heads))
     rows = num_queries
     if num_queries * bytes_per_query > limit:
-        pieces = triton.cdiv(num_queries, max(64, limit // bytes_per_query // 64 * 64))
-        rows = triton.cdiv(triton.cdiv(num_queries, pieces), 64) * 64
+        pieces = cdiv(num_queries, max(64, limit // bytes_per_query // 64 * 64))
+        rows = cdiv(cdiv(num_queries, pieces), 64) * 64
     for head in range(0, num_kv_heads, heads):
         for first in range(0, num_queries, rows):
             yield slice(first, min(first + rows, num_queries)), slice(head, min(head + heads, num_kv_heads))

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
+from kernels import plain
 from kernels.judge import assert_twice
 from nsa_kernels import reference
 from nsa_kernels.compress import compress_mean, compress_mlp, compress_mlp_pair
@@ -22,13 +22,6 @@ def mlp_inputs(num_rows, num_heads, block_len, head_dim, width, dtype, device):
     return [t.to(dtype) for t in (x, pos_emb, w1, w2)]
 
 
-def plain_mlp(x, block_rows, pos_emb, w1, w2):
-    """The MLP in PyTorch, every operation in the dtype of x, as tensor cores take their operands."""
-    blocks = reference.gather_blocks(x, block_rows, pos_emb.shape[1]).transpose(1, 2) + pos_emb
-    hidden = F.gelu(torch.bmm(blocks.flatten(2).transpose(0, 1), w1), approximate="tanh")
-    return torch.bmm(hidden, w2).transpose(0, 1)
-
-
 def run(phi, tensors, grad_y, dtype=None):
     leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
     y = phi(*leaves)
@@ -40,9 +33,9 @@ def check(kernel, expected, tensors, num_blocks, plain_phi=None):
     x = tensors[0]
     grad_y = torch.randn(num_blocks, *x.shape[1:], device=x.device).to(x.dtype)
     actual = run(kernel, tensors, grad_y)
-    plain = run(plain_phi or expected, tensors, grad_y)
+    yardstick = run(plain_phi or expected, tensors, grad_y)
     exact = run(expected, tensors, grad_y, torch.float64)
-    for name, a, p, e in zip(("y", "dx", "dpos_emb", "dw1", "dw2"), actual, plain, exact, strict=False):
+    for name, a, p, e in zip(("y", "dx", "dpos_emb", "dw1", "dw2"), actual, yardstick, exact, strict=False):
         assert a.dtype == x.dtype
         assert_twice(name, a, p, e)
 
@@ -54,7 +47,7 @@ def check_mlp(block_rows, tensors):
         lambda x, *params: reference.compress_mlp(x, block_rows, *params),
         tensors,
         len(block_rows),
-        lambda x, *params: plain_mlp(x, block_rows, *params),
+        lambda x, *params: plain.compress_mlp(x, block_rows, *params),
     )
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.packs import pack
+from kernels.ties import assert_same_but_for_ties, importance
 from nsa_kernels import hopper_importance, reference, select, select_importance
 from nsa_kernels.hopper import hopper_takes
 from nsa_kernels.select import select_blocks
@@ -16,8 +17,6 @@ SIZES = {
     "num_init_blocks": 1,
     "num_local_blocks": 2,
 }
-# Relative to the importances compared: the rounding of an fp32 score of size 40 and of its exponential.
-TIE = 2e-5
 
 
 def problem(doc_lens, group, num_kv_heads, head_dim, dtype, device, std=1.0, **sizes):
@@ -33,40 +32,6 @@ def with_lse(q, k, p, sizes):
     scale = q.shape[-1] ** -0.5
     _, lse = reference.compressed_attention(q.float(), k.float(), k.float(), p.begin, p.end, softmax_scale=scale)
     return (q, k, lse, p.begin, p.end, p.position, p.doc_start), sizes | {"softmax_scale": scale}
-
-
-def importance(arguments, sizes):
-    """fp64 importance [T, Hkv, J] of every block of the query's document, by eq. 9 and 10 as they are written."""
-    q, k, lse, begin, end, position, _ = (t.cpu() for t in arguments)
-    weights = reference.overlap_weights(sizes["cmp_block_len"], sizes["cmp_stride"], sizes["slc_block_len"])
-    num_kv_heads, per_block = k.shape[1], sizes["slc_block_len"] // sizes["cmp_stride"]
-    result = torch.zeros(len(q), num_kv_heads, int(position.max()) // sizes["slc_block_len"] + 1, dtype=torch.float64)
-    for t in range(len(q)):
-        keys = k[begin[t] : end[t]].double().repeat_interleave(q.shape[1] // num_kv_heads, 1)
-        p = torch.exp(torch.einsum("hd,ihd->hi", q[t].double(), keys) * sizes["softmax_scale"] - lse[t, :, None])
-        p = p.unflatten(0, (num_kv_heads, -1)).sum(1)  # [Hkv, keys]
-        for j in range(result.shape[2]):
-            for offset, weight in weights.items():
-                if 0 <= j * per_block + offset < p.shape[1]:
-                    result[t, :, j] += weight * p[:, j * per_block + offset]
-    return result
-
-
-def assert_same_but_for_ties(arguments, sizes):
-    """Returns how many (query, head) rows differ from the reference, all of them by ties."""
-    actual, expected = select_blocks(*arguments, **sizes), reference.select_blocks(*arguments, **sizes)
-    assert actual.dtype == torch.int32
-    assert actual.shape == expected.shape
-    differing = (actual != expected).any(-1).nonzero().tolist()
-    imp = importance(arguments, sizes) if differing else None
-    for t, head in differing:
-        first = int(arguments[6][t]) // sizes["slc_block_len"]
-        mine, theirs = ({int(b) for b in x[t, head] if b >= 0} for x in (actual, expected))
-        assert len(mine) == len(theirs)
-        ahead = max(float(imp[t, head, b - first]) for b in theirs - mine)
-        taken = min(float(imp[t, head, b - first]) for b in mine - theirs)
-        assert ahead - taken <= TIE * ahead, f"query {t}, head {head} chose {taken} over {ahead}"
-    return len(differing)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
