@@ -82,11 +82,9 @@ def run_threads(size: int, work: Callable[[ThreadComm], object]) -> list:
     board = Board(size)
 
     def enter(rank: int):
-        # On a GPU backward runs in one thread of autograd, where a rank that waits for another would keep it out.
         with board.turn, torch.autograd.set_multithreading_enabled(False):
             try:
-                with torch.autograd.set_multithreading_enabled(False):
-                    return work(ThreadComm(board=board, index=rank))
+                return work(ThreadComm(board=board, index=rank))
             except BaseException:
                 board.barrier.abort()
                 raise
