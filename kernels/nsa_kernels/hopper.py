@@ -7,6 +7,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name in triton 3.6, and from 3.7 on
+
 # Of tiles whose last dim is 64 or 128 16-bit numbers, as tensor cores read them; by the number of their dims.
 _TILES = {rank: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank) for rank in (3, 4)}
 _NUMBERS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)

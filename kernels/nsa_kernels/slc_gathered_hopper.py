@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .hopper import thread_barrier
 from .slc_hopper import HALF, ROWS, boxes, copy_tiles, load_page
 from .slc_index import BlockIndex
 from .slc_pages import page_strides
@@ -53,7 +54,7 @@ def _attend_tiles(
         largest = gl.maximum(gl.max(gl.abs(out), 1), 1e-30)
         part_tiles.index(stage).store((out * (1 / largest)[:, None]).to(gl.float16))
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         mbarrier.arrive(done.index(stage))
         part_row = (part_base + entry) * GROUP + row % GROUP
         gl.store(scale + part_row, largest / total, mask=at < end)

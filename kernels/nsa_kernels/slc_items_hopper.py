@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .hopper import thread_barrier
 from .slc_forward import LOG2E
 from .slc_hopper import HALF, ROWS, boxes, copy_tiles, load_page
 from .slc_index import BlockIndex
@@ -66,7 +67,7 @@ def _work_on_tiles(
         stage = number % 2
         q_tile, do_tile = q_tiles.index(stage), do_tiles.index(stage)
         async_copy.wait_group(0)
-        gl.thread_barrier()
+        thread_barrier()
         mbarrier.wait(ready.index(stage), (number // 2) % 2)
         scores = warpgroup_mma(key_tile, q_tile.permute((1, 0)), no_scores, use_acc=False, is_async=True)
         dp = warpgroup_mma(value_tile, do_tile.permute((1, 0)), no_scores, use_acc=False, is_async=True)
@@ -98,7 +99,7 @@ def _work_on_tiles(
         gl.store(scale_at, largest * softmax_scale, mask=at < end)
         part_tiles.index(stage).store(part)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         mbarrier.arrive(done.index(stage))
     async_copy.wait_group(0)
 

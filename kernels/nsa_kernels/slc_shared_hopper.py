@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .hopper import thread_barrier
 from .sizes import cdiv, next_power_of_2
 from .slc_hopper import HALF, ROWS, boxes, load_page
 from .slc_pages import page_strides
@@ -178,11 +179,11 @@ def _attend_and_add(
         acc += gl.where((weight != 0)[:, None], x, 0.0) * weight[:, None]
         # A barrier lets loads pass that are only under way: without the fence the next part can overtake them.
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         mbarrier.arrive(free.index(stage))
     out_tile.store(acc.to(out_tile.dtype))
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     for half in gl.static_range(2):
         for i in gl.static_range(QUERIES):
             at = [first + i, kv_head * GROUP, half * HALF]

@@ -1,0 +1,88 @@
+"""Compiles every Gluon kernel for a Hopper GPU with the triton that is here, without a GPU; prints their names.
+
+A launch compiles and does not run: the driver is a stand-in, and tensors are on the CPU. A process of its own, as the
+tests beside it run in triton's interpreter.
+"""
+
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.runtime.jit import JITFunction
+
+TARGET = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY = 232448  # bytes that a program may have
+compiled: set[str] = set()
+
+
+class _Driver:
+    utils = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": SHARED_MEMORY})
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+
+def _compile(kernel: JITFunction, grid):
+    def launch(*args, **options):
+        if isinstance(kernel, GluonJITFunction):
+            shared = kernel.warmup(*args, grid=grid, **options).metadata.shared
+            assert shared <= SHARED_MEMORY, f"{kernel.fn.__name__} needs {shared} bytes of shared memory"
+            compiled.add(f"{kernel.fn.__module__.removeprefix('nsa_kernels.')}.{kernel.fn.__name__}")
+
+    return launch
+
+
+def compile_all(group: int, remote: bool) -> None:
+    from nsa_kernels import hopper_forward, hopper_grad_kv, hopper_grad_q, hopper_importance
+    from nsa_kernels.slc_gathered_hopper import attend_gathered
+    from nsa_kernels.slc_index import build_block_index
+    from nsa_kernels.slc_items_hopper import launch_items
+    from nsa_kernels.slc_shared_hopper import attend_shared_and_sum
+
+    num_tokens, heads, num_slots = 256, 2, 16
+    q = torch.zeros(num_tokens, heads * group, 128, dtype=torch.bfloat16)
+    k = q[:, :heads].contiguous()
+    begin = torch.zeros(num_tokens, dtype=torch.int32)
+    end, lse, out = begin + 1, q[..., 0].float(), torch.empty_like(q)
+    statistics = torch.zeros(3, heads, num_tokens * group)
+    hopper_forward.attend(q, k, k, begin, end, out, lse, 0.1)
+    hopper_forward.attend(q, k, k, begin, end, out, lse, 0.1, key_tile=64, unseen=begin[:4])
+    hopper_grad_q.grad_q(q, k, k, begin, end, statistics, q, 0.1)
+    hopper_grad_kv.grad_kv(q, k, k, begin, end, statistics, q, 0.1)
+    boxes, buffer = hopper_importance.boxes_of_blocks(k[:15], 4), torch.zeros(heads, num_tokens, 2, 4)
+    hopper_importance.importance(
+        q, boxes, lse, begin, end, buffer, 0, num_tokens, softmax_scale=0.1, cells_cmp=2, cells_slc=4
+    )
+
+    pages = torch.zeros(2, 64, 128, dtype=torch.bfloat16) if remote else None
+    table, ids = torch.zeros(heads, 4, dtype=torch.int32), torch.zeros(num_tokens, heads, num_slots, dtype=torch.int32)
+    position = torch.arange(num_tokens)
+    index = build_block_index(
+        ids, position, num_blocks=4, slc_block_len=64, item_queries=16, segment_queries=256, gather_all=False
+    )
+    part = torch.zeros(heads, num_tokens, num_slots, group, 128, dtype=torch.float16)
+    scale, part_lse = part[..., 0].float(), part[..., 0].float()
+    sizes = {"head_start": 0, "slc_block_len": 64, "scale_log2": 0.1}
+    attend_gathered(q, k, k, pages, pages, table, index, part, scale, part_lse, **sizes)
+    attend_shared_and_sum(q, k, k, pages, pages, table, ids, position, part, scale, part_lse, out, lse, **sizes)
+    rows, dkv_part = torch.zeros(4, *lse.shape), torch.zeros(index.max_items, 64, 256)
+    launch_items(
+        q, k, k, pages, pages, q, rows, table, index, part, scale, dkv_part, head_start=0, softmax_scale=0.1
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    triton.runtime.driver.set_active(_Driver())
+    JITFunction.__getitem__ = _compile
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+    for group, remote in ((16, False), (8, True)):
+        compile_all(group, remote)
+    print(*sorted(compiled))
