@@ -127,6 +127,8 @@ class _Branches(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor, _):
+        if grad_out is None:  # nothing depends on the output
+            return (None,) * 10
         call, groups = ctx.call, ctx.groups
         call.comm.enter("backward")
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, lse_win, out_win, *rest = ctx.saved_tensors

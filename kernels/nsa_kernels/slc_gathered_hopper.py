@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper import thread_barrier
-from .slc_hopper import HALF, ROWS, boxes, copy_tiles, load_page
+from .slc_hopper import HALF, ROWS, boxes, copy_tiles, load_pages
 from .slc_index import BlockIndex
 from .slc_pages import page_strides
 
@@ -96,15 +96,11 @@ def _gathered_kernel(
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(done.index(i), count=1)
     page = gl.load(block_table + kv_head * stride_table + block)
-    load_page(
-        key_tile, k, k_remote, page, kv_head, num_local_pages, stride_kr, stride_kh, stride_kp, stride_kpr,
+    load_pages(
+        key_tile, value_tile, k, v, k_remote, v_remote, page, kv_head, num_local_pages,
+        stride_kr, stride_kh, stride_kp, stride_kpr, stride_vr, stride_vh, stride_vp, stride_vpr,
         WIDTH, HAS_REMOTE,
     )  # fmt: skip
-    load_page(
-        value_tile, v, v_remote, page, kv_head, num_local_pages, stride_vr, stride_vh, stride_vp, stride_vpr,
-        WIDTH, HAS_REMOTE,
-    )  # fmt: skip
-    fence_async_shared()
 
     part_base = head * num_queries * SLOTS
     gl.warp_specialize(

@@ -9,7 +9,7 @@ a row. While a tile is worked on, the next are on their way; what comes of a til
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 ROWS = gl.constexpr(64)  # of a tile, (query, head) pairs
@@ -71,7 +71,25 @@ def copy_tiles(
 
 
 @gluon.jit
-def load_page(
+def load_pages(
+    key_tile, value_tile, k, v, k_remote, v_remote, page, head, num_local_pages,
+    stride_kr, stride_kh, stride_kp, stride_kpr, stride_vr, stride_vh, stride_vp, stride_vpr,
+    WIDTH: gl.constexpr, HAS_REMOTE: gl.constexpr,
+):  # fmt: skip
+    """A page of keys and of values of `head` into shared memory, where products may read them."""
+    _load_page(
+        key_tile, k, k_remote, page, head, num_local_pages, stride_kr, stride_kh, stride_kp, stride_kpr,
+        WIDTH, HAS_REMOTE,
+    )  # fmt: skip
+    _load_page(
+        value_tile, v, v_remote, page, head, num_local_pages, stride_vr, stride_vh, stride_vp, stride_vpr,
+        WIDTH, HAS_REMOTE,
+    )  # fmt: skip
+    fence_async_shared()
+
+
+@gluon.jit
+def _load_page(
     page_buffer, local, remote, page, head, num_local_pages, stride_row, stride_head, stride_page, stride_page_row,
     WIDTH: gl.constexpr, HAS_REMOTE: gl.constexpr,
 ):  # fmt: skip

@@ -19,7 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper import thread_barrier
 from .sizes import cdiv, next_power_of_2
-from .slc_hopper import HALF, ROWS, boxes, load_page
+from .slc_hopper import HALF, ROWS, boxes, load_pages
 from .slc_pages import page_strides
 
 NO_BLOCK = gl.constexpr(2**30)
@@ -128,15 +128,11 @@ def _attend_and_add(
     block = gl.min(gl.minimum(gl.minimum(first_block, before), last), 0)
     while block < NO_BLOCK:
         page = gl.load(block_table + kv_head * stride_table + block)
-        load_page(
-            key_tile, k, k_remote, page, kv_head, num_local_pages, stride_kr, stride_kh, stride_kp, stride_kpr,
+        load_pages(
+            key_tile, value_tile, k, v, k_remote, v_remote, page, kv_head, num_local_pages,
+            stride_kr, stride_kh, stride_kp, stride_kpr, stride_vr, stride_vh, stride_vp, stride_vpr,
             WIDTH, HAS_REMOTE,
         )  # fmt: skip
-        load_page(
-            value_tile, v, v_remote, page, kv_head, num_local_pages, stride_vr, stride_vh, stride_vp, stride_vpr,
-            WIDTH, HAS_REMOTE,
-        )  # fmt: skip
-        fence_async_shared()
         scores = warpgroup_mma(q_tile, key_tile.permute((1, 0)), no_scores, use_acc=False)
         # The last key that each row sees here; -1 where the row did not choose the block.
         chosen = (first_block == block) | (before == block) | (last == block)
