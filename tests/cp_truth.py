@@ -4,9 +4,9 @@ import math
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.plain import compress_mlp
 from nsa_dist import NSAConfig, ShardPlan
 from nsa_dist.compress import CompressMLP
 from nsa_dist.cp.layout import rank_layout
@@ -25,7 +25,7 @@ def truth(leaves, phis, weight, block_indices, cfg: NSAConfig, bounds: Tensor, d
 def plain(leaves, phis, weight, block_indices, cfg: NSAConfig, bounds: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """The same with every operation in `dtype`, scores and softmax included; only sums over chunks are in fp32."""
     with mock.patch.object(reference_chunks, "softmax_attention", _plain_attention):
-        return _layer(leaves, phis, weight, block_indices, cfg, bounds, dtype, _plain_mlp)
+        return _layer(leaves, phis, weight, block_indices, cfg, bounds, dtype, compress_mlp)
 
 
 def _layer(leaves, phis: list[CompressMLP], weight, block_indices, cfg, bounds, dtype, mlp) -> list[Tensor]:
@@ -61,10 +61,3 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_s
     weight = weight.masked_fill(empty, 0.0)  # [Hkv, C, G, K]
     out = torch.bmm(weight.flatten(1, 2), v.transpose(0, 1)).unflatten(1, (num_rows, -1))
     return out.transpose(0, 1).flatten(1, 2), q.new_zeros(q.shape[:2])
-
-
-def _plain_mlp(x: Tensor, block_rows: Tensor, pos_emb: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """As `reference.compress_mlp`, in the dtype of x."""
-    blocks = reference.gather_blocks(x, block_rows, pos_emb.shape[1])  # [M, l, Hkv, D]
-    flat = (blocks.transpose(1, 2) + pos_emb).flatten(2).transpose(0, 1)  # [Hkv, M, l * D]
-    return torch.bmm(F.gelu(torch.bmm(flat, w1), approximate="tanh"), w2).transpose(0, 1)

@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import slc_items, slc_items_hopper
 from .slc_index import BlockIndex
-from .slc_items import launch_items
 from .slc_pages import split_width
 from .slc_parts import sum_parts
 from .slc_tiles import backward_tiles, hopper_takes
@@ -126,10 +126,8 @@ def differentiate_chunk(
     dkv_part = torch.empty(
         index.max_items, slc_block_len, head_dim_k + head_dim_v, dtype=torch.float32, device=q.device
     )
-    launch = launch_items
-    if hopper_takes(q, k, v, block_indices, slc_block_len, (q, grad_out)):
-        from .slc_items_hopper import launch_items as launch  # Gluon is experimental: imported only where it runs
-    launch(
+    on_hopper = hopper_takes(q, k, v, block_indices, slc_block_len, (q, grad_out))
+    (slc_items_hopper if on_hopper else slc_items).launch_items(
         q, k, v, k_remote, v_remote, grad_out, rows, block_table, index, dq_part, dq_scale, dkv_part,
         head_start=head_start, softmax_scale=softmax_scale,
     )  # fmt: skip

@@ -21,9 +21,8 @@ Numerics    scores, softmax statistics and sums in fp32; the probabilities meet 
 import torch
 from torch import Tensor
 
-from .slc_gathered import attend_gathered
+from . import slc_gathered, slc_gathered_hopper, slc_shared, slc_shared_hopper
 from .slc_index import BlockIndex
-from .slc_shared import attend_shared_and_sum
 from .slc_tiles import hopper_takes
 
 LOG2E = 1.4426950408889634
@@ -59,10 +58,9 @@ def attend_chunk(
     part = torch.empty(*part_shape, head_dim_v, dtype=torch.float32 if exact else torch.float16, device=q.device)
     scale, part_lse = (torch.empty(part_shape, dtype=torch.float32, device=q.device) for _ in range(2))
 
-    gather, finish = attend_gathered, attend_shared_and_sum
-    if hopper_takes(q, k, v, block_indices, slc_block_len, (q,)):  # Gluon is experimental: imported only where it runs
-        from .slc_gathered_hopper import attend_gathered as gather
-        from .slc_shared_hopper import attend_shared_and_sum as finish
+    gather, finish = slc_gathered.attend_gathered, slc_shared.attend_shared_and_sum
+    if hopper_takes(q, k, v, block_indices, slc_block_len, (q,)):
+        gather, finish = slc_gathered_hopper.attend_gathered, slc_shared_hopper.attend_shared_and_sum
     scale_log2 = softmax_scale * LOG2E
     gather(
         q, k, v, k_remote, v_remote, block_table, index, part, scale, part_lse,

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper import thread_barrier
-from .slc_hopper import HALF, ROWS, boxes, copy_tiles, load_pages
+from .slc_hopper import HALF, ROWS, boxes, copy_tiles, load_pages, place
 from .slc_index import BlockIndex
 from .slc_pages import page_strides
 
@@ -74,12 +74,9 @@ def _gathered_kernel(
     item = gl.program_id(0)
     if item >= gl.load(item_offsets + num_lists):
         return
-    which = gl.load(item_list + item)
     QUERIES: gl.constexpr = ROWS // GROUP
     dtype: gl.constexpr = q.dtype
-    head, block = (which // num_blocks) % num_heads, which % num_blocks
-    begin = gl.load(offsets + which) + (item - gl.load(item_offsets + which)) * ITEM_QUERIES
-    end = gl.minimum(begin + ITEM_QUERIES, gl.load(offsets + which + 1))
+    head, block, begin, end = place(item, offsets, item_offsets, item_list, num_heads, num_blocks, ITEM_QUERIES)
     kv_head = head_start + head
 
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -137,7 +134,7 @@ def attend_gathered(
     slc_block_len: int,
     scale_log2: float,
 ) -> None:
-    """As `slc_forward.attend_gathered`, for what `slc_tiles.hopper_takes`."""
+    """As `slc_gathered.attend_gathered`, for what `slc_tiles.hopper_takes`."""
     num_heads, num_queries, num_slots, group, head_dim = part.shape
     _gathered_kernel[(index.max_items,)](
         boxes(q, group), boxes(part.view(-1, group, head_dim), group), k, v, k_remote, v_remote,

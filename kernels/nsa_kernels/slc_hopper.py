@@ -12,14 +12,25 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .hopper import descriptor
+
 ROWS = gl.constexpr(64)  # of a tile, (query, head) pairs
 HALF = gl.constexpr(64)  # columns that the 128-byte swizzle spans
 
 
 def boxes(x: Tensor, group: int) -> TensorDescriptor:
     """x [T, H, D] of 16-bit elements, to be copied by boxes of `group` heads and half the columns."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, group, HALF.value], layout)
+    return descriptor(x, (1, group, HALF.value))
+
+
+@gluon.jit
+def place(item, offsets, item_offsets, item_list, num_heads, num_blocks, ITEM_QUERIES: gl.constexpr):
+    """Head and block of a work item, and its entries [begin, end)."""
+    which = gl.load(item_list + item)
+    head, block = (which // num_blocks) % num_heads, which % num_blocks
+    begin = gl.load(offsets + which) + (item - gl.load(item_offsets + which)) * ITEM_QUERIES
+    end = gl.minimum(begin + ITEM_QUERIES, gl.load(offsets + which + 1))
+    return head, block, begin, end
 
 
 @gluon.jit

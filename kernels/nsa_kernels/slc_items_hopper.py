@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .hopper import thread_barrier
 from .slc_forward import LOG2E
-from .slc_hopper import HALF, ROWS, boxes, copy_tiles, load_pages
+from .slc_hopper import HALF, ROWS, boxes, copy_tiles, load_pages, place
 from .slc_index import BlockIndex
 from .slc_pages import page_strides
 
@@ -127,12 +127,9 @@ def _items_kernel(
     item = gl.program_id(0)
     if item >= gl.load(item_offsets + num_lists):
         return
-    which = gl.load(item_list + item)
     QUERIES: gl.constexpr = ROWS // GROUP
     dtype: gl.constexpr = q.dtype
-    head, block = (which // num_blocks) % num_heads, which % num_blocks
-    begin = gl.load(offsets + which) + (item - gl.load(item_offsets + which)) * ITEM_QUERIES
-    end = gl.minimum(begin + ITEM_QUERIES, gl.load(offsets + which + 1))
+    head, block, begin, end = place(item, offsets, item_offsets, item_list, num_heads, num_blocks, ITEM_QUERIES)
     kv_head = head_start + head
     q_head = kv_head * GROUP
 

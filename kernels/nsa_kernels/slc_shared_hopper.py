@@ -15,9 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
     warpgroup_mma,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper import thread_barrier
+from .hopper import descriptor, thread_barrier
 from .sizes import cdiv, next_power_of_2
 from .slc_hopper import HALF, ROWS, boxes, load_pages
 from .slc_pages import page_strides
@@ -81,7 +80,7 @@ def _attend_and_add(
     scale_log2, first, head, kv_head, num_queries, num_local_pages, stride_table,
     stride_bt, stride_bh, stride_bn, stride_lt,
     stride_kr, stride_kh, stride_kp, stride_kpr, stride_vr, stride_vh, stride_vp, stride_vpr,
-    q_tile, out_tile, out_boxes, key_tile, value_tile, part_tiles, weights, q_ready, ready, free,
+    q_tile, out_boxes, key_tile, value_tile, part_tiles, weights, q_ready, ready, free,
     SLOTS: gl.constexpr, SLOTS_P2: gl.constexpr, GROUP: gl.constexpr, WIDTH: gl.constexpr,
     HAS_REMOTE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -177,7 +176,7 @@ def _attend_and_add(
         fence_async_shared()
         thread_barrier()
         mbarrier.arrive(free.index(stage))
-    out_tile.store(acc.to(out_tile.dtype))
+    q_tile.store(acc.to(q_tile.dtype))  # the result leaves from where the queries came in
     fence_async_shared()
     thread_barrier()
     for half in gl.static_range(2):
@@ -225,7 +224,7 @@ def _shared_and_sum_kernel(
                 scale_log2, first, head, kv_head, num_queries, num_local_pages, stride_table,
                 stride_bt, stride_bh, stride_bn, stride_lt,
                 stride_kr, stride_kh, stride_kp, stride_kpr, stride_vr, stride_vh, stride_vp, stride_vpr,
-                q_tile, q_tile, out_boxes, key_tile, value_tile, part_tiles, weights, q_ready, ready, free,
+                q_tile, out_boxes, key_tile, value_tile, part_tiles, weights, q_ready, ready, free,
                 SLOTS, SLOTS_P2, GROUP, WIDTH, HAS_REMOTE, STAGES,
             )),
             (_copy_parts, (
@@ -261,11 +260,7 @@ def attend_shared_and_sum(
     """As `slc_shared.attend_shared_and_sum`, for what `slc_tiles.hopper_takes`."""
     num_heads, num_queries, num_slots, group, head_dim = part.shape
     queries = ROWS.value // group
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    slots = part.view(-1, *part.shape[2:])
-    parts = TensorDescriptor(
-        slots, list(slots.shape), list(slots.stride()), [queries, 1, group, HALF.value], layout
-    )  # fmt: skip
+    parts = descriptor(part.view(-1, *part.shape[2:]), (queries, 1, group, HALF.value))
     _shared_and_sum_kernel[(cdiv(num_queries, queries), num_heads)](
         boxes(q, group), parts, boxes(out, group), k, v, k_remote, v_remote, block_table, block_indices, position,
         scale, part_lse, lse,

@@ -4,9 +4,8 @@ A field's name occurs in one section only, so a launcher may accept `resume=true
 sections are checked here as well; what depends on the number of processes is `TrainConfig.data_parallel_size`.
 """
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -113,14 +112,13 @@ class ParallelSection(Section):
 
     def fetch_options(self) -> FetchOptions:
         """How the selected branch moves the blocks that other context-parallel ranks hold."""
-        options = FetchOptions(
-            kv_fetch_budget_bytes=self.kv_fetch_budget_bytes,
-            whole_shard_fraction=self.whole_shard_fraction,
-            keep_pages=self.keep_pages,
-            head_groups=self.head_groups,
-        )
+        others: dict[str, Any] = {
+            "kv_fetch_budget_bytes": self.kv_fetch_budget_bytes,
+            "keep_pages": self.keep_pages,
+            "head_groups": self.head_groups,
+        }
         if self.link_gb_per_s is None:
-            return options
+            return FetchOptions(whole_shard_fraction=self.whole_shard_fraction, **others)
         if self.link_gb_per_s <= 0:
             raise ValueError(
                 f"link_gb_per_s={self.link_gb_per_s:g} must be positive, because the time of sending is compared; pass "
@@ -131,8 +129,7 @@ class ParallelSection(Section):
                 f"link_gb_per_s={self.link_gb_per_s:g} and whole_shard_fraction={self.whole_shard_fraction:g} are both "
                 f"given, but the first sets the second; leave one of them out"
             )
-        threshold = FetchOptions.for_link(1e9 * self.link_gb_per_s).whole_shard_fraction
-        return replace(options, whole_shard_fraction=threshold)
+        return FetchOptions.for_link(1e9 * self.link_gb_per_s, **others)
 
     @property
     def model_parallel_size(self) -> int:

@@ -50,11 +50,13 @@ class Case:
         """How remote keys and values come in."""
         if self.cp_size == 1:
             return "one rank"
-        if self.mode == "all-gather":
-            return self.mode
-        budget = f", {self.page_budget_bytes / 2**20:g} MiB" if self.page_budget_bytes else ""
-        groups = f", head groups {self.head_groups}" if self.head_groups != HEAD_GROUPS else ""
-        return (self.mode if self.mode != "fetch" else f"fetch u={self.union_fraction:g}{budget}") + groups
+        way: str = self.mode
+        if self.mode == "fetch":
+            budget = f", {self.page_budget_bytes / 2**20:g} MiB" if self.page_budget_bytes else ""
+            way += f" u={self.union_fraction:g}{budget}"
+        if self.mode != "all-gather" and self.head_groups != HEAD_GROUPS:
+            way += f", head groups {self.head_groups}"
+        return way
 
     @property
     def dtype(self) -> torch.dtype:
