@@ -8,8 +8,10 @@ and the three outputs are summed under their gates. With one rank nothing is sen
 """
 
 import hashlib
+import math
 from dataclasses import replace
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ from nsa_dist.cp.call import Call
 from nsa_dist.cp.comm import Comm, Traffic
 from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.cp.layout import RankLayout, rank_layout
-from nsa_dist.cp.plan import ShardPlan
+from nsa_dist.cp.plan import ShardPlan, as_bounds
 from nsa_dist.cp.trace import Trace
 
 
@@ -51,8 +53,9 @@ def nsa_attention(
     compress_k, compress_v          phi: ([M, l, Hkv, D], block_start [M]) -> [M, Hkv, D]; None: the mean. To rotate
                                     compressed keys, do it in compress_k at block_start (position in the document)
     cu_seqlens  int32 [num_docs+1]  of the whole packed sequence; None: one document, or the plan's
-    plan, cp_group                  both given: q, kv and gates are `plan.shard(..., rank)` of this rank; a `Comm` in
-                                    place of the group stands for it: a measurement of one rank, a test
+    plan, cp_group                  both given: q, kv and gates are `plan.shard(..., rank)` of this rank, whose padding
+                                    rows may hold anything; a `Comm` in place of the group stands for it: a measurement
+                                    of one rank, a test
     ops         a module with the functions of `nsa_kernels.reference`; None: the Triton kernels on a GPU,
                 `nsa_kernels.cpu` on a CPU, the reference for fp64
     softmax_scale                   default Dk ** -0.5
@@ -63,18 +66,18 @@ def nsa_attention(
     returns     out [T, Hq, Dv] in the dtype of q; with return_block_indices also int32 [T, Hkv, n], global ids of
                 the selected blocks (documents padded to whole blocks), ascending, -1 for none
 
-    Output and gradients do not depend on the group's size or the plan. Gradients of phi's parameters are this rank's
-    part: sum them over the group, as data parallelism over the context-parallel ranks does.
+    Output and gradients do not depend on the group's size, the plan, or an autocast around the call: it is off in here,
+    for phi too. What a document holds, NaN and infinity included, reaches no other. Gradients of phi's parameters are
+    this rank's part: sum them over the group, as data parallelism over the context-parallel ranks does.
 
     One rank can be captured in a CUDA graph after a call that is not. Give `plan` then, and keep it as long as the
     graph, which reads index tensors that live with it; cu_seqlens on a GPU would make the host wait for them.
 
     Raises ValueError if shapes, plan, cu_seqlens and group disagree; also if ranks' plans, configs or options differ.
     """
-    _check_shapes(q, kv, gates)
+    _check_inputs(q, kv, gates, softmax_scale)
     comm = cp_group if isinstance(cp_group, Comm) else Comm(cp_group)
     comm = replace(comm, traffic=traffic or comm.traffic, trace=trace or comm.trace)
-    inputs = [q, *kv, gates]
     if plan is None:
         if comm.size > 1:
             raise ValueError(
@@ -84,18 +87,23 @@ def nsa_attention(
         bounds = [0, q.shape[0]] if cu_seqlens is None else cu_seqlens
         local_plan = ShardPlan.contiguous(bounds, 1, cfg.slc_block_len)
         _check_tokens(q, local_plan.num_tokens, "cu_seqlens[-1]")
-        inputs = [local_plan.shard(x, 0) for x in inputs]
     else:
         local_plan = plan
         _check_plan(q, plan, cu_seqlens, comm)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
-    fetch = fetch or FetchOptions()
-    layout = _agreed_layout(local_plan, cfg, q, kv, comm, fetch)
-    call = Call(cfg, layout, comm, ops or default_ops(q), fetch, softmax_scale)
-    out, block_indices = attend(inputs[0], BranchKV(*inputs[1:7]), inputs[7], (compress_k, compress_v), call)
-    if plan is None:
-        out, block_indices = local_plan.unshard([out]), local_plan.unshard([block_indices])
+    fetch, ops = fetch or FetchOptions(), ops or default_ops(q)
+    tiles = _Tiles.of(ops, q, kv, cfg, local_plan)
+    layout = _agreed_layout(local_plan, cfg, q, kv, comm, fetch, tiles.key_alignment)
+    call = Call(cfg, layout, comm, ops, fetch, softmax_scale, tiles.options)
+    prepare = local_plan.shard if plan is None else local_plan.blank_padding
+    with torch.autocast(q.device.type, enabled=False):
+        inputs = [prepare(x, comm.rank) for x in (q, *kv, gates)]
+        out, block_indices = attend(inputs[0], BranchKV(*inputs[1:7]), inputs[7], (compress_k, compress_v), call)
+        if plan is None:
+            out, block_indices = local_plan.unshard([out]), local_plan.unshard([block_indices])
+        else:
+            out = plan.blank_padding(out, comm.rank)
     if not return_block_indices:
         return out
     if local_plan.block_ids is not None:
@@ -117,7 +125,7 @@ def default_ops(q: Tensor) -> ModuleType:
 
 
 def _agreed_layout(
-    plan: ShardPlan, cfg: NSAConfig, q: Tensor, kv: BranchKV, comm: Comm, fetch: FetchOptions
+    plan: ShardPlan, cfg: NSAConfig, q: Tensor, kv: BranchKV, comm: Comm, fetch: FetchOptions, key_alignment: int
 ) -> RankLayout:
     """This rank's layout; the first time, make sure that every rank of the group means the same one."""
     heads = (q.shape[1], kv.k_slc.shape[1], q.shape[2], kv.v_slc.shape[2], q.dtype)
@@ -134,10 +142,36 @@ def _agreed_layout(
             f"{fetch}; every rank needs the same plan, configs and head sizes, or tokens would be silently scrambled; "
             f"build the plan from the same cu_seqlens on every rank, and pass the same options"
         )
-    return rank_layout(plan, cfg, comm.rank, q.device)
+    return rank_layout(plan, cfg, comm.rank, q.device, key_alignment)
 
 
-def _check_shapes(q: Tensor, kv: BranchKV, gates: Tensor) -> None:
+class _Tiles(NamedTuple):
+    """How documents are kept out of each other's tiles, so that NaN in one reaches no other."""
+
+    key_alignment: int  # of the compressed rows of each document
+    options: dict[str, bool]  # of the attention of intervals
+
+    @classmethod
+    def of(cls, ops: ModuleType, q: Tensor, kv: BranchKV, cfg: NSAConfig, plan: ShardPlan) -> "_Tiles":
+        """`ops.whole_tiles` says what its kernels need, if they need anything."""
+        if plan.num_documents == 1 or not hasattr(ops, "whole_tiles"):
+            return cls(1, {})
+        num_kv_heads = kv.k_cmp.shape[1]
+        tiles = ops.whole_tiles(q, num_kv_heads)
+        # In queries and in rows of the window, documents start at multiples of a selection block.
+        rows = cfg.slc_block_len * (q.shape[1] // num_kv_heads)
+        if rows % tiles.query_rows == 0 and cfg.slc_block_len % tiles.key_rows == 0:
+            return cls(tiles.compressed_rows, {})
+        return cls(1, {"aligned": False})
+
+
+def _check_inputs(q: Tensor, kv: BranchKV, gates: Tensor, softmax_scale: float | None) -> None:
+    if q.dim() != 3 or kv.k_cmp.dim() != 3 or kv.v_cmp.dim() != 3:
+        raise ValueError(
+            f"q {tuple(q.shape)}, kv.k_cmp {tuple(kv.k_cmp.shape)} and kv.v_cmp {tuple(kv.v_cmp.shape)} must each be "
+            f"[tokens, heads, head dim], because documents are packed one behind the other, without a batch dim; "
+            f"flatten batch and sequence, and say with cu_seqlens where documents end"
+        )
     tokens, num_q_heads, dim_k = q.shape
     num_kv_heads = kv.k_cmp.shape[1]
     for name, x in zip(kv._fields, kv, strict=True):
@@ -147,7 +181,7 @@ def _check_shapes(q: Tensor, kv: BranchKV, gates: Tensor) -> None:
                 f"kv.{name} has shape {tuple(x.shape)}, but with q {tuple(q.shape)} it must be "
                 f"({tokens}, {num_kv_heads}, {dim}): every branch has a key and a value for every token and kv head"
             )
-    if num_q_heads % num_kv_heads:
+    if num_kv_heads == 0 or num_q_heads % num_kv_heads:
         raise ValueError(
             f"{num_q_heads} query heads cannot share {num_kv_heads} kv heads evenly; the kv heads must divide them"
         )
@@ -156,6 +190,24 @@ def _check_shapes(q: Tensor, kv: BranchKV, gates: Tensor) -> None:
             f"gates has shape {tuple(gates.shape)}, but must be ({tokens}, {num_q_heads}, 3): one weight for each "
             f"token, query head and branch (cmp, slc, win)"
         )
+    if softmax_scale is not None and not 0 < softmax_scale < math.inf:
+        raise ValueError(
+            f"softmax_scale={softmax_scale} must be positive and finite, because kernels look for the largest score "
+            f"before they scale it; negate q instead, or leave it out for Dk ** -0.5"
+        )
+    _check_dtypes(q, kv, gates)
+
+
+def _check_dtypes(q: Tensor, kv: BranchKV, gates: Tensor) -> None:
+    named = {"q": q, **{f"kv.{name}": x for name, x in zip(kv._fields, kv, strict=True)}, "gates": gates}
+    for name, x in named.items():
+        same = x.dtype == q.dtype or name == "gates"
+        if not x.is_floating_point() or x.device != q.device or not same:
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device} and q {q.dtype} on {q.device}: all must be floating-point and on "
+                f"one device, q and kv of one dtype, because they are multiplied as they are, under autocast too; "
+                f"pass {name}.to(q)"
+            )
 
 
 def _check_tokens(q: Tensor, expected: int, source: str) -> None:
@@ -172,7 +224,7 @@ def _check_plan(q: Tensor, plan: ShardPlan, cu_seqlens: Tensor | None, comm: Com
             f"cp_size={comm.size} or pass the group of {plan.cp_size}"
         )
     _check_tokens(q, plan.tokens_per_rank, "plan.tokens_per_rank (padding counted: shard with plan.shard)")
-    if cu_seqlens is not None and tuple(cu_seqlens.tolist()) != plan.cu_seqlens:
+    if cu_seqlens is not None and as_bounds(cu_seqlens) != plan.cu_seqlens:
         raise ValueError(
             "cu_seqlens and plan.cu_seqlens differ: the documents the plan was built for are not these; build the "
             "plan from this cu_seqlens, or pass cu_seqlens=None to take the plan's"

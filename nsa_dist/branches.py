@@ -68,8 +68,25 @@ def _compress_both(
 ) -> tuple[Tensor, Tensor]:
     weights = [getattr(phi, "mlp_weights", lambda: None)() for phi in phis]
     if None not in weights:
-        return call.ops.compress_mlp_pair(*rows, call.layout.cmp_rows, *weights)
-    return _compress(phis[0], rows[0], call), _compress(phis[1], rows[1], call)
+        pair = call.ops.compress_mlp_pair(*rows, call.layout.cmp_rows, *weights)
+    else:
+        pair = _compress(phis[0], rows[0], call), _compress(phis[1], rows[1], call)
+    names = ("compress_k", "compress_v")
+    k, v = (_checked(name, y, x, call) for name, y, x in zip(names, pair, rows, strict=True))
+    return k, v
+
+
+def _checked(name: str, compressed: Tensor, rows: Tensor, call: Call) -> Tensor:
+    """What a phi returned, in the dtype of its rows. ValueError if it is not one vector for each block and head."""
+    expected = (len(call.layout.cmp_rows), *rows.shape[1:])
+    shape = tuple(compressed.shape) if isinstance(compressed, Tensor) else type(compressed).__name__
+    if shape != expected or not compressed.is_floating_point() or compressed.device != rows.device:
+        given = f"{compressed.dtype} {shape} on {compressed.device}" if isinstance(compressed, Tensor) else shape
+        raise ValueError(
+            f"{name} returned {given}, but must return a floating-point {expected} on {rows.device}: one compressed "
+            f"vector for each of the {expected[0]} blocks it was given and each kv head; return [M, Hkv, D]"
+        )
+    return compressed.to(rows.dtype)
 
 
 def _compress(phi: Compress | None, rows: Tensor, call: Call) -> Tensor:
@@ -129,6 +146,11 @@ class _Branches(torch.autograd.Function):
     def backward(ctx, grad_out: Tensor, _):
         if grad_out is None:  # nothing depends on the output
             return (None,) * 10
+        with torch.autocast(grad_out.device.type, enabled=False):
+            return _Branches._backward(ctx, grad_out)
+
+    @staticmethod
+    def _backward(ctx, grad_out: Tensor):
         call, groups = ctx.call, ctx.groups
         call.comm.enter("backward")
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, lse_win, out_win, *rest = ctx.saved_tensors
@@ -146,7 +168,7 @@ class _Branches(torch.autograd.Function):
                 dq, dk, dv = call.ops.compressed_attention_backward(
                     grad, gate[..., 0], delta[..., 0], lse_cmp, queries, k_cmp[:, group.kv_heads],
                     v_cmp[:, group.kv_heads], call.layout.cmp_begin, call.layout.cmp_end,
-                    softmax_scale=call.softmax_scale, kv_dtype=call.sum_dtype(q),
+                    softmax_scale=call.softmax_scale, kv_dtype=call.sum_dtype(q), **call.tiles,
                 )  # fmt: skip
             name = f"compressed.grad[{group.number}]"
             compressed.append(CompressedReturn(dk, dv, ctx.num_own, call.layout, call.comm, name))
@@ -168,7 +190,7 @@ def _attend_and_select(stage: Stage, q: Tensor, k: Tensor, v: Tensor, call: Call
     seen = layout.cmp_begin[rows], layout.cmp_end[rows]
     with call.comm.computing(f"cmp[{stage.number}]", "cmp"):
         out, lse = call.ops.compressed_attention(
-            queries, keys, v[:, stage.kv_heads], *seen, softmax_scale=call.softmax_scale
+            queries, keys, v[:, stage.kv_heads], *seen, softmax_scale=call.softmax_scale, **call.tiles
         )
     with call.comm.computing(f"select[{stage.number}]", "select"):
         block_indices = call.ops.select_blocks(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nsa_kernels.compress import compress_mlp as compress_mlp
     from nsa_kernels.compress import compress_mlp_pair as compress_mlp_pair
     from nsa_kernels.gates import combine as combine
+    from nsa_kernels.hopper import whole_tiles as whole_tiles
     from nsa_kernels.partials import merge as merge
     from nsa_kernels.select import select_blocks as select_blocks
     from nsa_kernels.slc_attention import selected_attention as selected_attention
@@ -45,6 +46,8 @@ __all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "whole_tiles":  # of these kernels alone: the reference has no tiles
+        return import_module(f"{__name__}.hopper").whole_tiles
     if name not in _MODULES:
         raise AttributeError(
             f"module {__name__!r} has no attribute {name!r}; its public names are {', '.join(__all__)}"

@@ -39,6 +39,7 @@ from nsa_kernels.cmp_tiles import (
 from nsa_kernels.deltas import row_deltas
 from nsa_kernels.hopper import hopper_takes
 from nsa_kernels.sizes import cdiv
+from nsa_kernels.wild import tamed, wild_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -84,16 +85,21 @@ def _forward_kernel(
         if DK_B:
             k_b = tl.reshape(k_b_desc.load([start, head, DK_A]), [BLOCK_N, DK_B])
             s = tl.dot(q_b, tl.trans(k_b), s, input_precision=PRECISION)
-        if (start < all_begun) | (start + BLOCK_N > none_ended):
-            key = start + tl.arange(0, BLOCK_N)
-            s = tl.where((key >= begin[:, None]) & (key < end[:, None]), s, float("-inf"))
         v = tl.reshape(v_desc.load([start, head, 0]), [BLOCK_N, DV])
+        key = start + tl.arange(0, BLOCK_N)
+        at_edge = (start < all_begun) | (start + BLOCK_N > none_ended)
+        if at_edge:
+            s = tl.where((key >= begin[:, None]) & (key < end[:, None]), s, float("-inf"))
 
         new_top = tl.maximum(top, tl.max(s, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top) * scale  # a row without a key yet: exp2(-inf - 0)
         p = tl.exp2(tl.fma(s, scale, -base[:, None]))
         alpha = tl.exp2(tl.fma(top, scale, -base))
         total = total * alpha + tl.sum(p, 1)
+        if at_edge:
+            seen = (key >= begin[:, None]) & (key < end[:, None])
+            p = tl.where(seen & wild_rows(v)[None, :], float("nan"), p)
+            v = tamed(v)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         top = new_top
 
@@ -135,17 +141,17 @@ def _attend(q, k, v, begin, end, out, lse, softmax_scale) -> None:
 
 class _CompressedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, begin, end, softmax_scale):
+    def forward(ctx, q, k, v, begin, end, softmax_scale, aligned):
         q, k, v = (copyable_by_tma(x) for x in (q, k, v))
         num_queries, num_q_heads, head_dim = q.shape
         out = q.new_empty(num_queries, num_q_heads, v.shape[2])
         lse = q.new_empty(num_queries, num_q_heads, dtype=torch.float32)
-        ctx.softmax_scale = softmax_scale
+        ctx.options = {"softmax_scale": softmax_scale, "aligned": aligned}
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, begin, end, out, lse)
         if k.shape[0] == 0 or num_queries == 0:
             return out.zero_(), lse.fill_(float("-inf"))
-        if hopper_takes(q, k) and head_dim == v.shape[2]:
+        if hopper_takes(q, k, aligned) and head_dim == v.shape[2]:
             hopper_forward.attend(q, k, v, begin, end, out, lse, softmax_scale)
         else:
             _attend(q, k, v, begin, end, out, lse, softmax_scale)
@@ -159,20 +165,20 @@ class _CompressedAttention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         grad_out = copyable_by_tma(grad_out)
         delta = row_deltas(out, grad_out, grad_lse)
-        grads = compressed_attention_backward(
-            grad_out, None, delta, lse, q, k, v, begin, end, softmax_scale=ctx.softmax_scale
-        )
-        return *grads, None, None, None
+        grads = compressed_attention_backward(grad_out, None, delta, lse, q, k, v, begin, end, **ctx.options)
+        return *grads, None, None, None, None
 
 
 def compressed_attention(
-    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, *, softmax_scale: float
+    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, *, softmax_scale: float, aligned: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query to the compressed blocks it may see, rows `[begin[t], end[t])` (section 3.3.1).
 
     q [T, Hq, Dk]   k [M, Hkv, Dk]   v [M, Hkv, Dv]   begin, end int32 [T], both non-decreasing
+    aligned     whether documents begin where `hopper.whole_tiles` wants them; if not, NaN of one would reach another in
+                the kernels for Hopper, which are then not used
     returns out [T, Hq, Dv] in the dtype of q, softmax_lse [T, Hq]
     raises ValueError on shapes and dtypes that do not fit together
     """
     check_attention_inputs(q, k, v, begin, end, softmax_scale)
-    return _CompressedAttention.apply(q, k, v, begin.contiguous(), end.contiguous(), softmax_scale)
+    return _CompressedAttention.apply(q, k, v, begin.contiguous(), end.contiguous(), softmax_scale, aligned)

@@ -39,12 +39,14 @@ def compressed_attention_backward(
     *,
     softmax_scale: float,
     kv_dtype: torch.dtype | None = None,
+    aligned: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gate * out, out and softmax_lse what `compressed_attention` returned for the same arguments.
 
     grad_out [T, Hq, Dv]   gate [T, Hq] or None: 1   delta fp32 [T, Hq] = rowsum(grad_out * out), of the ungated out
     softmax_lse fp32 [T, Hq]
     kv_dtype            of dk and dv, for sums that go on elsewhere; None: those of k, v
+    aligned             as `compressed_attention`
     returns dq [T, Hq, Dk], dk [M, Hkv, Dk], dv [M, Hkv, Dv]
     raises ValueError on shapes and dtypes that do not fit together
     """
@@ -56,6 +58,6 @@ def compressed_attention_backward(
     begin, end = begin.contiguous(), end.contiguous()
     statistics = row_statistics(softmax_lse, delta, gate, begin, end, k.shape[1])
     arguments = (q, k, v, begin, end, statistics, grad_out, softmax_scale)
-    if hopper_takes(q, k) and q.shape[2] == v.shape[2]:
+    if hopper_takes(q, k, aligned) and q.shape[2] == v.shape[2]:
         return hopper_grad_q.grad_q(*arguments), *hopper_grad_kv.grad_kv(*arguments, kv_dtype)
     return grad_q(*arguments), *grad_kv(*arguments, kv_dtype)

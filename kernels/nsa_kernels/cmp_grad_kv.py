@@ -14,6 +14,7 @@ from nsa_kernels.cmp_parts import num_splits, sum_parts, tile_ranges
 from nsa_kernels.cmp_statistics import load_statistics
 from nsa_kernels.cmp_tiles import dot_precision, row_offsets, split_head_dim, tile_descriptor
 from nsa_kernels.sizes import cdiv
+from nsa_kernels.wild import tamed, wild_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -78,13 +79,19 @@ def _grad_kv_kernel(
         grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         base, delta, gate = load_statistics(statistics_ptr, row_in, head, num_padded_rows, num_heads_kv)
         p = tl.exp2(tl.fma(s, scale, -base[None, :])) * gate[None, :]
+        grad_s = p * (grad_p - delta[None, :])
         if (start < full_from) | (start + BLOCK_M > tl.minimum(full_to, seen_to)):
             begin = tl.load(begin_ptr + row_in // G)[None, :]
             end = tl.load(end_ptr + row_in // G)[None, :]
-            visible = (key[:, None] >= begin) & (key[:, None] < end) & (row < seen_to)[None, :]
-            p = tl.where(visible, p, 0.0)
+            seen = (key[:, None] >= begin) & (key[:, None] < end) & (row < seen_to)[None, :]
+            p = tl.where(seen, tl.where(wild_rows(grad_out)[None, :], float("nan"), p), 0.0)
+            grad_s = tl.where(seen, grad_s, 0.0)
+            grad_out = tamed(grad_out)
+            q_a = tamed(q_a)
+            if DK_B:
+                q_b = tamed(q_b)
         grad_v = tl.dot(p.to(v.dtype), grad_out, grad_v, input_precision=PRECISION)
-        grad_s = (p * (grad_p - delta[None, :])).to(v.dtype)
+        grad_s = grad_s.to(v.dtype)
         grad_k_a = tl.dot(grad_s, q_a, grad_k_a, input_precision=PRECISION)
         if DK_B:
             grad_k_b = tl.dot(grad_s, q_b, grad_k_b, input_precision=PRECISION)

@@ -11,6 +11,7 @@ from torch import Tensor
 from nsa_kernels.cmp_statistics import load_statistics
 from nsa_kernels.cmp_tiles import dot_precision, kv_descriptors, row_offsets, split_head_dim
 from nsa_kernels.sizes import cdiv
+from nsa_kernels.wild import tamed
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -57,11 +58,15 @@ def _grad_q_kernel(
             s = tl.dot(q_b, tl.trans(k_b), s, input_precision=PRECISION)
         v = tl.reshape(v_desc.load([start, head, 0]), [BLOCK_N, DV])
         grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        p = tl.exp2(tl.fma(s, scale, -base[:, None]))
+        grad_s = p * (grad_p - delta[:, None])
         if (start < all_begun) | (start + BLOCK_N > none_ended):
             key = start + tl.arange(0, BLOCK_N)
-            s = tl.where((key >= begin[:, None]) & (key < end[:, None]), s, float("-inf"))
-        p = tl.exp2(tl.fma(s, scale, -base[:, None]))
-        grad_s = (p * (grad_p - delta[:, None])).to(k_a.dtype)
+            grad_s = tl.where((key >= begin[:, None]) & (key < end[:, None]), grad_s, 0.0)
+            k_a = tamed(k_a)
+            if DK_B:
+                k_b = tamed(k_b)
+        grad_s = grad_s.to(k_a.dtype)
         grad_q_a = tl.dot(grad_s, k_a, grad_q_a, input_precision=PRECISION)
         if DK_B:
             grad_q_b = tl.dot(grad_s, k_b, grad_q_b, input_precision=PRECISION)

@@ -351,7 +351,8 @@ def mlp_backward(
         D=head_dim, BLOCK_F=min(block_f, 64), BLOCK_D=block_d, **tile,
     )  # fmt: skip
     hiddens = hidden.transpose(1, 2).split(num_heads)
-    grad_w2s = [torch.bmm(h, grad_y.transpose(0, 1)) for h, grad_y in zip(hiddens, grad_ys, strict=True)]
+    with torch.autocast(x.device.type, enabled=False):  # which would make products of fp32 bf16
+        grad_w2s = [torch.bmm(h, grad_y.transpose(0, 1)) for h, grad_y in zip(hiddens, grad_ys, strict=True)]
     grad_w1 = x.new_empty(len(xs), *w1s[0].shape)
     grad_pos_emb = x.new_empty(len(xs), *pos_embs[0].shape)
     _grad_w1_kernel[(block_len * head_dim // block_d, cdiv(width, block_f), num_slots)](

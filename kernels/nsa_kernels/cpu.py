@@ -12,7 +12,7 @@ Measured    64 queries, 4 heads, 1280 keys, D = 32, fp32, forward and backward, 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,7 +29,16 @@ from nsa_kernels.reference import (
     select_blocks,
     sum_branches,
 )
-from nsa_kernels.reference_chunks import MAX_SCORES, compute_dtype
+from nsa_kernels.reference_chunks import (
+    Chunk,
+    add_at,
+    apart,
+    compute_dtype,
+    head_pages,
+    interval_chunks,
+    selected_chunks,
+    wide_zeros,
+)
 
 __all__ = [
     "combine",
@@ -47,14 +56,6 @@ __all__ = [
     "window_attention",
     "window_attention_backward",
 ]
-
-
-class Chunk(NamedTuple):
-    """Consecutive queries, the rows (or pages) of the keys they may see, and which of them each one sees."""
-
-    rows: slice
-    keys: slice | Tensor
-    visible: Callable[[], Tensor]  # -> bool [C, K]; not kept, for a long sequence's would be large
 
 
 # --- Public functions -------------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ def selected_attention(
     group = q.shape[1] // k.shape[1]
     parts = []
     for head in range(k.shape[1]):
-        pages = _head_pages(head, k, v, k_remote, v_remote, slc_block_len)
+        pages = head_pages(head, k, v, k_remote, v_remote)
         chunks = selected_chunks(block_indices[:, head], block_table[head], position, slc_block_len, group)
         queries = q[:, head * group : (head + 1) * group]
         parts.append(_ChunkedAttention.apply(queries, *pages, chunks, softmax_scale))
@@ -136,80 +137,22 @@ def selected_attention_backward(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Arguments and results as `reference.selected_attention_backward`."""
-    group, num_local = q.shape[1] // k.shape[1], k.shape[0] // slc_block_len
+    group = q.shape[1] // k.shape[1]
     upstream = Upstream.of(grad_out, gate, delta, softmax_lse)
-    compute = compute_dtype(q)
-    dq, dk, dv = (torch.zeros_like(x, dtype=compute) for x in (q, k, v))
-    dk_remote, dv_remote = (None if x is None else torch.zeros_like(x, dtype=compute) for x in (k_remote, v_remote))
+    dq, dk, dv = (wide_zeros(x) for x in (q, k, v))
+    dk_remote, dv_remote = (None if x is None else wide_zeros(x) for x in (k_remote, v_remote))
     for head in range(k.shape[1]):
         heads = slice(head * group, (head + 1) * group)
-        pages = _head_pages(head, k, v, k_remote, v_remote, slc_block_len)
+        pages = head_pages(head, k, v, k_remote, v_remote)
         chunks = selected_chunks(block_indices[:, head], block_table[head], position, slc_block_len, group)
         grads = attention_backward(upstream.of_heads(heads), q[:, heads], *pages, chunks, softmax_scale)
         dq[:, heads] = grads[0]
         for local, remote, grad in zip((dk, dv), (dk_remote, dv_remote), grads[1:], strict=True):
-            local[:, head] = grad[:num_local].flatten(0, 1).squeeze(1)
+            local[:, head] = grad[: len(k), 0]
             if remote is not None:
-                remote += grad[num_local:].squeeze(2)
+                remote += grad[len(k) :, 0].unflatten(0, remote.shape[:2])
     pairs = ((dq, q), (dk, k), (dv, v), (dk_remote, k_remote), (dv_remote, v_remote))
     return tuple(None if g is None or x is None else g.to(dtype or x.dtype) for g, x in pairs)
-
-
-# --- Chunks of queries ------------------------------------------------------------------------------------------
-
-
-def interval_chunks(begin: Tensor, end: Tensor, num_q_heads: int) -> list[Chunk]:
-    """Chunks of queries that see rows `[begin[t], end[t])` each, both non-decreasing; left out where none see any."""
-    lo, hi = begin.tolist(), end.tolist()
-    chunks, start = [], 0
-    while start < len(lo):
-        stop = min(start + 128, len(lo))
-        while stop - start > 1 and (stop - start) * (hi[stop - 1] - lo[start]) * num_q_heads > MAX_SCORES:
-            stop = start + (stop - start) // 2
-        rows, keys = slice(start, stop), slice(min(lo[start:stop]), max(hi[start:stop]))
-        if keys.stop > keys.start:
-
-            def visible(rows: slice = rows, keys: slice = keys) -> Tensor:
-                row = torch.arange(keys.start, keys.stop, device=begin.device)
-                return (row >= begin[rows, None]) & (row < end[rows, None])
-
-            chunks.append(Chunk(rows, keys, visible))
-        start = stop
-    return chunks
-
-
-def selected_chunks(
-    block_indices: Tensor, block_table: Tensor, position: Tensor, block_len: int, group: int
-) -> list[Chunk]:
-    """One key-value head: block_indices [T, n], block_table [num_blocks]. A chunk reads its blocks' union once."""
-    step = 64
-    while step > 1 and step * step * block_indices.shape[1] * block_len * group > MAX_SCORES:
-        step //= 2
-    token = torch.arange(block_len, device=position.device)
-    chunks = []
-    for start in range(0, len(block_indices), step):
-        rows = slice(start, min(start + step, len(block_indices)))
-        union = block_indices[rows].unique()
-        union = union[union >= 0].long()  # [U] global block ids
-        if len(union):
-
-            def visible(rows: slice = rows, union: Tensor = union) -> Tensor:
-                chosen = (block_indices[rows, :, None] == union).any(1)  # [C, U]
-                causal = union[:, None] * block_len + token <= position[rows, None, None]  # [C, U, l']
-                return (chosen[..., None] & causal).flatten(1)
-
-            chunks.append(Chunk(rows, block_table[union].long(), visible))
-    return chunks
-
-
-def _head_pages(
-    head: int, k: Tensor, v: Tensor, k_remote: Tensor | None, v_remote: Tensor | None, block_len: int
-) -> tuple[Tensor, Tensor]:
-    """One head's local pages, then all remote ones: [pages, l', 1, Dk], [pages, l', 1, Dv]."""
-    pages_k, pages_v = (x[:, head : head + 1].contiguous().unflatten(0, (-1, block_len)) for x in (k, v))
-    if k_remote is None or v_remote is None:
-        return pages_k, pages_v
-    return torch.cat([pages_k, k_remote[:, :, None]]), torch.cat([pages_v, v_remote[:, :, None]])
 
 
 # --- Attention chunk by chunk -----------------------------------------------------------------------------------
@@ -237,16 +180,16 @@ class Upstream(NamedTuple):
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """q [T, Hq, Dk]; k, v rows [R, H, D] or pages [pages, l', H, D]; every chunk's softmax(q k^T) v."""
+    """q [T, Hq, Dk]; k, v rows [R, H, D]; every chunk's softmax(q k^T) v."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[Chunk], softmax_scale: float):
         ctx.chunks, ctx.softmax_scale = chunks, softmax_scale
         out = q.new_zeros(*q.shape[:2], v.shape[-1])
         lse = torch.full(q.shape[:2], -math.inf, dtype=compute_dtype(q), device=q.device)
-        for rows, keys, visible in chunks:
+        for rows, keys, visible in apart(chunks, [q], [k, v]):
             see = visible()
-            queries, (keys_, values) = _grouped(q[rows], k.shape[-2]), _heads_first(k, v, keys)
+            queries, (keys_, values) = _grouped(q[rows], k.shape[1]), _heads_first(k, v, keys)
             seen = see.any(1)[:, None]
             # A row without keys would be 0/0: let it see all, and drop what it saw.
             mask = _additive(see | ~seen, queries, len(seen))
@@ -269,22 +212,20 @@ def attention_backward(
     upstream: Upstream, q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[Chunk], softmax_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in fp32 or better."""
-    dq, dk, dv = (torch.zeros_like(x, dtype=compute_dtype(q)) for x in (q, k, v))
-    for rows, keys, visible in chunks:
+    dq, dk, dv = (wide_zeros(x) for x in (q, k, v))
+    num_kv_heads = k.shape[1]
+    lse = upstream.softmax_lse
+    lse = lse.masked_fill(lse == -math.inf, 0.0)  # a row without keys: exp(-inf - 0) is the 0 it should be
+    for rows, keys, visible in apart(chunks, [q, upstream.grad_out, upstream.out, lse], [k, v]):
         see = visible()
-        queries, grad_out, out = (_grouped(x[rows], k.shape[-2]) for x in (q, upstream.grad_out, upstream.out))
+        queries, grad_out, out = (_grouped(x[rows], num_kv_heads) for x in (q, upstream.grad_out, upstream.out))
         keys_, values = _heads_first(k, v, keys)
-        lse = _grouped(upstream.softmax_lse[rows, :, None], k.shape[-2])[..., 0]
-        lse = lse.masked_fill(lse == -math.inf, 0.0)  # a row without keys: exp(-inf - 0) is the 0 it should be
+        rows_lse = _grouped(lse[rows, :, None], num_kv_heads)[..., 0]
         mask = _additive(see, queries, len(see))
-        grads = _aten_backward(grad_out, queries, keys_, values, out, lse, mask, softmax_scale)
+        grads = _aten_backward(grad_out, queries, keys_, values, out, rows_lse, mask, softmax_scale)
         dq[rows] = _ungrouped(grads[0], len(see))
-        for total, grad in ((dk, grads[1]), (dv, grads[2])):
-            grad = grad[0].transpose(0, 1)  # [K, H, D]
-            if isinstance(keys, slice):
-                total[keys] += grad
-            else:
-                total.index_add_(0, keys, grad.unflatten(0, (len(keys), -1)))
+        add_at(dk, keys, grads[1][0].transpose(0, 1))  # [K, H, D]
+        add_at(dv, keys, grads[2][0].transpose(0, 1))
     return dq, dk, dv
 
 
@@ -302,9 +243,9 @@ def _ungrouped(x: Tensor, num_rows: int) -> Tensor:
 
 
 def _heads_first(k: Tensor, v: Tensor, keys: slice | Tensor) -> list[Tensor]:
-    """Those of the rows [R, H, D] or pages [pages, l', H, D] -> [1, H, K, D]"""
+    """Those of the rows [R, H, D] -> [1, H, K, D]"""
     chosen = [x[keys] if isinstance(keys, slice) else x.index_select(0, keys) for x in (k, v)]
-    return [x.to(compute_dtype(x)).reshape(-1, *x.shape[-2:]).transpose(0, 1)[None] for x in chosen]
+    return [x.to(compute_dtype(x)).transpose(0, 1)[None] for x in chosen]
 
 
 def _additive(visible: Tensor, queries: Tensor, num_rows: int) -> Tensor:
@@ -317,7 +258,7 @@ def _aten_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -
     """[1, H, C * G, D] each -> out, softmax_lse [1, H, C * G]."""
     dim = max(q.shape[-1], v.shape[-1])
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *(_widened(x, dim) for x in (q, k, v)), 0.0, False, attn_mask=mask, scale=scale
+        *(_operand(x, dim) for x in (q, k, v)), 0.0, False, attn_mask=mask, scale=scale
     )
     return out[..., : v.shape[-1]], lse
 
@@ -327,13 +268,19 @@ def _aten_backward(
 ) -> list[Tensor]:
     """dq, dk, dv of `_aten_forward`."""
     dim = max(q.shape[-1], v.shape[-1])
-    wide = [_widened(x, dim) for x in (grad_out, q, k, v, out)]
+    wide = [_operand(x, dim) for x in (grad_out, q, k, v, out)]
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *wide, lse, 0.0, False, attn_mask=mask, scale=scale
+        *wide, lse.contiguous(), 0.0, False, attn_mask=mask, scale=scale
     )
     return [grad[..., : x.shape[-1]] for grad, x in zip(grads, (q, k, v), strict=True)]
 
 
-def _widened(x: Tensor, dim: int) -> Tensor:
-    """ATen wants one head dim for q, k and v; zeros change neither scores nor sums."""
-    return x if x.shape[-1] == dim else torch.nn.functional.pad(x, (0, dim - x.shape[-1]))
+def _operand(x: Tensor, dim: int) -> Tensor:
+    """`x` as ATen reads it, which is unchecked here: rows of `dim` neighbouring numbers that do not overlap.
+
+    It wants one head dim for q, k and v; zeros change neither scores nor sums.
+    """
+    if x.shape[-1] < dim:
+        return torch.nn.functional.pad(x, (0, dim - x.shape[-1]))
+    fits = x.stride(-1) == 1 and x.stride(-2) >= dim
+    return x if fits else x.clone(memory_format=torch.contiguous_format)

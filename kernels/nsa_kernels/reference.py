@@ -14,18 +14,27 @@ Numerics    bf16 and fp16 are computed in fp32 and rounded once, to the dtype of
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nsa_kernels.reference_backward import (
     compressed_attention_backward,
     selected_attention_backward,
     window_attention_backward,
 )
-from nsa_kernels.reference_chunks import QueryChunks, compute_dtype, head_pages, interval_attention, interval_chunks
-from nsa_kernels.reference_chunks import selected_attention as selected_chunks
+from nsa_kernels.reference_chunks import (
+    QueryChunks,
+    compute_dtype,
+    head_pages,
+    interval_chunks,
+    interval_spans,
+    outside_autocast,
+    selected_chunks,
+)
 
 __all__ = [
     "combine",
@@ -69,12 +78,37 @@ def compress_mlp(x: Tensor, block_rows: Tensor, pos_emb: Tensor, w1: Tensor, w2:
     pos_emb     [Hkv, l, D]         w1 [Hkv, l * D, F]        w2 [Hkv, F, D]
     returns     [M, Hkv, D]         dtype of x
     """
+    return _Recomputed.apply(_mlp, x, block_rows, pos_emb, w1, w2)
+
+
+def _mlp(x: Tensor, block_rows: Tensor, pos_emb: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     block_len = pos_emb.shape[1]
     dtype = compute_dtype(x)
     blocks = gather_blocks(x, block_rows, block_len).to(dtype)  # [M, l, Hkv, D]
     flat = (blocks.transpose(1, 2) + pos_emb.to(dtype)).flatten(2)  # [M, Hkv, l * D]
     hidden = F.gelu(torch.bmm(flat.transpose(0, 1), w1.to(dtype)), approximate="tanh")  # [Hkv, M, F]
     return torch.bmm(hidden, w2.to(dtype)).transpose(0, 1).to(x.dtype)
+
+
+class _Recomputed(torch.autograd.Function):
+    """A function of tensors that backward runs again: its products stay fp32 or better under autocast, both times."""
+
+    @staticmethod
+    def forward(ctx, function: Callable[..., Tensor], *tensors: Tensor):
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        with outside_autocast(tensors[0]):
+            return function(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        wanted = ctx.needs_input_grad[1:]
+        with outside_autocast(grad), torch.enable_grad():
+            inputs = [x.detach().requires_grad_(w) for x, w in zip(ctx.saved_tensors, wanted, strict=True)]
+            y = ctx.function(*inputs)
+            grads = iter(torch.autograd.grad(y, [x for x in inputs if x.requires_grad], grad))
+        return None, *(next(grads) if w else None for w in wanted)
 
 
 def compress_mlp_pair(
@@ -110,7 +144,7 @@ def window_attention(
 
 def _interval_attention(q, k, v, begin, end, softmax_scale):
     _check_heads(q, k, v)
-    return QueryChunks.apply(*interval_attention(begin, end, q.shape[1], softmax_scale), q, k, v)
+    return QueryChunks.apply(interval_chunks(begin, end, q.shape[1]), softmax_scale, q, k, v)
 
 
 # --- Importance and selection (section 3.3.2, eq. 8 to 12) ------------------------------------------------------
@@ -159,7 +193,7 @@ def select_blocks(
     own_block = torch.div(position - doc_start, slc_block_len, rounding_mode="floor").long()  # [T], < 0 for padding
     first_block = torch.div(doc_start, slc_block_len, rounding_mode="floor").long()
     weights = overlap_weights(cmp_block_len, cmp_stride, slc_block_len)
-    for rows, keys in interval_chunks(cmp_begin, cmp_end, num_q_heads):
+    for rows, keys in interval_spans(cmp_begin, cmp_end, num_q_heads):
         own = own_block[rows, None]  # [C, 1]
         num_blocks = int(own.max()) + 1
         if num_blocks <= 0:
@@ -202,7 +236,8 @@ def _group_probabilities(q, k_cmp, lse_cmp, begin, end, softmax_scale):
     row = torch.arange(k_cmp.shape[0], device=q.device)
     visible = (row >= begin[:, None]) & (row < end[:, None])  # [C, K]
     grouped = q.to(dtype).unflatten(1, (num_kv_heads, num_q_heads // num_kv_heads))  # [C, Hkv, G, Dk]
-    scores = torch.einsum("chgd,khd->chgk", grouped, k_cmp.to(dtype)) * softmax_scale
+    with outside_autocast(q):
+        scores = torch.einsum("chgd,khd->chgk", grouped, k_cmp.to(dtype)) * softmax_scale
     lse = lse_cmp.to(dtype).unflatten(1, grouped.shape[1:3])[..., None]
     p = torch.exp(scores - lse).masked_fill(~visible[:, None, None], 0)
     return p.sum(2)
@@ -239,11 +274,9 @@ def selected_attention(
     outs, lses = [], []
     for head in range(k.shape[1]):
         heads = slice(head * group, (head + 1) * group)
-        pages = head_pages(head, k, v, k_remote, v_remote, slc_block_len)
-        attend, chunks = selected_chunks(
-            block_indices[:, head].long(), block_table[head].long(), position, slc_block_len, group, softmax_scale
-        )
-        out, lse = QueryChunks.apply(attend, chunks, q[:, heads], *pages)
+        pages = head_pages(head, k, v, k_remote, v_remote)
+        chunks = selected_chunks(block_indices[:, head], block_table[head], position, slc_block_len, group)
+        out, lse = QueryChunks.apply(chunks, softmax_scale, q[:, heads], *pages)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 1), torch.cat(lses, 1)

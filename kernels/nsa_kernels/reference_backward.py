@@ -21,8 +21,9 @@ from nsa_kernels.reference_chunks import (
     chunk_gradients,
     compute_dtype,
     head_pages,
-    interval_attention,
-    selected_attention,
+    interval_chunks,
+    selected_chunks,
+    wide_zeros,
 )
 
 
@@ -45,9 +46,9 @@ def compressed_attention_backward(
 
     kv_dtype    of dk and dv; None: those of k and v
     """
-    upstream = _upstream(grad_out, gate, delta, softmax_lse)
-    attend, chunks = interval_attention(begin, end, q.shape[1], softmax_scale)
-    dq, dk, dv = chunk_gradients(attend, chunks, upstream, q, k, v)
+    upstream, of_rows = _upstream(grad_out, gate, delta, softmax_lse)
+    chunks = interval_chunks(begin, end, q.shape[1])
+    dq, dk, dv = chunk_gradients(chunks, softmax_scale, upstream, [q, *of_rows], q, k, v)
     return dq.to(q.dtype), dk.to(kv_dtype or k.dtype), dv.to(kv_dtype or v.dtype)
 
 
@@ -98,31 +99,31 @@ def selected_attention_backward(
 
     dtype       of all five; None: those of their tensors
     """
-    compute = compute_dtype(q)
-    group, num_local = q.shape[1] // k.shape[1], k.shape[0] // slc_block_len
-    dq, dk, dv = (torch.zeros_like(x, dtype=compute) for x in (q, k, v))
-    dk_remote, dv_remote = (None if x is None else torch.zeros_like(x, dtype=compute) for x in (k_remote, v_remote))
+    group = q.shape[1] // k.shape[1]
+    dq, dk, dv = (wide_zeros(x) for x in (q, k, v))
+    dk_remote, dv_remote = (None if x is None else wide_zeros(x) for x in (k_remote, v_remote))
     for head in range(k.shape[1]):
         heads = slice(head * group, (head + 1) * group)
         gate_column = None if gate is None else gate[:, heads]
-        upstream = _upstream(grad_out[:, heads], gate_column, delta[:, heads], softmax_lse[:, heads])
-        pages = head_pages(head, k, v, k_remote, v_remote, slc_block_len)
-        attend, chunks = selected_attention(
-            block_indices[:, head].long(), block_table[head].long(), position, slc_block_len, group, softmax_scale
+        upstream, of_rows = _upstream(grad_out[:, heads], gate_column, delta[:, heads], softmax_lse[:, heads])
+        pages = head_pages(head, k, v, k_remote, v_remote)
+        chunks = selected_chunks(block_indices[:, head], block_table[head], position, slc_block_len, group)
+        queries = q[:, heads]
+        dq[:, heads], *page_grads = chunk_gradients(
+            chunks, softmax_scale, upstream, [queries, *of_rows], queries, *pages
         )
-        dq[:, heads], *page_grads = chunk_gradients(attend, chunks, upstream, q[:, heads], *pages)
         for local, remote, grad in zip((dk, dv), (dk_remote, dv_remote), page_grads, strict=True):
-            local[:, head] = grad[:num_local].flatten(0, 1)
+            local[:, head] = grad[: len(k), 0]
             if remote is not None:
-                remote += grad[num_local:]
+                remote += grad[len(k) :, 0].unflatten(0, remote.shape[:2])
     pairs = ((dq, q), (dk, k), (dv, v), (dk_remote, k_remote), (dv_remote, v_remote))
     return tuple(None if g is None or x is None else g.to(dtype or x.dtype) for g, x in pairs)
 
 
 def _upstream(
     grad_out: Tensor, gate: Tensor | None, delta: Tensor, softmax_lse: Tensor
-) -> Callable[..., list[Tensor | None]]:
-    """(rows, out_r, lse_r) -> the gradients of a part's out_r and lse_r: see the head of this file."""
+) -> tuple[Callable[..., list[Tensor | None]], list[Tensor]]:
+    """(rows, out_r, lse_r) -> gradients of a part's out_r and lse_r, see the head of this file; and what is in them."""
     dtype = compute_dtype(grad_out)
 
     def upstream(rows: slice, part: Tensor, part_lse: Tensor) -> list[Tensor | None]:
@@ -134,4 +135,5 @@ def _upstream(
         grad_lse = weight * ((upstream_out * part.to(dtype)).sum(-1) - delta[rows])
         return [(weight[..., None] * upstream_out).to(part.dtype), grad_lse]
 
-    return upstream
+    lse = softmax_lse.masked_fill(softmax_lse == -torch.inf, 0)  # of rows without keys, which is no wild number
+    return upstream, [grad_out, delta, lse, *([] if gate is None else [gate])]

@@ -19,6 +19,8 @@ Memory      `slc_tiles.WORKSPACE_BYTES` beside inputs and outputs, whatever T is
 Reference   nsa_kernels.reference.selected_attention
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -50,9 +52,12 @@ def selected_attention(
     """Attention of every query to the tokens of its selected blocks, causal inside its own block: (out, softmax_lse).
 
     Shapes are at the head of this file. `workspace_bytes` bounds what is held beside inputs and outputs.
-    Raises ValueError for shapes, dtypes or strides it cannot take.
+    Raises ValueError for shapes or dtypes it cannot take. Tensors whose last stride is not 1 are copied.
     """
     check_inputs(q, k, v, block_indices, block_table, position, slc_block_len, softmax_scale, k_remote, v_remote)
+    q, k, v, k_remote, v_remote, block_table, position = _with_unit_stride(
+        q, k, v, k_remote, v_remote, block_table, position
+    )
     return _SelectedAttention.apply(
         q, k, v, k_remote, v_remote, block_indices, block_table, position,
         slc_block_len, softmax_scale, workspace_bytes,
@@ -91,10 +96,18 @@ def selected_attention_backward(
     remote pages).
     """
     check_inputs(q, k, v, block_indices, block_table, position, slc_block_len, softmax_scale, k_remote, v_remote)
+    q, k, v, k_remote, v_remote, block_table, position = _with_unit_stride(
+        q, k, v, k_remote, v_remote, block_table, position
+    )
     return _gradients(
         grad_out, gate, delta, softmax_lse, q, k, v, k_remote, v_remote, block_indices, block_table, position,
         slc_block_len, softmax_scale, workspace_bytes, dtype,
     )  # fmt: skip
+
+
+def _with_unit_stride(*tensors: Tensor | None) -> list[Any]:
+    """Each as the kernels read it, row by row; copied if its last stride is not 1."""
+    return [None if x is None else unit_stride(x) for x in tensors]
 
 
 class _SelectedAttention(torch.autograd.Function):

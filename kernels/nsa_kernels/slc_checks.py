@@ -45,12 +45,6 @@ def check_inputs(
     _check_remote(q, v, slc_block_len, k_remote, v_remote)
     _check_width("Dk", q.shape[2], two=True)
     _check_width("Dv", v.shape[2], two=False)
-    for name, x in (("q", q), ("k", k), ("v", v), ("k_remote", k_remote), ("v_remote", v_remote)):
-        if x is not None and x.stride(2) != 1:
-            raise ValueError(
-                f"{name} has strides {tuple(x.stride())}: its last dim must have stride 1, because rows are read as "
-                f"vectors; pass {name}.contiguous()"
-            )
 
 
 def _check_selection(q: Tensor, k: Tensor, block_indices: Tensor, block_table: Tensor, position: Tensor) -> None:

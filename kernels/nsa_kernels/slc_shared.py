@@ -145,8 +145,10 @@ def attend_shared_and_sum(
     """Fill out and lse for the chunk, given the parts of its gathered entries."""
     num_heads, num_queries, num_slots, group, head_dim_v = part.shape
     tiles = forward_tiles(group, q.shape[2], head_dim_v)
+    # Not more queries than a block has tokens: a tile then holds one document, and NaN in it reaches no other.
+    shared_rows = max(16, min(tiles.shared_rows, next_power_of_2(group) * slc_block_len))
     dk0, dk1 = split_width(q.shape[2])
-    _shared_kernel[(cdiv(num_queries, tiles.shared_rows // group), num_heads)](
+    _shared_kernel[(cdiv(num_queries, shared_rows // group), num_heads)](
         q, k, v, k_remote, v_remote, block_table, block_indices, position,
         part, scale, part_lse, lse,
         scale_log2, num_queries, head_start, k.shape[0] // slc_block_len, block_table.stride(0),
@@ -154,6 +156,6 @@ def attend_shared_and_sum(
         SLOTS=num_slots, SLOTS_P2=next_power_of_2(num_slots), GROUP=group, DK0=dk0, DK1=dk1, DV=head_dim_v,
         BLOCK_LEN=slc_block_len, HAS_REMOTE=k_remote is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        BLOCK_M=tiles.shared_rows, num_warps=tiles.shared_warps, maxnreg=tiles.shared_registers,
+        BLOCK_M=shared_rows, num_warps=tiles.shared_warps, maxnreg=tiles.shared_registers,
     )  # fmt: skip
     sum_parts(part, scale, out, head_start, rows=tiles.sum_rows, stages=tiles.sum_stages)

@@ -105,7 +105,7 @@ def hopper_takes(
         and slc_block_len == 64
         and q.shape[1] // k.shape[1] in (8, 16, 32, 64)
         and block_indices.shape[2] <= 32
-        and all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 for x in copied)
+        and all(x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in x.stride()[:2]) for x in copied)
     )
 
 

@@ -32,6 +32,7 @@ from nsa_kernels.hopper import hopper_takes
 from nsa_kernels.intervals import unseen_tiles
 from nsa_kernels.rows import token_head_strides, unit_stride
 from nsa_kernels.sizes import cdiv
+from nsa_kernels.wild import tamed, wild_rows
 from nsa_kernels.win_backward import window_gradients
 from nsa_kernels.win_tiles import KEY_TILE, kernel_dims, split_head_dim, window_tiles
 
@@ -95,7 +96,6 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_M, DV], tl.float32)
     for start in range(low // BLOCK_N * BLOCK_N, high, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        # Rows that no query of the tile sees may hold anything, NaN included: 0 * NaN must not reach acc.
         seen = (key >= low) & (key < high)
         k_rows = k_head + key.to(tl.int64) * stride_kr
         k = tl.load(k_rows[:, None] + dk[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, DK]
@@ -103,7 +103,8 @@ def _forward_kernel(
         if DK_TAIL > 0:
             k_tail = tl.load(k_rows[:, None] + dk_tail[None, :], mask=seen[:, None], other=0.0)
             s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision=PRECISION)
-        if (start < low_last) | (start + BLOCK_N > high_first):
+        at_edge = (start < low_last) | (start + BLOCK_N > high_first)
+        if at_edge:
             visible = (key[None, :] >= row_begin[:, None]) & (key[None, :] < row_end[:, None])
             s = tl.where(visible, s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)
@@ -114,6 +115,10 @@ def _forward_kernel(
         row_max = new_max
         v_rows = v_head + key.to(tl.int64) * stride_vr
         v = tl.load(v_rows[:, None] + dv[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, DV]
+        if at_edge:
+            visible = (key[None, :] >= row_begin[:, None]) & (key[None, :] < row_end[:, None])
+            p = tl.where(visible & wild_rows(v)[None, :], float("nan"), p)
+            v = tamed(v)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
 
     out = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
@@ -125,17 +130,17 @@ def _forward_kernel(
 
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, begin, end, softmax_scale):
+    def forward(ctx, q, k, v, begin, end, softmax_scale, aligned):
         q, k, v = (copyable_by_tma(t) for t in (q, k, v))
         out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        if q.numel() and k.numel() and hopper_takes(q, k) and q.shape[2] == v.shape[2]:
+        if q.numel() and k.numel() and hopper_takes(q, k, aligned) and q.shape[2] == v.shape[2]:
             unseen = unseen_tiles(begin, end, k.shape[0], KEY_TILE)
             hopper_forward.attend(q, k, v, begin, end, out, lse, softmax_scale, key_tile=KEY_TILE, unseen=unseen)
         elif q.numel():
             _launch_forward(q, k, v, begin, end, out, lse, softmax_scale)
         ctx.save_for_backward(q, k, v, begin, end, out, lse)
-        ctx.softmax_scale = softmax_scale
+        ctx.options = {"softmax_scale": softmax_scale, "aligned": aligned}
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -145,7 +150,7 @@ class _WindowAttention(torch.autograd.Function):
         q, k, v, begin, end, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else unit_stride(grad_out)
         delta = row_deltas(out, grad_out, grad_lse)
-        return *window_gradients(grad_out, None, delta, lse, q, k, v, begin, end, ctx.softmax_scale), None, None, None
+        return *window_gradients(grad_out, None, delta, lse, q, k, v, begin, end, **ctx.options), *[None] * 4
 
 
 def _launch_forward(
@@ -171,15 +176,15 @@ def _launch_forward(
 
 
 def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, *, softmax_scale: float
+    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, *, softmax_scale: float, aligned: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query to its window, rows `[begin[t], end[t])` of k and v: (out, softmax_lse).
 
-    Shapes, dtypes and numerics: the docstring of this file. Raises ValueError on shapes that do not fit, on head dims
-    that no tile covers, and on a softmax_scale that is not positive.
+    Shapes, dtypes and numerics: the docstring of this file; `aligned` as in `compressed_attention`. Raises ValueError
+    on shapes that do not fit, on head dims that no tile covers, and on a softmax_scale that is not positive.
     """
     _check(q, k, v, begin, end, softmax_scale)
-    return _WindowAttention.apply(q, k, v, begin, end, softmax_scale)
+    return _WindowAttention.apply(q, k, v, begin.contiguous(), end.contiguous(), softmax_scale, aligned)
 
 
 def window_attention_backward(
@@ -195,6 +200,7 @@ def window_attention_backward(
     *,
     softmax_scale: float,
     kv_dtype: torch.dtype | None = None,
+    aligned: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `gate * window_attention(q, k, v, begin, end)`, in the dtypes of q, k, v.
 
@@ -203,12 +209,16 @@ def window_attention_backward(
     delta       fp32 [T, Hq]    rowsum(grad_out * out), of `out` without its gate
     softmax_lse fp32 [T, Hq]    as `window_attention` returned it; these four of any strides
     kv_dtype                    of dk and dv instead, for sums that go on elsewhere
+    aligned                     as `compressed_attention`
 
     Raises ValueError as `window_attention`, and on shapes and dtypes of these four that do not fit.
     """
     _check(q, k, v, begin, end, softmax_scale)
     _check_upstream(grad_out, gate, delta, softmax_lse, q, v)
-    return window_gradients(grad_out, gate, delta, softmax_lse, q, k, v, begin, end, softmax_scale, kv_dtype)
+    begin, end = begin.contiguous(), end.contiguous()
+    return window_gradients(
+        grad_out, gate, delta, softmax_lse, q, k, v, begin, end, softmax_scale, kv_dtype, aligned=aligned
+    )
 
 
 def _check_upstream(
@@ -245,10 +255,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, softmax_
             f"because the tensor cores take one; cast them, or use nsa_kernels.reference for fp64"
         )
     for name, bound in (("begin", begin), ("end", end)):
-        if bound.shape != q.shape[:1] or bound.dtype != torch.int32 or not bound.is_contiguous():
+        if bound.shape != q.shape[:1] or bound.dtype != torch.int32:
             raise ValueError(
-                f"{name} is {bound.dtype} {tuple(bound.shape)} with strides {bound.stride()}: the kernel reads one "
-                f"int32 per query, contiguous, [{q.shape[0]}]; use {name}.to(torch.int32).contiguous()"
+                f"{name} is {bound.dtype} {tuple(bound.shape)}: the kernel reads one int32 per query, "
+                f"[{q.shape[0]}]; use {name}.to(torch.int32)"
             )
     main, tail = split_head_dim(q.shape[2])
     for name, dim, fits in (

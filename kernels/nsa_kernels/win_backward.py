@@ -26,6 +26,7 @@ from nsa_kernels.cmp_tiles import copyable_by_tma
 from nsa_kernels.hopper import hopper_takes
 from nsa_kernels.rows import token_head_strides
 from nsa_kernels.sizes import cdiv
+from nsa_kernels.wild import tamed
 from nsa_kernels.win_tiles import kernel_dims, window_tiles
 
 
@@ -104,10 +105,14 @@ def _queries_kernel(
         v = tl.load(v_rows[:, None] + dim_v[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, DV]
         dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         p = tl.exp2(s * scale_log2 - base[:, None])
+        ds = p * (dp - delta[:, None])
         if (start < low_last) | (start + BLOCK_N > high_first):
             visible = (key[None, :] >= row_begin[:, None]) & (key[None, :] < row_end[:, None])
-            p = tl.where(visible, p, 0.0)
-        ds = (p * (dp - delta[:, None])).to(k.dtype)
+            ds = tl.where(visible, ds, 0.0)
+            k = tamed(k)
+            if DK_TAIL > 0:
+                k_tail = tamed(k_tail)
+        ds = ds.to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         if DK_TAIL > 0:
             dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision=PRECISION)
@@ -133,6 +138,8 @@ def window_gradients(
     end: Tensor,
     softmax_scale: float,
     kv_dtype: torch.dtype | None = None,
+    *,
+    aligned: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtypes of q, k, v; dk and dv in `kv_dtype` if it is given."""
     if not q.numel() or not k.numel():
@@ -141,7 +148,7 @@ def window_gradients(
     q, k, v, grad_out = (copyable_by_tma(t) for t in (q, k, v, grad_out))
     statistics = row_statistics(lse, delta, gate, begin, end, k.shape[1])
     arguments = (q, k, v, begin, end, statistics, grad_out, softmax_scale)
-    on_hopper = hopper_takes(q, k) and q.shape[2] == v.shape[2]
+    on_hopper = hopper_takes(q, k, aligned) and q.shape[2] == v.shape[2]
     return _grad_q(*arguments), *(hopper_grad_kv if on_hopper else cmp_grad_kv).grad_kv(*arguments, kv_dtype)
 
 

@@ -1,6 +1,6 @@
 """What all parts of one call of `nsa_attention` on one rank have in common, and how its work is cut into stages."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from types import ModuleType
 
@@ -23,6 +23,7 @@ class Call:
     ops: ModuleType
     fetch: FetchOptions
     softmax_scale: float
+    tiles: dict[str, bool] = field(default_factory=dict)  # options of the attention of intervals, cmp and win
 
     def sum_dtype(self, x: Tensor) -> torch.dtype | None:
         """Of gradients to which those of other ranks or rounds are added: fp32 or better. One rank: None, as x."""
@@ -59,7 +60,8 @@ def forward_stages(groups: list[Stage], num_kv_heads: int, call: Call) -> list[S
     if call.comm.size == 1 or not call.fetch.halves_queries(num_kv_heads):
         return groups
     first, stop = groups[0], groups[0].rows.stop
-    middle = stop // 2
+    block_len = call.cfg.slc_block_len
+    middle = stop // 2 // block_len * block_len  # a tile of queries then holds no more documents than before
     return [
         Stage(i, first.kv_heads, first.q_heads, slice(*rows)) for i, rows in enumerate([(0, middle), (middle, stop)])
     ]

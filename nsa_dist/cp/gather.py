@@ -1,6 +1,6 @@
 """The compressed keys and values of the whole sequence, on every rank: S / 16 bytes of one layer's K/V.
 
-    forward    y [M, ...]       = concat(pad(x_0), ..., pad(x_{P-1}))[rows]      identical on every rank
+    forward    y [rows, ...]    = concat(pad(x_0), ..., pad(x_{P-1}))[rows], zero between documents that are aligned
     backward   dx_r [own, ...]  = sum over ranks s of dy_s at the rows that came from x_r, in fp32
 
 Every rank uses a copy of x_r, so the gradient of x_r is the sum of what every rank found for it: an all_gather
@@ -26,21 +26,30 @@ class CompressedGather:
             self._handle = comm.post_all_gather(padded, "compressed")
 
     def wait(self) -> tuple[Tensor, Tensor]:
-        """Those of the sequence, [M, Hkv, Dk] and [M, Hkv, Dv]: views of one buffer. A group of one gets its own."""
+        """Those of the sequence, [layout.num_cmp_rows, Hkv, Dk] and [.., Hkv, Dv]: over ranks views of one buffer."""
         if self._handle is None:
-            return self._own
-        both = self._handle.wait().flatten(0, 1).index_select(0, self._layout.cmp_gather_rows)
+            return self._placed(self._own[0]), self._placed(self._own[1])
+        both = self._placed(self._handle.wait().flatten(0, 1).index_select(0, self._layout.cmp_gather_rows))
         dim_k = self._own[0].shape[2]
         return both[..., :dim_k], both[..., dim_k:]
 
+    def _placed(self, blocks: Tensor) -> Tensor:
+        """Blocks [M, ...] in their compressed rows."""
+        place = self._layout.cmp_place
+        if place is None:
+            return blocks
+        return blocks.new_zeros(self._layout.num_cmp_rows, *blocks.shape[1:]).index_copy_(0, place, blocks)
+
 
 class CompressedReturn:
-    """The gradients of some heads of the gathered keys and values, dk [M, h, Dk], dv [M, h, Dv], on their way home.
+    """The gradients of some heads of the gathered keys and values, dk [rows, h, Dk], dv [.., Dv], on their way home.
 
     Over ranks they are fp32 or better, for they are terms of a sum.
     """
 
     def __init__(self, dk: Tensor, dv: Tensor, num_own: int, layout: RankLayout, comm: Comm, name: str):
+        if layout.cmp_place is not None:
+            dk, dv = (grad.index_select(0, layout.cmp_place) for grad in (dk, dv))
         self._grads: tuple[Tensor, ...] = (dk, dv)
         self._num_own, self._dims = num_own, (dk.shape[2], dv.shape[2])
         self._handle: Handle | None = None

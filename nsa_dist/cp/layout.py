@@ -32,7 +32,11 @@ class Halo:
 
 @dataclass(frozen=True)
 class RankLayout:
-    """Index tensors of one rank, on the device of its queries. T local tokens, M compressed blocks of the sequence."""
+    """Index tensors of one rank, on the device of its queries. T local tokens, M compressed blocks of the sequence.
+
+    Compressed rows are those of the blocks, document by document; every document starts at a multiple of the kernels'
+    key alignment, so that none shares a tile of keys with another. Rows between are zero and seen by no query.
+    """
 
     position: Tensor  # int32 [T]: stream position, -1 for padding
     doc_start: Tensor  # int32 [T]: stream position of the document's first token
@@ -44,6 +48,8 @@ class RankLayout:
     cmp_block_start: Tensor  # int64 [own blocks]: position in its document of each own block's first token
     num_cmp_max: int  # own blocks of the rank that has most
     cmp_gather_rows: Tensor  # int64 [M]: row of each compressed block in the gathered [P * num_cmp_max]
+    num_cmp_rows: int  # compressed rows of the sequence: M, or more where documents are aligned
+    cmp_place: Tensor | None  # int64 [M]: compressed row of each block; None: block i is row i
     local_blocks: Tensor  # int64 [T // l']: global id of each local selection block
     block_owner: Tensor  # int64 [num_blocks], on the CPU: rank that holds each selection block
     page_of_block: Tensor  # int64 [num_blocks], on the CPU: local page of each selection block, -1 if held elsewhere
@@ -53,8 +59,10 @@ class RankLayout:
     win_halo: Halo
 
 
-def rank_layout(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device) -> RankLayout:
+def rank_layout(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device, key_alignment: int = 1) -> RankLayout:
     """The layout of `rank`, computed once per plan, config and device.
+
+    key_alignment       multiple at which the compressed rows of each document start
 
     Raises ValueError if the plan's blocks are not the config's.
     """
@@ -63,10 +71,11 @@ def rank_layout(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device
             f"the plan has block_len={plan.block_len} but the config slc_block_len={cfg.slc_block_len}: a selection "
             f"block would straddle two ranks; build the plan with block_len={cfg.slc_block_len}"
         )
-    return plan.memo(("layout", cfg, rank, device), lambda: _compute(plan, cfg, rank, device))
+    key = ("layout", cfg, rank, device, key_alignment)
+    return plan.memo(key, lambda: _compute(plan, cfg, rank, device, key_alignment))
 
 
-def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device) -> RankLayout:
+def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device, key_alignment: int) -> RankLayout:
     stream = plan.stream_positions(rank)
     document, offset = plan.locate(stream)
     padding = document < 0
@@ -78,8 +87,12 @@ def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device) -
 
     counts = torch.tensor([cfg.num_cmp_blocks(length) for length in torch.tensor(plan.cu_seqlens).diff().tolist()])
     first_cmp = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])  # [num_docs + 1]
+    first_row = first_cmp
+    if key_alignment > 1 and plan.num_documents > 1:
+        rows = (counts + key_alignment - 1) // key_alignment * key_alignment
+        first_row = torch.cat([torch.zeros(1, dtype=torch.int64), rows.cumsum(0)])
     seen = torch.div(offset + 1 - cfg.cmp_block_len, cfg.cmp_stride, rounding_mode="floor") + 1
-    cmp_begin = first_cmp[document.clamp(min=0)].masked_fill(padding, 0)
+    cmp_begin = first_row[document.clamp(min=0)].masked_fill(padding, 0)
     cmp_end = cmp_begin + seen.clamp(min=0).masked_fill(padding, 0)
     cmp_end = cmp_end.cummax(0).values  # padding rows see nothing, and keep begin and end from decreasing
     cmp_begin = torch.where(padding, cmp_end, cmp_begin)
@@ -110,6 +123,8 @@ def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device) -
         cmp_block_start=blocks.doc_offset[own].to(device),
         num_cmp_max=num_cmp_max,
         cmp_gather_rows=_gather_rows(blocks.owner, plan.cp_size, num_cmp_max).to(device),
+        num_cmp_rows=int(first_row[-1]),
+        cmp_place=None if first_row is first_cmp else _runs(first_row[:-1], counts).to(device),
         local_blocks=local_blocks.to(device),
         block_owner=plan.owner(first_block)[0],
         page_of_block=page_of_block,

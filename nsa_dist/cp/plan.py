@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
+from operator import index
 
 import torch
 from torch import Tensor
@@ -56,28 +57,29 @@ class ShardPlan:
                 f"cu_seqlens={list(cu[:8])}{'...' if len(cu) > 8 else ''} must start at 0, never decrease and end at "
                 f"the number of tokens, as it bounds the documents of a pack; for one document pass [0, num_tokens]"
             )
-        if self.cp_size < 1 or self.block_len < 1 or self.layout not in LAYOUTS:
+        sizes = (self.cp_size, self.block_len)
+        if not all(type(size) is int and size >= 1 for size in sizes) or self.layout not in LAYOUTS:
             raise ValueError(
-                f"cp_size={self.cp_size} and block_len={self.block_len} must be at least 1 and layout="
+                f"cp_size={self.cp_size!r} and block_len={self.block_len!r} must be integers of at least 1 and layout="
                 f"{self.layout!r} one of {LAYOUTS}; use ShardPlan.zigzag, .contiguous or .zigzag_documents"
             )
 
     @classmethod
     def zigzag(cls, cu_seqlens: Tensor | Sequence[int], cp_size: int, block_len: int = 64) -> "ShardPlan":
-        return _plan(_as_tuple(cu_seqlens), cp_size, block_len, "zigzag")
+        return _plan(as_bounds(cu_seqlens), cp_size, block_len, "zigzag")
 
     @classmethod
     def contiguous(cls, cu_seqlens: Tensor | Sequence[int], cp_size: int, block_len: int = 64) -> "ShardPlan":
-        return _plan(_as_tuple(cu_seqlens), cp_size, block_len, "contiguous")
+        return _plan(as_bounds(cu_seqlens), cp_size, block_len, "contiguous")
 
     @classmethod
     def zigzag_documents(cls, cu_seqlens: Tensor | Sequence[int], cp_size: int, block_len: int = 64) -> "ShardPlan":
-        return _plan(_as_tuple(cu_seqlens), cp_size, block_len, "zigzag_documents")
+        return _plan(as_bounds(cu_seqlens), cp_size, block_len, "zigzag_documents")
 
     @classmethod
     def auto(cls, cu_seqlens: Tensor | Sequence[int], cp_size: int, block_len: int = 64) -> "ShardPlan":
         """`zigzag` where one document is at least 1.5 times a rank's share, so that its causal work needs balancing."""
-        cu = _as_tuple(cu_seqlens)
+        cu = as_bounds(cu_seqlens)
         longest = max((b - a for a, b in pairwise(cu)), default=0)
         return (cls.zigzag if longest * cp_size >= 1.5 * cu[-1] else cls.contiguous)(cu, cp_size, block_len)
 
@@ -151,7 +153,7 @@ class ShardPlan:
 
         def compute() -> Tensor:
             document, offset = self.locate(self.stream_positions(rank))
-            start = torch.tensor(self.cu_seqlens)[document.clamp(min=0)]
+            start = _on_host(self.cu_seqlens)[document.clamp(min=0)]
             return torch.where(document >= 0, start + offset, -1)
 
         return self.memo(("positions", rank), compute)
@@ -168,8 +170,8 @@ class ShardPlan:
 
     def locate(self, stream_position: Tensor) -> tuple[Tensor, Tensor]:
         """(document, position in it) of stream positions; document -1 marks padding."""
-        starts = torch.tensor(self.stream_starts)
-        lengths = torch.tensor(self.cu_seqlens).diff()
+        starts = _on_host(self.stream_starts)
+        lengths = _on_host(self.cu_seqlens).diff()
         document = torch.searchsorted(starts, stream_position, right=True) - 1
         document = document.clamp(max=self.num_documents - 1)
         offset = stream_position - starts[document]
@@ -177,7 +179,7 @@ class ShardPlan:
 
     def owner(self, stream_position: Tensor) -> tuple[Tensor, Tensor]:
         """(rank, local row) that holds each stream position."""
-        bounds = torch.tensor(self.regions)
+        bounds = _on_host(self.regions)
         num_chunks = self.cp_size * self.chunks_per_rank
         region = torch.searchsorted(bounds[1:], stream_position, right=True)
         length = bounds.diff()[region] // num_chunks
@@ -189,7 +191,7 @@ class ShardPlan:
         mirrored = num_chunks - 1 - chunk
         return torch.minimum(chunk, mirrored), row + (chunk > mirrored) * length
 
-    @cached_property
+    @property
     def block_ids(self) -> Tensor | None:
         """For each selection block of the stream its id in the stream of `zigzag` and `contiguous`, int64 [num_blocks].
 
@@ -198,10 +200,14 @@ class ShardPlan:
         """
         if self.layout != "zigzag_documents" or self.cp_size == 1:
             return None
-        document, offset = self.locate(torch.arange(self.num_blocks) * self.block_len)
-        plain = ShardPlan.contiguous(self.cu_seqlens, 1, self.block_len)
-        first = torch.tensor(plain.stream_starts)[document.clamp(min=0)]
-        return torch.where(document >= 0, torch.div(first + offset, self.block_len, rounding_mode="floor"), -1)
+
+        def compute() -> Tensor:
+            document, offset = self.locate(torch.arange(self.num_blocks) * self.block_len)
+            plain = ShardPlan.contiguous(self.cu_seqlens, 1, self.block_len)
+            first = _on_host(plain.stream_starts)[document.clamp(min=0)]
+            return torch.where(document >= 0, torch.div(first + offset, self.block_len, rounding_mode="floor"), -1)
+
+        return self.memo(("block_ids",), compute)
 
     # --- moving tokens ---------------------------------------------------------------------------------------
 
@@ -215,11 +221,17 @@ class ShardPlan:
         self._check_rank(rank)
         if self.is_identity:
             return x
-        index = self._on(x.device, ("positions", rank), lambda: self.positions(rank))
+        rows = self._on(x.device, ("positions", rank), lambda: self.positions(rank))
         if not self._has_padding(rank):
-            return x.index_select(0, index)
-        local = x.index_select(0, index.clamp(min=0))
-        return local.masked_fill((index < 0).reshape(-1, *[1] * (x.dim() - 1)), 0)
+            return x.index_select(0, rows)
+        return self.blank_padding(x.index_select(0, rows.clamp(min=0)), rank)
+
+    def blank_padding(self, x: Tensor, rank: int) -> Tensor:
+        """A shard x [T, ...] whose padding rows are zero, as are their gradients; x itself if `rank` has none."""
+        if not self._has_padding(rank):
+            return x
+        padding = self._on(x.device, ("padding", rank), lambda: self.padding(rank))
+        return x.masked_fill(padding.reshape(-1, *[1] * (x.dim() - 1)), 0)
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
         """The inverse of `shard`: every rank's [T, ...] in rank order -> [N, ...] in packed order."""
@@ -251,9 +263,13 @@ class ShardPlan:
             raise ValueError(f"rank={rank} is not one of this plan's ranks 0..{self.cp_size - 1} (cp_size)")
 
     def memo(self, key: tuple, compute):
-        """`compute()`, once per plan and key: what is derived from a plan lives and dies with it."""
+        """`compute()`, once per plan and key: what is derived from a plan lives and dies with it.
+
+        It is computed outside of the caller's modes: inference tensors cannot be saved for a later backward.
+        """
         if key not in self._cache:
-            self._cache[key] = compute()
+            with torch.inference_mode(False), torch.device("cpu"):
+                self._cache[key] = compute()
         return self._cache[key]
 
     def _on(self, device: torch.device, key: tuple, compute) -> Tensor:
@@ -278,6 +294,21 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _as_tuple(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:
-    values = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
-    return tuple(int(v) for v in values)
+def _on_host(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def as_bounds(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:
+    """`cu_seqlens` as integers. ValueError if it is not one row of them."""
+    values = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else cu_seqlens
+    try:
+        if any(isinstance(value, bool) for value in values):
+            raise TypeError
+        return tuple(index(value) for value in values)
+    except TypeError:
+        tensor = cu_seqlens if isinstance(cu_seqlens, Tensor) else None
+        given = repr(cu_seqlens) if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(
+            f"cu_seqlens={given} must be integers in one row, [num_docs + 1], because they count tokens and are never "
+            f"rounded; pass for example torch.tensor([0, 5000, 8192], dtype=torch.int32), or cu_seqlens[0] of a batch"
+        ) from None

@@ -42,7 +42,7 @@ class WindowForward:
         with self._call.comm.computing(name, "win"):
             self._parts[rows.start] = self._call.ops.window_attention(
                 self._q[rows], self.k, self.v, layout.win_begin[rows], layout.win_end[rows],
-                softmax_scale=self._call.softmax_scale,
+                softmax_scale=self._call.softmax_scale, **self._call.tiles,
             )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ class WindowBackward:
             dq, *grads = self._call.ops.window_attention_backward(
                 grad_out, gate, delta, lse, q, self._k[:, group.kv_heads], self._v[:, group.kv_heads],
                 layout.win_begin, layout.win_end, softmax_scale=self._call.softmax_scale,
-                kv_dtype=self._call.sum_dtype(q),
+                kv_dtype=self._call.sum_dtype(q), **self._call.tiles,
             )  # fmt: skip
         self._parts.append(tuple(grads))
         return dq

@@ -1,0 +1,82 @@
+"""NaN, infinity and huge numbers in padding, or in another document, reach no token of a document, nor a gradient."""
+
+import pytest
+import torch
+
+import nsa_kernels
+from nsa_dist import BranchKV, NSAConfig, ShardPlan, nsa_attention
+from nsa_dist.compress import CompressMLP
+from nsa_kernels import cpu, reference
+
+NAMES = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates", "grad_out")
+CFG = NSAConfig(8, 4, 16, 3, 1, 1, 20)
+BOUNDS = [0, 37, 58]  # two documents, each with a tail of padding
+PLAN = ShardPlan.contiguous(BOUNDS, 1, CFG.slc_block_len)
+POSITION = PLAN.positions(0)
+PADDING, OTHER = POSITION < 0, POSITION.ge(BOUNDS[1])
+PLACES = {"padding": PADDING, "the other document": OTHER}
+OPS = {"triton": nsa_kernels, "cpu": cpu, "reference": reference}
+
+
+def attend(ops, dtype, wild: dict[str, float], where: torch.Tensor, device) -> dict[str, torch.Tensor]:
+    """Output and gradients of the first document's tokens, with `wild` numbers at `where` of some tensors."""
+    generator = torch.Generator().manual_seed(0)
+    heads, kv_heads, dim = 2, 1, 16
+    shapes = [(heads, dim), *[(kv_heads, dim)] * 6, (heads, 3), (heads, dim)]
+    tensors = {}
+    for name, shape in zip(NAMES, shapes, strict=True):
+        drawn = torch.randn(len(POSITION), *shape, generator=generator).sigmoid()
+        drawn[where] = wild.get(name, 0.5)
+        tensors[name] = drawn.to(device, dtype)
+    leaves = [x.requires_grad_() for name, x in tensors.items() if name != "grad_out"]
+    phis = [CompressMLP(kv_heads, dim, CFG.cmp_block_len, device=device, dtype=dtype) for _ in range(2)]
+    for phi in phis:
+        for parameter in phi.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
+    out = nsa_attention(
+        leaves[0], BranchKV(*leaves[1:7]), leaves[7], CFG, compress_k=phis[0], compress_v=phis[1], plan=PLAN, ops=ops
+    )
+    grads = torch.autograd.grad(out, leaves, tensors["grad_out"])
+    mine = ~PADDING & ~OTHER
+    return {"out": out.detach()[mine], **{f"d{name}": g[mine] for name, g in zip(NAMES, grads, strict=False)}}
+
+
+def check(ops, dtype, wild, where, device) -> None:
+    tame = attend(ops, dtype, {}, where, device)
+    for name, found in attend(ops, dtype, wild, where, device).items():
+        # Chunks with wild numbers are taken query by query on a CPU: the same sums in another order.
+        torch.testing.assert_close(found, tame[name], rtol=2e-5, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf"), 3e38])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ops", ["cpu", "reference"])
+def test_one_tensor(ops, name, place, number):
+    check(OPS[ops], torch.float32, {name: number}, PLACES[place], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("ops", OPS)
+def test_all_tensors(ops, place, number, device):
+    device = torch.device("cpu") if ops == "cpu" else device
+    check(OPS[ops], torch.float32, dict.fromkeys(NAMES, number), PLACES[place], device)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_tensor_through_triton(name, device):
+    """Alone, where nothing else that is NaN covers a mask that is missing."""
+    check(nsa_kernels, torch.float32, {name: float("nan")}, PLACES["the other document"], device)
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_a_documents_own_nan_is_not_hidden(ops, device):
+    """What is seen comes through: a query with NaN among its keys has NaN for an output."""
+    device = torch.device("cpu") if ops == "cpu" else device
+    where = torch.zeros(len(POSITION), dtype=torch.bool)
+    where[10] = True
+    for name in ("k_win", "v_win", "v_cmp", "v_slc"):
+        found = attend(OPS[ops], torch.float32, {name: float("nan")}, where, device)["out"]
+        assert found[10:14].isnan().any(-1).all() if name != "v_cmp" else found[11:14].isnan().any(-1).all(), name
+        assert found[:4].isfinite().all(), name
