@@ -213,6 +213,12 @@ class ShardPlan:
         rank, first_row = self._owners_of_blocks
         return rank[block], first_row[block] + stream_position - block * self.block_len
 
+    def rank_of(self, position: Tensor) -> Tensor:
+        """The rank that holds each index in the packed sequence."""
+        bounds = torch.tensor(self.cu_seqlens)
+        document = torch.searchsorted(bounds, position, right=True) - 1
+        return self.owner(torch.tensor(self.stream_starts)[document] + position - bounds[document])[0]
+
     @cached_property
     def _documents_of_blocks(self) -> tuple[Tensor, Tensor, Tensor]:
         """(document, its start in the stream, its length) of each block: a document starts with a block of its own."""

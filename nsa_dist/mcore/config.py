@@ -39,8 +39,13 @@ class NSATransformerConfig(TransformerConfig):
     nsa_compress_before_rope: bool = True  # and turn the compressed key at its block's first position
     nsa_rotary_base: float = 10_000.0
     nsa_layout: Literal["zigzag", "contiguous"] = "zigzag"  # which tokens a context-parallel rank was given
+    nsa_pack_order: Literal["sequence", "documents"] | None = None  # the same for packs: see packs.pack_order
     nsa_v_head_dim: int | None = None
     nsa_fetch: FetchOptions = field(default_factory=FetchOptions)  # how selected blocks of other ranks travel
+
+    # Arguments of Megatron-LM under their own names, so that core_transformer_config_from_args copies them here.
+    dataloader_inter_document_masking: bool = False
+    sft: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

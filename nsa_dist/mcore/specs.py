@@ -41,7 +41,7 @@ def nsa_layer_spec(config: NSATransformerConfig, backend: Backend = "local") -> 
         module=NSASelfAttention,
         params={
             "attn_mask_type": AttnMaskType.causal,
-            "plans": PlanCache(config.nsa_layout, config.nsa.slc_block_len),
+            "plans": PlanCache(config),
         },
         submodules=NSASelfAttentionSubmodules(linear_qkv=dense.linear_qkv, linear_proj=dense.linear_proj),
     )
