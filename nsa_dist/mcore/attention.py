@@ -13,7 +13,7 @@ from megatron.core.utils import get_pg_size
 from torch import Tensor, nn
 
 from nsa_dist.attention import check_agreement
-from nsa_dist.mcore.config import NSATransformerConfig
+from nsa_dist.mcore.config import NSATransformerConfig, need_nsa_config
 from nsa_dist.mcore.core import NSACoreAttention
 from nsa_dist.mcore.plans import Place, PlanCache, RankPlan, local_heads
 
@@ -34,8 +34,9 @@ class NSASelfAttention(Attention):
 
         [ q: G * Dk | k_cmp v_cmp k_slc v_slc k_win v_win: 3 * (Dk + Dv), or one pair if shared | gate: 3 * G ]
 
-    Tokens of a sequence are those that `config.nsa_layout` gives to this context-parallel rank; the layer derives
-    their positions itself. `attention_mask` is ignored (the attention is causal), `rotary_pos_emb` as well.
+    Tokens of a sequence are those that `config.nsa_layout` gives to this context-parallel rank, those of a pack as
+    `packs.pack_order` says; the layer derives their positions itself. An `attention_mask` must be causal, a
+    `rotary_pos_emb` that of the layer's own base (`arrivals.py`): neither is read for anything else.
 
     Raises ValueError for what the layer does not do: inference caches, attention biases, cross attention; and for
     lengths that would let a selection block span two context-parallel ranks.
@@ -52,11 +53,7 @@ class NSASelfAttention(Attention):
         plans: PlanCache | None = None,
         **later_versions: Any,
     ) -> None:
-        if not isinstance(config, NSATransformerConfig):
-            raise ValueError(
-                f"NSASelfAttention was given a {type(config).__name__}, but needs an NSATransformerConfig, which holds "
-                f"the sizes of the three branches; build the model's config from nsa_dist.mcore.NSATransformerConfig"
-            )
+        need_nsa_config(config, "NSASelfAttention")
         if attn_mask_type != AttnMaskType.causal:
             raise ValueError(
                 f"attn_mask_type={attn_mask_type} is not causal, but NSA's blocks are chosen from the past only; "
@@ -148,10 +145,15 @@ class NSASelfAttention(Attention):
             inference_params=inference_params,
             attention_bias=attention_bias,
             sequence_len_offset=sequence_len_offset,
+            rotary_pos_cos=rotary_pos_cos,
+            rotary_pos_sin=rotary_pos_sin,
+            rotary_pos_cos_sin=rotary_pos_cos_sin,
             **later_versions,
         )
         mixed, _ = self.linear_qkv(hidden_states)
         rank_plan = self._rank_plan(mixed, packed_seq_params)
+        self.plans.arrivals.check_mask(attention_mask, rank_plan.plan, rank_plan.given, rank_plan.rank)
+        self.plans.arrivals.check_rotary(rotary_pos_emb, self.config.kv_channels, self.config.nsa_rotary_base)
         if rank_plan.deal is not None:  # the first to send anything; otherwise nsa_attention makes sure
             config, comm = self.config, self.core_attention.comm
             heads = local_heads(config, get_pg_size(self.pg_collection.tp), mixed.dtype)

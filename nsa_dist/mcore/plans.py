@@ -14,6 +14,7 @@ from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.device import put_on
 from nsa_dist.cp.layout import rank_layout
 from nsa_dist.cp.plan import ShardPlan
+from nsa_dist.mcore.arrivals import Arrivals
 from nsa_dist.mcore.config import NSATransformerConfig
 from nsa_dist.mcore.deal import Deal, deal
 from nsa_dist.mcore.packs import PackReading, document_bounds, pack_order
@@ -58,6 +59,7 @@ class PlanCache:
     """Finds the plan of a batch from what Megatron hands to an attention layer. One instance serves all layers."""
 
     config: NSATransformerConfig
+    arrivals: Arrivals = field(default_factory=Arrivals, repr=False)
     _by_length: dict[tuple, RankPlan] = field(default_factory=dict, repr=False)
 
     def of_sequence(self, local_tokens: int, place: Place) -> RankPlan:
