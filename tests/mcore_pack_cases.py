@@ -17,7 +17,6 @@ from mcore_cases import (
     SINGLE,
     SIZES,
     Layout,
-    assert_equal,
     build_attention,
     expect_error,
     gathered,
@@ -59,12 +58,16 @@ def bounds_of(lengths: list[int]) -> list[int]:
     return [0, *torch.tensor(lengths).cumsum(0).tolist()]
 
 
+def megatron_arguments(**others) -> dict:
+    """Those of `get_batch_on_this_cp_rank` that the installed Megatron knows."""
+    known = inspect.signature(get_batch_on_this_cp_rank).parameters
+    return {name: value for name, value in {"is_hybrid_cp": False, **others}.items() if name in known}
+
+
 def cut_by_megatron(x: Tensor) -> Tensor:
     """x [s, 1, h] as Megatron's own function cuts it with inter-document masking."""
     batch = {"tokens": x.transpose(0, 1).contiguous()}
-    later = {"is_hybrid_cp": False, "use_per_sequence_balancing": True}
-    known = inspect.signature(get_batch_on_this_cp_rank).parameters
-    arguments = {name: value for name, value in later.items() if name in known}
+    arguments = megatron_arguments(use_per_sequence_balancing=True)
     if arguments:
         batch["cu_seqlens"] = torch.tensor([[0, x.shape[0]]], dtype=torch.int32)
     cut = get_batch_on_this_cp_rank(batch, cp_group=parallel_state.get_context_parallel_group(), **arguments)
@@ -366,5 +369,3 @@ OVER_RANKS: dict[str, Callable[[Layout], None]] = {
     "which order": order_of_packs,
     "bytes": counted,
 }
-
-__all__ = ["OVER_RANKS", "PACKS", "VARIANTS", "WORLD", "WRITES", "assert_equal", "everything"]
