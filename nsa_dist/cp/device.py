@@ -33,9 +33,13 @@ class Side:
 
 
 class CopyToHost:
-    """`x` on its way to the CPU, through pinned memory, in the order of the current stream. On a CPU: `x` itself."""
+    """`x` on its way to the CPU, through pinned memory, in the order of the current stream. On a CPU: `x` itself.
+
+    Keeps `x` alive until the copy was waited for: its memory may belong to another stream than the copy.
+    """
 
     def __init__(self, x: Tensor):
+        self._source: Tensor | None = x
         self._host, self._copied = x, None
         if x.is_cuda:
             self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -47,6 +51,7 @@ class CopyToHost:
         """The copy; the host waits until it has arrived."""
         if self._copied is not None:
             self._copied.synchronize()
+        self._source = None
         return self._host
 
 
