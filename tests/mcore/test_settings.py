@@ -72,6 +72,9 @@ def test_arguments_of_megatron_lm_are_fields():
 def test_what_is_accepted():
     for normalization in ("RMSNorm", "LayerNorm"):
         make_config(normalization=normalization)
+    for name, refusal in REFUSED.items():  # among them what Megatron-LM's arguments say where nobody says anything
+        for value in refusal.accepted if name in OWN_FIELDS else ():
+            make_config(**{name: value})
     make_config(rotary_base=500_000, nsa_rotary_base=500_000)
     make_config(nsa_rotary_base=500_000)
 
