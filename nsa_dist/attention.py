@@ -27,6 +27,16 @@ from nsa_dist.cp.plan import ShardPlan, as_bounds
 from nsa_dist.cp.trace import Trace
 
 
+class Heads(NamedTuple):
+    """What ranks must agree about the heads of one call."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    dim_k: int
+    dim_v: int
+    dtype: torch.dtype
+
+
 def nsa_attention(
     q: Tensor,
     kv: BranchKV,
@@ -124,25 +134,44 @@ def default_ops(q: Tensor) -> ModuleType:
     return cpu if q.device.type == "cpu" and q.dtype != torch.float64 else reference
 
 
+def post_agreement(plan: ShardPlan, cfg: NSAConfig, heads: Heads, fetch: FetchOptions, comm: Comm) -> None:
+    """Ask whether every rank of the group means the same layout, before `nsa_attention` would, which then only looks.
+
+    At the same place among the group's collectives on every rank. `heads` are those of the attention's tensors, or it
+    asks again.
+    """
+    plan.memo(("asked", cfg, heads, fetch, comm.group), lambda: comm.post_agree(_fingerprint(plan, cfg, heads, fetch)))
+
+
+def _fingerprint(plan: ShardPlan, cfg: NSAConfig, heads: Heads, fetch: FetchOptions) -> int:
+    text = repr((plan.cu_seqlens, plan.cp_size, plan.block_len, plan.layout, cfg, heads, fetch))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
 def _agreed_layout(
     plan: ShardPlan, cfg: NSAConfig, q: Tensor, kv: BranchKV, comm: Comm, fetch: FetchOptions, key_alignment: int
 ) -> RankLayout:
-    """This rank's layout; the first time, make sure that every rank of the group means the same one."""
-    heads = (q.shape[1], kv.k_slc.shape[1], q.shape[2], kv.v_slc.shape[2], q.dtype)
+    """This rank's layout, which every rank of the group means."""
+    heads = Heads(q.shape[1], kv.k_slc.shape[1], q.shape[2], kv.v_slc.shape[2], q.dtype)
+    check_agreement(plan, cfg, heads, fetch, comm)
+    return rank_layout(plan, cfg, comm.rank, q.device, key_alignment)
+
+
+def check_agreement(plan: ShardPlan, cfg: NSAConfig, heads: Heads, fetch: FetchOptions, comm: Comm) -> None:
+    """The first time, make sure that every rank of the group means the same layout. ValueError on all if not."""
+    key = (cfg, heads, fetch, comm.group)
 
     def compare() -> bool:
-        text = repr((plan.cu_seqlens, plan.cp_size, plan.block_len, plan.layout, cfg, heads, fetch))
-        fingerprint = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-        return comm.agree(fingerprint)
+        asked = plan.memo(("asked", *key), lambda: None)
+        return comm.agree(_fingerprint(plan, cfg, heads, fetch)) if asked is None else asked.wait()
 
-    if not plan.memo(("agreed", cfg, heads, fetch, comm.group), compare):
+    if not plan.memo(("agreed", *key), compare):
         raise ValueError(
             f"the ranks of the context-parallel group disagree about the layout: rank {comm.rank} has {plan.layout} "
             f"over cp_size={plan.cp_size} with {plan.num_documents} documents of {plan.num_tokens} tokens, {cfg} and "
             f"{fetch}; every rank needs the same plan, configs and head sizes, or tokens would be silently scrambled; "
             f"build the plan from the same cu_seqlens on every rank, and pass the same options"
         )
-    return rank_layout(plan, cfg, comm.rank, q.device, key_alignment)
 
 
 class _Tiles(NamedTuple):

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nsa_dist.cp.device import CopyToHost, Side, put_on
 from nsa_dist.cp.trace import Trace
 
 # torch 2.13 renamed both and warns about the old names.
@@ -26,7 +27,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 @dataclass
 class Traffic:
-    """Bytes this rank sent to other ranks, by kind: `halo`, `compressed`, `bitmap`, `pages`, `layout`.
+    """Bytes this rank sent to other ranks, by kind: `halo`, `compressed`, `bitmap`, `pages`, `layout`, `tokens`.
 
     Forward and backward are counted apart: the gradient of `pages` travels as `pages.grad`. A ring or tree inside a
     collective may move them more than once; what is counted is the data each rank contributes to each other rank.
@@ -89,6 +90,26 @@ class Handle:
         return result
 
 
+class Agreement:
+    """Whether all ranks passed the same value, asked by `Comm.post_agree`."""
+
+    def __init__(self, extremes: Tensor, value: int, work: dist.Work | None = None):
+        self._expected, self._work = [value, -value], work
+        if extremes.is_cuda and work is not None:
+            with Side(extremes.device).entered():  # the copy waits for the collective; what computes waits for neither
+                work.wait()
+                self._work = None
+                self._extremes = CopyToHost(extremes)
+        else:
+            self._extremes = CopyToHost(extremes)
+
+    def wait(self) -> bool:
+        """The answer, as often as it is asked for. The host waits if it has not arrived."""
+        if self._work is not None:
+            self._work.wait()
+        return self._extremes.wait().tolist() == self._expected
+
+
 @dataclass(frozen=True)
 class Comm:
     """One context-parallel group, the counter of what is sent over it, and the trace. `group=None` is a group of one.
@@ -139,6 +160,16 @@ class Comm:
         work = self._start_all_to_all(out, sent, list(recv_sizes), list(send_sizes), kind)
         return Handle(out, work, sent, label, self.trace)
 
+    def post_agree(self, value: int) -> "Agreement":
+        """Asks whether every rank passed the same 63-bit value; on a GPU nobody waits for it before `wait`."""
+        if self.size == 1:
+            return Agreement(torch.tensor([value, -value]), value)
+        device = torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
+        extremes = put_on(device, torch.tensor([value, -value], dtype=torch.int64))
+        self.traffic.add("layout", (self.size - 1) * extremes.nbytes)
+        work = dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return Agreement(extremes, value, work)
+
     def _count(self, kind: str, name: str, num_bytes: int) -> tuple[str, str]:
         self.traffic.add(kind, num_bytes)
         label = (name or kind, kind)
@@ -170,13 +201,7 @@ class Comm:
 
     def agree(self, value: int) -> bool:
         """Whether every rank passed the same 63-bit value."""
-        if self.size == 1:
-            return True
-        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
-        extremes = torch.tensor([value, -value], dtype=torch.int64, device=device)
-        self.traffic.add("layout", (self.size - 1) * extremes.nbytes)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
-        return extremes.tolist() == [value, -value]
+        return self.post_agree(value).wait()
 
     # --- trace -----------------------------------------------------------------------------------------------
 

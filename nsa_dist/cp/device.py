@@ -32,16 +32,32 @@ class Side:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
 
+class CopyToHost:
+    """`x` on its way to the CPU, through pinned memory, in the order of the current stream. On a CPU: `x` itself.
+
+    Keeps `x` alive until the copy was waited for: its memory may belong to another stream than the copy.
+    """
+
+    def __init__(self, x: Tensor):
+        self._source: Tensor | None = x
+        self._host, self._copied = x, None
+        if x.is_cuda:
+            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._host.copy_(x, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> Tensor:
+        """The copy; the host waits until it has arrived."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._source = None
+        return self._host
+
+
 def read_on_host(x: Tensor) -> Tensor:
     """`x` on the CPU, through pinned memory: the host waits for the current stream alone."""
-    if not x.is_cuda:
-        return x
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    host.copy_(x, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-    copied.synchronize()
-    return host
+    return CopyToHost(x).wait()
 
 
 def put_on(device: torch.device, x: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from nsa_dist.config import NSAConfig
-from nsa_dist.cp.plan import ShardPlan
+from nsa_dist.cp.device import put_on
+from nsa_dist.cp.plan import ShardPlan, runs
 
 
 @dataclass(frozen=True)
@@ -76,63 +77,76 @@ def rank_layout(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device
 
 
 def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device, key_alignment: int) -> RankLayout:
-    stream = plan.stream_positions(rank)
-    document, offset = plan.locate(stream)
-    padding = document < 0
-
     # One left halo for the straddling compressed blocks (l - d rows: starts are multiples of d) and one for the
     # window, which is whole blocks so that an extended row and its stream position agree modulo the block length.
-    cmp_halo = _halo(plan, rank, cfg.cmp_block_len - cfg.cmp_stride)
-    win_halo = _halo(plan, rank, -(-(cfg.window_len - 1) // plan.block_len) * plan.block_len)
+    cmp_halo, _ = _halo(plan, rank, cfg.cmp_block_len - cfg.cmp_stride)
+    win_halo, reach = _halo(plan, rank, -(-(cfg.window_len - 1) // plan.block_len) * plan.block_len)
 
-    counts = torch.tensor([cfg.num_cmp_blocks(length) for length in torch.tensor(plan.cu_seqlens).diff().tolist()])
-    first_cmp = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])  # [num_docs + 1]
+    num_cmp = ((torch.tensor(plan.cu_seqlens).diff() - cfg.cmp_block_len) // cfg.cmp_stride + 1).clamp(min=0)
+    first_cmp = torch.cat([torch.zeros(1, dtype=torch.int64), num_cmp.cumsum(0)])  # [num_docs + 1]
     first_row = first_cmp
     if key_alignment > 1 and plan.num_documents > 1:
-        rows = (counts + key_alignment - 1) // key_alignment * key_alignment
+        rows = (num_cmp + key_alignment - 1) // key_alignment * key_alignment
         first_row = torch.cat([torch.zeros(1, dtype=torch.int64), rows.cumsum(0)])
-    seen = torch.div(offset + 1 - cfg.cmp_block_len, cfg.cmp_stride, rounding_mode="floor") + 1
-    cmp_begin = first_row[document.clamp(min=0)].masked_fill(padding, 0)
-    cmp_end = cmp_begin + seen.clamp(min=0).masked_fill(padding, 0)
-    cmp_end = cmp_end.cummax(0).values  # padding rows see nothing, and keep begin and end from decreasing
-    cmp_begin = torch.where(padding, cmp_end, cmp_begin)
+    cmp_blocks = _compressed_blocks(plan, cfg, num_cmp, first_cmp)
+    own = cmp_blocks.owner == rank
+    num_cmp_max = int(torch.bincount(cmp_blocks.owner, minlength=plan.cp_size).max())
+    last_row = cmp_halo.extended_rows[cmp_blocks.last_local_row[own]]
 
-    row = win_halo.extended_rows
-    win_begin = torch.where(padding, row, row - offset.clamp(max=cfg.window_len - 1))
-    win_end = torch.where(padding, row, row + 1)
-
-    blocks = _compressed_blocks(plan, cfg, counts, first_cmp)
-    own = blocks.owner == rank
-    num_cmp_max = int(torch.bincount(blocks.owner, minlength=plan.cp_size).max())
-    last_row = cmp_halo.extended_rows[blocks.last_local_row[own]]
-    local_blocks = stream[:: plan.block_len] // plan.block_len
-    first_block = torch.arange(plan.num_blocks) * plan.block_len
+    local_blocks = plan.local_blocks(rank).start // plan.block_len
     page_of_block = torch.full((plan.num_blocks,), -1).index_copy_(0, local_blocks, torch.arange(len(local_blocks)))
-
-    def ints(x: Tensor) -> Tensor:
-        return x.to(torch.int32).to(device)
-
+    queries = _queries(plan, cfg, rank, first_row, win_halo)
+    win_begin = queries["win_begin"]
     return RankLayout(
-        position=ints(stream.masked_fill(padding, -1)),
-        doc_start=ints(torch.tensor(plan.stream_starts)[document.clamp(min=0)]),
-        cmp_begin=ints(cmp_begin),
-        cmp_end=ints(cmp_end),
-        win_begin=ints(win_begin),
-        win_end=ints(win_end),
-        cmp_rows=ints(last_row - (cfg.cmp_block_len - 1)),
-        cmp_block_start=blocks.doc_offset[own].to(device),
+        **{name: put_on(device, x.flatten()) for name, x in queries.items()},
+        cmp_rows=put_on(device, (last_row - (cfg.cmp_block_len - 1)).to(torch.int32)),
+        cmp_block_start=put_on(device, cmp_blocks.doc_offset[own]),
         num_cmp_max=num_cmp_max,
-        cmp_gather_rows=_gather_rows(blocks.owner, plan.cp_size, num_cmp_max).to(device),
+        cmp_gather_rows=put_on(device, _gather_rows(cmp_blocks.owner, plan.cp_size, num_cmp_max)),
         num_cmp_rows=int(first_row[-1]),
-        cmp_place=None if first_row is first_cmp else _runs(first_row[:-1], counts).to(device),
-        local_blocks=local_blocks.to(device),
-        block_owner=plan.owner(first_block)[0],
+        cmp_place=None if first_row is first_cmp else put_on(device, runs(first_row[:-1], num_cmp)),
+        local_blocks=put_on(device, local_blocks),
+        block_owner=plan.owner(torch.arange(plan.num_blocks) * plan.block_len)[0],
         page_of_block=page_of_block,
-        own_pages=ints(page_of_block),
-        win_interior=_interior(win_halo, win_begin, plan.block_len),
+        own_pages=put_on(device, page_of_block.to(torch.int32)),
+        win_interior=_interior(win_begin >= reach[:, None], plan.block_len),
         cmp_halo=_halo_to(cmp_halo, device),
         win_halo=_halo_to(win_halo, device),
     )
+
+
+def _queries(plan: ShardPlan, cfg: NSAConfig, rank: int, first_cmp: Tensor, win_halo: Halo) -> dict[str, Tensor]:
+    """What `RankLayout` says of each query, int32 [T // l', l'].
+
+    One number a block, and what its tokens differ by: there are many tokens, and the numbers of a block are regular.
+    """
+    blocks, lane = plan.local_blocks(rank), torch.arange(plan.block_len, dtype=torch.int32)
+    padding = blocks.padding
+
+    def column(x: Tensor) -> Tensor:
+        return x.to(torch.int32)[:, None]
+
+    # Compressed blocks that end no later than the query, at most those of its document. Padding sees nothing; its empty
+    # interval stands where that of the token before it ends, so that no begin or end ever decreases.
+    cmp_begin, whole = first_cmp[blocks.document], blocks.offset >= blocks.doc_len
+    last_end = torch.where(whole, 0, first_cmp[blocks.document + 1])
+    cmp_end = torch.clamp(
+        column(cmp_begin + blocks.offset // cfg.cmp_stride) + (lane + 1 - cfg.cmp_block_len) // cfg.cmp_stride + 1,
+        torch.where(whole, 0, cmp_begin).to(torch.int32)[:, None],
+        column(last_end),
+    )
+    cmp_end = torch.maximum(cmp_end, column(cmp_end[:, -1].cummax(0).values) * column(whole))
+
+    row = win_halo.extended_rows.to(torch.int32).view(-1, plan.block_len)
+    in_window = (column(blocks.offset) + lane).clamp_(max=cfg.window_len - 1)
+    return {
+        "position": (column(blocks.start) + lane).masked_fill_(padding, -1),
+        "doc_start": column(blocks.start - blocks.offset).expand_as(padding).masked_fill(padding, 0),
+        "cmp_begin": torch.where(padding, cmp_end, column(cmp_begin)),
+        "cmp_end": cmp_end,
+        "win_begin": row - in_window.masked_fill_(padding, 0),
+        "win_end": row + ~padding,
+    }
 
 
 @dataclass(frozen=True)
@@ -153,75 +167,76 @@ def _compressed_blocks(plan: ShardPlan, cfg: NSAConfig, counts: Tensor, first: T
 
 
 def _gather_rows(owner: Tensor, cp_size: int, num_cmp_max: int) -> Tensor:
-    rows = torch.empty_like(owner)
-    for rank in range(cp_size):
-        own = (owner == rank).nonzero().squeeze(1)
-        rows[own] = rank * num_cmp_max + torch.arange(len(own))
-    return rows
+    """Each rank's blocks stand in their order from row `rank * num_cmp_max` on; neighbours mostly share an owner."""
+    rank, count = torch.unique_consecutive(owner, return_counts=True)
+    order = rank.argsort(stable=True)
+    before = torch.empty_like(count).index_copy_(0, order, count[order].cumsum(0) - count[order])
+    per_rank = torch.bincount(owner, minlength=cp_size)
+    return runs(rank * num_cmp_max + before - (per_rank.cumsum(0) - per_rank)[rank], count)
 
 
-def _halo(plan: ShardPlan, rank: int, halo_len: int) -> Halo:
-    starts, reach = _reach(plan, rank, halo_len)
-    lengths = torch.tensor([segment.length for segment in plan.segments(rank)])
-    # Row of each segment's first halo row in the extended buffer, and of its first own row.
-    halo_at = torch.cat([torch.zeros(1, dtype=torch.int64), (reach + lengths).cumsum(0)])
-    source, _ = plan.owner(_runs(starts - reach, reach))
-    order = source.argsort(stable=True)  # by source; ascending within one, as the source sends them
+def _halo(plan: ShardPlan, rank: int, halo_len: int) -> tuple[Halo, Tensor]:
+    """At most `halo_len` rows left of each segment, as far as its first token's document goes.
 
-    send_rows = []
-    for destination in range(plan.cp_size):
-        first, count = _reach(plan, destination, halo_len)
-        owner, row = plan.owner(_runs(first - count, count))
-        send_rows.append(row[owner == rank])
-    return Halo(
-        num_rows=int(halo_at[-1]),
-        extended_rows=_runs(halo_at[:-1] + reach, lengths),
-        send_rows=torch.cat(send_rows),
-        recv_rows=_runs(halo_at[:-1], reach)[order],
-        send_sizes=tuple(map(len, send_rows)),
-        recv_sizes=tuple(torch.bincount(source, minlength=plan.cp_size).tolist()),
+    And for each local block the extended row where its segment begins, behind the halo: int64 [T // l'].
+    """
+    holder, start, length = plan.all_segments
+    document, offset = plan.locate(start)
+    reach = offset.clamp(max=halo_len).masked_fill(document < 0, 0)
+    # A piece is what a halo takes of one block, which one rank owns; counted over the halos of all ranks.
+    first_block = (start - reach) // plan.block_len
+    count = start // plan.block_len - first_block
+    of = torch.arange(len(start)).repeat_interleave(count)
+    block = runs(first_block, count)
+    begin = torch.maximum(block * plan.block_len, (start - reach)[of])
+    size = (block + 1) * plan.block_len - begin
+    source, row = plan.owner(begin)
+    destination = holder[of]
+
+    # Row of each own segment's first halo row in the extended buffer, and of its first own row.
+    own = holder == rank
+    halo_at = ((reach + length) * own).cumsum(0) - (reach + length) * own
+    sent, received = source == rank, destination == rank
+    halo_row = halo_at[of] + begin - (start - reach)[of]
+    # By source; ascending within one, as the source sends them.
+    received = received.nonzero().squeeze(1)[source[received].argsort(stable=True)]
+
+    first_row = (halo_at + reach)[own]
+
+    def sizes(peer: Tensor, pieces: Tensor) -> tuple[int, ...]:
+        zeros = torch.zeros(plan.cp_size, dtype=torch.int64)
+        return tuple(zeros.index_add_(0, peer[pieces], size[pieces]).tolist())
+
+    halo = Halo(
+        num_rows=int((reach + length)[own].sum()),
+        extended_rows=runs(first_row, length[own]),
+        send_rows=runs(row[sent], size[sent]),
+        recv_rows=runs(halo_row[received], size[received]),
+        send_sizes=sizes(destination, sent),
+        recv_sizes=sizes(source, received),
     )
+    return halo, first_row.repeat_interleave(length[own] // plan.block_len)
 
 
-def _reach(plan: ShardPlan, rank: int, halo_len: int) -> tuple[Tensor, Tensor]:
-    """Start of each segment, and how many rows left of it, at most `halo_len`, are in its first token's document."""
-    starts = torch.tensor([segment.start for segment in plan.segments(rank)])
-    document, offset = plan.locate(starts)
-    return starts, offset.clamp(max=halo_len).masked_fill(document < 0, 0)
+def _interior(inside: Tensor, block_len: int) -> slice:
+    """Of the longest run of blocks all of whose queries are `inside` [T // l', l']: at most T / 2 queries.
 
-
-def _runs(starts: Tensor, lengths: Tensor) -> Tensor:
-    """The concatenation of `arange(start, start + length)`.
-
-    >>> _runs(torch.tensor([5, 0]), torch.tensor([2, 3])).tolist()
-    [5, 6, 0, 1, 2]
+    Inside are those whose windows hold no halo row. The other half is left for after the halo, to be computed under the
+    compressed all-gather.
     """
-    before = lengths.cumsum(0) - lengths
-    return (starts - before).repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
-
-
-def _interior(halo: Halo, begin: Tensor, block_len: int) -> slice:
-    """Of the longest run of queries whose windows, extended rows from `begin` on, hold no halo row: at most T / 2.
-
-    The other half is left for after the halo, to be computed under the compressed all-gather.
-    """
-    is_halo = torch.ones(halo.num_rows, dtype=torch.int64).index_fill_(0, halo.extended_rows, 0)
-    before = torch.cat([torch.zeros(1, dtype=torch.int64), is_halo.cumsum(0)])  # halo rows left of each row
-    inside = before[halo.extended_rows] == before[begin]
-    edges = torch.nn.functional.pad(inside.int(), (1, 1)).diff().nonzero().squeeze(1)
+    edges = torch.nn.functional.pad(inside.all(1).int(), (1, 1)).diff().nonzero().squeeze(1)
     starts, stops = edges[::2], edges[1::2]
-    starts = (starts + block_len - 1) // block_len * block_len
-    stops = torch.minimum(stops // block_len * block_len, starts + len(inside) // 2 // block_len * block_len)
+    stops = torch.minimum(stops, starts + inside.numel() // 2 // block_len)
     if len(starts) == 0 or int((stops - starts).max()) <= 0:
         return slice(0, 0)
     longest = int((stops - starts).argmax())
-    return slice(int(starts[longest]), int(stops[longest]))
+    return slice(int(starts[longest]) * block_len, int(stops[longest]) * block_len)
 
 
 def _halo_to(halo: Halo, device: torch.device) -> Halo:
     return replace(
         halo,
-        extended_rows=halo.extended_rows.to(device),
-        send_rows=halo.send_rows.to(device),
-        recv_rows=halo.recv_rows.to(device),
+        extended_rows=put_on(device, halo.extended_rows),
+        send_rows=put_on(device, halo.send_rows),
+        recv_rows=put_on(device, halo.recv_rows),
     )

@@ -7,11 +7,12 @@ whole chunks, so that no selection block straddles two ranks. Padding is added b
     stream      d0 d0 d0 . | d1 d1 d1 d1 | d1 . . .  3 blocks; + 1 block of padding when cp_size = 2, zigzag
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,22 @@ class Segment:
     @property
     def stop(self) -> int:
         return self.start + self.length
+
+
+@dataclass(frozen=True)
+class LocalBlocks:
+    """Of each block of a rank, int64 [T // block_len]: no two documents share one."""
+
+    start: Tensor  # stream position of its first token, a multiple of block_len
+    document: Tensor  # the last one, if the block is padding behind it
+    offset: Tensor  # of its first token in the document
+    doc_len: Tensor  # of the document
+    padding: Tensor  # bool [T // block_len, block_len]: behind the document's end
+
+
+def _kept(compute: Callable[["ShardPlan"], Any]) -> Any:
+    """A property that is computed once, outside of the caller's modes: see `ShardPlan.memo`."""
+    return property(lambda plan: plan.memo((compute.__name__,), lambda: compute(plan)))
 
 
 @dataclass(frozen=True)
@@ -130,39 +147,63 @@ class ShardPlan:
     def segments(self, rank: int) -> tuple[Segment, ...]:
         """The runs of the stream that `rank` holds, ascending; neighbouring chunks are one segment."""
         self._check_rank(rank)
+        owner, start, length = self.all_segments
+        own = owner == rank
+        return tuple(map(Segment, start[own].tolist(), length[own].tolist()))
+
+    @_kept
+    def all_segments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(rank, start, length) of the segments of every rank, rank by rank, each int64 [num_segments]."""
+        bounds, ranks = _on_host(self.regions), torch.arange(self.cp_size)
         num_chunks = self.cp_size * self.chunks_per_rank
-        runs: list[Segment] = []
-        for start, stop in pairwise(self.regions):
-            length = (stop - start) // num_chunks
-            for chunk in (rank, num_chunks - 1 - rank)[: self.chunks_per_rank]:
-                first = start + chunk * length
-                if runs and runs[-1].stop == first:
-                    runs[-1] = Segment(runs[-1].start, runs[-1].length + length)
-                elif length:
-                    runs.append(Segment(first, length))
-        return tuple(runs)
+        chunk = torch.stack([ranks, num_chunks - 1 - ranks], 1)[:, None, : self.chunks_per_rank]  # [P, 1, 1 or 2]
+        length = (bounds.diff() // num_chunks)[:, None].expand(self.cp_size, -1, self.chunks_per_rank)
+        start = (bounds[:-1, None] + chunk * length).flatten()
+        owner, length = ranks.repeat_interleave(len(start) // self.cp_size), length.flatten()
+        owner, start, length = (x[length > 0] for x in (owner, start, length))
+        goes_on = (owner[1:] == owner[:-1]) & (start[1:] == start[:-1] + length[:-1])
+        is_first = torch.cat([torch.ones(1, dtype=torch.bool), ~goes_on])
+        total = torch.zeros(int(is_first.sum()), dtype=torch.int64).index_add_(0, is_first.cumsum(0) - 1, length)
+        return owner[is_first], start[is_first], total
 
     def stream_positions(self, rank: int) -> Tensor:
         """Stream position of every local token, int64 [T], padding included."""
-        return self.memo(
-            ("stream", rank), lambda: torch.cat([torch.arange(s.start, s.stop) for s in self.segments(rank)])
-        )
+        return (self.local_blocks(rank).start[:, None] + torch.arange(self.block_len, device="cpu")).flatten()
+
+    def local_blocks(self, rank: int) -> "LocalBlocks":
+        """The blocks that `rank` holds, in the order of its rows: what is asked of tokens is worked out of them."""
+
+        def compute() -> LocalBlocks:
+            owner, start, length = self.all_segments
+            own = owner == rank
+            block = runs(start[own] // self.block_len, length[own] // self.block_len)
+            document, doc_start, doc_len = (table[block] for table in self._documents_of_blocks)
+            offset = block * self.block_len - doc_start
+            padding = torch.arange(self.block_len) >= (doc_len - offset)[:, None]
+            return LocalBlocks(block * self.block_len, document, offset, doc_len, padding)
+
+        self._check_rank(rank)
+        return self.memo(("blocks", rank), compute)
 
     def positions(self, rank: int) -> Tensor:
         """Index in the packed sequence of every local token, int64 [T]; -1 for padding."""
 
         def compute() -> Tensor:
-            document, offset = self.locate(self.stream_positions(rank))
-            start = _on_host(self.cu_seqlens)[document.clamp(min=0)]
-            return torch.where(document >= 0, start + offset, -1)
+            blocks = self.local_blocks(rank)
+            start = _on_host(self.cu_seqlens)[blocks.document] + blocks.offset
+            return (start[:, None] + torch.arange(self.block_len)).masked_fill_(blocks.padding, -1).flatten()
 
         return self.memo(("positions", rank), compute)
 
     def document_positions(self, rank: int) -> Tensor:
         """Position of every local token in its document, int64 [T]: what RoPE wants; 0 for padding."""
-        return self.memo(
-            ("document", rank), lambda: self.locate(self.stream_positions(rank))[1].masked_fill_(self.padding(rank), 0)
-        )
+
+        def compute() -> Tensor:
+            blocks = self.local_blocks(rank)
+            offset = blocks.offset[:, None] + torch.arange(self.block_len)
+            return offset.masked_fill_(blocks.padding, 0).flatten()
+
+        return self.memo(("document", rank), compute)
 
     def padding(self, rank: int) -> Tensor:
         """bool [T], true where the local token is padding."""
@@ -170,26 +211,39 @@ class ShardPlan:
 
     def locate(self, stream_position: Tensor) -> tuple[Tensor, Tensor]:
         """(document, position in it) of stream positions; document -1 marks padding."""
-        starts = _on_host(self.stream_starts)
-        lengths = _on_host(self.cu_seqlens).diff()
-        document = torch.searchsorted(starts, stream_position, right=True) - 1
-        document = document.clamp(max=self.num_documents - 1)
-        offset = stream_position - starts[document]
-        return torch.where(offset < lengths[document], document, -1), offset
+        document, start, length = (table[stream_position // self.block_len] for table in self._documents_of_blocks)
+        offset = stream_position - start
+        return torch.where(offset < length, document, -1), offset
 
     def owner(self, stream_position: Tensor) -> tuple[Tensor, Tensor]:
         """(rank, local row) that holds each stream position."""
-        bounds = _on_host(self.regions)
-        num_chunks = self.cp_size * self.chunks_per_rank
-        region = torch.searchsorted(bounds[1:], stream_position, right=True)
-        length = bounds.diff()[region] // num_chunks
-        offset = stream_position - bounds[region]
-        chunk = torch.div(offset, length, rounding_mode="floor")
-        row = bounds[region] // self.cp_size + offset - chunk * length
-        if self.chunks_per_rank == 1:
-            return chunk, row
-        mirrored = num_chunks - 1 - chunk
-        return torch.minimum(chunk, mirrored), row + (chunk > mirrored) * length
+        block = stream_position // self.block_len
+        rank, first_row = self._owners_of_blocks
+        return rank[block], first_row[block] + stream_position - block * self.block_len
+
+    def rank_of(self, position: Tensor) -> Tensor:
+        """The rank that holds each index in the packed sequence."""
+        bounds = _on_host(self.cu_seqlens)
+        document = torch.searchsorted(bounds, position, right=True) - 1
+        return self.owner(_on_host(self.stream_starts)[document] + position - bounds[document])[0]
+
+    @_kept
+    def _documents_of_blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(document, its start in the stream, its length) of each block: a document starts with a block of its own."""
+        starts = _on_host(self.stream_starts)
+        document = torch.arange(self.num_documents).repeat_interleave(starts.diff() // self.block_len)
+        document = torch.nn.functional.pad(document, (0, self.num_blocks - len(document)), value=self.num_documents - 1)
+        return document, starts[document], _on_host(self.cu_seqlens).diff()[document]
+
+    @_kept
+    def _owners_of_blocks(self) -> tuple[Tensor, Tensor]:
+        """(rank, local row of its first token) of each block of the stream, int64 [num_blocks]."""
+        owner, start, length = self.all_segments
+        count = length // self.block_len
+        block = runs(start // self.block_len, count)
+        row = torch.arange(len(block)) * self.block_len % self.tokens_per_rank
+        rank = torch.empty_like(block).index_copy_(0, block, owner.repeat_interleave(count))
+        return rank, torch.empty_like(block).index_copy_(0, block, row)
 
     @property
     def block_ids(self) -> Tensor | None:
@@ -288,6 +342,16 @@ def _plan_alone(cu_seqlens: tuple[int, ...], cp_size: int, block_len: int, layou
     groups: whether their ranks agree is asked once per plan, of all ranks at the same time.
     """
     return ShardPlan(cu_seqlens, cp_size, block_len, layout)
+
+
+def runs(starts: Tensor, lengths: Tensor) -> Tensor:
+    """The concatenation of `arange(start, start + length)`.
+
+    >>> runs(torch.tensor([5, 0]), torch.tensor([2, 3])).tolist()
+    [5, 6, 0, 1, 2]
+    """
+    before = lengths.cumsum(0) - lengths
+    return (starts - before).repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -9,12 +9,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import Attention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.utils import get_pg_rank, get_pg_size
+from megatron.core.utils import get_pg_size
 from torch import Tensor, nn
 
-from nsa_dist.mcore.config import NSATransformerConfig
+from nsa_dist.attention import check_agreement
+from nsa_dist.mcore.config import NSATransformerConfig, need_nsa_config
 from nsa_dist.mcore.core import NSACoreAttention
-from nsa_dist.mcore.plans import PlanCache, RankPlan
+from nsa_dist.mcore.plans import Place, PlanCache, RankPlan, local_heads
 
 
 @dataclass
@@ -33,8 +34,9 @@ class NSASelfAttention(Attention):
 
         [ q: G * Dk | k_cmp v_cmp k_slc v_slc k_win v_win: 3 * (Dk + Dv), or one pair if shared | gate: 3 * G ]
 
-    Tokens of a sequence are those that `config.nsa_layout` gives to this context-parallel rank; the layer derives
-    their positions itself. `attention_mask` is ignored (the attention is causal), `rotary_pos_emb` as well.
+    Tokens of a sequence are those that `config.nsa_layout` gives to this context-parallel rank, those of a pack as
+    `packs.pack_order` says; the layer derives their positions itself. An `attention_mask` must be causal, a
+    `rotary_pos_emb` that of the layer's own base (`arrivals.py`): neither is read for anything else.
 
     Raises ValueError for what the layer does not do: inference caches, attention biases, cross attention; and for
     lengths that would let a selection block span two context-parallel ranks.
@@ -51,11 +53,7 @@ class NSASelfAttention(Attention):
         plans: PlanCache | None = None,
         **later_versions: Any,
     ) -> None:
-        if not isinstance(config, NSATransformerConfig):
-            raise ValueError(
-                f"NSASelfAttention was given a {type(config).__name__}, but needs an NSATransformerConfig, which holds "
-                f"the sizes of the three branches; build the model's config from nsa_dist.mcore.NSATransformerConfig"
-            )
+        need_nsa_config(config, "NSASelfAttention")
         if attn_mask_type != AttnMaskType.causal:
             raise ValueError(
                 f"attn_mask_type={attn_mask_type} is not causal, but NSA's blocks are chosen from the past only; "
@@ -71,7 +69,7 @@ class NSASelfAttention(Attention):
             pg_collection=pg_collection,
             **later_versions,
         )
-        self.plans = plans or PlanCache(config.nsa_layout, config.nsa.slc_block_len)
+        self.plans = plans or PlanCache(config)
         self.core_attention = NSACoreAttention(config, self.pg_collection)
         self._build_projections(submodules)
 
@@ -112,7 +110,9 @@ class NSASelfAttention(Attention):
         self, hidden_states: Tensor, key_value_states: Tensor | None = None, **later_versions: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, h] -> q [s, b, Hq, Dk], kv [s, b, Hkv, pairs * (Dk + Dv)], gate logits [s, b, Hq, 3], local heads."""
-        mixed, _ = self.linear_qkv(hidden_states)
+        return self._split(self.linear_qkv(hidden_states)[0])
+
+    def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, sum(self.group_widths)))
         q, kv, gate_logits = mixed.split(self.group_widths, -1)
         return (
@@ -145,28 +145,61 @@ class NSASelfAttention(Attention):
             inference_params=inference_params,
             attention_bias=attention_bias,
             sequence_len_offset=sequence_len_offset,
+            rotary_pos_cos=rotary_pos_cos,
+            rotary_pos_sin=rotary_pos_sin,
+            rotary_pos_cos_sin=rotary_pos_cos_sin,
             **later_versions,
         )
-        q, kv, gate_logits = self.get_query_key_value_tensors(hidden_states)
-        rank_plan = self._rank_plan(q, packed_seq_params)
+        mixed, _ = self.linear_qkv(hidden_states)
+        rank_plan = self._rank_plan(mixed, packed_seq_params)
+        self.plans.arrivals.check_mask(attention_mask, rank_plan.plan, rank_plan.given, rank_plan.rank)
+        self.plans.arrivals.check_rotary(rotary_pos_emb, self.config.kv_channels, self.config.nsa_rotary_base)
+        if rank_plan.deal is not None:  # the first to send anything; otherwise nsa_attention makes sure
+            config, comm = self.config, self.core_attention.comm
+            heads = local_heads(config, get_pg_size(self.pg_collection.tp), mixed.dtype)
+            check_agreement(rank_plan.plan, config.nsa, heads, config.nsa_fetch, comm)
+            mixed = rank_plan.deal.to_plan(mixed, comm)
 
         def core(*projected: Tensor) -> Tensor:
             return self.core_attention(*projected, rank_plan)
 
+        q, kv, gate_logits = self._split(mixed)
         if self.checkpoint_core_attention and self.training:
-            return self.linear_proj(tensor_parallel.checkpoint(core, False, q, kv, gate_logits))
-        return self.linear_proj(core(q, kv, gate_logits))
+            out = tensor_parallel.checkpoint(core, False, q, kv, gate_logits)
+        else:
+            out = core(q, kv, gate_logits)
+        if rank_plan.deal is not None:
+            out = rank_plan.deal.from_plan(out, self.core_attention.comm)
+        return self.linear_proj(out)
 
     def backward_dw(self) -> None:
         """Weight gradients that Transformer Engine delayed."""
         self.linear_proj.backward_dw()
         self.linear_qkv.backward_dw()
 
-    def _rank_plan(self, q: Tensor, packed: PackedSeqParams | None) -> RankPlan:
-        cp_size, cp_rank = get_pg_size(self.pg_collection.cp), get_pg_rank(self.pg_collection.cp)
-        if packed is not None:
-            return self.plans.of_packed(packed, q.shape[0], cp_size, cp_rank, q.device)
-        return self.plans.of_sequence(q.shape[0], cp_size, cp_rank, q.device)
+    def _rank_plan(self, mixed: Tensor, packed: PackedSeqParams | None) -> RankPlan:
+        tokens, samples, _ = mixed.shape
+        place = Place.of(self.pg_collection, mixed.device)
+        if packed is None:
+            return self.plans.of_sequence(tokens, place)
+        if samples > 1:
+            raise ValueError(
+                f"packed_seq_params came with {samples} samples, but it bounds the documents of one row; put the "
+                f"samples into one row [1, {samples} * s] and their bounds behind each other, as "
+                f"megatron.core.utils.flatten_batch_for_packed_sequences does, or set micro_batch_size=1"
+            )
+        _refuse_other_group(packed, self.pg_collection.cp, place.cp_size)
+        return self.plans.of_packed(packed, tokens, place)
+
+
+def _refuse_other_group(packed: PackedSeqParams, group: Any, cp_size: int) -> None:
+    """Megatron's hybrid context parallelism gives packs groups of their own."""
+    size, own = getattr(packed, "local_cp_size", None), getattr(packed, "cp_group", None)
+    if (own is not None and own is not group) or size not in (None, cp_size):
+        raise ValueError(
+            f"packed_seq_params has local_cp_size={size} and a cp_group of its own, but this layer's tokens are cut "
+            f"over its own context-parallel group of {cp_size}; turn hybrid_context_parallel off, or set both to None"
+        )
 
 
 class _NotBuilt(nn.Module):

@@ -1,5 +1,6 @@
 """Megatron's transformer configuration with the fields of Native Sparse Attention."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,29 +9,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.fetch import FetchOptions
-
-# Fields of TransformerConfig that change attention in ways this layer does not have: the one value it accepts.
-_UNSUPPORTED: dict[str, Any] = {
-    "attention_dropout": 0.0,
-    "attention_output_gate": False,
-    "experimental_attention_variant": None,
-    "fused_single_qkv_rope": False,
-    "multi_latent_attention": False,
-    "qk_clip": False,
-    "qk_layernorm": False,
-    "rotary_interleaved": False,
-    "softmax_type": "vanilla",
-    "window_size": None,
-}
+from nsa_dist.mcore.settings import refuse_settings
 
 
 @dataclass
 class NSATransformerConfig(TransformerConfig):
-    """A `TransformerConfig` whose attention is NSA. ValueError for combinations the layer does not have.
+    """A `TransformerConfig` whose attention is NSA. ValueError for settings the layer does not have (`settings.py`).
 
     Head dims: q and k take `kv_channels`, v takes `nsa_v_head_dim` (None: the same).
     Positions: the layer turns q and k itself, at the positions of the context-parallel plan, so the model around it
-    wants `position_embedding_type="none"`; a `rotary_pos_emb` that a model passes all the same is not used.
+    wants `position_embedding_type="none"`. Learned positions are refused when the model draws them, a `rotary_pos_emb`
+    of another base or scaling when the layer is called.
     """
 
     nsa: NSAConfig = field(default_factory=NSAConfig)
@@ -39,34 +28,68 @@ class NSATransformerConfig(TransformerConfig):
     nsa_compress_before_rope: bool = True  # and turn the compressed key at its block's first position
     nsa_rotary_base: float = 10_000.0
     nsa_layout: Literal["zigzag", "contiguous"] = "zigzag"  # which tokens a context-parallel rank was given
+    nsa_pack_order: Literal["sequence", "documents"] | None = None  # the same for packs: see packs.pack_order
     nsa_v_head_dim: int | None = None
     nsa_fetch: FetchOptions = field(default_factory=FetchOptions)  # how selected blocks of other ranks travel
 
+    # Arguments of Megatron-LM under their own names, so that core_transformer_config_from_args copies them here.
+    dataloader_inter_document_masking: bool = False
+    sft: bool = False
+    reset_attention_mask: bool = False
+    reset_position_ids: bool = False
+    rotary_base: float = 10_000
+    rotary_percent: float = 1.0
+    rotary_seq_len_interpolation_factor: int | None = None
+    use_rope_scaling: bool = False
+
     def __post_init__(self) -> None:
+        refuse_settings(self)
+        self._check_offloading()
         super().__post_init__()
         self._check_choices()
         self._check_groups()
-        for name, accepted in _UNSUPPORTED.items():
-            given = getattr(self, name, accepted)
-            if given != accepted:
-                raise ValueError(
-                    f"{name}={given!r} is not part of Native Sparse Attention as this layer computes it; "
-                    f"set {name}={accepted!r}, or use Megatron's own attention in that layer"
-                )
+        draw = vars(self)["embedding_init_method"]
+        self.embedding_init_method = draw if isinstance(draw, _TokenEmbeddingInit) else _TokenEmbeddingInit(draw)
 
     @property
     def v_head_dim(self) -> int:
         return self.nsa_v_head_dim or self.kv_channels
 
     def _check_choices(self) -> None:
-        choices = {"nsa_compression": ("mlp", "mean"), "nsa_layout": ("zigzag", "contiguous")}
+        choices: dict[str, tuple] = {
+            "nsa_compression": ("mlp", "mean"),
+            "nsa_layout": ("zigzag", "contiguous"),
+            "nsa_pack_order": (None, "sequence", "documents"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}; choose one")
+        if not isinstance(self.nsa, NSAConfig):
+            raise ValueError(
+                f"nsa={self.nsa!r} must be an nsa_dist.NSAConfig, which checks its sizes; pass "
+                f"nsa=NSAConfig(num_slc_blocks=..., window_len=...)"
+            )
         if not isinstance(self.nsa_fetch, FetchOptions):
             raise ValueError(
                 f"nsa_fetch={self.nsa_fetch!r} must be an nsa_dist.cp.fetch.FetchOptions, which checks its values; "
                 f"pass nsa_fetch=FetchOptions(kv_fetch_budget_bytes=..., keep_pages=...)"
+            )
+
+        if self.rotary_base not in (10_000, self.nsa_rotary_base):  # 10,000 is what Megatron-LM says if nobody does
+            raise ValueError(
+                f"rotary_base={self.rotary_base} is not what turns queries and keys here: that is nsa_rotary_base="
+                f"{self.nsa_rotary_base}; set nsa_rotary_base={self.rotary_base}, or leave rotary_base out"
+            )
+
+    def _check_offloading(self) -> None:
+        """Megatron's layer offloads what is not attention itself; what is, only its own attention would."""
+        asked = {"core_attn", "qkv_linear", "attn_proj"}.intersection(self.offload_modules or [])
+        if self.fine_grained_activation_offloading and asked:
+            names = sorted(asked)
+            raise ValueError(
+                f"offload_modules={self.offload_modules} has {', '.join(names)}, but NSA's attention keeps what it "
+                f"saves on its device; take {', '.join(names)} out of offload_modules, or recompute the attention "
+                f"with recompute_granularity='selective' and recompute_modules=['core_attn']"
             )
 
     def _check_groups(self) -> None:
@@ -77,6 +100,35 @@ class NSATransformerConfig(TransformerConfig):
                 f"key/value head with its blocks is never split; take num_query_groups="
                 f"{-(-groups // tensor) * tensor} or a smaller tensor_model_parallel_size"
             )
+
+
+def need_nsa_config(config: TransformerConfig, who: str) -> None:
+    """ValueError for a config without the sizes of the branches."""
+    if not isinstance(config, NSATransformerConfig):
+        raise ValueError(
+            f"{who} was given a {type(config).__name__}, but needs an NSATransformerConfig, which holds the sizes of "
+            f"the three branches; build the model's config from nsa_dist.mcore.NSATransformerConfig"
+        )
+
+
+class _TokenEmbeddingInit:
+    """Draws the token embedding, and refuses to draw learned positions.
+
+    A model calls it for both; only the token embedding is cut over tensor-parallel ranks, and marked as such or still a
+    plain tensor when it is drawn. Without `perform_initialization` a model calls it for neither.
+    """
+
+    def __init__(self, draw: Callable[[torch.Tensor], Any]) -> None:
+        self.draw = draw
+
+    def __call__(self, weight: torch.Tensor) -> Any:
+        if isinstance(weight, torch.nn.Parameter) and not hasattr(weight, "tensor_model_parallel"):
+            raise ValueError(
+                f"the model adds a learned embedding of shape {tuple(weight.shape)} to its tokens "
+                f"(position_embedding_type='learned_absolute', GPTModel's default), but NSA layers turn queries and "
+                f"keys by their positions themselves; pass position_embedding_type='none' to the model"
+            )
+        return self.draw(weight)
 
 
 def parameter_device(config: TransformerConfig) -> torch.device:

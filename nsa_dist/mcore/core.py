@@ -10,7 +10,7 @@ from megatron.core.utils import get_pg_size
 from torch import Tensor
 
 from nsa_dist.attention import BranchKV, nsa_attention
-from nsa_dist.cp.comm import Traffic
+from nsa_dist.cp.comm import Comm, Traffic
 from nsa_dist.mcore.compressor import MeanCompress, ParallelCompressMLP
 from nsa_dist.mcore.config import NSATransformerConfig
 from nsa_dist.mcore.plans import RankPlan
@@ -44,6 +44,11 @@ class NSACoreAttention(MegatronModule):
             yield recorded
         finally:
             self._recorded = None
+
+    @property
+    def comm(self) -> Comm:
+        """The context-parallel group, with what counts its bytes."""
+        return Comm(self.cp_group, self._traffic or Traffic())
 
     @contextmanager
     def counting(self, traffic: Traffic) -> Iterator[None]:

@@ -1,9 +1,14 @@
-"""An RMSNorm that needs no Transformer Engine and works under sequence parallelism."""
+"""Norms that need no Transformer Engine and work under sequence parallelism, where Megatron's torch norm does not.
+
+Under `layernorm_zero_centered_gamma` the weight is kept as its difference from one.
+"""
 
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional
 
 from nsa_dist.mcore.config import parameter_device
 
@@ -13,4 +18,33 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__(hidden_size, eps=eps, device=parameter_device(config), dtype=config.params_dtype)
-        vars(self.weight)["sequence_parallel"] = config.sequence_parallel
+        self.zero_centered = _set_up(self, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight + 1 if self.zero_centered else self.weight
+        return functional.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """As `RMSNorm`, with the mean and a bias."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__(hidden_size, eps=eps, device=parameter_device(config), dtype=config.params_dtype)
+        self.zero_centered = _set_up(self, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight + 1 if self.zero_centered else self.weight
+        return functional.layer_norm(x, self.normalized_shape, weight, self.bias, self.eps)
+
+
+def local_norm(config: TransformerConfig) -> type[RMSNorm] | type[LayerNorm]:
+    """The one of the config's `normalization`."""
+    return RMSNorm if config.normalization == "RMSNorm" else LayerNorm
+
+
+def _set_up(norm: torch.nn.RMSNorm | torch.nn.LayerNorm, config: TransformerConfig) -> bool:
+    for parameter in norm.parameters():
+        vars(parameter)["sequence_parallel"] = config.sequence_parallel
+    if config.layernorm_zero_centered_gamma:
+        torch.nn.init.zeros_(norm.weight)
+    return config.layernorm_zero_centered_gamma

@@ -1,12 +1,23 @@
 """Which plan a batch's tokens follow, worked out once and shared by all layers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
+from nsa_dist.attention import Heads, post_agreement
+from nsa_dist.cp.comm import Comm
+from nsa_dist.cp.device import put_on
+from nsa_dist.cp.layout import rank_layout
 from nsa_dist.cp.plan import ShardPlan
+from nsa_dist.mcore.arrivals import Arrivals
+from nsa_dist.mcore.config import NSATransformerConfig
+from nsa_dist.mcore.deal import Deal, deal
+from nsa_dist.mcore.packs import PackReading, document_bounds, pack_order
 
 
 @dataclass(frozen=True)
@@ -16,71 +27,169 @@ class RankPlan:
     plan: ShardPlan
     rank: int
     document_position: Tensor  # int64 [plan.tokens_per_rank]
+    given: ShardPlan  # how the batch was cut: the plan itself, unless there is a deal
+    deal: Deal | None = None  # None: every token is where the plan wants it
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands: its context-parallel group, and the device of its tensors."""
+
+    cp_size: int
+    rank: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, pg_collection: ProcessGroupCollection, device: torch.device) -> "Place":
+        return cls(get_pg_size(pg_collection.cp), get_pg_rank(pg_collection.cp), device)
+
+
+class _PackPlans(dict):
+    """Plans of a pack, kept on it: they live and die with it. A copy of the pack works out its own."""
+
+    def __reduce__(self) -> tuple:
+        return _PackPlans, ()
+
+    def __deepcopy__(self, memo: dict) -> "_PackPlans":
+        return _PackPlans()
 
 
 @dataclass
 class PlanCache:
     """Finds the plan of a batch from what Megatron hands to an attention layer. One instance serves all layers."""
 
-    layout: str
-    block_len: int
+    config: NSATransformerConfig
+    arrivals: Arrivals = field(default_factory=Arrivals, repr=False)
     _by_length: dict[tuple, RankPlan] = field(default_factory=dict, repr=False)
-    _last_packed: tuple[PackedSeqParams, RankPlan] | None = field(default=None, repr=False)
 
-    def of_sequence(self, local_tokens: int, cp_size: int, rank: int, device: torch.device) -> RankPlan:
+    def of_sequence(self, local_tokens: int, place: Place) -> RankPlan:
         """One document over the whole length. ValueError if the local tokens cannot be this rank's share of it."""
-        key = (local_tokens, cp_size, rank, device)
+        key = (local_tokens, place)
         if key not in self._by_length:
-            plan = self._plan([0, local_tokens * cp_size], cp_size)
-            if cp_size > 1 and plan.tokens_per_rank != local_tokens:
-                chunks = cp_size * plan.chunks_per_rank
+            layout, block_len = self.config.nsa_layout, self.config.nsa.slc_block_len
+            make = ShardPlan.zigzag if layout == "zigzag" else ShardPlan.contiguous
+            plan = make([0, local_tokens * place.cp_size], place.cp_size, block_len)
+            if place.cp_size > 1 and plan.tokens_per_rank != local_tokens:
+                chunks = place.cp_size * plan.chunks_per_rank
                 raise ValueError(
                     f"a sequence of {plan.num_tokens} tokens must be a multiple of {chunks} chunks * slc_block_len = "
-                    f"{chunks} * {self.block_len} = {chunks * self.block_len} in the {self.layout} layout over "
-                    f"{cp_size} context-parallel ranks, so that no selection block spans two chunks; "
-                    f"pad the batch to {plan.tokens_per_rank * cp_size} tokens"
+                    f"{chunks} * {block_len} = {chunks * block_len} in the {layout} layout over "
+                    f"{place.cp_size} context-parallel ranks, so that no selection block spans two chunks; "
+                    f"pad the batch to {plan.tokens_per_rank * place.cp_size} tokens"
                 )
-            self._by_length[key] = _on_device(plan, rank, device)
+            self._by_length[key] = _on_device(plan, plan, place)
         return self._by_length[key]
 
-    def of_packed(
-        self, packed: PackedSeqParams, local_tokens: int, cp_size: int, rank: int, device: torch.device
-    ) -> RankPlan:
-        """The documents of a pack: in Megatron's order each a zigzag of its own. ValueError as `of_sequence`."""
-        if self._last_packed is None or self._last_packed[0] is not packed:
-            self._last_packed = (packed, _on_device(self._plan_of_pack(packed, local_tokens, cp_size), rank, device))
-        return self._last_packed[1]
+    def of_packed(self, packed: PackedSeqParams, local_tokens: int, place: Place) -> RankPlan:
+        """The documents of a pack, cut as `pack_order` says. Follows what is written to the pack (`PackReading`).
 
-    def _plan_of_pack(self, packed: PackedSeqParams, local_tokens: int, cp_size: int) -> ShardPlan:
-        bounds = _document_bounds(packed)
-        if bounds[-1] != local_tokens * cp_size:
+        ValueError if the pack is not one, or its documents end elsewhere than the batch, or, in Megatron's order of
+        documents and in the contiguous layout, blocks would span two ranks.
+        """
+        entries = vars(packed).setdefault("_nsa_plans", _PackPlans())
+        key = (self._cut(packed, place), self.config.nsa.slc_block_len, place)
+        reading, rank_plan = entries.get(key, (None, None))
+        if reading is None or not reading.holds(packed):
+            reading, rank_plan = PackReading(packed), None
+        if reading.bounds[-1] != local_tokens * place.cp_size:
             raise ValueError(
-                f"packed_seq_params ends at token {bounds[-1]}, but the batch has {local_tokens} tokens on each of "
-                f"{cp_size} context-parallel ranks, so some would belong to no document; pass cu_seqlens_q that ends "
-                f"at {local_tokens * cp_size}"
+                f"packed_seq_params ends at token {reading.bounds[-1]}, but the batch has {local_tokens} tokens "
+                f"on each of {place.cp_size} context-parallel ranks, so some would belong to no document; pass "
+                f"cu_seqlens_q that ends at {local_tokens * place.cp_size}"
             )
-        if cp_size == 1 or self.layout == "contiguous":
-            plan = ShardPlan.contiguous(bounds, cp_size, self.block_len)
-        else:
-            plan = ShardPlan.zigzag_documents(bounds, cp_size, self.block_len)
-        if cp_size > 1 and plan.tokens_per_rank != local_tokens:
-            whole = 2 * cp_size * self.block_len
+        if rank_plan is None:
+            rank_plan = self._plan_of_pack(reading.bounds, key[0], place)
+            entries[key] = reading, rank_plan
+        return rank_plan
+
+    def prepare(self, packed: PackedSeqParams, claimed: tuple[int, ...] | None, place: Place) -> RankPlan:
+        """As `of_packed` for a batch that is not there yet."""
+        key = (self._cut(packed, place), self.config.nsa.slc_block_len, place)
+        reading = PackReading(packed, claimed)
+        rank_plan = self._plan_of_pack(reading.bounds, key[0], place)
+        vars(packed).setdefault("_nsa_plans", _PackPlans())[key] = reading, rank_plan
+        return rank_plan
+
+    def _cut(self, packed: PackedSeqParams, place: Place) -> str:
+        if place.cp_size == 1 or self.config.nsa_layout == "contiguous":
+            return "contiguous"
+        return pack_order(self.config, packed)
+
+    def _plan_of_pack(self, bounds: tuple[int, ...], cut: str, place: Place) -> RankPlan:
+        size, block_len = place.cp_size, self.config.nsa.slc_block_len
+        if cut == "sequence":
+            return self._plan_of_row(bounds, place)
+        make = ShardPlan.contiguous if cut == "contiguous" else ShardPlan.zigzag_documents
+        plan = make(bounds, size, block_len)
+        if size > 1 and plan.tokens_per_rank * size != plan.num_tokens:
+            if cut == "contiguous":
+                remedy = f"pad each document to a multiple of {block_len}, and the pack to one of {size * block_len}"
+            else:
+                whole = 2 * size * block_len
+                remedy = (
+                    f"in Megatron's order a document has 2 * context_parallel_size = {2 * size} chunks, so "
+                    f"pad each document to a multiple of {whole}"
+                )
             raise ValueError(
-                f"the documents of a pack must each be a multiple of 2 * context_parallel_size * slc_block_len = "
-                f"2 * {cp_size} * {self.block_len} = {whole} tokens, so that no selection block spans two ranks; "
-                f"pad each document to a multiple of {whole}"
+                f"the documents of a pack, bounds {list(bounds[:6])}{'...' if len(bounds) > 6 else ''}, must be whole "
+                f"numbers of selection blocks in every chunk, so that no block spans two ranks; {remedy}"
             )
-        return plan
+        return _on_device(plan, plan, place)
 
-    def _plan(self, cu_seqlens: list[int], cp_size: int) -> ShardPlan:
-        make = ShardPlan.zigzag if self.layout == "zigzag" else ShardPlan.contiguous
-        return make(cu_seqlens, cp_size, self.block_len)
+    def _plan_of_row(self, bounds: tuple[int, ...], place: Place) -> RankPlan:
+        """Of a row that is cut into 2P chunks wherever its documents end: tokens move to the rank of their block."""
+        chunk, rest = divmod(bounds[-1], 2 * place.cp_size)
+        if rest:
+            raise ValueError(
+                f"packed_seq_params ends at token {bounds[-1]}, which is not a multiple of 2 * context_parallel_size = "
+                f"{2 * place.cp_size}, the number of chunks that Megatron cuts a row into; pad the row to "
+                f"{(chunk + 1) * 2 * place.cp_size} tokens"
+            )
+        plan = ShardPlan.zigzag(bounds, place.cp_size, self.config.nsa.slc_block_len)
+        if plan.tokens_per_rank * place.cp_size == plan.num_tokens:  # no padding: chunks are Megatron's
+            return _on_device(plan, plan, place)
+        return _on_device(plan, ShardPlan.zigzag([0, bounds[-1]], place.cp_size, chunk), place)
 
 
-def _document_bounds(packed: PackedSeqParams) -> list[int]:
-    padded = getattr(packed, "cu_seqlens_q_padded", None)
-    return (padded if padded is not None else packed.cu_seqlens_q).tolist()
+def prepare_pack(
+    packed: PackedSeqParams,
+    config: NSATransformerConfig,
+    *,
+    device: torch.device,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Works out the plan of a pack ahead of the layers, and asks the other ranks whether theirs is the same.
+
+    Call it where the batch is made, on every context-parallel rank at the same place among the group's collectives,
+    on every stage of a pipeline with layers. The first layer then finds tensors on the device and an answer; without
+    this call it does the work itself and waits for the ranks. What is written to the pack afterwards is seen.
+
+    device          of the hidden states
+    cu_seqlens      the pack's bounds (the padded ones, if it has any) where the host has them; None: bounds on a GPU
+                    are waited for. The first layer compares them with the pack's
+    pg_collection   with tp and cp, as the layers have it; None: Megatron's own groups
+    dtype           of the layers' queries; None: config.params_dtype
+
+    ValueError as the layers raise it. What ranks disagree about is raised by the first layer.
+    """
+    groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
+    place = Place.of(groups, device)
+    plan = PlanCache(config).prepare(packed, None if cu_seqlens is None else document_bounds(cu_seqlens), place).plan
+    if place.cp_size > 1:
+        heads = local_heads(config, get_pg_size(groups.tp), dtype or config.params_dtype)
+        post_agreement(plan, config.nsa, heads, config.nsa_fetch, Comm(groups.cp))
+    rank_layout(plan, config.nsa, place.rank, device)
 
 
-def _on_device(plan: ShardPlan, rank: int, device: torch.device) -> RankPlan:
-    return RankPlan(plan, rank, plan.document_positions(rank).to(device))
+def local_heads(config: NSATransformerConfig, tp_size: int, dtype: torch.dtype) -> Heads:
+    """Those that one tensor-parallel rank hands to `nsa_attention`."""
+    num_heads = config.num_attention_heads // tp_size, config.num_query_groups // tp_size
+    return Heads(*num_heads, config.kv_channels, config.v_head_dim, dtype)
+
+
+def _on_device(plan: ShardPlan, given: ShardPlan, place: Place) -> RankPlan:
+    position = put_on(place.device, plan.document_positions(place.rank))
+    dealt = None if given is plan else deal(given, plan, place.rank, place.device)
+    return RankPlan(plan, place.rank, position, given, dealt)

@@ -1,36 +1,75 @@
 """The `ModuleSpec` that puts NSA into a Megatron model."""
 
-from typing import Literal
+from importlib.util import find_spec
+from typing import Any, Literal
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer import transformer_block
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nsa_dist.mcore.attention import NSASelfAttention, NSASelfAttentionSubmodules
-from nsa_dist.mcore.config import NSATransformerConfig
-from nsa_dist.mcore.norm import RMSNorm
+from nsa_dist.mcore.config import NSATransformerConfig, need_nsa_config
+from nsa_dist.mcore.norm import local_norm
 from nsa_dist.mcore.plans import PlanCache
 
 Backend = Literal["local", "transformer_engine"]
+
+# What Megatron's torch norm refuses, with a bare assertion when a model builds its final norm.
+_TORCH_NORM_REFUSES = (
+    "sequence_parallel",
+    "layernorm_zero_centered_gamma",
+    "persist_layer_norm",
+    "memory_efficient_layer_norm",
+)
 
 
 def nsa_layer_spec(config: NSATransformerConfig, backend: Backend = "local") -> ModuleSpec:
     """A GPT transformer layer whose self-attention is NSA: `GPTModel(config, nsa_layer_spec(config), ...)`.
 
     backend     "local": Megatron-core alone, on any device; "transformer_engine": its linear layers and norms.
-    ValueError for another backend. With sequence parallelism and no Transformer Engine pass `nsa_block_spec` instead.
+    ValueError for another backend, another config, or a mixture of dense and MoE layers. With a bare layer's spec
+    Megatron chooses the final norm: under sequence parallelism and without Transformer Engine, building such a layer
+    is a ValueError that names `nsa_block_spec`.
     """
+    layer = _layer_spec(config, backend)
+    refused = [name for name in _TORCH_NORM_REFUSES if getattr(config, name)]
+    if backend == "local" and refused and transformer_block.LayerNormImpl is WrappedTorchNorm:
+        layer.submodules.input_layernorm = ModuleSpec(module=_NoFinalNorm, params={"refused": refused})
+    return layer
+
+
+def nsa_block_spec(config: NSATransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the final norm, fit for sequence parallelism without Transformer Engine.
+
+    From a bare layer spec Megatron would build a final norm that refuses sequence parallelism. ValueError as
+    `nsa_layer_spec`.
+    """
+    layer = _layer_spec(config, "local")
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=local_norm(config)
+    )
+
+
+def _layer_spec(config: NSATransformerConfig, backend: Backend) -> ModuleSpec:
+    need_nsa_config(config, "nsa_layer_spec")
+    experts = {"num_experts": _experts_of_every_layer(config), "moe_grouped_gemm": config.moe_grouped_gemm}
     if backend == "local":
-        layer = get_gpt_layer_local_spec(normalization=config.normalization)
-        if config.normalization == "RMSNorm":
-            layer.submodules.input_layernorm = RMSNorm
-            layer.submodules.pre_mlp_layernorm = RMSNorm
+        layer = get_gpt_layer_local_spec(normalization=config.normalization, **experts)
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = local_norm(config)
     elif backend == "transformer_engine":
-        layer = get_gpt_layer_with_transformer_engine_spec()
+        if find_spec("transformer_engine") is None:
+            raise ValueError(
+                "backend='transformer_engine' needs Transformer Engine, which is not installed, for its linear layers "
+                "and norms; install transformer-engine, or use backend='local'"
+            )
+        layer = get_gpt_layer_with_transformer_engine_spec(**experts)
     else:
         raise ValueError(
             f"backend={backend!r} must be 'local' or 'transformer_engine', as those are Megatron's two sets of linear "
@@ -39,21 +78,32 @@ def nsa_layer_spec(config: NSATransformerConfig, backend: Backend = "local") -> 
     dense = layer.submodules.self_attention.submodules
     layer.submodules.self_attention = ModuleSpec(
         module=NSASelfAttention,
-        params={
-            "attn_mask_type": AttnMaskType.causal,
-            "plans": PlanCache(config.nsa_layout, config.nsa.slc_block_len),
-        },
+        params={"attn_mask_type": AttnMaskType.causal, "plans": PlanCache(config)},
         submodules=NSASelfAttentionSubmodules(linear_qkv=dense.linear_qkv, linear_proj=dense.linear_proj),
     )
     return layer
 
 
-def nsa_block_spec(config: NSATransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the final norm, fit for sequence parallelism without Transformer Engine.
+def _experts_of_every_layer(config: NSATransformerConfig) -> int | None:
+    frequency = config.moe_layer_freq
+    if config.num_moe_experts is not None and frequency != 1 and list(_as_list(frequency)) != [1] * config.num_layers:
+        raise ValueError(
+            f"moe_layer_freq={frequency!r} makes some layers dense and some of experts, but all layers of this spec "
+            f"are alike; set moe_layer_freq=1, or put TransformerBlockSubmodules together from layers of two configs"
+        )
+    return config.num_moe_experts
 
-    From a bare layer spec Megatron would build a final norm that refuses sequence parallelism.
-    """
-    layer = nsa_layer_spec(config)
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm
-    )
+
+def _as_list(frequency: int | list[int]) -> list[int]:
+    return frequency if isinstance(frequency, list) else []
+
+
+class _NoFinalNorm:
+    """Stands where a layer's first norm would, in a model whose final norm Megatron could not build."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, refused: list[str], **unused: Any) -> None:
+        settings = ", ".join(f"{name}={getattr(config, name)}" for name in refused)
+        raise ValueError(
+            f"nsa_layer_spec was given {settings}, but the final norm that Megatron adds to a bare layer spec without "
+            f"Transformer Engine cannot do that; pass nsa_block_spec(config) to the model, which brings its own"
+        )

@@ -1,0 +1,45 @@
+"""Tokens on their way between Megatron's cut and a plan, each traced to where it came from. Ranks are threads."""
+
+import pytest
+import torch
+
+from nsa_dist import ShardPlan
+from nsa_dist.mcore.deal import deal
+from thread_ranks import run_threads
+
+ROWS = {
+    "documents of any length": [0, 7, 8, 31, 60],
+    "one document": [0, 120],
+    "many short ones": [*range(0, 240, 4)],
+    "blocks that divide": [0, 48, 240],
+}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("bounds", ROWS.values(), ids=ROWS.keys())
+def test_every_token_goes_to_the_rank_of_its_block_and_back(bounds, size):
+    tokens = bounds[-1] // (2 * size) * 2 * size
+    bounds = [*(b for b in bounds if b < tokens), tokens]
+    given = ShardPlan.zigzag([0, tokens], size, tokens // (2 * size))
+    plan = ShardPlan.zigzag(bounds, size, 4)
+    x = torch.stack([torch.arange(tokens), torch.arange(tokens) + 1000], 1).double() + 1
+
+    def work(comm):
+        rank = comm.rank
+        here = deal(given, plan, rank, torch.device("cpu"))
+        mine = given.shard(x, rank).clone().requires_grad_()
+        there = here.to_plan(mine, comm)
+        back = here.from_plan(there, comm)
+        assert torch.equal(there, plan.shard(x, rank))
+        assert torch.equal(back, mine)
+        weight = plan.shard(2 * x, rank) + 3 * plan.padding(rank)[:, None]  # what reaches padding goes nowhere
+        (there * weight).sum().backward(retain_graph=True)
+        assert torch.equal(mine.grad, 2 * given.shard(x, rank))
+        (back * given.shard(x, rank)).sum().backward()
+        assert torch.equal(mine.grad, 3 * given.shard(x, rank))
+        assert torch.equal(
+            plan.rank_of(plan.positions(rank).clamp(min=0))[~plan.padding(rank)].unique(), torch.tensor([rank])
+        )
+        return len(there)
+
+    assert run_threads(size, work) == [plan.tokens_per_rank] * size
