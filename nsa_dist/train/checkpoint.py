@@ -17,7 +17,8 @@ from nsa_dist.train.model import Trainable
 from nsa_dist.train.output import OutputDir
 from nsa_dist.train.world import World
 
-_CONFIGURED = ("max_lr", "min_lr", "betas", "eps")
+_STATE_OF_GROUP = ("params", "step")  # of an optimizer's group: which weights, and how often they were moved
+_KIND_OF_GROUP = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")  # what tells one from another
 
 
 def save(model: Trainable, output: OutputDir, step: int, keep: int, world: World) -> Path:
@@ -56,13 +57,25 @@ def restore(model: Trainable, path: Path) -> int:
 
 
 def _load_optimizer(model: Trainable, state: dict[str, Any]) -> None:
-    """Moments and step counts of the checkpoint; rates, betas and eps stay those of the configuration."""
-    configured = [
-        {name: group[name] for name in _CONFIGURED if name in group} for group in model.optimizer.param_groups
-    ]
+    """Moments and step counts of the checkpoint; rates, decay, betas and eps stay those of the configuration.
+
+    Megatron-core finds a saved group by its values, from 0.17 on by its rates too, so a saved group is given those of
+    the current group of its kind first. What torch's optimizer takes over from it is then set back.
+    """
+    configured = {_kind(group): _settings(group) for group in model.optimizer.param_groups}
+    for saved in state.get("optimizer", state)["param_groups"]:
+        saved.update(configured[_kind(saved)])
     model.optimizer.load_state_dict(state)
-    for group, values in zip(model.optimizer.param_groups, configured, strict=True):
-        group.update(values)
+    for group in model.optimizer.param_groups:
+        group.update(configured[_kind(group)])
+
+
+def _kind(group: dict[str, Any]) -> tuple:
+    return tuple(group[name] for name in _KIND_OF_GROUP)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in _STATE_OF_GROUP}
 
 
 def _state(model: Trainable, step: int, is_loading: bool) -> dict[str, Any]:
