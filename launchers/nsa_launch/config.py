@@ -81,8 +81,8 @@ def _check_own_file(path: Path, config: RunConfig) -> None:
     home, named = path.absolute().parent, config.run.output_dir
     if config.run.resume and (home / NAME).exists() and not (named / NAME).exists():
         raise ValueError(
-            f"{path} lies in the folder of a run and says output_dir={named}, where there is none to go on with; if the "
-            f"folder was moved, give output_dir={home}"
+            f"{path} lies in the folder of a run and says output_dir={named}, where there is none to go on with; if "
+            f"the folder was moved, give output_dir={home}"
         )
 
 

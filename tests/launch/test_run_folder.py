@@ -90,7 +90,7 @@ def test_a_lock_of_anothers_keeps_its_content(tmp_path):
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(ValueError, match="cannot be used.*name a folder that can be written to"),
+        pytest.raises(ValueError, match=r"cannot be used.*name a folder that can be written to"),
         claimed(tiny(tmp_path, f"output_dir={tmp_path}/file/run")),
     ):
         pass
