@@ -1,6 +1,6 @@
 """One constraints file out of what several environments hold, each of another Python: `make constraints`.
 
-    python .ci/constraints.py VENV [VENV ...] > constraints.txt
+python .ci/constraints.py VENV [VENV ...] > constraints.txt
 """
 
 import re

@@ -10,6 +10,7 @@ ray/              Ray Train's own folder, a new one for each launch
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from nsa_dist.train.prepare import check_output, prepare_output
 from nsa_launch.config import RunConfig
 
 # What a launched run makes beside what the trainer does. `.lock` stays.
-LAUNCHED = (*MADE, "config.yaml", "launches.jsonl", "topology.json", "STOP", "logs/rank-*.log", "ray/launch-*")
+LAUNCHED = (*MADE, "config.yaml", "launches.jsonl", "topology.json", "logs/rank-*.log", "ray/launch-*")
+_LONGEST_STOP = len("SIGTERM")  # what a launch writes into it
 PROCESS_DIED = "its process died"  # killed, out of memory, or crashed: the reason in a "failure" event
 
 
@@ -83,11 +85,22 @@ def claimed(config: RunConfig) -> Iterator[RunFolder]:
     """
     folder = RunFolder(config.run.output_dir)
     check_output(config, LAUNCHED)
+    _check_stop(folder)
     with _opened_lock(folder) as lock:
         _lock(lock, folder)
         prepare_output(config, LAUNCHED)
         _prepare(folder, config)
         yield folder
+
+
+def _check_stop(folder: RunFolder) -> None:
+    """A STOP from before may be taken away, one with something in it may not: a scheduler touches it at any time."""
+    path = folder.stop
+    if os.path.lexists(path) and not (path.is_file() and path.stat().st_size <= _LONGEST_STOP):
+        raise ValueError(
+            f"{path} is more than the empty file that asks a run for its end, and a start would remove it; move it "
+            f"away, or take another output_dir"
+        )
 
 
 def _opened_lock(folder: RunFolder) -> TextIO:

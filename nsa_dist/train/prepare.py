@@ -12,7 +12,7 @@ from nsa_dist.train import replace
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.corpus import check_packed, digest_of, splits_of
 from nsa_dist.train.identity import FIXED, changes, differences, identity, settings
-from nsa_dist.train.marker import NAME, RunMarker, containers, found
+from nsa_dist.train.marker import NAME, RunMarker, containers, found, remove
 from nsa_dist.train.output import ANY_CHECKPOINT, MADE, OutputDir
 
 
@@ -26,12 +26,15 @@ def prepare_output(config: TrainConfig, made: Sequence[str] = MADE) -> None:
     output.root.mkdir(parents=True, exist_ok=True)
     replace.finish_moving(output.root)
     marker = RunMarker.read(output.root)
-    if marker is not None and (run.overwrite or _never_ran(output, marker, config)):
+    if marker is not None and run.overwrite:
         replace.set_aside(output.root, marker)
         marker = None
     if marker is None:
+        _check_unused(output, [*made, ANY_CHECKPOINT])  # what a crash left is out of the way by now
         RunMarker.new(made, identity(config), settings(config)).write(output.root)
     else:
+        if _never_ran(output, marker) and differences(marker.identity, config):
+            marker = _become(output, marker, config)
         _check_corpus(output, marker, config)
         marker.changed(made=tuple(dict.fromkeys([*marker.made, *made]))).write(output.root)
     replace.remove_replaced(output.root)
@@ -51,8 +54,8 @@ def check_output(config: TrainConfig, made: Sequence[str] = MADE) -> None:
         _check_folder_of_texts(config)
         return
     _check_unused(output, [name for name in made if name not in marker.made])
-    if config.run.overwrite or _never_ran(output, marker, config):
-        replace.check_replaceable(output.root, marker)
+    if config.run.overwrite or _never_ran(output, marker):
+        replace.check_replaceable(output.root, marker if config.run.overwrite else _packed(marker))
         _check_folder_of_texts(config)
     elif config.run.resume:
         _check_same_run(output, marker, config)
@@ -74,10 +77,21 @@ def note_settings(output: OutputDir, config: TrainConfig) -> dict[str, list[Any]
     return changed
 
 
-def _never_ran(output: OutputDir, marker: RunMarker, config: TrainConfig) -> bool:
-    """Begun with something else and not a record written: nothing is lost if it is begun again."""
+def _never_ran(output: OutputDir, marker: RunMarker) -> bool:
+    """Begun, and not a record written: such a start failed, and the next one may be another run."""
     ran = output.latest.exists() or output.metrics.exists()
-    return not ran and not (config.run.resume and not differences(marker.identity, config))
+    return not ran and not any(name.startswith("checkpoints/") for name in marker.made)
+
+
+def _become(output: OutputDir, marker: RunMarker, config: TrainConfig) -> RunMarker:
+    """A run that never ran begins as `config` says, without the texts that it had packed; its logs stay."""
+    for path in found(output.root, _packed(marker).made):  # corpus.json first: without it they are not a corpus
+        remove(path)
+    return marker.changed(identity=identity(config), settings=settings(config), corpus="").write(output.root)
+
+
+def _packed(marker: RunMarker) -> RunMarker:
+    return marker.changed(made=tuple(name for name in marker.made if name.startswith("data/")))
 
 
 def _check_places(config: TrainConfig, output: OutputDir, made: Sequence[str]) -> None:

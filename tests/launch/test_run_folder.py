@@ -73,10 +73,21 @@ def test_a_folder_that_never_held_a_run_is_left_as_it_is(tmp_path, name, words):
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
     path.write_text("the user's")
-    with pytest.raises(ValueError, match="move them away, or take another output_dir"), claimed(tiny(tmp_path, *words)):
+    with (
+        pytest.raises(ValueError, match=r"move (it|them) away, or take another output_dir"),
+        claimed(tiny(tmp_path, *words)),
+    ):
         pass
     assert [p for p in (tmp_path / "run").rglob("*") if p.is_file()] == [path]
     assert path.read_text() == "the user's"
+
+
+@pytest.mark.parametrize("text", ["", "SIGTERM"])
+def test_a_stop_from_before_the_first_start_is_taken_away(tmp_path, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/STOP").write_text(text)
+    with claimed(tiny(tmp_path, "resume=true")) as folder:
+        assert not folder.stop.exists()
 
 
 def test_a_lock_of_anothers_keeps_its_content(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from nsa_dist.train import replace
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.identity import FIXED, FREE
-from nsa_dist.train.output import OutputDir
+from nsa_dist.train.output import MADE, OutputDir
 from nsa_dist.train.packing import write_corpus
 from nsa_dist.train.prepare import check_output, note_settings, prepare_output
 from train_cases import small_config, write_texts
@@ -335,10 +335,19 @@ def test_a_named_checkpoint_that_is_gone_is_refused(base):
 
 
 def test_a_run_that_never_ran_may_begin_again_as_another(base):
+    first, output = config(base, run={"seed": 1}), OutputDir(base / "run")
+    prepare_output(first, [*MADE, "logs/rank-*.log"])
+    digest = write_corpus(first.data, output.data)
+    output.marker().changed(corpus=digest).write(output.root)
+    put(output.root, ["logs/rank-0000.log", "data/mine"])
     prepare_output(config(base, run={"seed": 1}))
+    assert output.marker().corpus == digest
     prepare_output(config(base, run={"seed": 2}))
-    prepare_output(config(base, run={"seed": 3}).resuming())
-    assert OutputDir(base / "run").marker().identity["run.seed"] == 3
+    prepare_output(config(base, data={"pattern": "*[0-5].txt"}, run={"seed": 3}).resuming())
+    marker = output.marker()
+    assert (marker.identity["run.seed"], marker.identity["data.pattern"]) == (3, "*[0-5].txt")
+    assert (marker.corpus, [path.name for path in output.data.iterdir()]) == ("", ["mine"])
+    assert (output.root / "logs/rank-0000.log").exists()
 
 
 # --- the corpus -----------------------------------------------------------------------------------------------------
