@@ -50,10 +50,11 @@ def check_output(config: TrainConfig, made: Sequence[str] = MADE) -> None:
     _check_places(config, output, made)
     marker = RunMarker.read(output.root)
     if marker is None:
-        _check_unused(output, [*made, ANY_CHECKPOINT], going=bool(list(output.root.glob(".replacing-*"))))
+        if not replace.is_going(output.root):  # else what is there belongs to a run on its way out
+            _check_unused(output, [*made, ANY_CHECKPOINT])
         _check_folder_of_texts(config)
         return
-    _check_unused(output, [name for name in made if name not in marker.made])
+    _check_unused(output, [*made, ANY_CHECKPOINT], marker, config.run.resume)
     if config.run.overwrite or _never_ran(output, marker):
         replace.check_replaceable(output.root, marker if config.run.overwrite else _packed(marker))
         _check_folder_of_texts(config)
@@ -116,10 +117,22 @@ def _check_places(config: TrainConfig, output: OutputDir, made: Sequence[str]) -
         )
 
 
-def _check_unused(output: OutputDir, made: Sequence[str], going: bool = False) -> None:
-    """No file is there that a run of ours would take for its own or overwrite."""
-    held = [path.relative_to(output.root).as_posix() for path in found(output.root, made)]
-    if not held or going:  # those of a run that is on its way out
+def _check_unused(
+    output: OutputDir, made: Sequence[str], marker: RunMarker | None = None, resume: bool = False
+) -> None:
+    """ValueError if a file is there that a run would take for its own or overwrite, and that is not of `marker`'s run.
+
+    One that goes on comes to no checkpoint before its last.
+    """
+    own = set(found(output.root, marker.made)) if marker is not None else set()
+    if resume:
+        own |= {
+            path
+            for path in found(output.root, [ANY_CHECKPOINT])
+            if path <= output.checkpoint(output.checkpointed_step())
+        }
+    held = [path.relative_to(output.root).as_posix() for path in found(output.root, made) if path not in own]
+    if not held:
         return
     if "latest.json" in held:
         raise ValueError(
@@ -129,8 +142,8 @@ def _check_unused(output: OutputDir, made: Sequence[str], going: bool = False) -
         )
     shown = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")
     raise ValueError(
-        f"output_dir={output.root} has {shown}, which a run would overwrite, and no {NAME} says that a run made them; "
-        f"move them away, or take another output_dir"
+        f"output_dir={output.root} has {shown}, which a run would overwrite, and {NAME} does not say that a run made "
+        f"them; move them away, or take another output_dir"
     )
 
 

@@ -38,6 +38,11 @@ def set_aside(folder: Path, marker: RunMarker) -> None:
     finish_moving(folder)
 
 
+def is_going(folder: Path) -> bool:
+    """Whether a crash has left a run between its place and `.replaced-ID`."""
+    return not os.path.lexists(folder / NAME) and bool(_asides(folder, ".replacing-"))
+
+
 def finish_moving(folder: Path) -> None:
     """Take along what an interrupted `set_aside` left in place."""
     if os.path.lexists(folder / NAME):

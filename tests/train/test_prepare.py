@@ -83,7 +83,9 @@ def test_overwriting_removes_what_the_run_made_and_nothing_else(base):
 )
 def test_a_folder_that_never_held_a_run_loses_nothing(base, name, flag):
     users = put(base / "run", [name, "notes.txt"])
-    with pytest.raises(ValueError, match=r"no run\.json says that a run made them; move them away, or take another"):
+    with pytest.raises(
+        ValueError, match=r"run\.json does not say that a run made them; move them away, or take another"
+    ):
         prepare_output(config(base, run={flag: True} if flag else {}))
     assert snapshot(base / "run") == users
 
@@ -254,6 +256,18 @@ def test_a_checkpoint_takes_the_place_of_a_torn_one_but_not_of_anothers(base):
     with pytest.raises(ValueError, match=r"this run did not make it.*move it away"):
         output.make_checkpoint(6)
     assert (output.checkpoint(6) / "mine").exists()
+
+
+def test_a_foreign_checkpoint_in_the_way_is_refused_before_anything_is_touched(base):
+    output = begun(base)
+    put(output.root, ["checkpoints/step_00000003/x"])
+    prepare_output(config(base).resuming())  # which comes to no step 3
+    put(output.root, ["checkpoints/step_00000006/x"])
+    before = snapshot(output.root)
+    for wanted in (config(base).resuming(), overwriting(base)):
+        with pytest.raises(ValueError, match=r"step_00000006, which a run would overwrite.*move them away"):
+            prepare_output(wanted)
+    assert snapshot(output.root) == before
 
 
 # --- going on -------------------------------------------------------------------------------------------------------
