@@ -15,6 +15,7 @@ import torch.distributed as dist
 import yaml
 
 from nsa_dist.train import loop
+from nsa_dist.train.checkpoint import Position
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.config_errors import parse
 from nsa_dist.train.hooks import Hooks
@@ -220,6 +221,12 @@ def refused(rank: int, base: Path) -> list[str]:
         except ValueError as error:
             told.append(str(error))
     return told
+
+
+def counts_no_samples(rank: int, base: Path, name: str) -> None:
+    """A run of a step whose checkpoint is like those from before samples were counted."""
+    with patch.object(Position, "_asdict", lambda position: {"step": position.step}):
+        run(small_config(base, name), StopAfter(1))
 
 
 def goes_on(rank: int, base: Path, name: str) -> TrainResult:

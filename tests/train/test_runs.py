@@ -9,7 +9,6 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-import torch
 import torch.multiprocessing as mp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,6 +20,7 @@ from train_cases import (
     LAYOUTS,
     STEPS,
     TINY_JOBS,
+    counts_no_samples,
     goes_on,
     killed,
     records,
@@ -171,11 +171,7 @@ def test_what_cannot_go_on_is_refused_on_every_rank(base, pair):
 
 
 def test_a_checkpoint_without_its_count_of_samples_is_refused(base, single):
-    shutil.copytree(base / "fork", base / "old")
-    common = base / f"old/checkpoints/step_{FORK_STEP:08d}/common.pt"
-    state = torch.load(common, weights_only=False)
-    del state["samples"]
-    torch.save(state, common)
+    run_ranks(1, counts_no_samples, base, "old")
     with pytest.raises(mp.ProcessRaisedException, match=r"does not say how many samples.*start a new run"):
         run_ranks(1, goes_on, base, "old")
 
