@@ -1,4 +1,4 @@
-"""constraints.txt, which `make` installs from, has one version of everything that pyproject.toml asks for, in its range."""
+"""constraints.txt, which `make` installs from: one version of all that pyproject.toml asks for, within its ranges."""
 
 import importlib.util
 import tomllib
