@@ -4,12 +4,19 @@
 #   make train ARGS="run.steps=50"      ... with overrides, as nsa-dist takes them
 #   make train CONFIG=configs/x.yaml    ... another run
 #   make test | test-all | lint | clean
+#   make constraints                    write constraints.txt anew from the newest packages that fit
 #
-# PYTHON       a Python 3.11 or newer; it is only used to make .venv
+# PYTHON       a Python 3.11 or newer; it is only used to make VENV
+# VENV         the virtual environment, .venv unless named here
+# CONSTRAINTS  exact versions to install, constraints.txt unless named here; empty: whatever pyproject.toml allows
+# PYTHONS      of make constraints: every Python that it is for; the oldest first
+# TORCH_TO     of make constraints: another torch. Without it torch stays: a newer one may bring gigabytes along
 # TORCH_INDEX  where to take torch from, e.g. https://download.pytorch.org/whl/cpu for the small build without CUDA
 # PIP_ARGS     more arguments for every pip install, e.g. --index-url https://mirror.example/simple
 
 PYTHON      ?= python3
+PYTHONS     ?= python3.11 python3.12 python3.13
+TORCH_TO    ?=
 TORCH_INDEX ?=
 PIP_ARGS    ?=
 CONFIG      ?= configs/tiny-cpu.yaml
@@ -17,21 +24,24 @@ OUTPUT_DIR  ?= runs/$(basename $(notdir $(CONFIG)))-$(shell date -u +%Y%m%d-%H%M
 ARGS        ?=
 PYTEST_ARGS ?=
 
-VENV  := .venv
+VENV        := .venv
+CONSTRAINTS := constraints.txt
+
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+  $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 TORCH := $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all lint clean
+.PHONY: help install train test test-all lint constraints clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); nsa-dist needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,7 +64,15 @@ lint: $(STAMP)
 	@$(BIN)/ruff format --check --diff .
 	@$(BIN)/mypy
 
+constraints:
+	@mkdir -p build && $(if $(TORCH_TO),echo 'torch==$(TORCH_TO)',grep -E '^(torch|triton)==' constraints.txt) > build/kept.txt
+	@for python in $(PYTHONS); do \
+	  rm -rf build/venv-$$python && \
+	  $(MAKE) --no-print-directory install PYTHON=$$python VENV=build/venv-$$python CONSTRAINTS=build/kept.txt || exit; done
+	@$(firstword $(PYTHONS)) .ci/constraints.py $(PYTHONS:%=build/venv-%) > build/constraints.txt
+	@mv build/constraints.txt constraints.txt && rm -rf $(PYTHONS:%=build/venv-%) build/kept.txt
+
 clean:
-	@rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "kept runs/: your training runs"

@@ -3,17 +3,25 @@
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import yaml
 
+from nsa_dist.train import loop
+from nsa_dist.train.checkpoint import Position
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.config_errors import parse
 from nsa_dist.train.hooks import Hooks
 from nsa_dist.train.loop import TrainResult, train
 from nsa_dist.train.records import read_metrics
+from nsa_dist.train.samples import Samples
 
 ROOT = Path(__file__).parent.parent
 STEPS, FORK_STEP, KILL_STEP = 6, 2, 5
@@ -76,10 +84,14 @@ def records(base: Path, name: str, kind: str = "train") -> list[dict]:
 
 
 class StopAfter(Hooks):
-    """Asks for an end after the given step of this launch."""
+    """Asks for an end after the given step of this launch, and keeps what it was given to read."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
+        self.notices: list[str] = []
+
+    def on_notice(self, text) -> None:
+        self.notices.append(text)
 
     def should_stop(self) -> bool:
         self.left -= 1
@@ -101,6 +113,10 @@ class Listener(Hooks):
     def __init__(self) -> None:
         self.checkpoints: list[tuple[int, str, list[str]]] = []
         self.num_records = 0
+        self.notices: list[str] = []
+
+    def on_notice(self, text) -> None:
+        self.notices.append(text)
 
     def on_checkpoint(self, step, path, metrics) -> None:
         self.checkpoints.append((step, path.name, sorted(metrics)))
@@ -109,16 +125,67 @@ class Listener(Hooks):
         self.num_records += 1
 
 
-def single_process(rank: int, base: Path) -> tuple[TrainResult, TrainResult, Listener]:
-    """A run that stops at FORK_STEP; copies of it that go on, one with another schedule; and the tiny job."""
-    stopped = run(small_config(base, "fork"), StopAfter(FORK_STEP))
+class Single(NamedTuple):
+    """What `single_process` saw."""
+
+    stopped: TrainResult
+    ended: TrainResult
+    listener: Listener
+    notices: list[str]  # of the run that stopped
+    changed: "Seen"
+
+
+@dataclass
+class Seen:
+    """The numbers of the samples that were trained on, and the optimizer's groups after each step."""
+
+    samples: list[int] = field(default_factory=list)
+    groups: list[list[dict]] = field(default_factory=list)
+
+    @contextmanager
+    def watching(self) -> Iterator["Seen"]:
+        get, step = Samples.__getitem__, loop.train_step
+
+        def seen_get(samples: Samples, n: int) -> dict:
+            if samples._documents.path_prefix.endswith("train"):
+                self.samples.append(n)
+            return get(samples, n)
+
+        def seen_step(model, *arguments):
+            result = step(model, *arguments)
+            groups = model.optimizer.param_groups
+            self.groups.append([{k: v for k, v in group.items() if k != "params"} for group in groups])
+            return result
+
+        with patch.object(Samples, "__getitem__", seen_get), patch.object(loop, "train_step", seen_step):
+            yield self
+
+
+# Everything that may change at a resume in one process, but for the lengths of the run.
+CHANGED: dict[str, dict] = {
+    "run": {"global_batch_size": 2, "micro_batch_size": 1, "eval_interval": 2, "checkpoint_interval": 3},
+    "model": {"recompute_attention": True},
+    "optimizer": {
+        "lr": 2e-3, "min_lr": 1e-4, "schedule": "linear", "warmup_steps": 1, "weight_decay": 0.3, "clip_grad": 0.5,
+        "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_eps": 1e-6,
+    },
+}  # fmt: skip
+
+
+def single_process(rank: int, base: Path) -> Single:
+    """A run that stops at FORK_STEP; copies of it that go on, two with other settings; and the tiny job."""
+    first = StopAfter(FORK_STEP)
+    stopped = run(small_config(base, "fork"), first)
     shutil.copytree(base / "fork", base / "single")
     listener = Listener()
     ended = run(small_config(base, "single").resuming(), listener)
     shutil.copytree(base / "fork", base / "longer")
     run(small_config(base, "longer", run={"steps": STEPS + 2}, optimizer={"lr": 2e-3, "warmup_steps": 2}).resuming())
+    shutil.copytree(base / "fork", base / "changed")
+    with Seen().watching() as changed:
+        run(small_config(base, "changed", **CHANGED).resuming())
     tiny_job(base, "CP1", {"context_parallel_size": 1})
-    return stopped, ended, listener
+    return Single(stopped, ended, listener, first.notices, changed)
 
 
 def two_processes(rank: int, base: Path) -> None:
@@ -142,6 +209,28 @@ def bf16_config(base: Path, name: str) -> TrainConfig:
 
 def killed(rank: int, base: Path) -> None:
     run(small_config(base, "killed", **LAYOUTS["CP2 zigzag"]), KillAfter(KILL_STEP))
+
+
+def refused(rank: int, base: Path) -> list[str]:
+    """What this rank was told when the run was asked to go on as others."""
+    told = []
+    for name, sections in {"undisturbed": {"run": {"seed": 7}}, "fork": {}, "spoiled": {}}.items():
+        config = small_config(base, name, **sections)
+        try:
+            run(config if name == "fork" else config.resuming())
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+def counts_no_samples(rank: int, base: Path, name: str) -> None:
+    """A run of a step whose checkpoint is like those from before samples were counted."""
+    with patch.object(Position, "_asdict", lambda position: {"step": position.step}):
+        run(small_config(base, name), StopAfter(1))
+
+
+def goes_on(rank: int, base: Path, name: str) -> TrainResult:
+    return run(small_config(base, name).resuming())
 
 
 def resumed(rank: int, base: Path) -> TrainResult:

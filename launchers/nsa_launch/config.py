@@ -9,6 +9,7 @@ from pydantic import Field
 
 from nsa_dist.train.config import Section, TrainConfig
 from nsa_dist.train.config_errors import parse
+from nsa_dist.train.marker import NAME
 from nsa_launch import overrides as command_line
 
 
@@ -65,12 +66,24 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     raw = command_line.apply(_read(path), overrides, RunConfig)
     config = parse(RunConfig, raw, str(path))
     folder = config.data.folder
-    return config.model_copy(
+    config = config.model_copy(
         update={
             "run": config.run.model_copy(update={"output_dir": config.run.output_dir.expanduser().absolute()}),
             "data": config.data.model_copy(update={"folder": folder and folder.expanduser().absolute()}),
         }
     )
+    _check_own_file(path, config)
+    return config
+
+
+def _check_own_file(path: Path, config: RunConfig) -> None:
+    """A run whose folder was moved has its old place in its config.yaml, where it would begin anew."""
+    home, named = path.absolute().parent, config.run.output_dir
+    if config.run.resume and (home / NAME).exists() and not (named / NAME).exists():
+        raise ValueError(
+            f"{path} lies in the folder of a run and says output_dir={named}, where there is none to go on with; if "
+            f"the folder was moved, give output_dir={home}"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -76,10 +76,14 @@ class Console:
             self.ranks_are_up = False
             self._num_failures += 1
             self.say(f"{_culprits(event['ranks'])}; {self._consequence()}")
+        elif kind == "notice":
+            self.say(f"note: {event['text']}")
         elif kind == "refused":
             self.refusal = event["reason"]
 
     def _show_start(self, record: Record) -> None:
+        for key, (old, new) in record.get("changed", {}).items():
+            self.say(f"{key}: {old} at the last start, {new} now")
         if record["context_parallel_size"] > 1:
             link = record.get("link_gb_per_s")
             self.say(

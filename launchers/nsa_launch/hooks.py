@@ -18,6 +18,9 @@ class FolderHooks(Hooks):
     def should_stop(self) -> bool:
         return self._folder.stop.exists()
 
+    def on_notice(self, text: str) -> None:
+        self._folder.record("notice", text=text)  # which the console shows
+
 
 class RayHooks(FolderHooks):
     """Tells Ray Train of each checkpoint as well, so that its `Result` and dashboard show the run's progress.

@@ -1,6 +1,6 @@
 """A run's folder: what the launcher adds to `nsa_dist.train.output`, and who may start there.
 
-config.yaml       the whole configuration, as it was checked; itself a CONFIG.yaml
+config.yaml       the whole configuration, as it was checked; itself a CONFIG.yaml, without resume and overwrite
 launches.jsonl    launches, starts, failures and ends, one line each
 topology.json     which rank ran where, under which process id
 logs/rank-*.log   what each rank wrote to stdout and stderr
@@ -10,7 +10,7 @@ ray/              Ray Train's own folder, a new one for each launch
 
 import fcntl
 import json
-import shutil
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +20,14 @@ from typing import Any, TextIO
 
 import yaml
 
-from nsa_dist.train.output import OutputDir, prepare_output, write_atomically
+from nsa_dist.train.atomic import write_atomically
+from nsa_dist.train.output import MADE, OutputDir
+from nsa_dist.train.prepare import check_output, prepare_output
 from nsa_launch.config import RunConfig
 
+# What a launched run makes beside what the trainer does. `.lock` stays.
+LAUNCHED = (*MADE, "config.yaml", "launches.jsonl", "topology.json", "logs/rank-*.log", "ray/launch-*")
+_LONGEST_STOP = len("SIGTERM")  # what a launch writes into it
 PROCESS_DIED = "its process died"  # killed, out of memory, or crashed: the reason in a "failure" event
 
 
@@ -68,23 +73,45 @@ class RunFolder:
 
     def checkpointed_step(self) -> int:
         """The step after which the newest complete checkpoint was taken; 0 before the first."""
-        latest = self.output.latest
-        return json.loads(latest.read_text(encoding="utf-8"))["step"] if latest.exists() else 0
+        return self.output.checkpointed_step()
 
 
 @contextmanager
 def claimed(config: RunConfig) -> Iterator[RunFolder]:
     """The folder of `config`, ready for a launch and locked against a second one while the context lasts.
 
-    ValueError when another launch is at work there, or the folder holds a run and nothing says what to do with it.
+    ValueError when another launch is at work there, when the folder cannot be made, or when the run cannot start there
+    (`nsa_dist.train.prepare.check_output`): then nothing in it has changed.
     """
     folder = RunFolder(config.run.output_dir)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with (folder.path / ".lock").open("w") as lock:
+    check_output(config, LAUNCHED)
+    _check_stop(folder)
+    with _opened_lock(folder) as lock:
         _lock(lock, folder)
-        prepare_output(config)
+        prepare_output(config, LAUNCHED)
         _prepare(folder, config)
         yield folder
+
+
+def _check_stop(folder: RunFolder) -> None:
+    """A STOP from before may be taken away, one with something in it may not: a scheduler touches it at any time."""
+    path = folder.stop
+    if os.path.lexists(path) and not (path.is_file() and path.stat().st_size <= _LONGEST_STOP):
+        raise ValueError(
+            f"{path} is more than the empty file that asks a run for its end, and a start would remove it; move it "
+            f"away, or take another output_dir"
+        )
+
+
+def _opened_lock(folder: RunFolder) -> TextIO:
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        return (folder.path / ".lock").open("a")  # nothing is written to it: it may be another's
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={folder.path} cannot be used ({error.strerror}: {error.filename}), and the run's files go "
+            f"there; name a folder that can be written to"
+        ) from None
 
 
 def _lock(lock: TextIO, folder: RunFolder) -> None:
@@ -100,11 +127,8 @@ def _lock(lock: TextIO, folder: RunFolder) -> None:
 
 
 def _prepare(folder: RunFolder, config: RunConfig) -> None:
-    """Take away an old STOP, and all of an old run that is to be overwritten; write down what is about to run."""
+    """Take away an old STOP; write down what is about to run, without what was to be done with the folder this time."""
     folder.stop.unlink(missing_ok=True)
-    if config.run.overwrite:
-        folder.launches.unlink(missing_ok=True)
-        for old in (folder.logs, folder.ray):
-            shutil.rmtree(old, ignore_errors=True)
     folder.logs.mkdir(exist_ok=True)
-    write_atomically(folder.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    written = config.model_dump(mode="json", exclude={"run": {"resume", "overwrite"}})
+    write_atomically(folder.path / "config.yaml", yaml.safe_dump(written, sort_keys=False))

@@ -1,12 +1,12 @@
 """Saving and restoring a run through Megatron's distributed checkpoints.
 
-A checkpoint holds model, optimizer, schedule, random states and the number of finished steps, from which the position
-in the data follows. It counts only once `latest.json` names it, which happens after every process has written its part.
+A checkpoint holds model, optimizer, schedule, random states, the number of finished steps, and the number of samples
+consumed, which is the position in the data. It counts only once `latest.json` names it, which happens after every
+process has written its part.
 """
 
-import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -17,33 +17,46 @@ from nsa_dist.train.model import Trainable
 from nsa_dist.train.output import OutputDir
 from nsa_dist.train.world import World
 
-_CONFIGURED = ("max_lr", "min_lr", "betas", "eps")
+_STATE_OF_GROUP = ("params", "step")  # of an optimizer's group: which weights, and how often they were moved
+_KIND_OF_GROUP = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")  # what tells one from another
 
 
-def save(model: Trainable, output: OutputDir, step: int, keep: int, world: World) -> Path:
-    """Write the checkpoint after `step` steps, make it the latest, and drop all but the newest `keep`."""
-    path = output.checkpoint(step)
-    if world.is_main:
-        shutil.rmtree(path, ignore_errors=True)  # what an interrupted attempt left
-        path.mkdir(parents=True)
+class Position(NamedTuple):
+    """How far a run has come."""
+
+    step: int = 0
+    samples: int = 0  # consumed by all ranks together
+
+
+def save(model: Trainable, output: OutputDir, position: Position, keep: int, world: World) -> Path:
+    """Write the checkpoint of `position`, make it the latest, and drop all but the newest `keep`.
+
+    ValueError on every process if its folder is there and not the run's.
+    """
+    path = Path(world.agreed(lambda: str(output.make_checkpoint(position.step))))
+    dist_checkpointing.save(_state(model, position, is_loading=False), str(path))
     world.barrier()
-    dist_checkpointing.save(_state(model, step, is_loading=False), str(path))
-    world.barrier()
     if world.is_main:
-        output.set_latest(step)
+        output.set_latest(position.step)
         output.drop_old_checkpoints(keep)
     world.barrier()
     return path
 
 
-def restore(model: Trainable, path: Path) -> int:
-    """Load the checkpoint at `path`, which may come from another parallel layout; returns its number of steps.
+def restore(model: Trainable, path: Path) -> Position:
+    """Load the checkpoint at `path`, which may come from another parallel layout, and return how far it had come.
 
     What the configuration says of rates and schedule holds, whatever the run that saved it had: it may be longer.
+    ValueError for a checkpoint without the number of samples.
     """
-    state = _state(model, 0, is_loading=True)
-    saved_layout = dist_checkpointing.load_common_state_dict(str(path))["random_layout"]
-    if saved_layout != _random_layout():
+    state = _state(model, Position(), is_loading=True)
+    saved = dist_checkpointing.load_common_state_dict(str(path))
+    if "samples" not in saved:
+        raise ValueError(
+            f"{path} does not say how many samples its run had consumed: it is of a version that ordered them "
+            f"otherwise, so some would come again and some never; start a new run in another output_dir"
+        )
+    if saved["random_layout"] != _random_layout():
         # Other tensor or pipeline ranks than these drew the saved numbers. Nothing but dropout would draw more.
         del state["random"]
     loaded = dist_checkpointing.load(state, str(path))
@@ -52,20 +65,32 @@ def restore(model: Trainable, path: Path) -> int:
     model.scheduler.load_state_dict(loaded["scheduler"])
     if "random" in state:
         _set_random_states(loaded["random"])
-    return loaded["step"]
+    return Position(loaded["step"], loaded["samples"])
 
 
 def _load_optimizer(model: Trainable, state: dict[str, Any]) -> None:
-    """Moments and step counts of the checkpoint; rates, betas and eps stay those of the configuration."""
-    configured = [
-        {name: group[name] for name in _CONFIGURED if name in group} for group in model.optimizer.param_groups
-    ]
+    """Moments and step counts of the checkpoint; rates, decay, betas and eps stay those of the configuration.
+
+    Megatron-core finds a saved group by its values, from 0.17 on by its rates too, so a saved group is given those of
+    the current group of its kind first. What torch's optimizer takes over from it is then set back.
+    """
+    configured = {_kind(group): _settings(group) for group in model.optimizer.param_groups}
+    for saved in state.get("optimizer", state)["param_groups"]:
+        saved.update(configured[_kind(saved)])
     model.optimizer.load_state_dict(state)
-    for group, values in zip(model.optimizer.param_groups, configured, strict=True):
-        group.update(values)
+    for group in model.optimizer.param_groups:
+        group.update(configured[_kind(group)])
 
 
-def _state(model: Trainable, step: int, is_loading: bool) -> dict[str, Any]:
+def _kind(group: dict[str, Any]) -> tuple:
+    return tuple(group[name] for name in _KIND_OF_GROUP)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in _STATE_OF_GROUP}
+
+
+def _state(model: Trainable, position: Position, is_loading: bool) -> dict[str, Any]:
     weights = model.bare_model.sharded_state_dict(metadata=_metadata())
     return {
         "model": weights,
@@ -73,7 +98,7 @@ def _state(model: Trainable, step: int, is_loading: bool) -> dict[str, Any]:
         "scheduler": model.scheduler.state_dict(),
         "random": _random_states(),
         "random_layout": _random_layout(),
-        "step": step,
+        **position._asdict(),
     }
 
 

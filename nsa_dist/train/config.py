@@ -177,7 +177,7 @@ class RunSection(Section):
     sequence_length: int = Field(default=4096, ge=1)
     micro_batch_size: int = Field(default=1, ge=1)
     global_batch_size: int = Field(default=1, ge=1)
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, description="of the weights and of the order of samples")
     resume: bool = Field(default=False, description="go on from the last checkpoint in output_dir")
     overwrite: bool = Field(default=False, description="start afresh in an output_dir that holds a run, removing it")
     eval_interval: int = Field(default=50, ge=1, description="steps")
@@ -186,6 +186,15 @@ class RunSection(Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     log_interval: int = Field(default=1, ge=1, description="steps")
     dtype: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _check_instructions(self) -> "RunSection":
+        if self.resume and self.overwrite:
+            raise ValueError(
+                "resume=true goes on with the run in output_dir and overwrite=true removes it, so not both can be "
+                "done; leave one of them out (in a file that has it, set it to false)"
+            )
+        return self
 
 
 class TrainConfig(Section):

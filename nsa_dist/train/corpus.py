@@ -1,25 +1,21 @@
-"""A folder of text files as two byte-level token files in Megatron's format, for training and for validation.
+"""The texts of a run: which files, which of them validate, and the digest that says whether they are the same.
 
-A token is a byte, so the vocabulary is 256. A zero byte, which text does not contain, ends every document; a document
-is a file. Training and validation share no file and no content: a copy of a file counts once.
+Training and validation share no file and no content: a copy of a file counts once. `packing` writes them down in
+`data/`, which is what a run reads from then on; the folder that they came from is not looked at again.
 """
 
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from nsa_dist.train.config import DataSection
 
-from nsa_dist.train.config import VOCAB_SIZE, DataSection
-from nsa_dist.train.output import write_atomically
-
-END_OF_DOCUMENT = 0
 SPLITS = ("train", "validation")
+PACKED_FILES = tuple(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx"))
+_CHUNK_BYTES = 2**22
 
 # Of the standard library: installed packages, tests (half of all bytes), and tables of characters.
 _NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
@@ -33,12 +29,15 @@ class TextFile:
     content: bytes
 
 
-def find_files(data: DataSection) -> list[TextFile]:
-    """The text files of a corpus, by name. ValueError if there are fewer than two."""
+def find_files(data: DataSection, but_not: Path | None = None) -> list[TextFile]:
+    """The text files of a corpus, by name, without those below `but_not`. ValueError if there are fewer than two."""
     folder = data.folder or Path(sysconfig.get_paths()["stdlib"])
     names = _standard_library(folder) if data.folder is None else _folder(folder, data.pattern)
+    own = but_not and but_not.resolve()
     files, seen = [], set()
     for name in sorted(names):
+        if own and own in (folder / name).resolve().parents:
+            continue  # a run's own files are not its texts
         content = (folder / name).read_bytes()
         digest = hashlib.sha256(content).digest()
         is_text = bool(content) and b"\0" not in content and len(content) <= data.max_file_bytes
@@ -60,28 +59,56 @@ def split_files(files: list[TextFile], validation_fraction: float) -> dict[str, 
     return {"validation": shuffled[:num_validation], "train": shuffled[num_validation:]}
 
 
-def write_corpus(data: DataSection, folder: Path) -> None:
-    """Write `train` and `validation` (.bin, .idx) and `corpus.json`, which lists the files of each, into `folder`.
+def splits_of(data: DataSection, but_not: Path | None = None) -> dict[str, list[TextFile]]:
+    """The files of each split as `data` says."""
+    return split_files(find_files(data, but_not), data.validation_fraction)
 
-    `corpus.json` comes last: where it exists the corpus is complete and stays as it is.
+
+def digest_of(splits: Mapping[str, Sequence[TextFile]]) -> str:
+    """Of names, bytes and order; equal where the same corpus would be packed."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for file in splits[split]:
+            for part in (split.encode(), file.name.encode(), file.content):
+                digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_packed(folder: Path, expected: str) -> bool:
+    """Whether `folder` holds the packed corpus of digest `expected` ("": of any), every byte read.
+
+    False where there is none. ValueError where there is another, or where a file of it is not as it was written.
     """
-    if (folder / "corpus.json").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    splits = split_files(find_files(data), data.validation_fraction)
-    listing = {}
-    for split, files in splits.items():
-        _write_split(files, folder / split)
-        listing[split] = {"bytes": sum(len(f.content) for f in files), "files": [f.name for f in files]}
-    write_atomically(folder / "corpus.json", json.dumps(listing, indent=1) + "\n")
-
-
-def _write_split(files: list[TextFile], prefix: Path) -> None:
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(VOCAB_SIZE))
-    for file in files:
-        tokens = np.frombuffer(file.content + bytes([END_OF_DOCUMENT]), dtype=np.uint8)
-        builder.add_document(torch.from_numpy(tokens.astype(np.int64)), lengths=[len(tokens)])
-    builder.finalize(f"{prefix}.idx")
+    listing = folder / "corpus.json"
+    if not listing.exists():
+        return False
+    remedy = "put the files back, or remove that folder: it is packed again if data.folder still has the same texts"
+    try:
+        written = json.loads(listing.read_text(encoding="utf-8"))
+        digest, files = written["digest"], written["sha256"]
+        found = {name: file_digest(folder / name) for name in PACKED_FILES}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} does not hold the whole corpus of the run ({error}); {remedy}") from None
+    if expected and digest != expected:
+        raise ValueError(
+            f"{listing} is of a corpus with digest {digest[:16]}, and the run was begun with {expected[:16]}, so other "
+            f"samples would follow; {remedy}"
+        )
+    spoiled = [name for name in PACKED_FILES if files.get(name) != found[name]]
+    if spoiled:
+        raise ValueError(
+            f"{', '.join(spoiled)} in {folder} are not as they were written, so other samples would follow; {remedy}"
+        )
+    return True
 
 
 def _standard_library(folder: Path) -> Iterator[str]:

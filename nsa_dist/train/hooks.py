@@ -1,5 +1,6 @@
 """The few questions a training run asks of whatever launched it. It knows nothing else of its launcher."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,3 +19,7 @@ class Hooks:
 
     def on_metrics(self, record: Record) -> None:
         """Given, on rank 0, every record as it is written to metrics.jsonl."""
+
+    def on_notice(self, text: str) -> None:
+        """Given, on rank 0, what people should read once in a run, such as that Megatron-core drops a part."""
+        print(text, file=sys.stderr, flush=True)

@@ -6,15 +6,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
+from megatron.core.models.gpt import GPTModel
 
-from nsa_dist.train import checkpoint
+from nsa_dist.train import checkpoint, notices
+from nsa_dist.train.checkpoint import Position
 from nsa_dist.train.config import VOCAB_SIZE, TrainConfig
 from nsa_dist.train.data import BatchCutter, Datasets, build_datasets, sequence_plan
 from nsa_dist.train.hooks import Hooks
 from nsa_dist.train.metrics import MetricsLog
 from nsa_dist.train.model import Trainable, build
-from nsa_dist.train.output import OutputDir, check_empty
+from nsa_dist.train.output import OutputDir
 from nsa_dist.train.plots import plot_losses, plot_selection
+from nsa_dist.train.prepare import note_settings, prepare_output
 from nsa_dist.train.records import Record, read_metrics
 from nsa_dist.train.selection import selected_blocks
 from nsa_dist.train.step import StepResult, evaluate, train_step
@@ -36,23 +39,26 @@ class TrainResult:
 def train(config: TrainConfig, hooks: Hooks, device: torch.device) -> TrainResult:
     """Train as `config` says, from the last checkpoint if `run.resume`. Call it on every process, in any thread.
 
-    torch.distributed must be initialised. ValueError for a configuration that does not fit the processes, or an
-    output_dir that holds a run when `run.resume` is false.
+    torch.distributed must be initialised. ValueError for a configuration that does not fit the processes, or that
+    cannot start in its output_dir (`nsa_dist.train.prepare`).
     """
     output = OutputDir(config.run.output_dir)
-    if not config.run.resume:
-        check_empty(config.run)
     with entered(config, device) as world:
-        datasets = build_datasets(config, output.data, world)
+        world.agreed(lambda: prepare_output(config))
+        datasets = build_datasets(config, output, world)
         cutter = BatchCutter(config, world, sequence_plan(config))
-        model = build(config, world)
+        with notices.collected(GPTModel.__module__) as texts:
+            model = build(config, world)
+        if world.is_main:
+            for text in notices.not_given_yet(output, texts):
+                hooks.on_notice(text)
         latest = output.latest_checkpoint()
-        first_step = 0 if latest is None else checkpoint.restore(model, latest)
+        start = Position() if latest is None else checkpoint.restore(model, latest)
         meter = TrafficMeter(config, cutter.plan)
         run = _Run(config, hooks, output, world, model, cutter, datasets, meter)
-        with run.logging(first_step):
-            run.report_start(first_step)
-            result = run.steps_from(first_step)
+        with run.logging(start.step):
+            run.report_start(start)
+            result = run.steps_from(start)
         if not result.stopped:
             run.draw()
         return result
@@ -83,36 +89,39 @@ class _Run:
         with MetricsLog(self.output.metrics, self.output.tensorboard, first_step + 1) as self.log:
             yield
 
-    def steps_from(self, first_step: int) -> TrainResult:
-        """The steps `first_step` .. `run.steps`, with what is due between them."""
+    def steps_from(self, start: Position) -> TrainResult:
+        """The steps from `start` to `run.steps`, with what is due between them."""
         run = self.config.run
-        step, stop, loss, path = first_step, False, None, self.output.latest_checkpoint()
+        (step, samples), stop, loss, path = start, False, None, self.output.latest_checkpoint()
+        ask = self.hooks.should_stop
         if step == 0:
             self.validate(0)
         while step < run.steps and not stop:
             with self.clock:
-                result = train_step(
-                    self.model, self.cutter, self.datasets.train, step, self.world, self.meter, self.hooks.should_stop
-                )
-            step, loss = step + 1, result.loss
+                result = train_step(self.model, self.cutter, self.datasets.train, samples, self.world, self.meter, ask)
+            step, samples, loss = step + 1, samples + run.global_batch_size, result.loss
             stop = result.stop and step < run.steps
             is_last = step == run.steps
             if step % run.log_interval == 0 or is_last:
-                self.report(step, result)
+                self.report(Position(step, samples), result)
             if step % run.eval_interval == 0 or is_last:
                 self.validate(step)
             if step % run.checkpoint_interval == 0 or is_last or stop:
-                path = checkpoint.save(self.model, self.output, step, run.keep_checkpoints, self.world)
+                path = checkpoint.save(
+                    self.model, self.output, Position(step, samples), run.keep_checkpoints, self.world
+                )
                 self.hooks.on_checkpoint(step, path, self.losses(loss))
         return TrainResult(step, stop, loss, self.validation_loss, None if path is None else str(path))
 
-    def report_start(self, step: int) -> None:
-        """The record of how the sequence is shared among context-parallel ranks."""
+    def report_start(self, start: Position) -> None:
+        """The record of where it goes on, what differs from the last start, and how the sequence is shared."""
         parallel = self.config.parallel
+        changed = self.world.agreed(lambda: note_settings(self.output, self.config))
         self.write(
             {
                 "kind": "start",
-                "step": step,
+                **start._asdict(),
+                "changed": changed,
                 "context_parallel_size": parallel.context_parallel_size,
                 "layout": parallel.layout,
                 "load_imbalance": self.meter.load_imbalance,
@@ -121,7 +130,7 @@ class _Run:
             }
         )
 
-    def report(self, step: int, result: StepResult) -> None:
+    def report(self, position: Position, result: StepResult) -> None:
         """One training record, and one of what was sent for it."""
         run = self.config.run
         per_step = run.global_batch_size * run.sequence_length
@@ -129,17 +138,17 @@ class _Run:
         self.write(
             {
                 "kind": "train",
-                "step": step,
+                **position._asdict(),
                 "loss": result.loss,
                 "grad_norm": result.grad_norm,
                 "lr": result.lr,
-                "tokens": step * per_step,
+                "tokens": position.samples * run.sequence_length,
                 "tokens_per_s": steps * per_step / seconds,
                 "time_s": self.clock.total_s,
             }
         )
         if self.meter.is_on:
-            self.write(self.meter.record(step, result.traffic))
+            self.write(self.meter.record(position.step, result.traffic))
 
     def validate(self, step: int) -> None:
         """One validation record, over the same sequences every time."""

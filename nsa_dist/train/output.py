@@ -1,14 +1,20 @@
 """The files of one run: where they lie, and which checkpoint counts."""
 
 import json
-import shutil
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from nsa_dist.train.atomic import write_atomically
-from nsa_dist.train.config import RunSection, TrainConfig
+from nsa_dist.train.corpus import PACKED_FILES
+from nsa_dist.train.marker import RunMarker, found, remove
 
-KEPT_FILES = ("latest.json", "metrics.jsonl", "checkpoints", "tensorboard", "data", "loss.png", "selection.png")
+# What a run makes in its folder beside its checkpoints, which `run.json` lists one by one.
+MADE = (
+    "latest.json", "metrics.jsonl", "loss.png", "selection.png", "data/corpus.json",
+    *(f"data/{name}" for name in PACKED_FILES), "tensorboard/events.out.tfevents.*",
+)  # fmt: skip
+ANY_CHECKPOINT = "checkpoints/step_" + 8 * "[0-9]"
 
 
 @dataclass(frozen=True)
@@ -40,54 +46,56 @@ class OutputDir:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:08d}"
 
+    def marker(self) -> RunMarker:
+        """The run's marker. ValueError where no run was begun."""
+        marker = RunMarker.read(self.root)
+        if marker is None:
+            raise ValueError(
+                f"{self.root} has no run.json, which says what the run is and made; begin it with "
+                f"nsa_dist.train.prepare.prepare_output"
+            )
+        return marker
+
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, or None before the first."""
         if not self.latest.exists():
             return None
         return self.root / json.loads(self.latest.read_text())["checkpoint"]
 
+    def checkpointed_step(self) -> int:
+        """The step after which it was taken; 0 before the first."""
+        return json.loads(self.latest.read_text())["step"] if self.latest.exists() else 0
+
     def set_latest(self, step: int) -> None:
         """Name the checkpoint of `step`; a reader sees the old name or the new one, never half of one."""
         path = self.checkpoint(step).relative_to(self.root)
         write_atomically(self.latest, json.dumps({"step": step, "checkpoint": str(path)}) + "\n")
 
-    def drop_old_checkpoints(self, keep: int) -> None:
-        """Remove all but the newest `keep` checkpoints; the one `latest.json` names always stays."""
-        latest = self.latest_checkpoint()
-        for old in sorted(self.checkpoints.glob("step_*"))[:-keep]:
-            if old != latest:
-                shutil.rmtree(old)
+    def make_checkpoint(self, step: int) -> Path:
+        """An empty folder for the checkpoint of `step`, named in the marker before it is made.
 
-
-def prepare_output(config: TrainConfig) -> None:
-    """Make `output_dir` ready. Call it once, in one process, before the ranks of a run start.
-
-    ValueError if it holds a run and neither resume nor overwrite says what to do with it.
-    """
-    run = config.run
-    output = OutputDir(run.output_dir)
-    if run.overwrite:
-        _remove_run(output)
-    elif not run.resume:
-        check_empty(run)
-    output.root.mkdir(parents=True, exist_ok=True)
-
-
-def check_empty(run: RunSection) -> None:
-    """ValueError if `output_dir` holds a run already."""
-    held = [name for name in ("latest.json", "metrics.jsonl") if (run.output_dir / name).exists()]
-    if held:
-        raise ValueError(
-            f"output_dir={run.output_dir} already holds a run ({', '.join(held)}), which a new one would mix with; "
-            f"set resume=true to go on with it, overwrite=true to replace it, or another output_dir"
-        )
-
-
-def _remove_run(output: OutputDir) -> None:
-    output.latest.unlink(missing_ok=True)  # first: from here on no checkpoint counts
-    for name in KEPT_FILES:
-        path = output.root / name
-        if path.is_dir():
-            shutil.rmtree(path)
+        ValueError if something is there that the run did not make; what an interrupted attempt left is removed.
+        """
+        path, marker = self.checkpoint(step), self.marker()
+        name = path.relative_to(self.root).as_posix()
+        if name in marker.made:
+            remove(path)
+        elif os.path.lexists(path):
+            raise ValueError(
+                f"{path} is there, and this run did not make it, so it is not overwritten; move it away, and go on "
+                f"with resume=true"
+            )
         else:
-            path.unlink(missing_ok=True)
+            marker.changed(made=(*marker.made, name)).write(self.root)
+        path.mkdir(parents=True)
+        return path
+
+    def drop_old_checkpoints(self, keep: int) -> None:
+        """Remove all but the newest `keep` of the run's checkpoints; the one `latest.json` names always stays."""
+        latest, marker = self.latest_checkpoint(), self.marker()
+        listed = sorted(name for name in marker.made if name.startswith("checkpoints/"))
+        old = [name for name in listed[:-keep] if self.root / name != latest]
+        for path in found(self.root, old):
+            remove(path)
+        if old:
+            marker.changed(made=tuple(name for name in marker.made if name not in old)).write(self.root)

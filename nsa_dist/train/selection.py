@@ -1,15 +1,15 @@
 """Which blocks one head selects over a whole validation sequence."""
 
-from megatron.core.datasets.gpt_dataset import GPTDataset
 from torch import Tensor
 
 from nsa_dist.train.data import BatchCutter
 from nsa_dist.train.model import Trainable
+from nsa_dist.train.samples import Samples
 from nsa_dist.train.step import evaluate
 from nsa_dist.train.world import World
 
 
-def selected_blocks(model: Trainable, cutter: BatchCutter, dataset: GPTDataset, layer: int, world: World) -> Tensor:
+def selected_blocks(model: Trainable, cutter: BatchCutter, dataset: Samples, layer: int, world: World) -> Tensor:
     """int32 [N, n]: the block ids (-1 for none) of the first head in this stage's `layer`, by token of the sequence.
 
     Runs the first batch of `dataset` through the model, on every process.

@@ -5,12 +5,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from nsa_dist.train.data import Batch, BatchCutter
 from nsa_dist.train.model import Trainable
+from nsa_dist.train.samples import Samples
 from nsa_dist.train.traffic import TrafficMeter
 from nsa_dist.train.world import World
 
@@ -28,18 +28,21 @@ class StepResult(NamedTuple):
 def train_step(
     model: Trainable,
     cutter: BatchCutter,
-    dataset: GPTDataset,
-    step: int,
+    dataset: Samples,
+    first: int,
     world: World,
     meter: TrafficMeter,
     should_stop: Callable[[], bool],
 ) -> StepResult:
-    """Step number `step`, counted from 0. `should_stop` is asked on process 0 and the answer reaches all of them."""
+    """One step over the global batch of samples from number `first` on.
+
+    `should_stop` is asked on process 0 and the answer reaches all of them.
+    """
     model.module.train()
     model.module.zero_grad_buffer()
     model.optimizer.zero_grad()
     with meter.counting(model) as counted:
-        totals = _forward_backward(model, cutter, dataset, step, forward_only=False)
+        totals = _forward_backward(model, cutter, dataset, first, forward_only=False)
     lr = model.optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = model.optimizer.step()
     model.scheduler.step(1)
@@ -50,21 +53,22 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(model: Trainable, cutter: BatchCutter, dataset: GPTDataset, num_batches: int, world: World) -> float:
+def evaluate(model: Trainable, cutter: BatchCutter, dataset: Samples, num_batches: int, world: World) -> float:
     """Mean loss in nats per token over the first `num_batches` global batches of `dataset`."""
     model.module.eval()
-    batches = [_forward_backward(model, cutter, dataset, i, forward_only=True) for i in range(num_batches)]
+    size = cutter.config.run.global_batch_size
+    batches = [_forward_backward(model, cutter, dataset, i * size, forward_only=True) for i in range(num_batches)]
     loss_sum, num_tokens = world.sum(torch.stack(batches).sum(0)).tolist()
     return loss_sum / num_tokens
 
 
 def _forward_backward(
-    model: Trainable, cutter: BatchCutter, dataset: GPTDataset, batch_index: int, forward_only: bool
+    model: Trainable, cutter: BatchCutter, dataset: Samples, first: int, forward_only: bool
 ) -> Tensor:
     """[loss sum, tokens] of this process, fp64; zeros where the pipeline stage computes no loss."""
     micro_losses = get_forward_backward_func()(
         forward_step_func=_forward_step,
-        data_iterator=cutter.micro_batches(dataset, batch_index),
+        data_iterator=cutter.micro_batches(dataset, first),
         model=model.module,
         num_microbatches=cutter.num_micro_batches,
         seq_length=cutter.config.run.sequence_length,

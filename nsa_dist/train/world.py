@@ -1,8 +1,10 @@
 """The process groups of one run and the few exchanges its loop needs."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,9 +35,28 @@ class World:
         """The sum over all processes, added in the order of ranks: the same bits in every run."""
         return Comm(dist.group.WORLD).all_gather(values, "metrics").sum(0)
 
+    def agreed(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on process 0 (JSON), on every process; or the ValueError that it raises there."""
+        row = torch.frombuffer(bytearray(_outcome(work) if self.is_main else b"{}"), dtype=torch.uint8)
+        size = int(self.sum(torch.tensor([len(row) if self.is_main else 0], device=self.device)))
+        padded = torch.zeros(size, dtype=torch.uint8)
+        padded[: len(row)] = row[:size]
+        rows = Comm(dist.group.WORLD).all_gather(padded.to(self.device), "metrics")
+        outcome = json.loads(bytes(rows[0].tolist()))
+        if "refused" in outcome:
+            raise ValueError(outcome["refused"])
+        return outcome["value"]
+
     def barrier(self) -> None:
         """Return when every process has come here."""
         self.sum(torch.zeros(1, device=self.device)).cpu()
+
+
+def _outcome(work: Callable[[], Any]) -> bytes:
+    try:
+        return json.dumps({"value": work()}).encode()
+    except ValueError as refusal:
+        return json.dumps({"refused": str(refusal)}).encode()
 
 
 @contextmanager

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from launch_cases import tiny_file
+from launch_cases import tiny, tiny_file
 from nsa_launch import cli, exit_codes, ray_driver
-from nsa_launch.run_folder import RunFolder
+from nsa_launch.run_folder import claimed
 
 
 def test_help_imports_nothing_heavy():
@@ -40,10 +40,22 @@ def test_what_cannot_run_is_refused(tmp_path, capsys, monkeypatch, words, remedy
 
 
 def test_a_begun_run_is_refused(tmp_path, capsys):
-    folder = RunFolder(tmp_path / "run")
-    folder.output.set_latest(3)
+    with claimed(tiny(tmp_path)) as folder:
+        folder.output.set_latest(3)
     assert cli.main(["train", str(tiny_file(tmp_path))]) == exit_codes.BAD_CONFIG
     assert "resume=true" in capsys.readouterr().err
+
+
+def test_another_run_is_refused_before_ray_starts(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray_driver, "run", lambda *_: pytest.fail("it was started"))
+    with claimed(tiny(tmp_path)) as folder:
+        folder.output.metrics.write_text('{"kind": "train", "step": 1}\n')
+    words = ["resume=true", "seed=5", "window_len=128"]
+    assert cli.main(["train", str(tiny_file(tmp_path)), *words]) == exit_codes.BAD_CONFIG
+    said = capsys.readouterr().err
+    assert "run.seed: the run has 1234, given is 5" in said
+    assert "nsa.window_len: the run has 64, given is 128" in said
 
 
 def test_doctor_finds_what_this_environment_has(capsys):

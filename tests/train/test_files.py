@@ -12,13 +12,13 @@ from rich.console import Console
 
 from nsa_dist import NSAConfig
 from nsa_dist.train.config import DataSection
-from nsa_dist.train.corpus import END_OF_DOCUMENT, find_files, split_files, write_corpus
+from nsa_dist.train.corpus import find_files, split_files
 from nsa_dist.train.metrics import MetricsLog
-from nsa_dist.train.output import OutputDir, prepare_output
+from nsa_dist.train.packing import END_OF_DOCUMENT, write_corpus
 from nsa_dist.train.plots import CHOSEN, FORCED, FUTURE, VISIBLE, selection_map
 from nsa_dist.train.progress import TrainProgress
 from nsa_dist.train.records import MetricsFollower, read_metrics
-from train_cases import small_config, write_texts
+from train_cases import write_texts
 
 # --- corpus ---------------------------------------------------------------------------------------------------------
 
@@ -68,34 +68,6 @@ def test_a_corpus_needs_two_files(tmp_path):
     write_texts(tmp_path, num_files=1)
     with pytest.raises(ValueError, match="name another folder or pattern"):
         find_files(DataSection(folder=tmp_path))
-
-
-# --- output folder --------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_that_holds_a_run_is_not_mixed_with_another(tmp_path):
-    config = small_config(tmp_path, "run")
-    prepare_output(config)
-    output = OutputDir(config.run.output_dir)
-    output.set_latest(4)
-    (output.checkpoint(4)).mkdir(parents=True)
-    output.metrics.write_text('{"kind": "train"}\n')
-    (output.root / "notes.txt").write_text("not ours")
-    with pytest.raises(ValueError, match="set resume=true to go on with it, overwrite=true to replace it"):
-        prepare_output(config)
-    prepare_output(config.resuming())
-    assert output.latest_checkpoint() == output.checkpoint(4)
-    prepare_output(small_config(tmp_path, "run", run={"overwrite": True}))
-    assert [path.name for path in output.root.iterdir()] == ["notes.txt"]
-
-
-def test_the_named_checkpoint_is_never_dropped(tmp_path):
-    output = OutputDir(tmp_path)
-    for step in (2, 4, 6, 8):
-        output.checkpoint(step).mkdir(parents=True)
-    output.set_latest(2)  # the later ones were torn by a crash
-    output.drop_old_checkpoints(keep=2)
-    assert sorted(p.name for p in output.checkpoints.iterdir()) == ["step_00000002", "step_00000006", "step_00000008"]
 
 
 # --- metrics and progress -------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.image
@@ -12,13 +14,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ranks import run_ranks
 from train_cases import (
+    CHANGED,
     FORK_STEP,
     KILL_STEP,
     LAYOUTS,
     STEPS,
     TINY_JOBS,
+    counts_no_samples,
+    goes_on,
     killed,
     records,
+    refused,
     resumed,
     single_process,
     two_processes,
@@ -90,7 +96,7 @@ def test_killed_and_resumed_repeats_every_bit(base, pair):
 
 
 def test_a_stopped_run_says_so_and_goes_on(base, single):
-    stopped, ended, listener = single
+    stopped, ended, listener, _, _ = single
     assert (stopped.step, stopped.stopped) == (FORK_STEP, True)
     assert not (base / "fork/loss.png").exists(), "pictures are of finished runs"
     assert (ended.step, ended.stopped) == (STEPS, False)
@@ -115,6 +121,59 @@ def test_the_latest_checkpoints_are_kept(base, single):
         "step": STEPS,
         "checkpoint": "checkpoints/step_00000006",
     }
+
+
+def test_what_may_change_changes_and_no_sample_comes_twice(base, single):
+    seen = single.changed
+    assert seen.samples == list(range(FORK_STEP * 4, FORK_STEP * 4 + (STEPS - FORK_STEP) * 2))
+    optimizer = CHANGED["optimizer"]
+    for group in seen.groups[0]:
+        assert group["betas"] == (optimizer["adam_beta1"], optimizer["adam_beta2"])
+        assert group["eps"] == optimizer["adam_eps"]
+        assert group["weight_decay"] == pytest.approx(optimizer["weight_decay"] * group["wd_mult"])
+    train = [r for r in records(base, "changed") if r["step"] > FORK_STEP]
+    assert [r["samples"] for r in train] == [10, 12, 14, 16]
+    assert [r["tokens"] for r in train] == [r["samples"] * 256 for r in train]
+    lr, min_lr = optimizer["lr"], optimizer["min_lr"]
+    expected = [min_lr + (lr - min_lr) * (STEPS - step) / (STEPS - 1) for step in range(FORK_STEP, STEPS)]
+    assert [r["lr"] for r in train] == pytest.approx(expected)
+
+
+def test_what_changed_is_in_the_start_record(base, single):
+    first, second = (
+        r for r in map(json.loads, (base / "changed/metrics.jsonl").read_text().splitlines()) if r["kind"] == "start"
+    )
+    assert first["changed"] == {}
+    assert (second["step"], second["samples"]) == (FORK_STEP, FORK_STEP * 4)
+    assert second["changed"].keys() == {f"{section}.{key}" for section, keys in CHANGED.items() for key in keys}
+    assert second["changed"]["optimizer.lr"] == [3e-3, 2e-3]
+    assert second["changed"]["run.global_batch_size"] == [4, 2]
+
+
+def test_a_run_says_once_that_megatron_drops_a_part(single):
+    newer = version("megatron-core") >= "0.17"
+    assert len(single.notices) == newer, "and nothing else"
+    assert all("GPTModel" in text for text in single.notices)
+    assert single.listener.notices == [], "it goes on"
+
+
+def test_what_cannot_go_on_is_refused_on_every_rank(base, pair):
+    shutil.copytree(base / "fork", base / "spoiled")
+    with (base / "spoiled/data/train.bin").open("r+b") as file:
+        file.write(b"?")
+    told = run_ranks(2, refused, base)
+    assert told[0] == told[1]
+    seed, held, spoiled = told[0]
+    assert "run.seed: the run has 1234, given is 7" in seed
+    assert "set resume=true" in held
+    assert "train.bin" in spoiled
+    assert "put the files back" in spoiled
+
+
+def test_a_checkpoint_without_its_count_of_samples_is_refused(base, single):
+    run_ranks(1, counts_no_samples, base, "old")
+    with pytest.raises(mp.ProcessRaisedException, match=r"does not say how many samples.*start a new run"):
+        run_ranks(1, goes_on, base, "old")
 
 
 def test_metrics(base, single):

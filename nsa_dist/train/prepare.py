@@ -1,0 +1,204 @@
+"""Who may start in a run's folder, and as what: a new run, the old one going on, or a new one in its place.
+
+A run is told by its marker (`run.json`). Everything is judged before anything is written, and what is refused leaves
+the folder as it was. The launchers call `prepare_output` before they start a process; `train` calls it once more.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from nsa_dist.train import replace
+from nsa_dist.train.config import TrainConfig
+from nsa_dist.train.corpus import check_packed, digest_of, splits_of
+from nsa_dist.train.identity import FIXED, changes, differences, identity, settings
+from nsa_dist.train.marker import NAME, RunMarker, containers, found, remove
+from nsa_dist.train.output import ANY_CHECKPOINT, MADE, OutputDir
+
+
+def prepare_output(config: TrainConfig, made: Sequence[str] = MADE) -> None:
+    """Make `output_dir` ready for a run that will make the files `made` there. One process calls it, before the others.
+
+    ValueError as `check_output`, and for a corpus in `data/` that is not the one that the run was begun with.
+    """
+    output, run = OutputDir(config.run.output_dir), config.run
+    check_output(config, made)
+    output.root.mkdir(parents=True, exist_ok=True)
+    replace.finish_moving(output.root)
+    marker = RunMarker.read(output.root)
+    if marker is not None and run.overwrite:
+        replace.set_aside(output.root, marker)
+        marker = None
+    if marker is None:
+        _check_unused(output, [*made, ANY_CHECKPOINT])  # what a crash left is out of the way by now
+        RunMarker.new(made, identity(config), settings(config)).write(output.root)
+    else:
+        if _never_ran(output, marker) and differences(marker.identity, config):
+            marker = _become(output, marker, config)
+        _check_corpus(output, marker, config)
+        marker.changed(made=tuple(dict.fromkeys([*marker.made, *made]))).write(output.root)
+    replace.remove_replaced(output.root)
+
+
+def check_output(config: TrainConfig, made: Sequence[str] = MADE) -> None:
+    """ValueError if `config` cannot start in its `output_dir`: nothing is changed there.
+
+    It is no folder for a run; it holds files of no run; it holds a run and nothing says what to do with it; it holds
+    another run than the one to go on with; or overwriting would have to remove what lies elsewhere.
+    """
+    output = OutputDir(config.run.output_dir)
+    _check_places(config, output, made)
+    marker = RunMarker.read(output.root)
+    if marker is None:
+        if not replace.is_going(output.root):  # else what is there belongs to a run on its way out
+            _check_unused(output, [*made, ANY_CHECKPOINT])
+        _check_folder_of_texts(config)
+        return
+    _check_unused(output, [*made, ANY_CHECKPOINT], marker, config.run.resume)
+    if config.run.overwrite or _never_ran(output, marker):
+        replace.check_replaceable(output.root, marker if config.run.overwrite else _packed(marker))
+        _check_folder_of_texts(config)
+    elif config.run.resume:
+        _check_same_run(output, marker, config)
+        _check_checkpoint(output, config)
+    else:
+        raise ValueError(
+            f"output_dir={output.root} already holds a run ({NAME}), which a new one would mix with; set resume=true "
+            f"to go on with it, overwrite=true to replace it, or another output_dir"
+        )
+
+
+def note_settings(output: OutputDir, config: TrainConfig) -> dict[str, list[Any]]:
+    """{key: [old, new]} of what the last start had otherwise, and `run.json` has as it is now."""
+    marker = output.marker()
+    new = differences(marker.identity, config)  # allowed: the same texts by another name
+    changed = {**{key: list(pair) for key, pair in new.items()}, **changes(marker.settings, config)}
+    if changed:
+        marker.changed(identity=identity(config), settings={**marker.settings, **settings(config)}).write(output.root)
+    return changed
+
+
+def _never_ran(output: OutputDir, marker: RunMarker) -> bool:
+    """Begun, and not a record written: such a start failed, and the next one may be another run."""
+    ran = output.latest.exists() or output.metrics.exists()
+    return not ran and not any(name.startswith("checkpoints/") for name in marker.made)
+
+
+def _become(output: OutputDir, marker: RunMarker, config: TrainConfig) -> RunMarker:
+    """A run that never ran begins as `config` says, without the texts that it had packed; its logs stay."""
+    for path in found(output.root, _packed(marker).made):  # corpus.json first: without it they are not a corpus
+        remove(path)
+    return marker.changed(identity=identity(config), settings=settings(config), corpus="").write(output.root)
+
+
+def _packed(marker: RunMarker) -> RunMarker:
+    return marker.changed(made=tuple(name for name in marker.made if name.startswith("data/")))
+
+
+def _check_places(config: TrainConfig, output: OutputDir, made: Sequence[str]) -> None:
+    root, texts = output.root, config.data.folder
+    if os.path.lexists(root) and not root.is_dir():
+        what = "a symbolic link to nowhere" if root.is_symlink() else "not a folder"
+        raise ValueError(f"output_dir={root} is {what}, and a run needs a folder for its files; name another one")
+    for name in containers([*made, ANY_CHECKPOINT]):
+        if os.path.lexists(root / name) and not (root / name).is_dir():
+            raise ValueError(
+                f"{root / name} is not a folder, and the run's {name} go there; move it away, or take another "
+                f"output_dir"
+            )
+    if texts is None:
+        return
+    own = [root, *(root / name for name in containers([*made, ANY_CHECKPOINT]))]
+    inside = texts.expanduser().resolve()
+    if any(inside == place.resolve() or (place != root and place.resolve() in inside.parents) for place in own):
+        raise ValueError(
+            f"data.folder={texts} lies where the run in output_dir={root} keeps its own files, which would become its "
+            f"texts; take another output_dir, or move the texts to a folder beside it"
+        )
+
+
+def _check_unused(
+    output: OutputDir, made: Sequence[str], marker: RunMarker | None = None, resume: bool = False
+) -> None:
+    """ValueError if a file is there that a run would take for its own or overwrite, and that is not of `marker`'s run.
+
+    One that goes on comes to no checkpoint before its last.
+    """
+    own = set(found(output.root, marker.made)) if marker is not None else set()
+    if resume:
+        own |= {
+            path
+            for path in found(output.root, [ANY_CHECKPOINT])
+            if path <= output.checkpoint(output.checkpointed_step())
+        }
+    held = [path.relative_to(output.root).as_posix() for path in found(output.root, made) if path not in own]
+    if not held:
+        return
+    if "latest.json" in held:
+        raise ValueError(
+            f"output_dir={output.root} holds a run without {NAME}, made by a version that ordered samples otherwise "
+            f"and wrote down neither what the run was nor what it made, so it can be neither continued nor replaced; "
+            f"take another output_dir, or remove that folder yourself"
+        )
+    shown = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")
+    raise ValueError(
+        f"output_dir={output.root} has {shown}, which a run would overwrite, and {NAME} does not say that a run made "
+        f"them; move them away, or take another output_dir"
+    )
+
+
+def _check_folder_of_texts(config: TrainConfig) -> None:
+    folder = config.data.folder
+    if folder is not None and not folder.expanduser().is_dir():
+        raise ValueError(f"data.folder={folder} is not a folder, and the texts of the run come from it; name another")
+
+
+def _check_same_run(output: OutputDir, marker: RunMarker, config: TrainConfig) -> None:
+    found_otherwise = differences(marker.identity, config)
+    if found_otherwise and all(key.startswith("data.") for key in found_otherwise) and _same_texts(marker, config):
+        return
+    if found_otherwise:
+        lines = [
+            f"  {key}: the run has {_text(was)}, given is {_text(now)}; {FIXED[key]}"
+            for key, (was, now) in found_otherwise.items()
+        ]
+        raise ValueError(
+            f"output_dir={output.root} holds a run that was begun with other values, and going on with these would be "
+            f"another run under its name:\n" + "\n".join(lines) + "\n"
+            f"give the old values ({output.root / 'config.yaml'} has them), or start a new run in another output_dir"
+        )
+
+
+def _same_texts(marker: RunMarker, config: TrainConfig) -> bool:
+    """Whether the texts that `config` names would make the corpus that the run has."""
+    try:
+        return digest_of(splits_of(config.data, but_not=config.run.output_dir)) == marker.corpus
+    except ValueError:  # no two files: no corpus at all
+        return False
+
+
+def _check_corpus(output: OutputDir, marker: RunMarker, config: TrainConfig) -> None:
+    if marker.corpus and not check_packed(output.data, marker.corpus) and not _same_texts(marker, config):
+        raise ValueError(
+            f"{output.data} no longer holds the corpus of the run, and data.folder={config.data.folder} has other "
+            f"texts than those it was made of, so other samples would follow; put one of them back, or start a new run "
+            f"in another output_dir"
+        )
+
+
+def _check_checkpoint(output: OutputDir, config: TrainConfig) -> None:
+    path, done = output.latest_checkpoint(), output.checkpointed_step()
+    if path is not None and not path.is_dir():
+        raise ValueError(
+            f"{output.latest} names {path}, which is not there, so there is nothing to go on from; put it back, or "
+            f"write the newest checkpoint that is left into {output.latest}"
+        )
+    if done > config.run.steps:
+        raise ValueError(
+            f"steps={config.run.steps} is below the {done} steps that the run in {output.root} has made, and none is "
+            f"taken back; take steps={done} or more"
+        )
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,70 @@
+"""The samples of a corpus in the order in which a run sees them.
+
+The documents, shuffled once, are one stream of tokens, cut into samples of `sequence_length` tokens and the one after
+them; a stream that is too short for one goes on at its beginning, and so does the last label. Every epoch visits each
+sample once, in an order of its own. Sample n is a function of (corpus, sequence_length, seed, n) and of nothing else,
+so the number of samples consumed is the whole position in the data, whatever batches, ranks and steps there were.
+"""
+
+import hashlib
+from functools import cached_property, lru_cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
+
+
+class Samples:
+    """`samples[n]` for n = 0, 1, 2, ... without an end: mappings of `names`, tensors [sequence_length]."""
+
+    names: ClassVar = ("tokens", "labels", "loss_mask", "position_ids")
+
+    def __init__(self, documents: IndexedDataset, sequence_length: int, seed: int) -> None:
+        self._documents = documents
+        self._length = sequence_length
+        self._seed = seed
+        self._shuffled = _permutation(len(documents), f"documents of seed {seed}")
+        lengths = np.asarray(documents.sequence_lengths, dtype=np.int64)[self._shuffled]
+        self._ends = np.cumsum(lengths)  # in the stream, of each document
+        self._order_of_epoch = lru_cache(maxsize=2)(self._order)  # a batch may lie in two of them
+
+    @cached_property
+    def per_epoch(self) -> int:
+        """Whole samples in the stream, or 1."""
+        return max(1, int(self._ends[-1]) // self._length)
+
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        epoch, place = divmod(n, self.per_epoch)
+        start = int(self._order_of_epoch(epoch)[place]) * self._length
+        text = torch.from_numpy(self._read(start, self._length + 1))
+        return {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "loss_mask": torch.ones(self._length),
+            "position_ids": torch.arange(self._length),
+        }
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return _permutation(self.per_epoch, f"epoch {epoch} of seed {self._seed}")
+
+    def _read(self, start: int, count: int) -> np.ndarray:
+        """int64 [count]: tokens of the stream from `start` on."""
+        parts: list[np.ndarray] = []
+        position = start % int(self._ends[-1])
+        index = int(np.searchsorted(self._ends, position, side="right"))
+        while count > 0:
+            left = min(int(self._ends[index]) - position, count)
+            within = position - (int(self._ends[index - 1]) if index else 0)
+            parts.append(self._documents.get(int(self._shuffled[index]), offset=within, length=left))
+            count, position, index = count - left, position + left, index + 1
+            if index == len(self._ends):
+                position, index = 0, 0
+        return np.concatenate(parts).astype(np.int64)
+
+
+def _permutation(size: int, name: str) -> np.ndarray:
+    """Of `size` numbers, drawn by a generator whose numbers numpy keeps for good; `Generator`'s may change."""
+    words = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u4")
+    return np.random.RandomState(words).permutation(size)
