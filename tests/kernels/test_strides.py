@@ -71,8 +71,16 @@ CASES = [
 TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 2e-5}, torch.bfloat16: {"rtol": 3e-2, "atol": 6e-2}}
 
 
-@pytest.mark.parametrize("turn", range(len(LAYOUTS)))
-@pytest.mark.parametrize(("ops", "dtype"), CASES)
+def turns():
+    """Every implementation in every turn; what triton's interpreter needs minutes for, in part by `make test-all` alone."""
+    for case in CASES:
+        ops, dtype = case.values
+        for turn in range(len(LAYOUTS)):
+            slow = ops is nsa_kernels and turn % 3 and not torch.cuda.is_available()
+            yield pytest.param(ops, dtype, turn, id=f"{case.id}-{turn}", marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("ops", "dtype", "turn"), turns())
 @pytest.mark.parametrize("name", NAMES)
 def test_strides(name, ops, dtype, turn, device):
     operator = operators()[name]

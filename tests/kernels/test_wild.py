@@ -70,6 +70,35 @@ def test_one_tensor_through_triton(name, device):
     check(nsa_kernels, torch.float32, {name: float("nan")}, PLACES["the other document"], device)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["padding", "the other document"])
+@pytest.mark.parametrize(("heads", "dim_k", "dim_v"), [(16, 128, 128), (8, 64, 64), (16, 192, 128), (1, 128, 128)])
+def test_at_real_sizes(heads, dim_k, dim_v, place, number, device):
+    """The kernels for Hopper and the plain ones for wide keys or one query head: the same bits, whatever others hold."""
+    cfg, bounds = NSAConfig(), [0, 1500, 2700, 4001]
+    plan = ShardPlan.contiguous(bounds, 1, cfg.slc_block_len)
+    position = plan.positions(0)
+    middle = (position >= bounds[1]) & (position < bounds[2])
+    where = ((position < 0) if place == "padding" else (position >= 0) & ~middle).to(device)
+    mine = (middle if place == "the other document" else position >= 0).to(device)
+    phis = [CompressMLP(1, dim, cfg.cmp_block_len, device=device, dtype=torch.bfloat16) for dim in (dim_k, dim_v)]
+    shapes = [(heads, dim_k), *[(1, dim_k), (1, dim_v)] * 3, (heads, 3), (heads, dim_v)]
+    drawn = [torch.randn(len(position), *shape, device=device).bfloat16() for shape in shapes]
+
+    def run(filling: float) -> list[torch.Tensor]:
+        *leaves, upstream = (x.masked_fill(where[:, None, None], filling) for x in drawn)
+        leaves = [x.requires_grad_() for x in leaves]
+        kv, options = BranchKV(*leaves[1:7]), {"compress_k": phis[0], "compress_v": phis[1], "plan": plan}
+        out = nsa_attention(leaves[0], kv, leaves[7], cfg, **options)
+        return [y.detach()[mine] for y in (out, *torch.autograd.grad(out, leaves, upstream))]
+
+    for name, found, tame in zip(("out", *NAMES), run(number), run(0.5), strict=False):
+        assert found.isfinite().all(), name
+        assert torch.equal(found, tame), name
+
+
 @pytest.mark.parametrize("ops", OPS)
 def test_a_documents_own_nan_is_not_hidden(ops, device):
     """What is seen comes through: a query with NaN among its keys has NaN for an output."""
