@@ -72,7 +72,7 @@ TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 2e-5}, torch.bfloat16: {"rtol
 
 
 def turns():
-    """Every implementation in every turn; what triton's interpreter needs minutes for, in part by `make test-all` alone."""
+    """Every implementation in every turn; of what takes minutes in triton's interpreter `make test` takes a third."""
     for case in CASES:
         ops, dtype = case.values
         for turn in range(len(LAYOUTS)):

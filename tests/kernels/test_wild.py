@@ -76,7 +76,7 @@ def test_one_tensor_through_triton(name, device):
 @pytest.mark.parametrize("place", ["padding", "the other document"])
 @pytest.mark.parametrize(("heads", "dim_k", "dim_v"), [(16, 128, 128), (8, 64, 64), (16, 192, 128), (1, 128, 128)])
 def test_at_real_sizes(heads, dim_k, dim_v, place, number, device):
-    """The kernels for Hopper and the plain ones for wide keys or one query head: the same bits, whatever others hold."""
+    """Kernels for Hopper, and plain ones for wide keys and single query heads: the same bits whatever others hold."""
     cfg, bounds = NSAConfig(), [0, 1500, 2700, 4001]
     plan = ShardPlan.contiguous(bounds, 1, cfg.slc_block_len)
     position = plan.positions(0)
