@@ -182,16 +182,16 @@ class _Tiles(NamedTuple):
 
     @classmethod
     def of(cls, ops: ModuleType, q: Tensor, kv: BranchKV, cfg: NSAConfig, plan: ShardPlan) -> "_Tiles":
-        """`ops.whole_tiles` says what its kernels need, if they need anything."""
-        if plan.num_documents == 1 or not hasattr(ops, "whole_tiles"):
+        """`ops.WHOLE_TILES` says where its kernels want documents to begin, if they want them anywhere."""
+        if not hasattr(ops, "WHOLE_TILES"):
             return cls(1, {})
-        num_kv_heads = kv.k_cmp.shape[1]
-        tiles = ops.whole_tiles(q, num_kv_heads)
-        # In queries and in rows of the window, documents start at multiples of a selection block.
-        rows = cfg.slc_block_len * (q.shape[1] // num_kv_heads)
-        if rows % tiles.query_rows == 0 and cfg.slc_block_len % tiles.key_rows == 0:
-            return cls(tiles.compressed_rows, {})
-        return cls(1, {"aligned": False})
+        if plan.num_documents == 1:
+            return cls(1, {"aligned": True})
+        # In queries and in rows of the window, documents begin at multiples of a selection block.
+        query_rows = cfg.slc_block_len * (q.shape[1] // kv.k_cmp.shape[1])
+        if query_rows % ops.WHOLE_TILES.query_rows or cfg.slc_block_len % ops.WHOLE_TILES.key_rows:
+            return cls(1, {"aligned": False})
+        return cls(ops.WHOLE_TILES.compressed_rows, {"aligned": True})
 
 
 def _check_inputs(q: Tensor, kv: BranchKV, gates: Tensor, softmax_scale: float | None) -> None:

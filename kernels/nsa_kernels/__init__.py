@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from nsa_kernels.compress import compress_mlp as compress_mlp
     from nsa_kernels.compress import compress_mlp_pair as compress_mlp_pair
     from nsa_kernels.gates import combine as combine
-    from nsa_kernels.hopper import whole_tiles as whole_tiles
     from nsa_kernels.partials import merge as merge
     from nsa_kernels.select import select_blocks as select_blocks
     from nsa_kernels.slc_attention import selected_attention as selected_attention
     from nsa_kernels.slc_attention import selected_attention_backward as selected_attention_backward
     from nsa_kernels.sums import gate_deltas as gate_deltas
     from nsa_kernels.sums import sum_branches as sum_branches
+    from nsa_kernels.wild import WHOLE_TILES as WHOLE_TILES
     from nsa_kernels.win_attention import window_attention as window_attention
     from nsa_kernels.win_attention import window_attention_backward as window_attention_backward
 
@@ -46,8 +46,8 @@ __all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "whole_tiles":  # of these kernels alone: the reference has no tiles
-        return import_module(f"{__name__}.hopper").whole_tiles
+    if name == "WHOLE_TILES":  # of these kernels alone: the reference has no tiles
+        return import_module(f"{__name__}.wild").WHOLE_TILES
     if name not in _MODULES:
         raise AttributeError(
             f"module {__name__!r} has no attribute {name!r}; its public names are {', '.join(__all__)}"

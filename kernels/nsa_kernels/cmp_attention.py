@@ -52,7 +52,7 @@ def _forward_kernel(
     num_rows, num_keys, num_heads_kv, softmax_scale,
     stride_qt, stride_qh,
     G: tl.constexpr, DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     # The last tiles see most keys: they start first.
     head = tl.program_id(0) % num_heads_kv
@@ -71,7 +71,6 @@ def _forward_kernel(
     dim_v = tl.arange(0, DV)
     q_rows = q_ptr + row_offsets(row, head, stride_qt, stride_qh, G)[:, None]
     q_a = tl.load(q_rows + dim_a)  # [BLOCK_M, DK_A]
-    q_b = q_a
     if DK_B:
         dim_b = DK_A + tl.arange(0, DK_B)
         q_b = tl.load(q_rows + dim_b)
@@ -80,25 +79,29 @@ def _forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DV], tl.float32)
     scale = softmax_scale * LOG2_E
-    # First the key tiles in which some row begins, then those that all rows see whole, then those in which one ends.
-    start = first // BLOCK_N * BLOCK_N
-    whole_from = tl.maximum(start, tl.cdiv(all_begun, BLOCK_N) * BLOCK_N)
-    whole_to = tl.maximum(whole_from, none_ended // BLOCK_N * BLOCK_N)
-    for key in tl.range(start, tl.minimum(whole_from, last), BLOCK_N):
-        top, total, acc = _next_tile(
-            top, total, acc, q_a, q_b, k_a_desc, k_b_desc, v_desc, key, head, begin, end, scale,
-            True, DK_A, DK_B, DV, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    for key in tl.range(whole_from, tl.minimum(whole_to, last), BLOCK_N):
-        top, total, acc = _next_tile(
-            top, total, acc, q_a, q_b, k_a_desc, k_b_desc, v_desc, key, head, begin, end, scale,
-            False, DK_A, DK_B, DV, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    for key in tl.range(whole_to, last, BLOCK_N):
-        top, total, acc = _next_tile(
-            top, total, acc, q_a, q_b, k_a_desc, k_b_desc, v_desc, key, head, begin, end, scale,
-            True, DK_A, DK_B, DV, BLOCK_N, PRECISION,
-        )  # fmt: skip
+    for start in tl.range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
+        k_a = tl.reshape(k_a_desc.load([start, head, 0]), [BLOCK_N, DK_A])
+        s = tl.dot(q_a, tl.trans(k_a), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if DK_B:
+            k_b = tl.reshape(k_b_desc.load([start, head, DK_A]), [BLOCK_N, DK_B])
+            s = tl.dot(q_b, tl.trans(k_b), s, input_precision=PRECISION)
+        v = tl.reshape(v_desc.load([start, head, 0]), [BLOCK_N, DV])
+        key = start + tl.arange(0, BLOCK_N)
+        at_edge = (start < all_begun) | (start + BLOCK_N > none_ended)
+        if at_edge:
+            s = tl.where((key >= begin[:, None]) & (key < end[:, None]), s, float("-inf"))
+
+        new_top = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top) * scale  # a row without a key yet: exp2(-inf - 0)
+        p = tl.exp2(tl.fma(s, scale, -base[:, None]))
+        alpha = tl.exp2(tl.fma(top, scale, -base))
+        total = total * alpha + tl.sum(p, 1)
+        if APART and at_edge:
+            seen = (key >= begin[:, None]) & (key < end[:, None])
+            p = tl.where(seen & wild_rows(v)[None, :], float("nan"), p)
+            v = tamed(v)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        top = new_top
 
     seen = total > 0
     out = acc / tl.where(seen, total, 1.0)[:, None]
@@ -106,36 +109,6 @@ def _forward_kernel(
     tl.store(out_rows + dim_v, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
     lse = tl.where(seen, (top * scale + tl.log2(total)) * LN_2, float("-inf"))
     tl.store(lse_ptr + row_offsets(row, head, num_heads_kv * G, 1, G), lse, mask=live)
-
-
-@triton.jit
-def _next_tile(
-    top, total, acc, q_a, q_b, k_a_desc, k_b_desc, v_desc, start, head, begin, end, scale,
-    AT_EDGE: tl.constexpr, DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The largest score, the sum of weights and of weighted values after one more key tile; AT_EDGE: not all see it."""
-    k_a = tl.reshape(k_a_desc.load([start, head, 0]), [BLOCK_N, DK_A])
-    s = tl.dot(q_a, tl.trans(k_a), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    if DK_B:
-        k_b = tl.reshape(k_b_desc.load([start, head, DK_A]), [BLOCK_N, DK_B])
-        s = tl.dot(q_b, tl.trans(k_b), s, input_precision=PRECISION)
-    v = tl.reshape(v_desc.load([start, head, 0]), [BLOCK_N, DV])
-    if AT_EDGE:
-        key = start + tl.arange(0, BLOCK_N)
-        seen = (key >= begin[:, None]) & (key < end[:, None])
-        s = tl.where(seen, s, float("-inf"))
-
-    new_top = tl.maximum(top, tl.max(s, 1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top) * scale  # a row without a key yet: exp2(-inf - 0)
-    p = tl.exp2(tl.fma(s, scale, -base[:, None]))
-    alpha = tl.exp2(tl.fma(top, scale, -base))
-    total = total * alpha + tl.sum(p, 1)
-    if AT_EDGE:
-        p = tl.where(seen & wild_rows(v)[None, :], float("nan"), p)
-        v = tamed(v)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return new_top, total, acc
 
 
 def _forward_tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
@@ -151,7 +124,7 @@ def _forward_tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
-def _attend(q, k, v, begin, end, out, lse, softmax_scale) -> None:
+def _attend(q, k, v, begin, end, out, lse, softmax_scale, apart) -> None:
     num_queries, num_q_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[:2]
     group = num_q_heads // num_kv_heads
@@ -162,7 +135,7 @@ def _attend(q, k, v, begin, end, out, lse, softmax_scale) -> None:
         out, lse,
         num_queries * group, num_keys, num_kv_heads, softmax_scale,
         *q.stride()[:2],
-        G=group, DK_A=dim_a, DK_B=dim_b, DV=v.shape[2], PRECISION=dot_precision(q.dtype), **tile,
+        G=group, DK_A=dim_a, DK_B=dim_b, DV=v.shape[2], PRECISION=dot_precision(q.dtype), APART=apart, **tile,
     )  # fmt: skip
 
 
@@ -181,7 +154,7 @@ class _CompressedAttention(torch.autograd.Function):
         if hopper_takes(q, k, aligned) and head_dim == v.shape[2]:
             hopper_forward.attend(q, k, v, begin, end, out, lse, softmax_scale)
         else:
-            _attend(q, k, v, begin, end, out, lse, softmax_scale)
+            _attend(q, k, v, begin, end, out, lse, softmax_scale, aligned is not True)
         return out, lse
 
     @staticmethod
@@ -197,13 +170,14 @@ class _CompressedAttention(torch.autograd.Function):
 
 
 def compressed_attention(
-    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, *, softmax_scale: float, aligned: bool = True
+    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, *, softmax_scale: float, aligned: bool | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query to the compressed blocks it may see, rows `[begin[t], end[t])` (section 3.3.1).
 
     q [T, Hq, Dk]   k [M, Hkv, Dk]   v [M, Hkv, Dv]   begin, end int32 [T], both non-decreasing
-    aligned     whether documents begin where `hopper.whole_tiles` wants them; if not, NaN of one would reach another in
-                the kernels for Hopper, which are then not used
+    aligned     whether documents begin where `wild.WHOLE_TILES` says. True: tiles hold one document each, so NaN of one
+                reaches no other. False: the plain kernels keep rows apart one by one. None: it is not known; they
+                do so, but the kernels for Hopper, which cannot, are used all the same
     returns out [T, Hq, Dv] in the dtype of q, softmax_lse [T, Hq]
     raises ValueError on shapes and dtypes that do not fit together
     """

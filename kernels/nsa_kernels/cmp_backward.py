@@ -39,7 +39,7 @@ def compressed_attention_backward(
     *,
     softmax_scale: float,
     kv_dtype: torch.dtype | None = None,
-    aligned: bool = True,
+    aligned: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gate * out, out and softmax_lse what `compressed_attention` returned for the same arguments.
 
@@ -60,4 +60,5 @@ def compressed_attention_backward(
     arguments = (q, k, v, begin, end, statistics, grad_out, softmax_scale)
     if hopper_takes(q, k, aligned) and q.shape[2] == v.shape[2]:
         return hopper_grad_q.grad_q(*arguments), *hopper_grad_kv.grad_kv(*arguments, kv_dtype)
-    return grad_q(*arguments), *grad_kv(*arguments, kv_dtype)
+    apart = aligned is not True
+    return grad_q(*arguments, apart), *grad_kv(*arguments, kv_dtype, apart=apart)

@@ -28,7 +28,7 @@ def _grad_kv_kernel(
     stride_qt, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_gt, stride_gh,
     NUM_SPLITS: tl.constexpr, BY_TMA: tl.constexpr,
     G: tl.constexpr, DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Partial dK and dV of BLOCK_N keys over one part of the rows that see them, all transposed: keys on M."""
     # The first key tiles are seen by most queries: they start first.
@@ -38,7 +38,8 @@ def _grad_kv_kernel(
     key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     key_row = tl.minimum(key, num_keys - 1).to(tl.int64)
 
-    seen_from = tl.load(tile_range_ptr + tile) * G  # the first row that sees a key of this tile
+    # The first row that sees a key of this tile, or one before: tiles of rows lie where they hold one document each.
+    seen_from = tl.load(tile_range_ptr + tile) * G // BLOCK_M * BLOCK_M
     seen_to = tl.load(tile_range_ptr + num_key_tiles + tile) * G
     full_from = tl.load(tile_range_ptr + 2 * num_key_tiles + tile) * G  # rows in [full_from, full_to) see all keys
     full_to = tl.load(tile_range_ptr + 3 * num_key_tiles + tile) * G
@@ -84,12 +85,14 @@ def _grad_kv_kernel(
             begin = tl.load(begin_ptr + row_in // G)[None, :]
             end = tl.load(end_ptr + row_in // G)[None, :]
             seen = (key[:, None] >= begin) & (key[:, None] < end) & (row < seen_to)[None, :]
-            p = tl.where(seen, tl.where(wild_rows(grad_out)[None, :], float("nan"), p), 0.0)
             grad_s = tl.where(seen, grad_s, 0.0)
-            grad_out = tamed(grad_out)
-            q_a = tamed(q_a)
-            if DK_B:
-                q_b = tamed(q_b)
+            if APART:
+                p = tl.where(wild_rows(grad_out)[None, :], float("nan"), p)
+                grad_out = tamed(grad_out)
+                q_a = tamed(q_a)
+                if DK_B:
+                    q_b = tamed(q_b)
+            p = tl.where(seen, p, 0.0)
         grad_v = tl.dot(p.to(v.dtype), grad_out, grad_v, input_precision=PRECISION)
         grad_s = grad_s.to(v.dtype)
         grad_k_a = tl.dot(grad_s, q_a, grad_k_a, input_precision=PRECISION)
@@ -117,8 +120,10 @@ def _tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
-def grad_kv(q, k, v, begin, end, statistics, grad_out, softmax_scale, dtype=None) -> tuple[Tensor, Tensor]:
-    """dK [M, Hkv, Dk] and dV [M, Hkv, Dv] in `dtype`; None: that of k."""
+def grad_kv(
+    q, k, v, begin, end, statistics, grad_out, softmax_scale, dtype=None, *, apart
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dK [M, Hkv, Dk] and dV [M, Hkv, Dv] in `dtype`; None: that of k. `apart`: see `wild`."""
     num_q_heads, head_dim = q.shape[1:]
     num_keys, num_kv_heads = k.shape[:2]
     group = num_q_heads // num_kv_heads
@@ -139,6 +144,6 @@ def grad_kv(q, k, v, begin, end, statistics, grad_out, softmax_scale, dtype=None
         statistics.shape[2], num_keys, num_kv_heads, num_key_tiles, softmax_scale,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad_out.stride()[:2],
         NUM_SPLITS=splits, BY_TMA=by_tma,
-        G=group, DK_A=dim_a, DK_B=dim_b, DV=v.shape[2], PRECISION=dot_precision(q.dtype), **tile,
+        G=group, DK_A=dim_a, DK_B=dim_b, DV=v.shape[2], PRECISION=dot_precision(q.dtype), APART=apart, **tile,
     )  # fmt: skip
     return sum_parts(grad_k, grad_v, dtype or k.dtype)

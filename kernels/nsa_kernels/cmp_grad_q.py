@@ -23,7 +23,7 @@ def _grad_q_kernel(
     num_rows, num_padded_rows, num_keys, num_heads_kv, softmax_scale,
     stride_qt, stride_qh, stride_gt, stride_gh,
     G: tl.constexpr, DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % num_heads_kv
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // num_heads_kv
@@ -63,9 +63,10 @@ def _grad_q_kernel(
         if (start < all_begun) | (start + BLOCK_N > none_ended):
             key = start + tl.arange(0, BLOCK_N)
             grad_s = tl.where((key >= begin[:, None]) & (key < end[:, None]), grad_s, 0.0)
-            k_a = tamed(k_a)
-            if DK_B:
-                k_b = tamed(k_b)
+            if APART:
+                k_a = tamed(k_a)
+                if DK_B:
+                    k_b = tamed(k_b)
         grad_s = grad_s.to(k_a.dtype)
         grad_q_a = tl.dot(grad_s, k_a, grad_q_a, input_precision=PRECISION)
         if DK_B:
@@ -91,8 +92,8 @@ def _tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
-def grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale) -> Tensor:
-    """dQ [T, Hq, Dk] in the dtype of q. `grad_out` and k, v can be read by the copy engine."""
+def grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale, apart) -> Tensor:
+    """dQ [T, Hq, Dk] in the dtype of q. `grad_out` and k, v can be read by the copy engine. `apart`: see `wild`."""
     num_queries, num_q_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[:2]
     group = num_q_heads // num_kv_heads
@@ -104,6 +105,6 @@ def grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale) -> Tensor:
         result,
         num_queries * group, statistics.shape[2], num_keys, num_kv_heads, softmax_scale,
         *q.stride()[:2], *grad_out.stride()[:2],
-        G=group, DK_A=dim_a, DK_B=dim_b, DV=v.shape[2], PRECISION=dot_precision(q.dtype), **tile,
+        G=group, DK_A=dim_a, DK_B=dim_b, DV=v.shape[2], PRECISION=dot_precision(q.dtype), APART=apart, **tile,
     )  # fmt: skip
     return result

@@ -1,7 +1,5 @@
 """What the Gluon kernels for Hopper share: barriers, tiles for the copy engine, and when they can be used."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -44,35 +42,18 @@ def descriptor(x: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block), layout)
 
 
-class WholeTiles(NamedTuple):
-    """Multiples at which documents are to begin, so that no tile of these kernels holds two of them.
+def hopper_takes(q: Tensor, k: Tensor, aligned: bool | None = None) -> bool:
+    """A Hopper GPU, 16-bit inputs, Dk of 64 or 128, whole groups in the 64 rows of four warps.
 
-    A tile with NaN in a row of one document would bring it to the other: 0 times it is NaN. The kernels in plain Triton
-    keep rows apart one by one (`wild`).
+    aligned     False: documents share tiles, which these kernels do not keep apart (`wild`)
     """
-
-    query_rows: int  # (query, head) rows of a group
-    key_rows: int  # rows of the window's keys
-    compressed_rows: int  # of compressed keys
-
-
-def whole_tiles(q: Tensor, num_kv_heads: int) -> WholeTiles:
-    """What the kernels that take `q` [T, Hq, Dk] need."""
-    return WholeTiles(128, 64, 128) if _takes(q, num_kv_heads) else WholeTiles(1, 1, 1)
-
-
-def hopper_takes(q: Tensor, k: Tensor, aligned: bool = True) -> bool:
-    """A Hopper GPU, 16-bit inputs, Dk of 64 or 128, whole groups in the 64 rows of four warps; documents in tiles."""
-    return aligned and _takes(q, k.shape[1])
-
-
-def _takes(q: Tensor, num_kv_heads: int) -> bool:
     return (
-        q.is_cuda
+        aligned is not False
+        and q.is_cuda
         and torch.cuda.get_device_capability(q.device)[0] == 9
         and q.element_size() == 2
         and q.shape[2] in (64, 128)
-        and 64 % (q.shape[1] // num_kv_heads) == 0
+        and 64 % (q.shape[1] // k.shape[1]) == 0
     )
 
 

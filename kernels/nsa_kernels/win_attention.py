@@ -62,6 +62,7 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """One tile of BLOCK_M (query, head) rows of one key-value head against the key rows its queries see."""
     first_row = tl.program_id(0) * BLOCK_M
@@ -85,7 +86,6 @@ def _forward_kernel(
     dk, dv = tl.arange(0, DK), tl.arange(0, DV)
     q_rows = q_ptr + token.to(tl.int64) * stride_qt + q_head.to(tl.int64) * stride_qh
     q = tl.load(q_rows[:, None] + dk[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, DK]
-    q_tail = q
     if DK_TAIL > 0:
         dk_tail = DK + tl.arange(0, DK_TAIL)
         q_tail = tl.load(q_rows[:, None] + dk_tail[None, :], mask=inside[:, None], other=0.0)
@@ -95,67 +95,38 @@ def _forward_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)  # in units of log2, scale included
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DV], tl.float32)
-    # First the key tiles in which some row begins, then those that all rows see whole, then those in which one ends.
-    start = low // BLOCK_N * BLOCK_N
-    whole_from = tl.maximum(start, tl.cdiv(low_last, BLOCK_N) * BLOCK_N)
-    whole_to = tl.maximum(whole_from, high_first // BLOCK_N * BLOCK_N)
-    for key in range(start, tl.minimum(whole_from, high), BLOCK_N):
-        row_max, row_sum, acc = _next_tile(
-            row_max, row_sum, acc, q, q_tail, k_head, v_head, key, low, high, row_begin, row_end,
-            stride_kr, stride_vr, scale_log2,
-            True, DK, DK_TAIL, DV, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    for key in range(whole_from, tl.minimum(whole_to, high), BLOCK_N):
-        row_max, row_sum, acc = _next_tile(
-            row_max, row_sum, acc, q, q_tail, k_head, v_head, key, low, high, row_begin, row_end,
-            stride_kr, stride_vr, scale_log2,
-            False, DK, DK_TAIL, DV, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    for key in range(whole_to, high, BLOCK_N):
-        row_max, row_sum, acc = _next_tile(
-            row_max, row_sum, acc, q, q_tail, k_head, v_head, key, low, high, row_begin, row_end,
-            stride_kr, stride_vr, scale_log2,
-            True, DK, DK_TAIL, DV, BLOCK_N, PRECISION,
-        )  # fmt: skip
+    for start in range(low // BLOCK_N * BLOCK_N, high, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        seen = (key >= low) & (key < high)
+        k_rows = k_head + key.to(tl.int64) * stride_kr
+        k = tl.load(k_rows[:, None] + dk[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, DK]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if DK_TAIL > 0:
+            k_tail = tl.load(k_rows[:, None] + dk_tail[None, :], mask=seen[:, None], other=0.0)
+            s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision=PRECISION)
+        at_edge = (start < low_last) | (start + BLOCK_N > high_first)
+        if at_edge:
+            visible = (key[None, :] >= row_begin[:, None]) & (key[None, :] < row_end[:, None])
+            s = tl.where(visible, s, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen no key yet
+        p = tl.exp2(s * scale_log2 - shift[:, None])
+        rescale = tl.exp2(row_max - shift)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        row_max = new_max
+        v_rows = v_head + key.to(tl.int64) * stride_vr
+        v = tl.load(v_rows[:, None] + dv[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, DV]
+        if APART and at_edge:
+            visible = (key[None, :] >= row_begin[:, None]) & (key[None, :] < row_end[:, None])
+            p = tl.where(visible & wild_rows(v)[None, :], float("nan"), p)
+            v = tamed(v)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
 
     out = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     out_row = token.to(tl.int64) * (num_kv_heads * G) + q_head
     out_ptrs = out_ptr + out_row[:, None] * DV + dv[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
     tl.store(lse_ptr + out_row, (row_max + tl.log2(row_sum)) / log2e, mask=inside)
-
-
-@triton.jit
-def _next_tile(
-    row_max, row_sum, acc, q, q_tail, k_head, v_head, start, low, high, row_begin, row_end,
-    stride_kr, stride_vr, scale_log2,
-    AT_EDGE: tl.constexpr, DK: tl.constexpr, DK_TAIL: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The largest score, the sum of weights and of weighted values after one more key tile; AT_EDGE: not all see it."""
-    key = start + tl.arange(0, BLOCK_N)
-    there = ((key >= low) & (key < high))[:, None]
-    dk, dv = tl.arange(0, DK)[None, :], tl.arange(0, DV)[None, :]
-    k_rows = k_head + (key.to(tl.int64) * stride_kr)[:, None]
-    k = tl.load(k_rows + dk, mask=there, other=0.0)  # [BLOCK_N, DK]
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    if DK_TAIL > 0:
-        k_tail = tl.load(k_rows + DK + tl.arange(0, DK_TAIL)[None, :], mask=there, other=0.0)
-        s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision=PRECISION)
-    if AT_EDGE:
-        seen = (key[None, :] >= row_begin[:, None]) & (key[None, :] < row_end[:, None])
-        s = tl.where(seen, s, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen no key yet
-    p = tl.exp2(s * scale_log2 - shift[:, None])
-    rescale = tl.exp2(row_max - shift)
-    row_sum = row_sum * rescale + tl.sum(p, 1)
-    v = tl.load(v_head + (key.to(tl.int64) * stride_vr)[:, None] + dv, mask=there, other=0.0)  # [BLOCK_N, DV]
-    if AT_EDGE:
-        p = tl.where(seen & wild_rows(v)[None, :], float("nan"), p)
-        v = tamed(v)
-    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
-    return new_max, row_sum, acc
 
 
 class _WindowAttention(torch.autograd.Function):
@@ -168,7 +139,7 @@ class _WindowAttention(torch.autograd.Function):
             unseen = unseen_tiles(begin, end, k.shape[0], KEY_TILE)
             hopper_forward.attend(q, k, v, begin, end, out, lse, softmax_scale, key_tile=KEY_TILE, unseen=unseen)
         elif q.numel():
-            _launch_forward(q, k, v, begin, end, out, lse, softmax_scale)
+            _launch_forward(q, k, v, begin, end, out, lse, softmax_scale, aligned is not True)
         ctx.save_for_backward(q, k, v, begin, end, out, lse)
         ctx.options = {"softmax_scale": softmax_scale, "aligned": aligned}
         ctx.set_materialize_grads(False)
@@ -192,6 +163,7 @@ def _launch_forward(
     out: Tensor,
     lse: Tensor,
     softmax_scale: float,
+    apart: bool,
 ) -> None:
     tile = window_tiles(q.shape[2], q.element_size()).forward
     num_queries, num_kv_heads = q.shape[0], k.shape[1]
@@ -201,12 +173,13 @@ def _launch_forward(
         *(out, lse),
         *(*token_head_strides(q, k, v), num_queries, num_kv_heads, softmax_scale),
         **kernel_dims(q, k, v),
+        APART=apart,
         **tile.launch(),
     )
 
 
 def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, *, softmax_scale: float, aligned: bool = True
+    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, *, softmax_scale: float, aligned: bool | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query to its window, rows `[begin[t], end[t])` of k and v: (out, softmax_lse).
 
@@ -230,7 +203,7 @@ def window_attention_backward(
     *,
     softmax_scale: float,
     kv_dtype: torch.dtype | None = None,
-    aligned: bool = True,
+    aligned: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `gate * window_attention(q, k, v, begin, end)`, in the dtypes of q, k, v.
 

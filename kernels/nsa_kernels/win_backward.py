@@ -59,6 +59,7 @@ def _queries_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """dQ of one tile of BLOCK_M (query, head) rows of one key-value head; the walk of the forward kernel."""
     first_row = tl.program_id(0) * BLOCK_M
@@ -109,9 +110,10 @@ def _queries_kernel(
         if (start < low_last) | (start + BLOCK_N > high_first):
             visible = (key[None, :] >= row_begin[:, None]) & (key[None, :] < row_end[:, None])
             ds = tl.where(visible, ds, 0.0)
-            k = tamed(k)
-            if DK_TAIL > 0:
-                k_tail = tamed(k_tail)
+            if APART:
+                k = tamed(k)
+                if DK_TAIL > 0:
+                    k_tail = tamed(k_tail)
         ds = ds.to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         if DK_TAIL > 0:
@@ -139,7 +141,7 @@ def window_gradients(
     softmax_scale: float,
     kv_dtype: torch.dtype | None = None,
     *,
-    aligned: bool = True,
+    aligned: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtypes of q, k, v; dk and dv in `kv_dtype` if it is given."""
     if not q.numel() or not k.numel():
@@ -149,10 +151,13 @@ def window_gradients(
     statistics = row_statistics(lse, delta, gate, begin, end, k.shape[1])
     arguments = (q, k, v, begin, end, statistics, grad_out, softmax_scale)
     on_hopper = hopper_takes(q, k, aligned) and q.shape[2] == v.shape[2]
-    return _grad_q(*arguments), *(hopper_grad_kv if on_hopper else cmp_grad_kv).grad_kv(*arguments, kv_dtype)
+    apart = aligned is not True
+    if on_hopper:
+        return _grad_q(*arguments, apart), *hopper_grad_kv.grad_kv(*arguments, kv_dtype)
+    return _grad_q(*arguments, apart), *cmp_grad_kv.grad_kv(*arguments, kv_dtype, apart=apart)
 
 
-def _grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale) -> Tensor:
+def _grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale, apart) -> Tensor:
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     num_queries, num_kv_heads = q.shape[0], k.shape[1]
     tile = window_tiles(q.shape[2], q.element_size()).queries
@@ -162,6 +167,7 @@ def _grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale) -> Tensor:
         dq,
         *(*token_head_strides(q, k, v, grad_out), num_queries, statistics.shape[2], num_kv_heads, softmax_scale),
         **kernel_dims(q, k, v),
+        APART=apart,
         **tile.launch(),
     )
     return dq

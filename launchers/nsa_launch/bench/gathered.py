@@ -37,6 +37,8 @@ class _Call:
 
     def __init__(self, cfg, plan, comm, ops, softmax_scale, shard) -> None:
         self.cfg, self.plan, self.comm, self.ops, self.scale, self.phi = cfg, plan, comm, ops, softmax_scale, shard.phi
+        # One document: nothing is to be kept apart.
+        self.interval = {"softmax_scale": softmax_scale, **({"aligned": True} if hasattr(ops, "WHOLE_TILES") else {})}
         device = shard.q.device
         whole = rank_layout(self._whole_plan(), cfg, 0, device)
         mine = plan.stream_positions(comm.rank).to(device)
@@ -77,7 +79,7 @@ class _GatheredAttention(torch.autograd.Function):
             kc, vc = (call.compress(which, x) for which, x in enumerate(rows))
         del rows
         with comm.computing("cmp", "cmp"):
-            out_cmp, lse_cmp = ops.compressed_attention(q, kc, vc, begin, end, softmax_scale=call.scale)
+            out_cmp, lse_cmp = ops.compressed_attention(q, kc, vc, begin, end, **call.interval)
         with comm.computing("select", "select"):
             ids = ops.select_blocks(
                 q, kc, lse_cmp, begin, end, layout.position, layout.doc_start,
@@ -97,9 +99,7 @@ class _GatheredAttention(torch.autograd.Function):
             )
         rows = [call.gather(k_win), call.gather(v_win)]
         with comm.computing("win", "win"):
-            out_win, lse_win = ops.window_attention(
-                q, *rows, layout.win_begin, layout.win_end, softmax_scale=call.scale
-            )
+            out_win, lse_win = ops.window_attention(q, *rows, layout.win_begin, layout.win_end, **call.interval)
         del rows
         ctx.call = call
         outs = (out_cmp, out_slc, out_win)
@@ -121,7 +121,7 @@ class _GatheredAttention(torch.autograd.Function):
         rows = [call.gather(x) for x in kv[4:]]
         with comm.computing("win", "win"):
             dq_win, dk, dv = ops.window_attention_backward(
-                grad_out, gate[2], delta[2], lse_win, q, *rows, layout.win_begin, layout.win_end, **scale
+                grad_out, gate[2], delta[2], lse_win, q, *rows, layout.win_begin, layout.win_end, **call.interval
             )
         del rows
         grads_win = [call.scatter(dk), call.scatter(dv)]
@@ -151,7 +151,7 @@ def _compressed_backward(call: _Call, q, kv, grad_out, gate, delta, lse) -> tupl
     with call.comm.computing("cmp", "cmp"):
         dq, *grads = call.ops.compressed_attention_backward(
             grad_out, gate, delta, lse, q, *(c.detach() for c in compressed),
-            call.layout.cmp_begin, call.layout.cmp_end, softmax_scale=call.scale,
+            call.layout.cmp_begin, call.layout.cmp_end, **call.interval,
         )  # fmt: skip
     own: list[Tensor] = []
     grads_phi: list[Tensor] = []
