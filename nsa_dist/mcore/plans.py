@@ -190,6 +190,7 @@ def local_heads(config: NSATransformerConfig, tp_size: int, dtype: torch.dtype) 
 
 
 def _on_device(plan: ShardPlan, given: ShardPlan, place: Place) -> RankPlan:
-    position = put_on(place.device, plan.document_positions(place.rank))
-    dealt = None if given is plan else deal(given, plan, place.rank, place.device)
+    with torch.inference_mode(False):  # kept for batches that train
+        position = put_on(place.device, plan.document_positions(place.rank))
+        dealt = None if given is plan else deal(given, plan, place.rank, place.device)
     return RankPlan(plan, place.rank, position, given, dealt)

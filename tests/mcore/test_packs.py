@@ -1,8 +1,12 @@
 """Packed documents in Megatron's two orders over ranks, in fp64, against one process; and what is written to a pack."""
 
 import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from mcore_pack_cases import OVER_RANKS, PACKS, VARIANTS, WORLD, WRITES, everything
+from nsa_dist.mcore import NSATransformerConfig
+from nsa_dist.mcore.plans import Place, PlanCache
 from ranks import run_ranks
 
 
@@ -35,3 +39,15 @@ def test_the_plan_follows_the_pack(results, name, ranks):
 @pytest.mark.parametrize("name", OVER_RANKS)
 def test_over_ranks(results, name):
     assert_passed(results, f"two ranks: {name}")
+
+
+def test_what_inference_leaves_on_a_pack_can_train():
+    config = NSATransformerConfig(
+        num_layers=1, hidden_size=64, num_attention_heads=2, attention_dropout=0.0, hidden_dropout=0.0,
+        context_parallel_size=2, nsa_pack_order="sequence",
+    )  # fmt: skip
+    with torch.inference_mode():
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor([0, 200, 512], dtype=torch.int32))
+        rank_plan = PlanCache(config).of_packed(packed, 256, Place(2, 0, torch.device("cpu")))
+    kept = [rank_plan.document_position, rank_plan.deal.given_rows, rank_plan.deal.plan_rows]
+    assert not any(x.is_inference() for x in kept)
