@@ -57,7 +57,8 @@ class BackwardTiles:
 #           64 rows, 5 stages: one program an SM                                         53.6 at G = 16
 #           64 rows, 8 warps: half the registers each, but P and dS go through memory    33 at G = 16
 #           items of 2048 / 8192 rows                                                    +1 / +0.3 at G = 16
-# What `hopper_takes` has its own kernels, with items and segments of these sizes: DECISIONS.md.
+# What `hopper_takes` has its own kernels, with items and segments of these sizes:
+# docs/decisions/selected-attention-hopper.md.
 
 
 def forward_tiles(group: int, head_dim_k: int, head_dim_v: int) -> ForwardTiles:

@@ -18,7 +18,8 @@ from nsa_dist.cp.comm import Comm, Handle
 from nsa_dist.cp.device import put_on
 from nsa_dist.cp.layout import RankLayout
 
-# How fast an H200 packs what it sends, 32 KiB of K or V at a time: page by page, and shards as they lie (DECISIONS.md).
+# How fast an H200 packs what it sends, 32 KiB of K or V at a time: page by page, and shards as they lie
+# (docs/decisions/fetch.md).
 GATHER_BYTES_PER_S, COPY_BYTES_PER_S = 331e9, 980e9
 
 

@@ -23,7 +23,7 @@ def base(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "cp 1"])
 def test_every_step_of_the_tiny_job_has_the_loss_of_one_rank(base, name):
-    """Every step, not the last alone: a flipped block early on shows tens of steps later (DECISIONS.md)."""
+    """Every step, not the last alone: a block flipped early shows tens of steps later (docs/decisions/tiny-job.md)."""
     got, expected = records(base, name), records(base, "cp 1")
     assert [r["step"] for r in got] == list(range(1, len(expected) + 1))
     differences = [abs(g["loss"] / e["loss"] - 1) for g, e in zip(got, expected, strict=True)]
