@@ -166,11 +166,16 @@ def _wild(tensors: Iterable[Tensor]) -> Tensor | None:
     """bool [T], true where a row of one of these [T, ...] is NaN, infinite or very large; None if there is none."""
     found = None
     for x in tensors:
-        if x.numel():
-            largest = torch.linalg.vector_norm(x.flatten(1), math.inf, 1)
-            wild = ~(largest < _TAME[compute_dtype(x).itemsize])  # NaN is not less
+        bound = _TAME[compute_dtype(x).itemsize]
+        if x.numel() and not _is_tame(x, bound):
+            wild = ~(torch.linalg.vector_norm(x.flatten(1), math.inf, 1) < bound)  # NaN is not less
             found = wild if found is None else found | wild
-    return found if found is not None and bool(found.any()) else None
+    return found
+
+
+def _is_tame(x: Tensor, bound: float) -> bool:
+    least, most = torch.aminmax(x)  # in one pass; NaN where there is NaN
+    return bool((least > -bound) & (most < bound))
 
 
 def interval_spans(begin: Tensor, end: Tensor, num_q_heads: int) -> list[tuple[slice, slice]]:
