@@ -97,6 +97,7 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_M, DV], tl.float32)
     for start in range(low // BLOCK_N * BLOCK_N, high, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
+        # Rows that no query of the tile sees may hold anything, NaN included: 0 * NaN must not reach acc.
         seen = (key >= low) & (key < high)
         k_rows = k_head + key.to(tl.int64) * stride_kr
         k = tl.load(k_rows[:, None] + dk[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, DK]
