@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from nsa_launch.bench.team import World
+from nsa_dist.bench.world import World
 
 
 def rank_of(world: World) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from nsa_dist.train.records import MetricsFollower
+from nsa_dist.train.files.records import MetricsFollower
 from nsa_launch.config import RunConfig, load
 from nsa_launch.run_folder import RunFolder
 

@@ -1,11 +1,14 @@
 """Who may import whom, and what only one place may do. Read from the source text: nothing is imported."""
 
 import ast
+from collections.abc import Collection, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+MOST_MODULES = 14
 THIRD_PARTY = {"torch", "triton", "megatron", "ray", "pydantic", "yaml", "rich", "matplotlib", "tensorboard", "numpy"}
 KERNELS = {"torch", "triton", "nsa_kernels"}
 CP = {"torch", "nsa_kernels", "nsa_dist.cp", "nsa_dist.config"}
@@ -13,7 +16,9 @@ BRANCHES = CP | {"nsa_dist.branches"}
 ATTENTION = BRANCHES | {"nsa_dist.attention", "nsa_dist.compress"}
 MCORE = ATTENTION | {"nsa_dist", "nsa_dist.mcore", "megatron"}
 TRAIN = MCORE | {"nsa_dist.train", "pydantic", "yaml", "rich", "matplotlib", "numpy"}
-LAUNCH = TRAIN | {"nsa_launch", "ray"}
+PLANNER = TRAIN | {"nsa_dist.planner"}
+BENCH = PLANNER | {"nsa_dist.bench"}
+LAUNCH = BENCH | {"nsa_launch", "ray"}
 
 # From the bottom of the house to its top: what each storey may import beyond the standard library.
 STOREYS = {
@@ -26,6 +31,8 @@ STOREYS = {
     "nsa_dist/__init__.py": ATTENTION,
     "nsa_dist/mcore": MCORE,
     "nsa_dist/train": TRAIN,
+    "nsa_dist/planner": PLANNER,
+    "nsa_dist/bench": BENCH,
     "launchers/nsa_launch": LAUNCH,
 }
 COLLECTIVES = {
@@ -73,6 +80,61 @@ def test_imports_only_from_below(place, may_import):
     for path in sources(place):
         wrong = {name for name in imported(path) if not allowed(name, may_import)}
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}, which lies above it or is not its to use"
+
+
+def modules() -> dict[str, Path]:
+    """Every source file by its module's name; a package goes by its own."""
+    found = {}
+    for root, package in ((".", "nsa_dist"), ("kernels", "nsa_kernels"), ("launchers", "nsa_launch")):
+        for path in sources(f"{root}/{package}"):
+            parts = path.relative_to(ROOT / root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported_modules(path: Path, known: Collection[str]) -> set[str]:
+    """Those of the house that a file imports anywhere in it, in functions and for type checkers too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):  # a name is a module's, or a module itself
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {name if name in known else str(node.module) for name in whole}
+    return names & set(known)
+
+
+def circle(imports: Mapping[str, set[str]]) -> list[str]:
+    """Modules that import one another in turn, if there are such."""
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_import_circles():
+    known = modules()
+    found = circle({name: imported_modules(path, known) for name, path in known.items()})
+    assert not found, " -> ".join(found)
+
+
+def test_a_circle_is_found(tmp_path):
+    texts = {"a": "import b\n", "b": "def late():\n    from c import x\n", "c": "from a import y\n", "d": "import a\n"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    imports = {name: imported_modules(tmp_path / f"{name}.py", texts) for name in texts}
+    assert set(circle(imports)) == {"a", "b", "c"}
+    assert not circle(imports | {"c": set()})
+
+
+@pytest.mark.parametrize("root", ["nsa_dist", "kernels/nsa_kernels", "launchers/nsa_launch"])
+def test_rooms_are_small(root):
+    """A folder holds about a dozen modules, so that its listing says what is where."""
+    for folder in {path.parent for path in sources(root)}:
+        held = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(held) <= MOST_MODULES, f"{folder.relative_to(ROOT)} holds {len(held)} modules; give some a room"
+        assert (folder / "__init__.py").exists(), f"{folder.relative_to(ROOT)} is no package; say in it what it holds"
 
 
 def test_the_rule_catches_what_it_should():

@@ -18,10 +18,10 @@ from nsa_dist.train import loop
 from nsa_dist.train.checkpoint import Position
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.config_errors import parse
+from nsa_dist.train.data.samples import Samples
+from nsa_dist.train.files.records import read_metrics
 from nsa_dist.train.hooks import Hooks
 from nsa_dist.train.loop import TrainResult, train
-from nsa_dist.train.records import read_metrics
-from nsa_dist.train.samples import Samples
 
 ROOT = Path(__file__).parent.parent
 STEPS, FORK_STEP, KILL_STEP = 6, 2, 5

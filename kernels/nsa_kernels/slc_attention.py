@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .deltas import row_deltas
-from .rows import unit_stride
-from .slc_backward import differentiate_chunk
-from .slc_checks import check_inputs
-from .slc_forward import attend_chunk
-from .slc_index import build_block_index
-from .slc_rows import pack_rows
-from .slc_tiles import WORKSPACE_BYTES, backward_tiles, chunks, forward_tiles
+from nsa_kernels.deltas import row_deltas
+from nsa_kernels.rows import unit_stride
+from nsa_kernels.slc_backward import differentiate_chunk
+from nsa_kernels.slc_checks import check_inputs
+from nsa_kernels.slc_forward import attend_chunk
+from nsa_kernels.slc_index import build_block_index
+from nsa_kernels.slc_rows import pack_rows
+from nsa_kernels.slc_tiles import WORKSPACE_BYTES, backward_tiles, chunks, forward_tiles
 
 
 def selected_attention(

@@ -25,11 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import slc_items, slc_items_hopper
-from .slc_index import BlockIndex
-from .slc_pages import split_width
-from .slc_parts import sum_parts
-from .slc_tiles import backward_tiles, hopper_takes
+from nsa_kernels import slc_items, slc_items_hopper
+from nsa_kernels.slc_index import BlockIndex
+from nsa_kernels.slc_pages import split_width
+from nsa_kernels.slc_parts import sum_parts
+from nsa_kernels.slc_tiles import backward_tiles, hopper_takes
 
 
 @triton.jit(do_not_specialize=["num_page_lists", "num_blocks", "head_start", "num_kv_heads", "num_local_pages"])

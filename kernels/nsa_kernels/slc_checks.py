@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .slc_pages import split_width
+from nsa_kernels.slc_pages import split_width
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

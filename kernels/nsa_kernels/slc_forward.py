@@ -21,9 +21,9 @@ Numerics    scores, softmax statistics and sums in fp32; the probabilities meet 
 import torch
 from torch import Tensor
 
-from . import slc_gathered, slc_gathered_hopper, slc_shared, slc_shared_hopper
-from .slc_index import BlockIndex
-from .slc_tiles import hopper_takes
+from nsa_kernels import slc_gathered, slc_gathered_hopper, slc_shared, slc_shared_hopper
+from nsa_kernels.slc_index import BlockIndex
+from nsa_kernels.slc_tiles import hopper_takes
 
 LOG2E = 1.4426950408889634
 

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .slc_index import BlockIndex
-from .slc_pages import load_page, page_strides, split_width
-from .slc_parts import SMALLEST
-from .slc_tiles import forward_tiles
+from nsa_kernels.slc_index import BlockIndex
+from nsa_kernels.slc_pages import load_page, page_strides, split_width
+from nsa_kernels.slc_parts import SMALLEST
+from nsa_kernels.slc_tiles import forward_tiles
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_heads", "num_lists", "num_blocks", "head_start", "num_local_pages"])

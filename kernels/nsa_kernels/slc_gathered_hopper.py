@@ -14,10 +14,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import thread_barrier
-from .slc_hopper import HALF, ROWS, boxes, copy_tiles, load_pages, place
-from .slc_index import BlockIndex
-from .slc_pages import page_strides
+from nsa_kernels.hopper import thread_barrier
+from nsa_kernels.slc_hopper import HALF, ROWS, boxes, copy_tiles, load_pages, place
+from nsa_kernels.slc_index import BlockIndex
+from nsa_kernels.slc_pages import page_strides
 
 
 @gluon.jit

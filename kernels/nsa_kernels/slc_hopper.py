@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper import descriptor
+from nsa_kernels.hopper import descriptor
 
 ROWS = gl.constexpr(64)  # of a tile, (query, head) pairs
 HALF = gl.constexpr(64)  # columns that the 128-byte swizzle spans

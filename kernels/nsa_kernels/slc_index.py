@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sizes import cdiv, next_power_of_2
+from nsa_kernels.sizes import cdiv, next_power_of_2
 
 # Bits of the bitmap are counted in groups of 8 words: one 32-byte sector, 256 queries.
 GROUP_WORDS = 8

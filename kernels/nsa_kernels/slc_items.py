@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .slc_forward import LOG2E
-from .slc_index import BlockIndex
-from .slc_pages import load_page, page_strides, split_width
-from .slc_parts import SMALLEST
-from .slc_tiles import backward_tiles
+from nsa_kernels.slc_forward import LOG2E
+from nsa_kernels.slc_index import BlockIndex
+from nsa_kernels.slc_pages import load_page, page_strides, split_width
+from nsa_kernels.slc_parts import SMALLEST
+from nsa_kernels.slc_tiles import backward_tiles
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sizes import cdiv
+from nsa_kernels.sizes import cdiv
 
 # What a part is divided by at the least: the reciprocal of less may be infinite.
 SMALLEST = tl.constexpr(1e-30)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sizes import cdiv
+from nsa_kernels.sizes import cdiv
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads"])

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sizes import cdiv, next_power_of_2
-from .slc_index import is_gathered
-from .slc_pages import load_page, page_strides, split_width
-from .slc_parts import SMALLEST, sum_parts
-from .slc_tiles import forward_tiles
+from nsa_kernels.sizes import cdiv, next_power_of_2
+from nsa_kernels.slc_index import is_gathered
+from nsa_kernels.slc_pages import load_page, page_strides, split_width
+from nsa_kernels.slc_parts import SMALLEST, sum_parts
+from nsa_kernels.slc_tiles import forward_tiles
 
 NO_BLOCK = tl.constexpr(2**30)
 LN2 = tl.constexpr(0.6931471805599453)

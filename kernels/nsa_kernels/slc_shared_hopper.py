@@ -16,10 +16,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
-from .hopper import descriptor, thread_barrier
-from .sizes import cdiv, next_power_of_2
-from .slc_hopper import HALF, ROWS, boxes, load_pages
-from .slc_pages import page_strides
+from nsa_kernels.hopper import descriptor, thread_barrier
+from nsa_kernels.sizes import cdiv, next_power_of_2
+from nsa_kernels.slc_hopper import HALF, ROWS, boxes, load_pages
+from nsa_kernels.slc_pages import page_strides
 
 NO_BLOCK = gl.constexpr(2**30)
 LN2 = gl.constexpr(0.6931471805599453)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sizes import cdiv, next_power_of_2
+from nsa_kernels.sizes import cdiv, next_power_of_2
 
 # Partial results of one chunk, at most. More chunks cost launches (about 0.1 ms each) and a tail wave per kernel.
 WORKSPACE_BYTES = 9 * 2**28

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from nsa_launch import exit_codes, plan_arguments
+from nsa_launch import exit_codes
 from nsa_launch.bench import arguments as bench_arguments
+from nsa_launch.commands import plan_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,8 +40,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from nsa_launch import doctor, ray_driver, run_folder
+    from nsa_launch import run_folder
+    from nsa_launch.commands import doctor
     from nsa_launch.config import load
+    from nsa_launch.on_ray import driver as ray_driver
 
     with ExitStack() as stack:
         try:
@@ -54,6 +57,6 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(_: argparse.Namespace) -> int:
-    from nsa_launch import doctor
+    from nsa_launch.commands import doctor
 
     return doctor.report()

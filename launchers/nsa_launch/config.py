@@ -9,7 +9,7 @@ from pydantic import Field
 
 from nsa_dist.train.config import Section, TrainConfig
 from nsa_dist.train.config_errors import parse
-from nsa_dist.train.marker import NAME
+from nsa_dist.train.files.marker import NAME
 from nsa_launch import overrides as command_line
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.console import Console as Terminal
 
-from nsa_dist.train.progress import TrainProgress
-from nsa_dist.train.records import MetricsFollower, Record, read_metrics
-from nsa_launch import rank_output
+from nsa_dist.train.files.records import MetricsFollower, Record, read_metrics
 from nsa_launch.config import RunConfig
+from nsa_launch.progress import TrainProgress
+from nsa_launch.ranks import output as rank_output
 from nsa_launch.run_folder import PROCESS_DIED, RunFolder
 
 _RANKS_SHOWN = 2  # of those that failed: one dead rank takes all others with it

@@ -1,4 +1,4 @@
-"""A run's folder: what the launcher adds to `nsa_dist.train.output`, and who may start there.
+"""A run's folder: what the launcher adds to `nsa_dist.train.files.output`, and who may start there.
 
 config.yaml       the whole configuration, as it was checked; itself a CONFIG.yaml, without resume and overwrite
 launches.jsonl    launches, starts, failures and ends, one line each
@@ -20,8 +20,8 @@ from typing import Any, TextIO
 
 import yaml
 
-from nsa_dist.train.atomic import write_atomically
-from nsa_dist.train.output import MADE, OutputDir
+from nsa_dist.train.files.atomic import write_atomically
+from nsa_dist.train.files.output import MADE, OutputDir
 from nsa_dist.train.prepare import check_output, prepare_output
 from nsa_launch.config import RunConfig
 

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nsa_dist.train.records import Record
-from nsa_launch import doctor, exit_codes, rank
+from nsa_dist.train.files.records import Record
+from nsa_launch import exit_codes
+from nsa_launch.commands import doctor
 from nsa_launch.config import RunConfig, load
 from nsa_launch.console import Console
-from nsa_launch.hooks import FolderHooks
 from nsa_launch.processes import Processes, check_groups, decide
+from nsa_launch.ranks import rank
+from nsa_launch.ranks.hooks import FolderHooks
 from nsa_launch.run_folder import RunFolder, claimed
 from nsa_launch.stop_signals import StopSignals
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from nsa_dist.train.records import Record
+from nsa_dist.train.files.records import Record
 
 
 class Hooks:

@@ -8,17 +8,18 @@ from dataclasses import asdict, dataclass, field
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from nsa_dist.train import checkpoint, notices
+from nsa_dist.train import checkpoint
 from nsa_dist.train.checkpoint import Position
 from nsa_dist.train.config import VOCAB_SIZE, TrainConfig
-from nsa_dist.train.data import BatchCutter, Datasets, build_datasets, sequence_plan
+from nsa_dist.train.data.batches import BatchCutter, Datasets, build_datasets, sequence_plan
+from nsa_dist.train.files import notices
+from nsa_dist.train.files.metrics import MetricsLog
+from nsa_dist.train.files.output import OutputDir
+from nsa_dist.train.files.plots import plot_losses, plot_selection
+from nsa_dist.train.files.records import Record, read_metrics
 from nsa_dist.train.hooks import Hooks
-from nsa_dist.train.metrics import MetricsLog
 from nsa_dist.train.model import Trainable, build
-from nsa_dist.train.output import OutputDir
-from nsa_dist.train.plots import plot_losses, plot_selection
 from nsa_dist.train.prepare import note_settings, prepare_output
-from nsa_dist.train.records import Record, read_metrics
 from nsa_dist.train.selection import selected_blocks
 from nsa_dist.train.step import StepResult, evaluate, train_step
 from nsa_dist.train.traffic import TrafficMeter

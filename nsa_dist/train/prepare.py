@@ -8,12 +8,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from nsa_dist.train import replace
 from nsa_dist.train.config import TrainConfig
-from nsa_dist.train.corpus import check_packed, digest_of, splits_of
+from nsa_dist.train.data.corpus import check_packed, digest_of, splits_of
+from nsa_dist.train.files import replace
+from nsa_dist.train.files.marker import NAME, RunMarker, containers, found, remove
+from nsa_dist.train.files.output import ANY_CHECKPOINT, MADE, OutputDir
 from nsa_dist.train.identity import FIXED, changes, differences, identity, settings
-from nsa_dist.train.marker import NAME, RunMarker, containers, found, remove
-from nsa_dist.train.output import ANY_CHECKPOINT, MADE, OutputDir
 
 
 def prepare_output(config: TrainConfig, made: Sequence[str] = MADE) -> None:

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from nsa_dist.train.data import BatchCutter
+from nsa_dist.train.data.batches import BatchCutter
+from nsa_dist.train.data.samples import Samples
 from nsa_dist.train.model import Trainable
-from nsa_dist.train.samples import Samples
 from nsa_dist.train.step import evaluate
 from nsa_dist.train.world import World
 

@@ -8,9 +8,9 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
-from nsa_dist.train.data import Batch, BatchCutter
+from nsa_dist.train.data.batches import Batch, BatchCutter
+from nsa_dist.train.data.samples import Samples
 from nsa_dist.train.model import Trainable
-from nsa_dist.train.samples import Samples
 from nsa_dist.train.traffic import TrafficMeter
 from nsa_dist.train.world import World
 

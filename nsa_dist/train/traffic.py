@@ -1,7 +1,7 @@
 """What context parallelism moved in one step: counted bytes by kind and layer, the closed formulas beside them.
 
     sent_bytes        counted by `Traffic` on every rank, summed over all ranks of the run
-    formula_bytes     `nsa_dist.cp.cost` for the same sequences; of the pages it takes the number that was chosen, so
+    formula_bytes     `cp.formulas.cost` for the same sequences; of the pages it takes the number that was chosen, so
                       with whole_shard_fraction below 1 more is sent than it says
     union_fraction    u of each key/value head, chosen remote blocks / remote blocks, the mean over ranks and sequences
     load_imbalance    keys attended by the busiest rank over the mean of all ranks, in closed form
@@ -19,15 +19,16 @@ import torch
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
-from nsa_dist.cp import cost
 from nsa_dist.cp.comm import Traffic
+from nsa_dist.cp.formulas import cost
+from nsa_dist.cp.formulas.cost import HeadSizes
+from nsa_dist.cp.formulas.work import load_imbalance
 from nsa_dist.cp.plan import ShardPlan
-from nsa_dist.cp.work import load_imbalance
 from nsa_dist.mcore import NSASelfAttention
 from nsa_dist.train.config import TrainConfig
+from nsa_dist.train.files.records import Record
+from nsa_dist.train.heads import local_heads
 from nsa_dist.train.model import Trainable
-from nsa_dist.train.planner.shape import Shape
-from nsa_dist.train.records import Record
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class TrafficMeter:
 
     def _heads_of(self, attention: NSASelfAttention) -> slice:
         """The columns of this tensor-parallel rank's key/value heads."""
-        num_local = self._shape.heads.num_kv_heads
+        num_local = self._heads.num_kv_heads
         first = len(self._kinds) + get_pg_rank(attention.pg_collection.tp) * num_local
         return slice(first, first + num_local)
 
@@ -131,13 +132,13 @@ class TrafficMeter:
         return 2 if self.config.model.recompute_attention else 1
 
     @cached_property
-    def _shape(self) -> Shape:
-        return Shape(self.config, self.plan)
+    def _heads(self) -> HeadSizes:
+        return local_heads(self.config)
 
     @cached_property
     def _fixed_bytes(self) -> dict[str, int]:
         """By kind, of one layer and step over all ranks, had nobody chosen a remote block."""
-        none, heads = [[0] * self.plan.cp_size] * self.plan.cp_size, self._shape.heads
+        none, heads = [[0] * self.plan.cp_size] * self.plan.cp_size, self._heads
         halves = self.config.parallel.fetch_options().halves_queries(heads.num_kv_heads)
         ranks = cost.sent_bytes(self.plan, self.config.nsa.sizes(), heads, none, refetch=True, halves=halves)
         groups = self.config.run.global_batch_size * self.config.parallel.tensor_model_parallel_size
@@ -148,7 +149,7 @@ class TrafficMeter:
 
     def _page_bytes(self, chosen: int) -> dict[str, int]:
         """Of the pages that hold `chosen` blocks, summed over all forward runs of all ranks."""
-        heads = self._shape.heads
+        heads = self._heads
         page = self.plan.block_len * (heads.dim_k + heads.dim_v)
         once = chosen // self._forward_runs * page  # recomputation chooses the same blocks
         runs = self._forward_runs + (not self.config.parallel.keep_pages)

@@ -9,9 +9,9 @@ import torch
 from cases import PAPER, SMALL, make_inputs, run
 from cp_cases import EVERYTHING, LAYOUTS, make_plan
 from nsa_dist import NSAConfig, ShardPlan
-from nsa_dist.cp import cost, work
 from nsa_dist.cp.comm import Traffic
 from nsa_dist.cp.fetch import FetchOptions
+from nsa_dist.cp.formulas import cost, work
 from nsa_dist.cp.layout import rank_layout
 from ranks import groups_up_to, run_ranks
 

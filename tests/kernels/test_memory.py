@@ -7,17 +7,18 @@ import torch
 
 import nsa_kernels
 from kernels.live_bytes import LiveBytes
+from nsa_dist.bench.case import Case
+from nsa_dist.bench.layer import layer_forward
+from nsa_dist.bench.predicted import core_of, strategy_of
+from nsa_dist.bench.selection import Replay, with_selection
+from nsa_dist.bench.shard import drawn, make_shard
+from nsa_dist.bench.solo import synthetic_comm
 from nsa_dist.config import NSAConfig
-from nsa_dist.cp.cost import HeadSizes
-from nsa_dist.train.planner import workspace
-from nsa_dist.train.planner.core_memory import layer_peak_bytes
-from nsa_dist.train.planner.strategies import Options
+from nsa_dist.cp.formulas.cost import HeadSizes
+from nsa_dist.planner.core import workspace
+from nsa_dist.planner.core.memory import layer_peak_bytes
+from nsa_dist.planner.core.strategies import Options
 from nsa_kernels import cmp_grad_kv, slc_tiles
-from nsa_launch.bench.case import Case
-from nsa_launch.bench.layer import drawn, layer_forward, make_shard
-from nsa_launch.bench.predicted import core_of, strategy_of
-from nsa_launch.bench.selection import Replay, with_selection
-from nsa_launch.bench.solo import synthetic_comm
 
 CASE = Case(
     512, 1, heads=HeadSizes(16, 2, 16, 16), cfg=NSAConfig(num_slc_blocks=4, window_len=64), union_fraction=1.0

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from launch_cases import tiny, tiny_file
-from nsa_launch import cli, exit_codes, ray_driver
+from nsa_launch import cli, exit_codes
+from nsa_launch.on_ray import driver as ray_driver
 from nsa_launch.run_folder import claimed
 
 
@@ -65,7 +66,7 @@ def test_doctor_finds_what_this_environment_has(capsys):
 
 
 def test_doctor_names_what_is_missing(capsys, monkeypatch):
-    from nsa_launch import doctor
+    from nsa_launch.commands import doctor
 
     version = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: "" if name == "psutil" else version(name))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nsa_launch.placement import RankPlace, check, exchange, violations
+from nsa_launch.ranks.placement import RankPlace, check, exchange, violations
 from ranks import run_ranks
 
 

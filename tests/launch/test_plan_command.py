@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from nsa_dist.planner.cluster import DEFAULT_CLUSTER
 from nsa_launch import exit_codes
 from nsa_launch.cli import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-CLUSTER = CONFIGS / "clusters" / "h200-8.yaml"
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -30,7 +30,7 @@ def test_plans_every_configuration(config, tmp_path, capsys):
 def test_options_reach_the_plan(tmp_path):
     report = tmp_path / "plan.json"
     words = ["plan", str(CONFIGS / "long-1m.yaml"), "num_layers=2", "keep_pages=true"]
-    words += [f"kv_fetch_budget_bytes={3 * 2**29}", "--cluster", str(CLUSTER), "--nodes", "2"]
+    words += [f"kv_fetch_budget_bytes={3 * 2**29}", "--cluster", str(DEFAULT_CLUSTER), "--nodes", "2"]
     words += ["--cp", "8,16", "--u", "0.5", "--overlap", "0.5"]
     assert main([*words, "--json", str(report)]) == exit_codes.OK
     data = json.loads(report.read_text())

@@ -3,12 +3,12 @@
 import subprocess
 import sys
 
-from nsa_launch import rank_output
+from nsa_launch.ranks import output as rank_output
 
 _WRITES = """
 import os, sys
 from pathlib import Path
-from nsa_launch import rank_output
+from nsa_launch.ranks import output as rank_output
 rank_output.redirect(Path(sys.argv[1]), "rank 3")
 print("from python", flush=True)
 os.write(2, b"from native code\\n")

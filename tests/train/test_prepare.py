@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nsa_dist.train import replace
 from nsa_dist.train.config import TrainConfig
+from nsa_dist.train.data.packing import write_corpus
+from nsa_dist.train.files import replace
+from nsa_dist.train.files.output import MADE, OutputDir
 from nsa_dist.train.identity import FIXED, FREE
-from nsa_dist.train.output import MADE, OutputDir
-from nsa_dist.train.packing import write_corpus
 from nsa_dist.train.prepare import check_output, note_settings, prepare_output
 from train_cases import small_config, write_texts
 

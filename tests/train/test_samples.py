@@ -8,8 +8,8 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nsa_dist.train.config import DataSection
-from nsa_dist.train.packing import END_OF_DOCUMENT, write_corpus
-from nsa_dist.train.samples import Samples
+from nsa_dist.train.data.packing import END_OF_DOCUMENT, write_corpus
+from nsa_dist.train.data.samples import Samples
 from train_cases import write_texts
 
 LENGTH = 64

@@ -7,7 +7,7 @@ import torch
 
 from nsa_dist.cp.comm import Traffic
 from nsa_dist.train import traffic as module
-from nsa_dist.train.data import sequence_plan
+from nsa_dist.train.data.batches import sequence_plan
 from nsa_dist.train.traffic import TrafficMeter
 from train_cases import small_config
 

@@ -1,1 +1,1 @@
-"""`nsa-dist bench`: context parallelism measured. START HERE: `solo` (one rank of many) and `ranks` (a rank a GPU)."""
+"""`nsa-dist bench`: its words, and the processes that measure. START HERE: `share` (one rank of many), `ranks`."""

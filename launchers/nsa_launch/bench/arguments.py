@@ -72,9 +72,10 @@ def _cp_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _cp(arguments: argparse.Namespace) -> int:
     from nsa_launch.bench import command
+    from nsa_launch.bench.request import Request
 
     try:
-        return command.run(command.Request.of(arguments))
+        return command.run(Request.of(arguments))
     except ValueError as error:
         print(f"nsa-dist: {error}", file=sys.stderr)
         return exit_codes.BAD_CONFIG

@@ -5,15 +5,16 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from nsa_launch.bench import lines, pictures, timeline
-from nsa_launch.bench.case import Case
-from nsa_launch.bench.report import Report, Row, machine
-from nsa_launch.bench.tasks import Alone, Compare, Links, Measure
-from nsa_launch.bench.team import Place, TaskFailed, Team
+from nsa_dist.bench.case import Case
+from nsa_dist.bench.show import lines, pictures, timeline
+from nsa_dist.bench.show.report import Report, Row, machine
+from nsa_dist.bench.tasks import Alone, Compare, Links, Measure
+from nsa_dist.bench.world import Place
+from nsa_launch.bench.request import Request
+from nsa_launch.bench.team import TaskFailed, Team
 
 if TYPE_CHECKING:
-    from nsa_launch.bench.command import Request
-    from nsa_launch.bench.predicted import Predictor
+    from nsa_dist.bench.predicted import Predictor
 
 # Seconds that a step must have left to be begun, and may take at most: a hang must not take the rest with it.
 _LEAST_S, _MOST_S = 15.0, 120.0
@@ -26,7 +27,7 @@ _BF16_ERROR, _FP64_ERROR = 1e-2, 1e-10
 class Bench:
     """The steps in order of importance; each is left out, and named, when the time is over."""
 
-    def __init__(self, request: "Request", place: Place, team: Team, report: Report) -> None:
+    def __init__(self, request: Request, place: Place, team: Team, report: Report) -> None:
         self.request, self.place, self.team, self.report = request, place, team, report
         self.sizes = [size for size in (2, 4, 8, 16) if size < place.num_ranks] + [place.num_ranks]
         self.predictor = _predictor(request, place, report)
@@ -124,7 +125,7 @@ class Bench:
             return str(error)
 
 
-def run(request: "Request", place: Place) -> bool:
+def run(request: Request, place: Place) -> bool:
     """Whether any comparison with one rank found a difference."""
     where = "sharing one device" if place.shared else "a GPU each"
     ranks = f"{place.num_ranks} ranks over {place.backend}, {where}"
@@ -144,12 +145,12 @@ def run(request: "Request", place: Place) -> bool:
     return report.failed()
 
 
-def _predictor(request: "Request", place: Place, report: Report) -> "Predictor | None":
+def _predictor(request: Request, place: Place, report: Report) -> "Predictor | None":
     """The planner's word, where what it needs is installed. ValueError for a cluster description that is none."""
     if find_spec("pydantic") is None:
         report.leave_out("predictions", "the planner needs pydantic; pip install --editable '.[train]' installs it")
         return None
-    from nsa_launch.bench.predicted import Predictor
+    from nsa_dist.bench.predicted import Predictor
 
     return Predictor(request.cluster, place.num_ranks)
 

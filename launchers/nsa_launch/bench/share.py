@@ -1,18 +1,14 @@
 """One rank of many: its share of a million tokens in every way, and its memory as the ranks grow."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from nsa_launch.bench import lines, pictures, timeline
-from nsa_launch.bench.report import Report, gib, machine
-from nsa_launch.bench.solo import measure_share, run_solo
-
-if TYPE_CHECKING:
-    from nsa_launch.bench.command import Request
+from nsa_dist.bench.show import lines, pictures, timeline
+from nsa_dist.bench.show.report import Report, gib, machine
+from nsa_dist.bench.solo import measure_share, run_solo
+from nsa_launch.bench.request import Request
 
 
-def run(request: "Request") -> bool:
+def run(request: Request) -> bool:
     """Measure, write and draw; whether anything was wrong, which here cannot be."""
     device = torch.device(request.device)
     report = Report(request.out, machine(request.device, 1, "one rank of many, the others made up"))
@@ -24,7 +20,7 @@ def run(request: "Request") -> bool:
     return report.failed()
 
 
-def _shares(request: "Request", report: Report, device: torch.device) -> None:
+def _shares(request: Request, report: Report, device: torch.device) -> None:
     size, rank = request.cp_size, request.rank
     report.say(f"\nRank {rank} of {size}, the others made up: ms forward / backward; GiB at the peak, inputs counted")
     for case in request.sizes.timed(size):
@@ -37,7 +33,7 @@ def _shares(request: "Request", report: Report, device: torch.device) -> None:
             report.add("shares", row, lines.share(row))
 
 
-def _memory_curve(request: "Request", report: Report, device: torch.device) -> None:
+def _memory_curve(request: Request, report: Report, device: torch.device) -> None:
     report.say("\nMemory of a rank as the ranks grow, GiB at the peak of forward and backward, inputs counted")
     for case in request.sizes.memory_curve():
         if request.left_s <= 0:
@@ -49,7 +45,7 @@ def _memory_curve(request: "Request", report: Report, device: torch.device) -> N
         pictures.draw_memory(report.data, request.out / "memory.png")
 
 
-def _timeline(request: "Request", report: Report, device: torch.device) -> None:
+def _timeline(request: Request, report: Report, device: torch.device) -> None:
     case = request.sizes.case(request.sizes.tokens[0], request.cp_size)
     row = measure_share(case, device, request.rank, request.repeats, keep_spans=True)
     path = request.out / "timeline.png"

@@ -12,58 +12,20 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from nsa_dist.cp.comm import Comm
+from nsa_dist.bench.world import Place, World
 
-Task = Callable[["World"], Any]
+Task = Callable[[World], Any]
 _GRACE_S = 3.0  # for the others' messages, once one rank has failed
 
 
 class TaskFailed(RuntimeError):
     """A task that did not end well on every rank; says why."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where ranks run: `cuda` with a GPU each over NCCL, or on one shared device over gloo."""
-
-    num_ranks: int
-    device: str  # "cpu" or "cuda"
-    shared: bool = False  # all ranks on one GPU
-
-    @property
-    def backend(self) -> str:
-        return "gloo" if self.device == "cpu" or self.shared else "nccl"
-
-    def of(self, rank: int) -> torch.device:
-        return torch.device("cpu") if self.device == "cpu" else torch.device("cuda", 0 if self.shared else rank)
-
-
-@dataclass(frozen=True)
-class World:
-    """What a task sees of its rank."""
-
-    rank: int
-    place: Place
-    groups: dict[int, dist.ProcessGroup]  # by size: that of the first ranks
-
-    @cached_property
-    def device(self) -> torch.device:
-        return self.place.of(self.rank)
-
-    @property
-    def sizes(self) -> list[int]:
-        return sorted(self.groups)
-
-    def comm(self, cp_size: int) -> Comm:
-        return Comm(self.groups[cp_size] if cp_size > 1 else None)
 
 
 class Team:

@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 import yaml
 
-from nsa_dist.train.records import read_metrics
-from nsa_launch.bench.report import Report, Row
-from nsa_launch.bench.team import Place
-
-if TYPE_CHECKING:
-    from nsa_launch.bench.command import Request
+from nsa_dist.bench.show.report import Report, Row
+from nsa_dist.bench.world import Place
+from nsa_dist.train.files.records import read_metrics
+from nsa_launch.bench.request import Request
 
 _LEAST_S = 60.0
 
@@ -46,7 +43,7 @@ class Split:
         return self.tensor * self.context * self.data
 
 
-def run(request: "Request", place: Place, report: Report) -> None:
+def run(request: Request, place: Place, report: Report) -> None:
     """Both runs through torchrun, each a process a rank; what keeps them from running is said and kept."""
     split = Split.of(place.num_ranks)
     obstacle = _obstacle(place, request.left_s)
@@ -73,7 +70,7 @@ def _obstacle(place: Place, left_s: float) -> str:
     return "" if left_s >= _LEAST_S else "the time is over"
 
 
-def _train(request: "Request", place: Place, split: Split, batch: int) -> Row:
+def _train(request: Request, place: Place, split: Split, batch: int) -> Row:
     folder = request.out / f"train-{split.num_ranks}"
     config = request.out / f"train-{split.num_ranks}.yaml"
     config.write_text(yaml.safe_dump(_config(place.device, split, batch, folder)))

@@ -1,0 +1,1 @@
+"""Commands of `nsa-dist` that start nothing. Those that do: `on_ray`, `bench`, `torchrun`."""

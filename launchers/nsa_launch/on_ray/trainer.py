@@ -1,0 +1,84 @@
+"""Our configuration in Ray Train's words. Import it after `ray_env.prepare_driver`."""
+
+from typing import Any
+
+import ray.exceptions
+import ray.train
+import ray.train.torch
+
+from nsa_launch.config import RunConfig
+from nsa_launch.on_ray import worker
+from nsa_launch.on_ray.environment import worker_environment
+from nsa_launch.processes import Processes
+from nsa_launch.run_folder import PROCESS_DIED, RunFolder
+
+_V2: Any = ray.train  # on import it puts the classes of version 2 under names which type checkers read as version 1
+
+
+class FailureLog(ray.train.UserCallback):
+    """Writes down which ranks failed, from Ray Train's controller, before it starts them again."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self._folder.record("failure", ranks={str(rank): reason(error) for rank, error in worker_exceptions.items()})
+
+
+def reason(error: Exception) -> str:
+    """Why a rank failed, in one line: PROCESS_DIED, or the last line of its exception."""
+    if isinstance(getattr(error, "health_check_failure", None), ray.exceptions.RayActorError):
+        return PROCESS_DIED
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip()[:160] if lines else type(error).__name__
+
+
+def trainer(config: RunConfig, processes: Processes, launch_id: str) -> Any:
+    """One launch. Ray Train keeps its own record of it in a folder that is new each time.
+
+    A record that a crash tore, or that names a checkpoint which has been pruned since, stops every later launch of the
+    same name; and it is not needed, because ranks resume from latest.json.
+    """
+    folder = RunFolder(config.run.output_dir)
+    return _V2.torch.TorchTrainer(
+        worker.run_rank,
+        train_loop_config=worker.payload(config, processes, launch_id),
+        torch_config=_V2.torch.TorchConfig(
+            backend=processes.backend, timeout_s=int(config.launch.process_group_timeout_s)
+        ),
+        scaling_config=_scaling(config, processes),
+        run_config=_V2.RunConfig(
+            name=launch_id,
+            storage_path=str(folder.ray),
+            failure_config=_patience(config),
+            checkpoint_config=_V2.CheckpointConfig(num_to_keep=2),
+            logging_config=_V2.LoggingConfig(log_level="ERROR"),
+            callbacks=[FailureLog(folder)],
+            worker_runtime_env={"env_vars": worker_environment(config, processes)},
+        ),
+    )
+
+
+def _scaling(config: RunConfig, processes: Processes) -> Any:
+    """A fixed number of identical workers: Ray's elastic sizes know nothing of tensor or context parallel groups.
+
+    Ray numbers the workers of one placement group contiguously by node, so groups of consecutive ranks stay together.
+    """
+    resources = {"CPU": processes.cpus_each}
+    if processes.device == "cuda":
+        resources["GPU"] = processes.gpus_each
+    return _V2.ScalingConfig(
+        num_workers=processes.world_size,
+        use_gpu=processes.device == "cuda",
+        resources_per_worker=resources,
+        placement_strategy="STRICT_PACK" if processes.nodes == 1 else "PACK",
+        accelerator_type=config.launch.accelerator_type,
+        label_selector=config.launch.label_selector or None,
+    )
+
+
+def _patience(config: RunConfig) -> Any:
+    """Restarts after lost ranks, and how many attempts to find room before giving up; Ray's default is for ever."""
+    launch = config.launch
+    attempts = max(1, round(launch.resources_timeout_s / launch.start_timeout_s))
+    return _V2.FailureConfig(max_failures=launch.max_failures, controller_failure_limit=attempts)

@@ -1,0 +1,1 @@
+"""What was measured, for people: files, lines of text, pictures."""

@@ -1,0 +1,1 @@
+"""Closed formulas: bytes that context parallelism sends (`cost`), keys and FLOPs of a rank (`work`)."""

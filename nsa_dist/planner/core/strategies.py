@@ -1,0 +1,146 @@
+"""The ways in which a rank can come by the remote keys and values that its queries selected: bytes, memory, messages.
+
+All but one gather the compressed keys and exchange halos as `nsa_dist.cp` does, and all fetch again in backward
+unless pages are kept; they differ in how K/V of the selected branch travels. `raw all-gather` is what public code does:
+the raw K/V of every branch go to every rank, which compresses all of it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nsa_dist.cp.fetch import FetchOptions
+from nsa_dist.cp.formulas import cost
+from nsa_dist.planner.core.sizes import Core
+
+How = Literal["fetch", "whole shard", "all-gather", "ring", "raw all-gather"]
+_OTHERS: tuple[How, ...] = ("whole shard", "all-gather", "ring", "raw all-gather")
+BRANCHES = 3  # each with keys and values of its own
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """`union_fraction` is u, the chosen remote blocks over all remote blocks of a rank and head; fetch alone has it."""
+
+    how: How
+    union_fraction: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.how if self.union_fraction is None else f"fetch u={self.union_fraction:g}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a plan assumes beyond the configuration.
+
+    union_fractions     the u to show; the first is the one that memory and the verdict are judged by
+    fetch               the page budget, and whether pages are kept for backward or fetched again
+    overlap             share of the wire time hidden under compute, for every strategy alike
+    """
+
+    union_fractions: tuple[float, ...] = (1.0, 0.2, 0.05)
+    fetch: FetchOptions = field(default_factory=FetchOptions)
+    overlap: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.union_fractions or not all(0 <= u <= 1 for u in self.union_fractions):
+            raise ValueError(
+                f"union fractions {self.union_fractions} must be one or more numbers from 0 to 1, as each is the share "
+                f"of the remote blocks that some query chose; pass for example --u 1,0.2,0.05"
+            )
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(
+                f"overlap={self.overlap} must lie between 0 (nothing hidden) and 1 (all of it), because it is the "
+                f"share of the wire time that hides under compute; pass 0 for what is certain"
+            )
+
+    def strategies(self) -> list[Strategy]:
+        """Every row of the comparison, the judged one first."""
+        fetches = [Strategy("fetch", u) for u in self.union_fractions]
+        return [*fetches, *(Strategy(how) for how in _OTHERS)]
+
+
+def page_bytes(core: Core, element_bytes: int) -> int:
+    """One block of one key/value head, K and V."""
+    return core.plan.block_len * (core.heads.dim_k + core.heads.dim_v) * element_bytes
+
+
+def page_counts(core: Core, strategy: Strategy) -> cost.Matrix:
+    """counts[r][q]: pages that rank r receives from rank q in one forward. All of a shard unless it is fetched."""
+    if strategy.union_fraction is not None:
+        return cost.pages_at(core.plan, core.heads, strategy.union_fraction)
+    size = core.plan.cp_size
+    shard = core.plan.tokens_per_rank // core.plan.block_len * core.heads.num_kv_heads
+    return [[shard * (source != rank) for source in range(size)] for rank in range(size)]
+
+
+def sent_bytes(core: Core, strategy: Strategy, options: Options) -> dict[str, int]:
+    """What the busiest rank of each kind sends, forward and backward of one layer and sequence, nothing recomputed."""
+    ranks = cost.sent_bytes(
+        core.plan,
+        core.cfg,
+        core.heads,
+        page_counts(core, strategy),
+        refetch=trips(strategy, options) == 2,
+        halves=options.fetch.halves_queries(core.heads.num_kv_heads),
+    )
+    most = {kind: max(sent[kind] for sent in ranks) for kind in ranks[0]}
+    if strategy.how == "raw all-gather":
+        pages = {kind: BRANCHES * most[kind] for kind in most if kind.startswith("pages")}
+        return dict.fromkeys(most, 0) | pages
+    return most if strategy.how == "fetch" else {**most, "bitmap": 0}  # where everything goes, nobody has to say what
+
+
+def trips(strategy: Strategy, options: Options) -> int:
+    """How often pages travel in one forward and backward: once more in backward unless they were kept."""
+    return 1 if strategy.how == "fetch" and options.fetch.keep_pages else 2
+
+
+def head_groups(core: Core, options: Options) -> int:
+    """In how many groups the kv heads are worked on, as `nsa_dist.cp.call` cuts them: one without other ranks."""
+    return 1 if core.plan.cp_size == 1 else min(core.heads.num_kv_heads, options.fetch.head_groups)
+
+
+def num_rounds(core: Core, strategy: Strategy, options: Options) -> int:
+    """Partial results of selected attention, for each head, that are merged: rounds of the budget, steps of a ring."""
+    if core.plan.cp_size == 1 or strategy.how in ("raw all-gather", "all-gather"):
+        return 1
+    if strategy.how == "ring":
+        return core.plan.cp_size
+    return -(-_group_pages(core, strategy, options) // pages_at_once(core, strategy, options))
+
+
+def pages_at_once(core: Core, strategy: Strategy, options: Options) -> int:
+    """Pages of one round on the rank that gets most, at least one: a head group's, or what half the budget holds."""
+    of_group = _group_pages(core, strategy, options)
+    most = options.fetch.round_pages(page_bytes(core, core.heads.element_bytes))
+    return of_group if most is None else min(of_group, most)
+
+
+def held_bytes(core: Core, strategy: Strategy, options: Options, *, forward: bool = False) -> int:
+    """Remote K/V held at once on a rank, one layer; in backward with their gradients.
+
+    fetch, whole shard  three rounds' pages: in use, on their way, packed for others, who fetch as much. In backward
+                        gradients as written, put together, and on their way home from the round before
+    all-gather      the whole sequence, one key/value head at a time
+    ring            two shards and the gradients that travel with them
+    raw all-gather  the whole sequence of one branch, all heads, and its gradients
+    """
+    if core.plan.cp_size == 1:
+        return 0
+    heads = core.heads
+    both = heads.element_bytes + (0 if forward else heads.grad_bytes)
+    shard = core.tokens * heads.row_elements
+    if strategy.how == "ring":
+        return 2 * shard * both
+    if strategy.how == "raw all-gather":
+        return core.plan.cp_size * shard * both
+    if strategy.how == "all-gather":
+        return core.plan.cp_size * shard // heads.num_kv_heads * both
+    return 3 * pages_at_once(core, strategy, options) * page_bytes(core, both)
+
+
+def _group_pages(core: Core, strategy: Strategy, options: Options) -> int:
+    most = max(map(sum, page_counts(core, strategy)))
+    return max(1, -(-most // head_groups(core, options)))

@@ -1,0 +1,104 @@
+"""Seconds of one layer's attention: FLOPs over achieved rates, bytes over links; the busiest rank sets the pace."""
+
+from dataclasses import dataclass
+
+from nsa_dist.cp.formulas.cost import total_cmp_blocks
+from nsa_dist.cp.formulas.work import BRANCHES, backward_flops, forward_flops, rank_work
+from nsa_dist.planner.cluster import Cluster, Link
+from nsa_dist.planner.core.sizes import Core
+from nsa_dist.planner.core.strategies import Options, Strategy, num_rounds, sent_bytes, trips
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Seconds by branch, or by kind of what is sent, nothing hidden under anything."""
+
+    forward: dict[str, float]
+    backward: dict[str, float]
+
+
+def attention_s(core: Core, strategy: Strategy, cluster: Cluster) -> Phases:
+    """By branch, of the rank whose branches take longest together. Raw K/V of everybody are compressed by everybody.
+
+    The backward of `raw all-gather` compresses once more: nobody keeps what was gathered.
+    """
+    by_rank = []
+    for rank in range(core.plan.cp_size):
+        work = rank_work(core.plan, core.cfg, rank)
+        forward = forward_flops(work, core.heads, core.cfg, core.phi_hidden_dims)
+        backward = backward_flops(work, core.heads, core.cfg, core.phi_hidden_dims)
+        rates = {branch: getattr(cluster.attention, branch) for branch in BRANCHES}
+        phases = Phases(
+            {branch: forward[branch] / rate.forward.value for branch, rate in rates.items()},
+            {b: backward[b] / rate.backward.value if rate.backward else 0.0 for b, rate in rates.items()},
+        )
+        if strategy.how == "raw all-gather" and work.own_cmp_blocks:
+            everything = total_cmp_blocks(core.plan, core.cfg) / work.own_cmp_blocks
+            phases.forward["phi"] *= everything
+            phases.backward["phi"] = everything * phases.backward["phi"] + phases.forward["phi"]
+        by_rank.append(phases)
+    return max(by_rank, key=lambda phases: sum(phases.forward.values()) + sum(phases.backward.values()))
+
+
+def merge_s(core: Core, strategy: Strategy, options: Options, cluster: Cluster) -> float:
+    """Merging partial results of rounds, one pass: read the sum and the part, write the sum, fp32."""
+    merges = num_rounds(core, strategy, options) - 1
+    elements = core.tokens * core.heads.num_q_heads * core.heads.dim_v
+    return merges * elements * (4 + core.heads.element_bytes + 4) / memory_rate(cluster)
+
+
+def wire_s(core: Core, strategy: Strategy, options: Options, cluster: Cluster) -> Phases:
+    """By kind, the busiest rank; what backward sends again, pages that were not kept, is there as `pages`."""
+    if core.plan.cp_size == 1:
+        return Phases({}, {})
+    most, rounds = sent_bytes(core, strategy, options), num_rounds(core, strategy, options)
+    once = _pages_s(core, cluster, strategy, most["pages"] / trips(strategy, options), rounds)
+    forward = {kind: _collective_s(core, cluster, most[kind]) for kind in ("halo", "compressed", "bitmap")}
+    backward = {kind: _collective_s(core, cluster, most[kind]) for kind in ("halo.grad", "compressed.grad")}
+    backward["pages"] = once if trips(strategy, options) == 2 else 0.0
+    backward["pages.grad"] = _pages_s(core, cluster, strategy, most["pages.grad"], rounds)
+    return Phases(forward | {"pages": once}, backward)
+
+
+def ranks_per_node(core: Core, cluster: Cluster) -> int:
+    """Context-parallel ranks that share a node: tensor-parallel ranks are neighbours first."""
+    return max(1, min(core.plan.cp_size, cluster.gpus_per_node // core.gpus_per_rank))
+
+
+def rate(cluster: Cluster, link: Link) -> float:
+    """Bytes a second that a collective achieves over a link."""
+    return link.bytes_per_s.value * cluster.link_efficiency.value
+
+
+def memory_rate(cluster: Cluster) -> float:
+    return cluster.memory_bytes_per_s.value
+
+
+def _collective_s(core: Core, cluster: Cluster, num_bytes: float) -> float:
+    """An all-gather, reduce-scatter or exchange in which a rank sends `num_bytes` in all.
+
+    Between nodes every shard enters a node once, shared by the node's GPUs; inside it passes over the fast link.
+    """
+    if num_bytes == 0:
+        return 0.0
+    size, near = core.plan.cp_size, ranks_per_node(core, cluster)
+    inside_s = num_bytes / rate(cluster, cluster.intra_node) + cluster.intra_node.latency_s.value
+    if size == near:
+        return inside_s
+    crossing = num_bytes / (size - 1) * (size - near) / near
+    return max(inside_s, crossing / rate(cluster, cluster.inter_node) + cluster.inter_node.latency_s.value)
+
+
+def _pages_s(core: Core, cluster: Cluster, strategy: Strategy, num_bytes: float, rounds: int) -> float:
+    """One trip of the remote K/V or of its gradients, packing included."""
+    size, near = core.plan.cp_size, ranks_per_node(core, cluster)
+    if strategy.how in ("all-gather", "raw all-gather"):
+        return _collective_s(core, cluster, num_bytes)
+    slow = cluster.intra_node if size == near else cluster.inter_node
+    if strategy.how == "ring":  # size - 1 steps; between nodes one link of each node carries every shard
+        return num_bytes / rate(cluster, slow) + (size - 1) * slow.latency_s.value
+    # Each rank is sent its own pages, so a page crosses to a node as often as ranks there want it.
+    far = num_bytes * (size - near) / (size - 1)
+    inside_s = (num_bytes - far) / rate(cluster, cluster.intra_node)
+    wire_s = max(inside_s, far / rate(cluster, cluster.inter_node)) + rounds * slow.latency_s.value
+    return wire_s + 2 * num_bytes / memory_rate(cluster)

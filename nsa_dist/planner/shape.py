@@ -1,0 +1,132 @@
+"""What one rank holds of a run: its tokens, heads and parameters, for a context-parallel size and layout."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from nsa_dist.cp.formulas.cost import HeadSizes
+from nsa_dist.cp.plan import ShardPlan
+from nsa_dist.planner.core.sizes import Core
+from nsa_dist.train.config import VOCAB_SIZE, TrainConfig
+from nsa_dist.train.heads import local_heads
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One rank's part, from the configuration alone: no process group, no model, no GPU.
+
+    Parameters and saved tensors are those of `nsa_dist.train.model`, layer by layer; tests hold both to a model that
+    is really built.
+    """
+
+    config: TrainConfig
+    plan: ShardPlan
+
+    @classmethod
+    def of(cls, config: TrainConfig, cp_size: int, layout: str) -> "Shape":
+        """One document over the whole sequence, as the trainer makes it."""
+        make = {"zigzag": ShardPlan.zigzag, "contiguous": ShardPlan.contiguous}[layout]
+        return cls(config, make([0, config.run.sequence_length], cp_size, config.nsa.slc_block_len))
+
+    # --- sizes -----------------------------------------------------------------------------------------------
+
+    @property
+    def tensor_size(self) -> int:
+        return self.config.parallel.tensor_model_parallel_size
+
+    @property
+    def num_stages(self) -> int:
+        return self.config.parallel.pipeline_model_parallel_size
+
+    @property
+    def layers_per_stage(self) -> int:
+        return self.config.model.num_layers // self.num_stages
+
+    @property
+    def gpus_per_replica(self) -> int:
+        return self.tensor_size * self.num_stages * self.plan.cp_size
+
+    @property
+    def element_bytes(self) -> int:
+        return self.heads.element_bytes
+
+    @property
+    def batch(self) -> int:
+        """Sequences of one micro batch."""
+        return self.config.run.micro_batch_size
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro batch on this rank."""
+        return self.plan.tokens_per_rank * self.batch
+
+    @property
+    def norm_share(self) -> float:
+        """Part of the hidden states that a rank keeps outside the linear layers."""
+        return 1 / self.tensor_size if self.config.parallel.sequence_parallel else 1.0
+
+    @cached_property
+    def heads(self) -> HeadSizes:
+        return local_heads(self.config)
+
+    @cached_property
+    def core(self) -> Core:
+        """The attention of one layer, one sequence."""
+        return Core(self.plan, self.config.nsa.sizes(), self.heads, self.phi_hidden_dims, self.tensor_size)
+
+    @property
+    def kv_pairs(self) -> int:
+        """K/V pairs that a layer projects: one a branch, or one for all."""
+        return 1 if self.config.nsa.shared_kv else 3
+
+    @property
+    def phi_hidden_dims(self) -> tuple[int, ...]:
+        """Hidden sizes of the MLPs that compress K and V."""
+        return (self.heads.dim_k, self.heads.dim_v) if self.config.nsa.compression == "mlp" else ()
+
+    @property
+    def local_ffn(self) -> int:
+        return self.config.model.ffn_hidden_size // self.tensor_size
+
+    @property
+    def local_vocab(self) -> int:
+        return VOCAB_SIZE // self.tensor_size
+
+    # --- parameters of one rank ------------------------------------------------------------------------------
+
+    @property
+    def qkv_width(self) -> int:
+        """Columns of `linear_qkv`: queries, key/value pairs and gate logits."""
+        heads = self.heads
+        return heads.num_q_heads * (heads.dim_k + 3) + self.kv_pairs * heads.row_elements
+
+    @property
+    def linear_parameters(self) -> int:
+        """Of one layer: what multiplies every token."""
+        hidden, heads = self.config.model.hidden_size, self.heads
+        return hidden * (self.qkv_width + heads.num_q_heads * heads.dim_v + 3 * self.local_ffn)
+
+    @property
+    def phi_parameters(self) -> int:
+        """Of one layer: position embedding and two matrices, for K and for V, for every key/value head."""
+        block_len = self.config.nsa.cmp_block_len
+        dims = zip((self.heads.dim_k, self.heads.dim_v), self.phi_hidden_dims, strict=False)
+        return self.heads.num_kv_heads * sum(
+            block_len * dim + block_len * dim * hidden + hidden * dim for dim, hidden in dims
+        )
+
+    @property
+    def layer_parameters(self) -> int:
+        return self.linear_parameters + self.phi_parameters + 2 * self.config.model.hidden_size
+
+    def stage_parameters(self, stage: int) -> int:
+        """Of one pipeline stage: its layers, the embedding on the first, the final norm and the output on the last."""
+        hidden = self.config.model.hidden_size
+        embedding = self.local_vocab * hidden
+        is_first, is_last = stage == 0, stage == self.num_stages - 1
+        has_output = is_last and not (is_first and self.config.model.tie_embeddings)
+        return (
+            self.layers_per_stage * self.layer_parameters
+            + is_first * embedding
+            + has_output * embedding
+            + is_last * hidden
+        )

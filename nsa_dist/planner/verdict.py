@@ -1,0 +1,185 @@
+"""The plan in words, every sentence computed from its numbers."""
+
+from collections.abc import Iterator
+
+from nsa_dist.planner.core.strategies import GIB, Strategy
+from nsa_dist.planner.core.time import ranks_per_node
+from nsa_dist.planner.knobs import turn_knobs
+from nsa_dist.planner.sweep import Candidate, Plan
+from nsa_dist.planner.timing import step_time
+
+_TIGHT = 0.9  # of the GPU's memory: above this the plan names what would make room
+_MATTERS = 0.02  # of a step: less than this no choice of how K/V travel is worth making for time
+
+# What the planner does not know, said with every plan.
+CAVEATS = (
+    "No line of this plan was measured by running this configuration. Bytes on the wire and FLOPs are exact counts. "
+    "Weights, optimizer and saved tensors are listed one by one, and tests hold them to a model that is built. The "
+    "peak of one attention layer is within 10% of 18 measured ones, one rank of 1 to 8 on one H200; the rest of the "
+    "transient memory and all seconds are a model.",
+    "Seconds are bytes and FLOPs over one achieved rate each, added up; nothing is overlapped unless --overlap says "
+    "so. Every constant carries its source; `assumed` ones were never measured.",
+    "u, the share of the remote blocks a rank's queries choose together, is an input. It depends on how alike "
+    "neighbouring queries choose, hardly on length: models at random initialisation choose nearly all they can see up "
+    "to 64 ranks (0.75 over all ranks in zigzag order, 1 on the busiest). Take a smaller u only after seeing it in a "
+    "run's metrics.",
+    "`raw all-gather` is what public code does: the raw K/V of every branch go to every rank, which compresses all of "
+    "it. The other alternatives move only the selected branch's K/V and share our halos and compressed keys.",
+)
+
+
+def verdict(plan: Plan) -> list[str]:
+    """What to do and why, most important first."""
+    return [*_size(plan), *_room(plan), *_layout(plan), *_wire(plan), *_precision(plan)]
+
+
+def break_even(plan: Plan, candidate: Candidate, how: str) -> float:
+    """The largest u at which fetching is as quick as the strategy `how`; 0 if it never is."""
+    other_s = candidate.outcome(how).time.total_s
+
+    def slower(u: float) -> bool:
+        time = step_time(
+            candidate.shape,
+            Strategy("fetch", u),
+            plan.options,
+            plan.cluster,
+            candidate.replicas,
+            candidate.micro_batches,
+        )
+        return time.total_s > other_s
+
+    if slower(0.0):
+        return 0.0
+    low, high = 0.0, 1.0
+    if not slower(high):
+        return high
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (low, middle) if slower(middle) else (middle, high)
+    return low
+
+
+def _size(plan: Plan) -> Iterator[str]:
+    memory = plan.cluster.gpu_memory_bytes.value
+    best = plan.best
+    if best is None:
+        least = min(plan.candidates, key=lambda c: c.judged.total_bytes)
+        yield (
+            f"Nothing fits: the least is {_gib(least.judged.total_bytes)} at cp {least.cp_size}, and a GPU has "
+            f"{_gib(memory)}."
+        )
+        return
+    idle = f"; {best.idle_gpus} GPUs stay idle, as global_batch_size feeds no more replicas" if best.idle_gpus else ""
+    replicas = f" in each of {best.replicas} replicas" if best.replicas > 1 else ""
+    yield (
+        f"Take cp {best.cp_size}{replicas}: of the sizes that fit it has the shortest step, "
+        f"{_seconds(best.judged.time.total_s)}, with {_gib(best.judged.total_bytes)} of {_gib(memory)} used{idle}."
+    )
+    if best.cp_size != plan.config.parallel.context_parallel_size:
+        yield f"The configuration says cp {plan.config.parallel.context_parallel_size}."
+
+
+def _room(plan: Plan) -> Iterator[str]:
+    """What is full, and what would empty it."""
+    memory = plan.cluster.gpu_memory_bytes.value
+    failing = [c for c in plan.candidates if not c.fits(plan.cluster)]
+    if failing:
+        parts = ", ".join(f"cp {c.cp_size} ({_gib(c.judged.total_bytes)})" for c in failing)
+        last = failing[-1]
+        kinds = last.judged.memory_bytes
+        fullest = max(kinds, key=lambda kind: kinds[kind])
+        yield f"Too large for a GPU: {parts}; most of it is {fullest}, {_gib(kinds[fullest])} at cp {last.cp_size}."
+    best = plan.best
+    if best is not None and best.judged.total_bytes < _TIGHT * memory:
+        return
+    knobs = turn_knobs(plan)
+    for knob in knobs[:4]:
+        fits = "fits" if knob.fits else "still does not fit"
+        yield (
+            f"To make room: {knob.words} {fits} with {_gib(knob.candidate.judged.total_bytes)} at cp "
+            f"{knob.candidate.cp_size}, {_seconds(knob.candidate.judged.time.total_s)} a step."
+        )
+    if not any(knob.fits for knob in knobs):
+        yield "No single change is enough: use more GPUs, a shorter sequence or a smaller model."
+
+
+def _layout(plan: Plan) -> Iterator[str]:
+    shown = plan.best or plan.candidates[-1]
+    if shown.cp_size == 1:
+        return
+    other = next(name for name in shown.imbalance if name != shown.layout)
+    yield (
+        f"Layout {shown.layout}: its busiest rank attends {shown.imbalance[shown.layout]:.2f} times the mean number of "
+        f"keys; with {other} it would be {shown.imbalance[other]:.2f} times."
+    )
+
+
+def _wire(plan: Plan) -> Iterator[str]:
+    """When fetching pays."""
+    shown = plan.best or plan.candidates[-1]
+    if shown.cp_size == 1:
+        yield "With one rank nothing travels, so there is nothing to fetch."
+        return
+    judged, gather = shown.judged, shown.outcome("all-gather")
+    total_s, wire_s = judged.time.total_s, sum(judged.time.wire_s.values())
+    yield (
+        f"The wire takes {_seconds(wire_s)} of {_seconds(total_s)} at cp {shown.cp_size} with {judged.strategy.name} "
+        f"({100 * wire_s / total_s:.1f}%)."
+    )
+    yield from _fetch_time(plan, shown)
+    if ranks_per_node(shown.shape.core, plan.cluster) < shown.cp_size:
+        yield (
+            "The group spans nodes: a fetched page crosses the slow link once for every rank that wants it, a gathered "
+            "shard once a node. That is why a small u matters here, and why a group inside one node is better."
+        )
+    held, gathered = judged.memory_bytes["pages"], gather.memory_bytes["pages"]
+    bound = "" if held <= gathered else ". parallel.kv_fetch_budget_bytes bounds it, at the price of rounds"
+    yield (
+        f"Remote K/V held at once: {_gib(held)} with {judged.strategy.name}; an all-gather holds {_gib(gathered)} one "
+        f"head at a time, {_gib(_whole(shown))} otherwise{bound}."
+    )
+
+
+def _fetch_time(plan: Plan, shown: Candidate) -> Iterator[str]:
+    gather = shown.outcome("all-gather")
+    fetches = [o for o in shown.outcomes if o.strategy.how == "fetch"]
+    quickest = min(fetches, key=lambda o: o.time.total_s)
+    even = break_even(plan, shown, "all-gather")
+    gain_s = gather.time.total_s - quickest.time.total_s
+    share = gain_s / gather.time.total_s
+    if even == 0:
+        yield "In time fetching never beats an all-gather of the selected branch's K/V here."
+    elif even == 1:
+        yield "In time fetching beats an all-gather of the selected branch's K/V here at any u."
+    else:
+        yield f"In time fetching beats an all-gather of the selected branch's K/V here only while u < {even:.2f}."
+    if share < _MATTERS:
+        yield (
+            f"Either way it hardly matters on this cluster: {quickest.strategy.name} saves {_seconds(gain_s)} a step "
+            f"({100 * share:.1f}%). Fetch for the memory bound, not for speed."
+        )
+    else:
+        yield f"At {quickest.strategy.name} it saves {_seconds(gain_s)} a step ({100 * share:.1f}%)."
+
+
+def _precision(plan: Plan) -> Iterator[str]:
+    if plan.config.run.dtype != "bf16":
+        yield (
+            "run.dtype=fp32, but the cluster's rates are for bf16: read the bytes and the memory of this plan, not its "
+            "seconds."
+        )
+
+
+def _whole(candidate: Candidate) -> int:
+    """Raw K/V and its gradients of all heads of the selected branch, one layer, all on one rank."""
+    heads, plan = candidate.shape.heads, candidate.shape.plan
+    both = heads.element_bytes + heads.grad_bytes
+    return plan.cp_size * plan.tokens_per_rank * heads.row_elements * both
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.1f} GiB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"

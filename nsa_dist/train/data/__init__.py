@@ -1,0 +1,1 @@
+"""Text files, packed into tokens, cut into samples and batches."""

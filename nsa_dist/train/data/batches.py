@@ -1,0 +1,85 @@
+"""The corpus of a run on every process, and the samples of a step cut for one rank."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
+
+from nsa_dist.cp.plan import ShardPlan
+from nsa_dist.train.config import TrainConfig
+from nsa_dist.train.data.corpus import SPLITS
+from nsa_dist.train.data.packing import write_corpus
+from nsa_dist.train.data.samples import Samples
+from nsa_dist.train.files.output import OutputDir
+from nsa_dist.train.world import World
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The samples of one run, each of `sequence_length` consecutive tokens of shuffled files."""
+
+    train: Samples
+    validation: Samples
+
+
+def build_datasets(config: TrainConfig, output: OutputDir, world: World) -> Datasets:
+    """Read `output.data`; process 0 packs the corpus there first if it is not there yet. Called on every process.
+
+    ValueError on all of them if the corpus there is not the one that the run was begun with.
+    """
+    world.agreed(lambda: _pack(config, output))
+    train, validation = (
+        Samples(IndexedDataset(str(output.data / split)), config.run.sequence_length, config.run.seed)
+        for split in SPLITS
+    )
+    return Datasets(train, validation)
+
+
+def _pack(config: TrainConfig, output: OutputDir) -> str:
+    marker = output.marker()
+    digest = write_corpus(config.data, output.data, marker.corpus, but_not=output.root)
+    if digest != marker.corpus:
+        marker.changed(corpus=digest).write(output.root)
+    return digest
+
+
+@dataclass(frozen=True)
+class BatchCutter:
+    """Deals a global batch out to replicas, and each sequence to context-parallel ranks by the plan.
+
+    Sample i of a step goes to micro-batch i // (dp_size * micro_batch_size), so which samples a step sees does not
+    depend on how many replicas there are.
+    """
+
+    config: TrainConfig
+    world: World
+    plan: ShardPlan
+
+    @property
+    def num_micro_batches(self) -> int:
+        return self.config.run.global_batch_size // (self.config.run.micro_batch_size * self.world.dp_size)
+
+    def micro_batches(self, samples: Samples, first: int) -> Iterator[Batch]:
+        """This rank's [micro_batch_size, tokens_per_rank] of the global batch of samples from number `first` on."""
+        size = self.config.run.micro_batch_size
+        for micro in range(self.num_micro_batches):
+            start = first + (micro * self.world.dp_size + self.world.dp_rank) * size
+            yield self._cut([samples[n] for n in range(start, start + size)])
+
+    def _cut(self, samples: list[Batch]) -> Batch:
+        return {
+            name: torch.stack([self.plan.shard(sample[name], self.world.cp.rank) for sample in samples]).to(
+                self.world.device, non_blocking=True
+            )
+            for name in Samples.names
+        }
+
+
+def sequence_plan(config: TrainConfig) -> ShardPlan:
+    """How one sequence of the run is cut: a single document over its whole length."""
+    make = ShardPlan.zigzag if config.parallel.layout == "zigzag" else ShardPlan.contiguous
+    return make([0, config.run.sequence_length], config.parallel.context_parallel_size, config.nsa.slc_block_len)

@@ -1,0 +1,437 @@
+"""The planner against models that are really built, against sums of its own parts, and against arithmetic by hand."""
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from nsa_dist.cp.fetch import FetchOptions
+from nsa_dist.planner import memory
+from nsa_dist.planner.cluster import DEFAULT_CLUSTER, Cluster, load_cluster
+from nsa_dist.planner.core.strategies import GIB, Options, Strategy
+from nsa_dist.planner.fetching import fetching, markdown
+from nsa_dist.planner.knobs import turn_knobs
+from nsa_dist.planner.measured import with_bench
+from nsa_dist.planner.report import as_data
+from nsa_dist.planner.shape import Shape
+from nsa_dist.planner.sweep import make_plan
+from nsa_dist.planner.verdict import break_even, verdict
+from nsa_dist.train.config import ModelSection, NSASection, ParallelSection, RunSection, TrainConfig
+from ranks import run_ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+def long_config(**sections) -> TrainConfig:
+    """A million tokens through a model that fills eight GPUs."""
+    given = {
+        "run": RunSection(output_dir="unused", sequence_length=2**20, dtype="bf16"),
+        "model": ModelSection(
+            num_layers=4, hidden_size=2048, num_attention_heads=64, num_query_groups=4, head_dim=128,
+            ffn_hidden_size=5632, recompute_attention=True,
+        ),
+    }  # fmt: skip
+    return TrainConfig(**(given | sections))
+
+
+@cache
+def cluster() -> Cluster:
+    return load_cluster(DEFAULT_CLUSTER)
+
+
+@cache
+def long_plan():
+    return make_plan(long_config(), cluster())
+
+
+# --- Against a model that is built ----------------------------------------------------------------------------------
+
+
+def tiny_config(dtype: str, num_layers: int, **changes) -> TrainConfig:
+    """Several key/value heads, untied embeddings; the sizes are all different, so that none stands for another."""
+    return TrainConfig(
+        run=RunSection(output_dir="unused", sequence_length=256, dtype=dtype),
+        model=ModelSection(
+            num_layers=num_layers, hidden_size=48, num_attention_heads=4, num_query_groups=2, head_dim=16,
+            ffn_hidden_size=80, recompute_attention=True, tie_embeddings=changes.pop("tie_embeddings", False),
+        ),
+        nsa=NSASection(num_slc_blocks=4, window_len=64, **changes),
+    )  # fmt: skip
+
+
+BUILT = {
+    "fp32": tiny_config("fp32", 2),
+    "bf16": tiny_config("bf16", 2),
+    "one layer": tiny_config("fp32", 1),
+    "tied": tiny_config("fp32", 1, tie_embeddings=True),
+    "shared kv, mean": tiny_config("bf16", 1, shared_kv=True, compression="mean"),
+}
+
+
+def build_and_measure(rank: int) -> dict[str, dict[str, int]]:
+    """{name: bytes by kind} of models built by the trainer, after one forward, backward and optimizer step."""
+    from nsa_dist.train.world import entered
+
+    found = {}
+    for name, config in BUILT.items():
+        with entered(config, torch.device("cpu")) as world:
+            found[name] = _measure(config, world)
+    return found
+
+
+def _measure(config: TrainConfig, world) -> dict[str, int]:
+    from nsa_dist.train.model import build
+
+    model = build(config, world)
+    parameters = list(model.module.parameters())
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in known:
+            saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    length = config.run.sequence_length
+    tokens = torch.arange(length)[None] % 256
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = model.module(tokens, torch.arange(length)[None], None, labels=tokens)
+    loss.sum().backward()
+    model.optimizer.step()
+    return {
+        "weights": sum(p.nbytes for p in parameters),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in model.module.buffers),
+        "optimizer": _tensor_bytes(model.optimizer.state_dict()),
+        "saved": sum(x.untyped_storage().nbytes() for x in saved.values()),
+    }
+
+
+def _tensor_bytes(state: object) -> int:
+    """Of all tensors in nested containers; Adam's step counts, scalars, are left out."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes if state.dim() else 0
+    if isinstance(state, dict):
+        return sum(map(_tensor_bytes, state.values()))
+    return sum(map(_tensor_bytes, state)) if isinstance(state, list | tuple) else 0
+
+
+@pytest.fixture(scope="module")
+def built():
+    return run_ranks(1, build_and_measure)[0]
+
+
+def planned(config: TrainConfig) -> dict[str, int]:
+    shape = Shape.of(config, 1, "zigzag")
+    return memory.rank_memory(shape, Strategy("fetch", 1.0), Options(), cluster(), 1)
+
+
+@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("kind", ["weights", "gradients", "optimizer"])
+def test_model_states_are_those_of_a_built_model(built, name, kind):
+    assert planned(BUILT[name])[kind] == built[name][kind]
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_saved_tensors_are_those_of_a_built_model(built, name):
+    """With the core recomputed, everything autograd holds after forward, byte for byte.
+
+    On a CPU RMSNorm is not fused: it saves its input and the normalised rows in fp32, beside its output.
+    """
+    config = BUILT[name]
+    shape, kinds = Shape.of(config, 1, "zigzag"), planned(config)
+    tokens, e = shape.tokens, shape.element_bytes
+    probabilities = tokens * 256 * 4
+    core_kv = memory.core_kv_bytes(shape)  # lives in the recomputed core only
+    expected = kinds["activations"] + kinds["kv"] - core_kv + probabilities
+    # bf16: fp32 input and rows, bf16 output, instead of both in bf16; fp32: input, rows and output instead of two.
+    more = 2 * 4 + 2 - 2 * 2 if e == 2 else 3 * 4 - 2 * 4
+    norms = 2 * config.model.num_layers + 1
+    assert built[name]["saved"] == expected + norms * more * tokens * config.model.hidden_size
+
+
+# --- Properties -----------------------------------------------------------------------------------------------------
+
+
+def test_memory_falls_as_the_group_grows():
+    totals = [c.judged.total_bytes for c in long_plan().candidates]
+    assert [c.cp_size for c in long_plan().candidates] == [1, 2, 4, 8]
+    assert totals == sorted(totals, reverse=True)
+    for kind in ("weights", "optimizer", "gradients"):
+        assert len({c.judged.memory_bytes[kind] for c in long_plan().candidates}) == 1
+
+
+def test_only_eight_gpus_hold_a_million_tokens():
+    assert [c.fits(cluster()) for c in long_plan().candidates] == [False, False, False, True]
+    assert long_plan().best.cp_size == 8
+    assert long_plan().best.layout == "zigzag"
+
+
+def test_sums_add_up():
+    for candidate in as_data(long_plan())["candidates"]:
+        for row in candidate["strategies"]:
+            assert sum(row["memory_bytes"].values()) == row["total_memory_bytes"]
+            assert sum(row["compute_s"].values()) + sum(row["wire_s"].values()) == pytest.approx(row["step_s"])
+            assert set(row["memory_bytes"]) == set(memory.KINDS)
+
+
+def test_the_alternatives_send_the_whole_sequence():
+    """S forward and 3 S backward of what other ranks hold; the recomputed forward is one more S."""
+    candidate = long_plan().candidates[-1]
+    whole = 2**20 * 4 * 256 * 2 * 7 // 8 * 4  # bf16 K and V of 4 heads on 7 of 8 ranks, 4 layers
+    for how in ("all-gather", "ring", "whole shard"):
+        sent = candidate.outcome(how).sent_bytes
+        assert sent["pages"] == 3 * whole
+        assert sent["pages.grad"] == 2 * whole
+        assert sent["bitmap"] == 0
+
+
+def test_raw_gathering_moves_three_branches_and_compresses_everything():
+    candidate = long_plan().candidates[-1]
+    raw, gather = candidate.outcome("raw all-gather"), candidate.outcome("all-gather")
+    assert raw.sent_bytes["pages"] == 3 * gather.sent_bytes["pages"]
+    assert raw.sent_bytes["pages.grad"] == 3 * gather.sent_bytes["pages.grad"]
+    assert not any(raw.sent_bytes[kind] for kind in ("halo", "compressed", "bitmap", "halo.grad", "compressed.grad"))
+    # Two forwards and a backward over an eighth; backward compresses once more.
+    attention = cluster().attention.phi
+    one = gather.time.compute_s["phi"]
+    forward, backward = 2 / attention.forward.value, 2 / attention.backward.value
+    more = 1 / attention.forward.value
+    expected = 8 * one * (forward + backward + more) / (forward + backward)
+    assert raw.time.compute_s["phi"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_readme_has_the_planners_table():
+    plan = make_plan(long_config(), cluster().model_copy(update={"num_nodes": 8}), cp_sizes=[8, 16, 32, 64])
+    assert markdown(plan) in (ROOT / "README.md").read_text()
+
+
+def test_fetching_pays_below_break_even():
+    (row,) = fetching(make_plan(long_config(), cluster(), cp_sizes=[1, 8]))
+    assert row.cp_size == 8
+    assert 0 < row.even_gather < row.even_raw <= 1
+    assert row.saved[0.05] > row.saved[0.2] > row.saved[1.0] > 0
+    assert row.held_bytes[0.05] < row.held_bytes[0.2] < row.held_bytes[1.0] < row.raw_held_bytes
+
+
+def test_fewer_chosen_blocks_cost_less():
+    outcomes = [o for o in long_plan().best.outcomes if o.strategy.how == "fetch"]
+    assert [o.strategy.union_fraction for o in outcomes] == [1.0, 0.2, 0.05]
+    for figure in (lambda o: o.time.total_s, lambda o: o.total_bytes, lambda o: o.sent_bytes["pages"]):
+        values = [figure(o) for o in outcomes]
+        assert values == sorted(values, reverse=True)
+
+
+def test_kept_pages_are_sent_once_and_held_longer():
+    kept = make_plan(long_config(), cluster(), Options(fetch=FetchOptions(keep_pages=True)), [8]).best.judged
+    again = long_plan().best.judged
+    assert again.sent_bytes["pages"] * 2 == kept.sent_bytes["pages"] * 3  # forward, recomputed forward, backward
+    assert kept.memory_bytes["pages"] > again.memory_bytes["pages"]
+
+
+def test_a_page_budget_bounds_pages_and_costs_rounds():
+    plan = make_plan(long_config(), cluster(), Options(fetch=FetchOptions(kv_fetch_budget_bytes=GIB // 2)), [8])
+    judged, free = plan.best.judged, long_plan().best.judged
+    # Three rounds of half the budget: in use, on their way, packed for others; and gradients twice as wide as often.
+    assert judged.memory_bytes["pages"] == 3 * GIB // 4 * 3
+    assert free.time.compute_s["merge"] == 0 < judged.time.compute_s["merge"]
+
+
+def test_overlap_hides_the_wire_and_nothing_else():
+    hidden = make_plan(long_config(), cluster(), Options(overlap=1.0), [8]).best.judged.time
+    assert sum(hidden.wire_s.values()) == 0
+    assert hidden.compute_s == long_plan().best.judged.time.compute_s
+
+
+def test_break_even_separates_quicker_from_slower():
+    plan, best = long_plan(), long_plan().best
+    even = break_even(plan, best, "all-gather")
+    assert 0 < even < 1
+    beside = make_plan(long_config(), cluster(), Options(union_fractions=(even - 0.05, even + 0.05)), [8]).best
+    lower, higher = (o.time.total_s for o in beside.outcomes[:2])
+    assert lower < best.outcome("all-gather").time.total_s < higher
+
+
+def test_fetching_pays_less_between_nodes():
+    """A page crosses to a node as often as its ranks want it; an all-gathered shard crosses once."""
+    several = cluster().model_copy(update={"num_nodes": 4})
+    plan = make_plan(long_config(), several, cp_sizes=[8, 32])
+    inside, across = (break_even(plan, candidate, "all-gather") for candidate in plan.candidates)
+    assert across < inside
+
+
+def test_replicas_take_what_the_batch_feeds():
+    run = RunSection(output_dir="unused", sequence_length=2**14, dtype="bf16", global_batch_size=2)
+    plan = make_plan(long_config(run=run), cluster(), cp_sizes=[1, 2, 4, 8])
+    assert [c.replicas for c in plan.candidates] == [2, 2, 2, 1]
+    assert [c.idle_gpus for c in plan.candidates] == [6, 4, 0, 0]
+    assert [c.micro_batches for c in plan.candidates] == [1, 1, 1, 2]
+
+
+def test_parallel_sizes_divide_a_rank_of_the_model():
+    whole = Shape.of(long_config(), 2, "zigzag")
+    cut = Shape.of(
+        long_config(
+            parallel=ParallelSection(
+                tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True
+            )
+        ),
+        2,
+        "zigzag",
+    )
+    assert cut.linear_parameters * 2 == whole.linear_parameters
+    assert cut.phi_parameters * 2 == whole.phi_parameters
+    assert cut.layers_per_stage * 2 == whole.layers_per_stage
+    assert memory.layer_activation_bytes(cut) * 2 == memory.layer_activation_bytes(whole)
+    both_stages = sum(cut.stage_parameters(stage) for stage in range(2))
+    norms = 2048 * (2 * 4 + 1)  # whole on every tensor-parallel rank
+    assert (both_stages - norms) * 2 + norms == whole.stage_parameters(0)
+
+
+# --- Words and errors -----------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_told_with_a_knob_that_helps():
+    model = long_config().model.model_copy(update={"num_layers": 12})
+    plan = make_plan(long_config(model=model), cluster())
+    words = "\n".join(verdict(plan))
+    assert plan.best is None
+    assert "Nothing fits" in words
+    assert "run.sequence_length=524288 fits" in words
+    knobs = turn_knobs(plan)
+    assert [k.fits for k in knobs] == sorted((k.fits for k in knobs), reverse=True)
+
+
+def test_verdict_says_when_fetching_pays():
+    words = "\n".join(verdict(long_plan()))
+    assert "Take cp 8" in words
+    assert "only while u < 0." in words
+    assert "Fetch for the memory bound, not for speed." in words
+
+
+@pytest.mark.parametrize(
+    ("sizes", "remedy"),
+    [((3,), "take a size that divides them"), ((16,), "describe a larger cluster with --cluster")],
+)
+def test_sizes_that_do_not_fit_the_cluster(sizes, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        make_plan(long_config(), cluster(), cp_sizes=sizes)
+
+
+def test_lengths_that_do_not_divide():
+    run = RunSection(output_dir="unused", sequence_length=256)
+    with pytest.raises(ValueError, match="take sequence_length=512"):
+        make_plan(TrainConfig(run=run), cluster(), cp_sizes=[4])
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"union_fractions": (2.0,)}, "pass for example --u"),
+        ({"union_fractions": ()}, "pass for example --u"),
+        ({"overlap": -1.0}, "pass 0 for what is certain"),
+    ],
+)
+def test_options_that_make_no_sense(options, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        replace(Options(), **options)
+
+
+def test_a_constant_without_a_source_is_refused(tmp_path):
+    raw = yaml.safe_load(DEFAULT_CLUSTER.read_text())
+    del raw["link_efficiency"]["source"]
+    raw["num_node"] = raw.pop("num_nodes")
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ValueError, match="did you mean 'num_nodes'") as error:
+        load_cluster(path)
+    assert "link_efficiency.source: this key is needed" in str(error.value)
+
+
+def bench_file(folder: Path) -> Path:
+    """Two cases as kernels/bench/run.py writes them, one of them with a branch that was wrong."""
+    steps = ["compress k", "compress v", "cmp", "select", "slc", "win", "combine"]
+    right = [{"step": s, "forward_TFLOP_per_s": 100.0, "backward_TFLOP_per_s": 50.0} for s in steps]
+    del right[3]["backward_TFLOP_per_s"]
+    wrong = [row if row["step"] != "slc" else {"step": "slc", "note": "WRONG: out"} for row in right]
+    machine = {"device": "a GPU", "command": "python run.py", "copy_TB_per_s": 4.0, "bf16_TFLOP_per_s": 700.0}
+    sizes = {"num_q_heads": 64, "num_kv_heads": 4, "tokens": 65536}
+    cases = [{"case": "right", **sizes, "rows": right}, {"case": "wrong", **sizes, "tokens": 2**20, "rows": wrong}]
+    path = folder / "bench.json"
+    path.write_text(json.dumps({"machine": machine, "cases": cases}))
+    return path
+
+
+def test_measured_rates_replace_those_of_the_description(tmp_path):
+    measured = with_bench(cluster(), bench_file(tmp_path), 16)
+    assert measured.attention.slc.backward.value == 50e12
+    assert measured.attention.select.backward is None
+    assert measured.memory_bytes_per_s.value == 4e12
+    assert measured.matmul_flops_per_s.source == "python run.py on a GPU, case right"
+    assert measured.intra_node == cluster().intra_node
+
+
+def cp_file(folder: Path, **sections) -> Path:
+    """As `nsa-dist bench cp` writes it."""
+    machine = {"device": "a GPU", "num_devices": 8, "date": "2026-01-01", "command": "nsa-dist bench cp"}
+    path = folder / "cp.json"
+    path.write_text(json.dumps({"machine": machine, "not_run": [], **sections}))
+    return path
+
+
+def test_measured_links_replace_those_of_the_description(tmp_path):
+    rows = [
+        {"cp_size": 8, "collective": "all_to_all", "sent_bytes": 2**28, "seconds": 1e-3, "bytes_per_s": 270e9},
+        {"cp_size": 8, "collective": "all_gather", "sent_bytes": 2**28, "seconds": 2e-3, "bytes_per_s": 135e9},
+        {"cp_size": 8, "collective": "all_to_all", "sent_bytes": 2**16, "seconds": 2e-5, "bytes_per_s": 3e9},
+        {"cp_size": 2, "collective": "all_to_all", "sent_bytes": 2**28, "seconds": 1e-5, "bytes_per_s": 1e9},
+        {"cp_size": 4, "error": "out of memory"},
+    ]
+    measured = with_bench(cluster(), cp_file(tmp_path, links=rows), 16)
+    assert measured.link_efficiency.value == pytest.approx(270e9 / 450e9)
+    assert measured.link_efficiency.evidence == "measured"
+    assert measured.link_efficiency.source.endswith("a GPU, 2026-01-01, all_to_all of 268 MB over 8 ranks")
+    assert measured.intra_node.latency_s.value == 2e-5
+    assert measured.inter_node == cluster().inter_node
+    assert measured.attention == cluster().attention
+
+
+def test_a_measured_share_gives_rates(tmp_path):
+    """Two keys a query and head in the window of a document of 64 tokens: the rest by hand."""
+    heads = {"num_q_heads": 2, "num_kv_heads": 1, "dim_k": 16, "dim_v": 16, "element_bytes": 2}
+    cfg = {"num_slc_blocks": 4, "window_len": 2}
+    share = {
+        "case": "tiny", "tokens": 64, "cp_size": 1, "layout": "zigzag", "mode": "fetch", "rank": 0, "peak_bytes": 1,
+        "heads": heads, "cfg": cfg, "parts_s": {"forward.win": 1e-3, "backward.win": 2e-3, "forward.cmp": 0.0},
+    }  # fmt: skip
+    measured = with_bench(cluster(), cp_file(tmp_path, shares=[share]), 2)
+    keys = 2 * 64 - 1
+    assert measured.attention.win.forward.value == pytest.approx(keys * 2 * 2 * 32 / 1e-3)
+    assert measured.attention.win.backward.value == pytest.approx(keys * 2 * 2 * 80 / 2e-3)
+    assert measured.attention.cmp == cluster().attention.cmp
+
+
+def test_a_file_that_measured_nothing_is_refused(tmp_path):
+    rows = [{"case": "tiny", "error": "out of memory"}]
+    with pytest.raises(ValueError, match="run nsa-dist bench cp --gpus all"):
+        with_bench(cluster(), cp_file(tmp_path, shares=rows), 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [("[]", "pass the bench.json"), ('{"machine": {}, "cases": []}', "run kernels/bench/run.py --preset targets")],
+)
+def test_files_without_rates(tmp_path, text, remedy):
+    (tmp_path / "bench.json").write_text(text)
+    with pytest.raises(ValueError, match=remedy):
+        with_bench(cluster(), tmp_path / "bench.json", 16)
+
+
+def test_every_constant_says_where_it_comes_from():
+    constants = cluster().constants()
+    assert {c.evidence for c in constants.values()} == {"measured", "given", "assumed"}
+    assert all(len(c.source) > 10 for c in constants.values() if c.source not in ("as forward",))
+    assert "attention.slc.backward" in constants
