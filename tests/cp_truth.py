@@ -10,7 +10,8 @@ from kernels.plain import compress_mlp
 from nsa_dist import NSAConfig, ShardPlan
 from nsa_dist.compress import CompressMLP
 from nsa_dist.cp.layout import rank_layout
-from nsa_kernels import reference, reference_chunks
+from nsa_kernels import reference
+from nsa_kernels.reference import chunks as reference_chunks
 
 
 def truth(leaves, phis, weight, block_indices, cfg: NSAConfig, bounds: Tensor, dtype: torch.dtype) -> list[Tensor]:

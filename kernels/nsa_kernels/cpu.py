@@ -29,7 +29,7 @@ from nsa_kernels.reference import (
     select_blocks,
     sum_branches,
 )
-from nsa_kernels.reference_chunks import (
+from nsa_kernels.reference.chunks import (
     Chunk,
     add_at,
     apart,

@@ -41,11 +41,12 @@ def _compile(kernel: JITFunction, grid):
 
 
 def compile_all(group: int, remote: bool) -> None:
-    from nsa_kernels import hopper_forward, hopper_grad_kv, hopper_grad_q, hopper_importance
-    from nsa_kernels.slc_gathered_hopper import attend_gathered
-    from nsa_kernels.slc_index import build_block_index
-    from nsa_kernels.slc_items_hopper import launch_items
-    from nsa_kernels.slc_shared_hopper import attend_shared_and_sum
+    from nsa_kernels.interval import hopper_forward, hopper_grad_kv, hopper_grad_q
+    from nsa_kernels.selected.hopper_backward_items import launch_items
+    from nsa_kernels.selected.hopper_forward_gathered import attend_gathered
+    from nsa_kernels.selected.hopper_forward_shared import attend_shared_and_sum
+    from nsa_kernels.selected.index import build_block_index
+    from nsa_kernels.selection import hopper_importance
 
     num_tokens, heads, num_slots = 256, 2, 16
     q = torch.zeros(num_tokens, heads * group, 128, dtype=torch.bfloat16)

@@ -9,9 +9,9 @@ from kernels.judge import assert_twice
 from kernels.packs import pack
 from kernels.plain import interval_attention
 from nsa_kernels import reference
-from nsa_kernels.cmp_attention import compressed_attention
-from nsa_kernels.cmp_backward import compressed_attention_backward
-from nsa_kernels.cmp_parts import tile_ranges
+from nsa_kernels.interval.attention import compressed_attention_backward
+from nsa_kernels.interval.cmp_forward import compressed_attention
+from nsa_kernels.interval.parts import tile_ranges
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 # dP - dO . O is nothing but rounding where one key has all the weight: that of fp32 sums over a head dim.

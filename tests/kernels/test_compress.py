@@ -6,7 +6,7 @@ import torch
 from kernels import plain
 from kernels.judge import assert_twice
 from nsa_kernels import reference
-from nsa_kernels.compress import compress_mean, compress_mlp, compress_mlp_pair
+from nsa_kernels.phi.compress import compress_mean, compress_mlp, compress_mlp_pair
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 REGULAR = list(range(0, 81, 8))  # blocks of 16 rows, 8 apart

@@ -5,7 +5,7 @@ import torch
 
 from kernels.judge import assert_twice
 from nsa_kernels import reference
-from nsa_kernels.gates import combine
+from nsa_kernels.gates.combine import combine
 
 
 def run(function, tensors, grad_out, dtype=None):

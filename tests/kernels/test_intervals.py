@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nsa_kernels.cmp_parts import tile_ranges
-from nsa_kernels.intervals import unseen_tiles
+from nsa_kernels.interval.parts import tile_ranges
+from nsa_kernels.interval.unseen import unseen_tiles
 
 
 @pytest.mark.parametrize("num_queries", [0, 1, 2, 63, 64, 65, 300])

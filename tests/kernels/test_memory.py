@@ -18,7 +18,8 @@ from nsa_dist.cp.formulas.cost import HeadSizes
 from nsa_dist.planner.core import workspace
 from nsa_dist.planner.core.memory import layer_peak_bytes
 from nsa_dist.planner.core.strategies import Options
-from nsa_kernels import cmp_grad_kv, slc_tiles
+from nsa_kernels.interval import grad_kv as cmp_grad_kv
+from nsa_kernels.selected import tiles as slc_tiles
 
 CASE = Case(
     512, 1, heads=HeadSizes(16, 2, 16, 16), cfg=NSAConfig(num_slc_blocks=4, window_len=64), union_fraction=1.0

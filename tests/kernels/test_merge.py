@@ -7,7 +7,7 @@ import torch
 
 from kernels.judge import assert_twice
 from nsa_kernels import reference
-from nsa_kernels.partials import merge
+from nsa_kernels.gates.merge import merge
 
 
 def partials(tokens, heads, dim, dtype, device):

@@ -5,9 +5,11 @@ import torch
 
 from kernels.packs import pack
 from kernels.ties import assert_same_but_for_ties, importance
-from nsa_kernels import hopper_importance, reference, select, select_importance
-from nsa_kernels.hopper import hopper_takes
-from nsa_kernels.select import select_blocks
+from nsa_kernels import reference
+from nsa_kernels.common.hopper import hopper_takes
+from nsa_kernels.selection import hopper_importance, select
+from nsa_kernels.selection import importance as select_importance
+from nsa_kernels.selection.select import select_blocks
 
 SIZES = {
     "cmp_block_len": 32,

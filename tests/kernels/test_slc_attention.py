@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.judge import assert_twice
 from nsa_kernels import reference
-from nsa_kernels.slc_attention import selected_attention, selected_attention_backward
+from nsa_kernels.selected.attention import selected_attention, selected_attention_backward
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LEN = 16

@@ -4,7 +4,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from nsa_kernels.slc_index import build_block_index
+from nsa_kernels.selected.index import build_block_index
 
 
 def test_index_of_the_docstring(device):

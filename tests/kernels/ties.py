@@ -3,7 +3,7 @@
 import torch
 
 from nsa_kernels import reference
-from nsa_kernels.select import select_blocks
+from nsa_kernels.selection.select import select_blocks
 
 # Relative to the importances compared: the rounding of an fp32 score of size 40 and of its exponential.
 TIE = 2e-5

@@ -8,7 +8,8 @@ import torch
 import naive
 from cases import PAPER, SMALL, make_inputs, run
 from nsa_dist import BranchKV, NSAConfig, nsa_attention
-from nsa_kernels import reference, reference_chunks
+from nsa_kernels import reference
+from nsa_kernels.reference import chunks as reference_chunks
 
 LENGTHS = {
     "one token": [1],

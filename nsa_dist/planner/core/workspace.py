@@ -2,7 +2,7 @@
 
 from nsa_dist.planner.core.sizes import Core
 
-# nsa_kernels.slc_tiles: what parts may take, rows of a work item forward and backward, rows of a segment forward.
+# nsa_kernels.selected.tiles: what parts may take, rows of a work item forward and backward, rows of a segment forward.
 WORKSPACE_BYTES = 9 * 2**28
 ITEM_ROWS = {True: 2048, False: 4096}
 SEGMENT_ROWS = 65536
@@ -29,7 +29,7 @@ def is_cut(core: Core) -> bool:
 
 
 def chunk(core: Core, num_kv_heads: int, forward: bool) -> tuple[int, int]:
-    """Queries and heads at once, as `nsa_kernels.slc_tiles.chunks` cuts them."""
+    """Queries and heads at once, as `nsa_kernels.selected.tiles.chunks` cuts them."""
     per_query = bytes_per_query(core, forward)
     if core.tokens * per_query > WORKSPACE_BYTES:
         pieces = -(-core.tokens // max(64, WORKSPACE_BYTES // per_query // 64 * 64))

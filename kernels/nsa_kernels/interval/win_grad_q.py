@@ -1,0 +1,174 @@
+"""Gradients of gated window attention, without atomics: dK and dV, then dQ.
+
+    P  = gate * exp(softmax_scale * Q K^T - softmax_lse)         recomputed tile by tile
+    dV = P^T dO         dP = dO V^T         dS = P * (dP - delta)         dQ = scale * dS K         dK = scale * dS^T Q
+    delta[t, h] = sum_d dO[t, h, d] * out[t, h, d]               of `out` without its gate
+
+`softmax_lse` shifts every score of a row alike, so a gradient of its own joins dS as `+ P * grad_lse`: it is taken off
+delta.
+
+dK, dV      The kernels of compressed attention, which sees an interval of keys just as well: `hopper_grad_kv` where it
+            can run, else `cmp_grad_kv`. A key that no query sees may be NaN: its row of dS alone becomes so.
+dQ          A program owns the rows of a forward tile and walks their key tiles again. The scores are thus computed
+            twice: 7 products in place of 5, the price of no atomics.
+Shapes      as win_attention.py; grad_out [T, Hq, Dv], gate [T, Hq] or None for ones, delta, softmax_lse [T, Hq] fp32,
+            all of any strides
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.common.hopper import hopper_takes
+from nsa_kernels.common.rows import token_head_strides
+from nsa_kernels.common.sizes import cdiv
+from nsa_kernels.common.tiles import copyable_by_tma
+from nsa_kernels.common.wild import tamed
+from nsa_kernels.interval import grad_kv as cmp_grad_kv
+from nsa_kernels.interval import hopper_grad_kv
+from nsa_kernels.interval.statistics import load_statistics, row_statistics
+from nsa_kernels.interval.tiles import kernel_dims, window_tiles
+
+
+@triton.jit
+def _queries_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    begin_ptr,
+    end_ptr,
+    statistics_ptr,
+    grad_out_ptr,
+    dq_ptr,
+    stride_qt,
+    stride_qh,
+    stride_kr,
+    stride_kh,
+    stride_vr,
+    stride_vh,
+    stride_ot,
+    stride_oh,
+    num_queries,
+    num_padded_rows,
+    num_kv_heads,
+    softmax_scale,
+    G: tl.constexpr,
+    DK: tl.constexpr,
+    DK_TAIL: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    APART: tl.constexpr,
+):
+    """dQ of one tile of BLOCK_M (query, head) rows of one key-value head; the walk of the forward kernel."""
+    first_row = tl.program_id(0) * BLOCK_M
+    head = tl.program_id(1)
+    log2e: tl.constexpr = 1.4426950408889634
+    scale_log2 = softmax_scale * log2e
+
+    row = first_row + tl.arange(0, BLOCK_M)
+    inside = row // G < num_queries
+    token = (row // G).to(tl.int64)
+    q_head = head * G + row % G
+    row_begin = tl.load(begin_ptr + token, mask=inside, other=0)  # [BLOCK_M]
+    row_end = tl.load(end_ptr + token, mask=inside, other=0)
+    first_token = first_row // G
+    last_token = tl.minimum((first_row + BLOCK_M - 1) // G, num_queries - 1)
+    low, low_last = tl.load(begin_ptr + first_token), tl.load(begin_ptr + last_token)
+    high_first, high = tl.load(end_ptr + first_token), tl.load(end_ptr + last_token)
+
+    dim_k, dim_v = tl.arange(0, DK), tl.arange(0, DV)
+    out_row = token * (num_kv_heads * G) + q_head
+    base, delta, gate = load_statistics(statistics_ptr, row, head, num_padded_rows, num_kv_heads)
+    q_rows = q_ptr + token * stride_qt + q_head * stride_qh
+    q = tl.load(q_rows[:, None] + dim_k[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, DK]
+    grad_rows = grad_out_ptr + token * stride_ot + q_head * stride_oh
+    grad_out = tl.load(grad_rows[:, None] + dim_v[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, DV]
+    dq = tl.zeros([BLOCK_M, DK], tl.float32)
+    if DK_TAIL > 0:
+        dim_tail = DK + tl.arange(0, DK_TAIL)
+        q_tail = tl.load(q_rows[:, None] + dim_tail[None, :], mask=inside[:, None], other=0.0)
+        dq_tail = tl.zeros([BLOCK_M, DK_TAIL], tl.float32)
+    k_head = k_ptr + head.to(tl.int64) * stride_kh
+    v_head = v_ptr + head.to(tl.int64) * stride_vh
+
+    for start in range(low // BLOCK_N * BLOCK_N, high, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        seen = (key >= low) & (key < high)
+        k_rows = k_head + key.to(tl.int64) * stride_kr
+        k = tl.load(k_rows[:, None] + dim_k[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, DK]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if DK_TAIL > 0:
+            k_tail = tl.load(k_rows[:, None] + dim_tail[None, :], mask=seen[:, None], other=0.0)
+            s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision=PRECISION)
+        v_rows = v_head + key.to(tl.int64) * stride_vr
+        v = tl.load(v_rows[:, None] + dim_v[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, DV]
+        dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(s * scale_log2 - base[:, None])
+        ds = p * (dp - delta[:, None])
+        if (start < low_last) | (start + BLOCK_N > high_first):
+            visible = (key[None, :] >= row_begin[:, None]) & (key[None, :] < row_end[:, None])
+            ds = tl.where(visible, ds, 0.0)
+            if APART:
+                k = tamed(k)
+                if DK_TAIL > 0:
+                    k_tail = tamed(k_tail)
+        ds = ds.to(k.dtype)
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+        if DK_TAIL > 0:
+            dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision=PRECISION)
+
+    factor = gate * softmax_scale  # a row of P has one gate, which thus multiplies dQ
+    dq_rows = dq_ptr + out_row * (DK + DK_TAIL)
+    dq *= factor[:, None]
+    tl.store(dq_rows[:, None] + dim_k[None, :], dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None])
+    if DK_TAIL > 0:
+        dq_tail *= factor[:, None]
+        tl.store(dq_rows[:, None] + dim_tail[None, :], dq_tail.to(dq_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+def window_gradients(
+    grad_out: Tensor,
+    gate: Tensor | None,
+    delta: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    softmax_scale: float,
+    kv_dtype: torch.dtype | None = None,
+    *,
+    aligned: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the dtypes of q, k, v; dk and dv in `kv_dtype` if it is given."""
+    if not q.numel() or not k.numel():
+        dk, dv = (torch.zeros(t.shape, dtype=kv_dtype or t.dtype, device=t.device) for t in (k, v))
+        return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk, dv
+    q, k, v, grad_out = (copyable_by_tma(t) for t in (q, k, v, grad_out))
+    statistics = row_statistics(lse, delta, gate, begin, end, k.shape[1])
+    arguments = (q, k, v, begin, end, statistics, grad_out, softmax_scale)
+    on_hopper = hopper_takes(q, k, aligned) and q.shape[2] == v.shape[2]
+    apart = aligned is not True
+    if on_hopper:
+        return _grad_q(*arguments, apart), *hopper_grad_kv.grad_kv(*arguments, kv_dtype)
+    return _grad_q(*arguments, apart), *cmp_grad_kv.grad_kv(*arguments, kv_dtype, apart=apart)
+
+
+def _grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale, apart) -> Tensor:
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    num_queries, num_kv_heads = q.shape[0], k.shape[1]
+    tile = window_tiles(q.shape[2], q.element_size()).queries
+    num_rows = num_queries * (q.shape[1] // num_kv_heads)
+    _queries_kernel[(cdiv(num_rows, tile.block_m), num_kv_heads)](
+        *(q, k, v, begin, end, statistics, grad_out),
+        dq,
+        *(*token_head_strides(q, k, v, grad_out), num_queries, statistics.shape[2], num_kv_heads, softmax_scale),
+        **kernel_dims(q, k, v),
+        APART=apart,
+        **tile.launch(),
+    )
+    return dq

@@ -1,0 +1,147 @@
+"""Selected attention, backward: the forward's loop order, so that each block's keys and values are read once an item.
+
+1. `row_deltas`: delta = sum(dO * O) - dlse per (query, head), unless the caller has it.
+2. `items`, one work item at a time: a block against some of the queries that chose it. It sums its own dK and dV in
+   registers and leaves one fp32 page of them; each (query, block) pair leaves its part of dQ in the slot of the query.
+   `slc_items`, and `slc_items_hopper` where `slc_tiles.hopper_takes` says so.
+3. `slc_parts.sum_parts`: every query's dQ, its parts in the order of its list.
+4. `pages`: adds up every block's items in order, and writes the page's gradient, wherever the page lies.
+
+No atomics: two runs give the same bits.
+
+Shapes      as `slc_forward`, and
+    dq_part     [H, T, n, G, Dk]        fp16 for 16-bit inputs, fp32 for fp32, over its largest |element|
+    dq_scale    [H, T, n, G]            fp32: what to multiply a part with
+    dkv_part    [items, l', Dk + Dv]    fp32
+Gate        dO may be of a sum of branches, out = .. + gate * out_slc: then P below is gate * softmax, and delta is that
+            of out_slc without its gate. No gate is 1.
+Numerics    P and dS enter their products in the dtype of q; sums are fp32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.selected import backward_items as slc_items
+from nsa_kernels.selected import hopper_backward_items as slc_items_hopper
+from nsa_kernels.selected.index import BlockIndex
+from nsa_kernels.selected.pages import split_width
+from nsa_kernels.selected.parts import sum_parts
+from nsa_kernels.selected.tiles import backward_tiles, hopper_takes
+
+
+@triton.jit(do_not_specialize=["num_page_lists", "num_blocks", "head_start", "num_kv_heads", "num_local_pages"])
+def _pages_kernel(
+    dkv_part, item_offsets, block_table,
+    dk, dv, dk_remote, dv_remote,
+    num_lists, num_page_lists, num_blocks, head_start, num_kv_heads, num_local_pages, stride_table,
+    DK0: tl.constexpr, DK1: tl.constexpr, DV: tl.constexpr, BLOCK_LEN: tl.constexpr,
+    HAS_REMOTE: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of one page's gradients: its items' pages in order, on top of earlier chunks' where ADD."""
+    which = tl.program_id(0)
+    kv_head, block = head_start + which // num_blocks, which % num_blocks
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    k0_column, v_column = tl.arange(0, DK0)[None, :], tl.arange(0, DV)[None, :]
+    WIDTH: tl.constexpr = DK0 + DK1 + DV
+    dk0_sum = tl.zeros([ROWS, DK0], tl.float32)
+    if DK1 > 0:
+        k1_column = DK0 + tl.arange(0, DK1)[None, :]
+        dk1_sum = tl.zeros([ROWS, DK1], tl.float32)
+    dv_sum = tl.zeros([ROWS, DV], tl.float32)
+    num_items = 0
+    for one_list in range(which, num_lists, num_page_lists):  # the page's list in every segment
+        begin, end = tl.load(item_offsets + one_list), tl.load(item_offsets + one_list + 1)
+        source = dkv_part + (begin.to(tl.int64) * BLOCK_LEN + row) * WIDTH
+        for _ in tl.range(begin, end, num_stages=3):
+            dk0_sum += tl.load(source + k0_column)
+            if DK1 > 0:
+                dk1_sum += tl.load(source + k1_column)
+            dv_sum += tl.load(source + DK0 + DK1 + v_column)
+            source += BLOCK_LEN * WIDTH
+        num_items += end - begin
+    if num_items == 0:
+        return
+
+    page = tl.load(block_table + kv_head * stride_table + block)
+    if not HAS_REMOTE:  # every page is local: the branch below is never taken
+        dk_remote, dv_remote = dk, dv
+    if page >= num_local_pages:
+        at = (page - num_local_pages).to(tl.int64) * BLOCK_LEN + row
+        _put(dk_remote + at * (DK0 + DK1) + k0_column, dk0_sum, ADD)
+        if DK1 > 0:
+            _put(dk_remote + at * (DK0 + DK1) + k1_column, dk1_sum, ADD)
+        _put(dv_remote + at * DV + v_column, dv_sum, ADD)
+    else:
+        at = (page.to(tl.int64) * BLOCK_LEN + row) * num_kv_heads + kv_head
+        _put(dk + at * (DK0 + DK1) + k0_column, dk0_sum, ADD)
+        if DK1 > 0:
+            _put(dk + at * (DK0 + DK1) + k1_column, dk1_sum, ADD)
+        _put(dv + at * DV + v_column, dv_sum, ADD)
+
+
+@triton.jit
+def _put(at, total, ADD: tl.constexpr):
+    if ADD:
+        total += tl.load(at).to(tl.float32)
+    tl.store(at, total.to(at.dtype.element_ty))
+
+
+def differentiate_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_remote: Tensor | None,
+    v_remote: Tensor | None,
+    block_table: Tensor,
+    block_indices: Tensor,
+    index: BlockIndex,
+    grad_out: Tensor,
+    rows: Tensor,
+    dq: Tensor,
+    page_grads: Sequence[Tensor | None],
+    *,
+    head_start: int,
+    slc_block_len: int,
+    softmax_scale: float,
+    add: bool,
+) -> None:
+    """Fill dq for a chunk of queries and heads, and write, or add where `add`, their share of dk and dv.
+
+    q, block_indices, grad_out, dq are the chunk's queries with all heads, rows [4, T, Hq] what `pack_rows` made of
+    them; page_grads is dk, dv [R, Hkv, D] and dk_remote, dv_remote [pages, l', D], contiguous, zero where no chunk has
+    written.
+    """
+    num_queries, num_slots = block_indices.shape[0], block_indices.shape[2]
+    head_dim_k, head_dim_v = q.shape[2], v.shape[2]
+    num_blocks, num_kv_heads = block_table.shape[1], k.shape[1]
+    num_heads = index.num_lists // (index.num_segments * num_blocks)
+    group = q.shape[1] // num_kv_heads
+    part_shape = (num_heads, num_queries, num_slots, group)
+    part_dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
+    dq_part = torch.empty(*part_shape, head_dim_k, dtype=part_dtype, device=q.device)
+    dq_scale = torch.zeros(part_shape, dtype=torch.float32, device=q.device)  # 0: no part
+    dkv_part = torch.empty(
+        index.max_items, slc_block_len, head_dim_k + head_dim_v, dtype=torch.float32, device=q.device
+    )
+    on_hopper = hopper_takes(q, k, v, block_indices, slc_block_len, (q, grad_out))
+    (slc_items_hopper if on_hopper else slc_items).launch_items(
+        q, k, v, k_remote, v_remote, grad_out, rows, block_table, index, dq_part, dq_scale, dkv_part,
+        head_start=head_start, softmax_scale=softmax_scale,
+    )  # fmt: skip
+    tiles = backward_tiles(group, head_dim_k, head_dim_v)
+    sum_parts(dq_part, dq_scale, dq, head_start, rows=tiles.sum_rows, stages=tiles.sum_stages)
+    dk0, dk1 = split_width(head_dim_k)
+    rows_at_once = min(16, slc_block_len)
+    num_page_lists = num_heads * num_blocks
+    _pages_kernel[(num_page_lists, slc_block_len // rows_at_once)](
+        dkv_part, index.item_offsets, block_table,
+        *page_grads,
+        index.num_lists, num_page_lists, num_blocks, head_start, num_kv_heads, k.shape[0] // slc_block_len,
+        block_table.stride(0),
+        DK0=dk0, DK1=dk1, DV=head_dim_v, BLOCK_LEN=slc_block_len, HAS_REMOTE=k_remote is not None,
+        ADD=add, ROWS=rows_at_once,
+    )  # fmt: skip
