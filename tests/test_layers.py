@@ -191,10 +191,12 @@ def test_no_module_state():
 
 
 def test_the_reference_never_calls_a_kernel():
-    files = list((ROOT / "kernels/nsa_kernels").glob("reference*.py"))
-    names = set().union(*map(imported, files))
-    parts = {f"nsa_kernels.{path.stem}" for path in files}
-    assert {n for n in names if n.startswith(("triton", "nsa_"))} == parts - {"nsa_kernels.reference"}
+    """Nor, through the contracts that it shares with them, anything of theirs."""
+    known = modules()
+    names = {name for name in known if name.startswith("nsa_kernels.reference")} | {"nsa_kernels.contracts"}
+    for name in names:
+        assert imported_modules(known[name], known) <= names
+        assert not any(module.startswith("triton") for module in imported(known[name]))
 
 
 def test_source_roots_are_not_packages():

@@ -1,5 +1,9 @@
 """Native Sparse Attention kernels: Triton functions, and in `nsa_kernels.reference` a PyTorch twin of each.
 
+A room for every operator: `phi` (compression), `interval` (attention to [begin, end): the branches cmp and win),
+`selection`, `selected` (the branch slc), `gates`; in each the public face in one file, plain Triton and Hopper kernels
+beside it, and `tiles`. `contracts` says how the attention functions are called, `cpu` is for training without a GPU.
+
 The public names below are imported when they are first used, so that `import nsa_kernels.reference` works, and stays
 cheap, where triton is not installed. See kernels/README.md for the mathematics and the measurements.
 """
@@ -10,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nsa_kernels.common.wild import WHOLE_TILES as WHOLE_TILES
     from nsa_kernels.gates.combine import combine as combine
+    from nsa_kernels.gates.deltas import gate_deltas as gate_deltas
     from nsa_kernels.gates.merge import merge as merge
-    from nsa_kernels.gates.sums import gate_deltas as gate_deltas
     from nsa_kernels.gates.sums import sum_branches as sum_branches
+    from nsa_kernels.interval.attention import compressed_attention as compressed_attention
     from nsa_kernels.interval.attention import compressed_attention_backward as compressed_attention_backward
-    from nsa_kernels.interval.cmp_forward import compressed_attention as compressed_attention
-    from nsa_kernels.interval.win_forward import window_attention as window_attention
-    from nsa_kernels.interval.win_forward import window_attention_backward as window_attention_backward
+    from nsa_kernels.interval.attention import window_attention as window_attention
+    from nsa_kernels.interval.attention import window_attention_backward as window_attention_backward
     from nsa_kernels.phi.compress import compress_mean as compress_mean
     from nsa_kernels.phi.compress import compress_mlp as compress_mlp
     from nsa_kernels.phi.compress import compress_mlp_pair as compress_mlp_pair
@@ -24,22 +28,22 @@ if TYPE_CHECKING:
     from nsa_kernels.selected.attention import selected_attention_backward as selected_attention_backward
     from nsa_kernels.selection.select import select_blocks as select_blocks
 
-# Which module holds each public name. No module has a public name for its own: importing it would hide the function.
+# Which module holds each public name. No room has a public name for its own: importing it would hide the function.
 _MODULES = {
     "combine": "gates.combine",
     "compress_mean": "phi.compress",
     "compress_mlp": "phi.compress",
     "compress_mlp_pair": "phi.compress",
-    "compressed_attention": "interval.cmp_forward",
+    "compressed_attention": "interval.attention",
     "compressed_attention_backward": "interval.attention",
-    "gate_deltas": "gates.sums",
+    "gate_deltas": "gates.deltas",
     "merge": "gates.merge",
     "select_blocks": "selection.select",
     "selected_attention": "selected.attention",
     "selected_attention_backward": "selected.attention",
     "sum_branches": "gates.sums",
-    "window_attention": "interval.win_forward",
-    "window_attention_backward": "interval.win_forward",
+    "window_attention": "interval.attention",
+    "window_attention_backward": "interval.attention",
 }
 
 __all__ = sorted(_MODULES)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nsa_kernels import contracts
+from nsa_kernels.contracts import IntervalCall, SelectedCall, Upstream, meets
 from nsa_kernels.reference import (
     combine,
     compress_mean,
@@ -61,52 +63,33 @@ __all__ = [
 # --- Public functions -------------------------------------------------------------------------------------------
 
 
-def compressed_attention(
-    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, *, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
-    """Query t of q [T, Hq, Dk] sees rows `[begin[t], end[t])` of k, v [M, Hkv, D] -> out [T, Hq, Dv], lse [T, Hq]."""
-    return _ChunkedAttention.apply(q, k, v, interval_chunks(begin, end, q.shape[1]), softmax_scale)
+@meets(contracts.interval_attention)
+def compressed_attention(call: IntervalCall) -> tuple[Tensor, Tensor]:
+    return _attend(call)
 
 
+@meets(contracts.interval_attention)
+def window_attention(call: IntervalCall) -> tuple[Tensor, Tensor]:
+    return _attend(call)
+
+
+@meets(contracts.interval_attention_backward)
 def compressed_attention_backward(
-    grad_out: Tensor,
-    gate: Tensor | None,
-    delta: Tensor,
-    softmax_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    begin: Tensor,
-    end: Tensor,
-    *,
-    softmax_scale: float,
-    kv_dtype: torch.dtype | None = None,
+    upstream: Upstream, call: IntervalCall, kv_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments and results as `reference.compressed_attention_backward`."""
-    upstream = Upstream.of(grad_out, gate, delta, softmax_lse)
-    grads = attention_backward(upstream, q, k, v, interval_chunks(begin, end, q.shape[1]), softmax_scale)
-    return grads[0].to(q.dtype), grads[1].to(kv_dtype or k.dtype), grads[2].to(kv_dtype or v.dtype)
+    return _gradients(upstream, call, kv_dtype)
 
 
-# The same functions of their arguments: only the keys differ.
-window_attention = compressed_attention
-window_attention_backward = compressed_attention_backward
+@meets(contracts.interval_attention_backward)
+def window_attention_backward(
+    upstream: Upstream, call: IntervalCall, kv_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(upstream, call, kv_dtype)
 
 
-def selected_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor,
-    block_table: Tensor,
-    position: Tensor,
-    *,
-    slc_block_len: int,
-    softmax_scale: float,
-    k_remote: Tensor | None = None,
-    v_remote: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Arguments and results as `reference.selected_attention`."""
+@meets(contracts.selected_attention)
+def selected_attention(call: SelectedCall) -> tuple[Tensor, Tensor]:
+    q, k, v, k_remote, v_remote, block_indices, block_table, position, slc_block_len, softmax_scale = call
     group = q.shape[1] // k.shape[1]
     parts = []
     for head in range(k.shape[1]):
@@ -118,34 +101,20 @@ def selected_attention(
     return torch.cat(outs, 1), torch.cat(lses, 1)
 
 
+@meets(contracts.selected_attention_backward)
 def selected_attention_backward(
-    grad_out: Tensor,
-    gate: Tensor | None,
-    delta: Tensor,
-    softmax_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor,
-    block_table: Tensor,
-    position: Tensor,
-    *,
-    slc_block_len: int,
-    softmax_scale: float,
-    k_remote: Tensor | None = None,
-    v_remote: Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    upstream: Upstream, call: SelectedCall, dtype: torch.dtype | None
 ) -> tuple[Tensor | None, ...]:
-    """Arguments and results as `reference.selected_attention_backward`."""
+    q, k, v, k_remote, v_remote, block_indices, block_table, position, slc_block_len, softmax_scale = call
     group = q.shape[1] // k.shape[1]
-    upstream = Upstream.of(grad_out, gate, delta, softmax_lse)
+    above = AtenUpstream.of(upstream)
     dq, dk, dv = (wide_zeros(x) for x in (q, k, v))
     dk_remote, dv_remote = (None if x is None else wide_zeros(x) for x in (k_remote, v_remote))
     for head in range(k.shape[1]):
         heads = slice(head * group, (head + 1) * group)
         pages = head_pages(head, k, v, k_remote, v_remote)
         chunks = selected_chunks(block_indices[:, head], block_table[head], position, slc_block_len, group)
-        grads = attention_backward(upstream.of_heads(heads), q[:, heads], *pages, chunks, softmax_scale)
+        grads = attention_backward(above.of_heads(heads), q[:, heads], *pages, chunks, softmax_scale)
         dq[:, heads] = grads[0]
         for local, remote, grad in zip((dk, dv), (dk_remote, dv_remote), grads[1:], strict=True):
             local[:, head] = grad[: len(k), 0]
@@ -155,10 +124,22 @@ def selected_attention_backward(
     return tuple(None if g is None or x is None else g.to(dtype or x.dtype) for g, x in pairs)
 
 
+def _attend(call: IntervalCall) -> tuple[Tensor, Tensor]:
+    q, k, v, begin, end, softmax_scale = call
+    return _ChunkedAttention.apply(q, k, v, interval_chunks(begin, end, q.shape[1]), softmax_scale)
+
+
+def _gradients(upstream: Upstream, call: IntervalCall, kv_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, begin, end, softmax_scale = call
+    chunks = interval_chunks(begin, end, q.shape[1])
+    grads = attention_backward(AtenUpstream.of(upstream), q, k, v, chunks, softmax_scale)
+    return grads[0].to(q.dtype), grads[1].to(kv_dtype or k.dtype), grads[2].to(kv_dtype or v.dtype)
+
+
 # --- Attention chunk by chunk -----------------------------------------------------------------------------------
 
 
-class Upstream(NamedTuple):
+class AtenUpstream(NamedTuple):
     """What comes from above: of all the keys of a query, of which those at hand may be a part."""
 
     grad_out: Tensor  # [T, Hq, Dv], times the gate
@@ -166,8 +147,9 @@ class Upstream(NamedTuple):
     softmax_lse: Tensor  # [T, Hq]
 
     @classmethod
-    def of(cls, grad_out: Tensor, gate: Tensor | None, delta: Tensor, softmax_lse: Tensor) -> "Upstream":
+    def of(cls, upstream: Upstream) -> "AtenUpstream":
         """From delta [T, Hq] = rowsum(grad_out * out): `out` is one with that sum, all of it in one place of a row."""
+        grad_out, gate, delta, softmax_lse = upstream
         wide = grad_out.to(compute_dtype(grad_out))
         largest = wide.abs().argmax(-1, keepdim=True)
         divisor = wide.gather(-1, largest)
@@ -175,8 +157,8 @@ class Upstream(NamedTuple):
         out = torch.zeros_like(wide).scatter_(-1, largest, share.to(wide.dtype))
         return cls(wide if gate is None else wide * gate[..., None], out, softmax_lse)
 
-    def of_heads(self, heads: slice) -> "Upstream":
-        return Upstream(*(x[:, heads] for x in self))
+    def of_heads(self, heads: slice) -> "AtenUpstream":
+        return AtenUpstream(*(x[:, heads] for x in self))
 
 
 class _ChunkedAttention(torch.autograd.Function):
@@ -204,12 +186,12 @@ class _ChunkedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out: Tensor, _: Tensor):
         q, k, v, out, lse = ctx.saved_tensors
-        grads = attention_backward(Upstream(grad_out, out, lse), q, k, v, ctx.chunks, ctx.softmax_scale)
+        grads = attention_backward(AtenUpstream(grad_out, out, lse), q, k, v, ctx.chunks, ctx.softmax_scale)
         return *(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), None, None
 
 
 def attention_backward(
-    upstream: Upstream, q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[Chunk], softmax_scale: float
+    upstream: AtenUpstream, q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[Chunk], softmax_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in fp32 or better."""
     dq, dk, dv = (wide_zeros(x) for x in (q, k, v))

@@ -9,8 +9,7 @@ from kernels.judge import assert_twice
 from kernels.packs import pack
 from kernels.plain import interval_attention
 from nsa_kernels import reference
-from nsa_kernels.interval.attention import compressed_attention_backward
-from nsa_kernels.interval.cmp_forward import compressed_attention
+from nsa_kernels.interval.attention import compressed_attention, compressed_attention_backward
 from nsa_kernels.interval.parts import tile_ranges
 
 NAMES = ("out", "lse", "dq", "dk", "dv")

@@ -10,7 +10,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_gluon_kernel_compiles(tmp_path):
-    sources = {path.stem: path.read_text() for path in (ROOT / "kernels" / "nsa_kernels").glob("*.py")}
+    package = ROOT / "kernels" / "nsa_kernels"
+    sources = {
+        ".".join(path.relative_to(package).with_suffix("").parts): path.read_text() for path in package.rglob("*.py")
+    }
     kernels = {
         f"{name}.{kernel}"
         for name, text in sources.items()

@@ -6,7 +6,8 @@ import torch
 from kernels.judge import assert_twice
 from nsa_kernels import reference
 from nsa_kernels.gates.combine import combine
-from nsa_kernels.gates.sums import gate_deltas, sum_branches
+from nsa_kernels.gates.deltas import gate_deltas
+from nsa_kernels.gates.sums import sum_branches
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

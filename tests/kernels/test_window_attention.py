@@ -8,7 +8,7 @@ import torch
 from kernels.judge import assert_twice
 from kernels.plain import interval_attention
 from nsa_kernels import reference
-from nsa_kernels.interval.win_forward import window_attention, window_attention_backward
+from nsa_kernels.interval.attention import window_attention, window_attention_backward
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

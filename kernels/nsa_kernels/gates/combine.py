@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsa_kernels.common.rows import row_blocks, token_head_strides, unit_stride
-from nsa_kernels.gates.sums import check_out
+from nsa_kernels.gates.rows import check_out
 
 
 @triton.jit

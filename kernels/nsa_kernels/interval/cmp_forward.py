@@ -1,45 +1,20 @@
-"""Attention of every query to one interval of key rows: the compressed branch (section 3.3.1).
-
-    s[t, h, i] = softmax_scale * q[t, h] . k[i, h // G]          for begin[t] <= i < end[t]
-    out[t, h]  = sum_i softmax(s[t, h])[i] * v[i, h // G]        softmax_lse[t, h] = log sum_i exp(s[t, h, i])
+"""The forward of compressed attention in plain Triton: a program owns BLOCK_M rows and walks the keys they see.
 
 A tile is BLOCK_M *rows* of one key-value head; row r is query r // G and head r % G of the group, so that every G
-fills a tile: 128 rows are 8 queries of 16 heads, or 128 queries of one head. On Hopper GPUs `hopper_forward` takes the
-usual sizes.
+fills a tile: 128 rows are 8 queries of 16 heads, or 128 queries of one head. Shapes: see `attention`.
 
-Shapes      T = query tokens here, M = compressed blocks of the whole sequence, G = Hq // Hkv
-    q       [T, Hq, Dk]      bf16, fp16 or fp32; strides over T and Hq in whole 16 bytes (else copied)
-    k, v    [M, Hkv, Dk], [M, Hkv, Dv]      Dv a power of two of at least 16, Dk too or the sum of two (192)
-    begin, end               int32 [T], both non-decreasing; begin == end: the row is (out = 0, lse = -inf)
-    returns out [T, Hq, Dv] in the dtype of q, softmax_lse fp32 [T, Hq], natural log; both may receive gradients
-Numerics    tensor cores take the input dtype and add up in fp32; the softmax is fp32. Key tiles begin at multiples of
-            BLOCK_N whatever the query tile, and a tile that a row does not see leaves its state as it was, so the bits
-            of a row depend on neither its neighbours nor its place in the tile.
-Work        2 * (Dk + Dv) FLOP a visible (query, head, key)
-Reference   nsa_kernels.reference.compressed_attention
-Source      Dao 2023, arXiv:2307.08691; the rows of a group in one tile: Ainslie et al. 2023, arXiv:2305.13245
+Numerics    Key tiles begin at multiples of BLOCK_N whatever the query tile, and a tile that a row does not see leaves
+            its state as it was, so the bits of a row depend on neither its neighbours nor its place in the tile.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from nsa_kernels.common.deltas import row_deltas
-from nsa_kernels.common.hopper import hopper_takes
-from nsa_kernels.common.sizes import cdiv
-from nsa_kernels.common.tiles import (
-    check_attention_inputs,
-    copyable_by_tma,
-    dot_precision,
-    kv_descriptors,
-    row_offsets,
-    split_head_dim,
-)
+from nsa_kernels.common.sizes import cdiv, split_head_dim
+from nsa_kernels.common.tiles import dot_precision, kv_descriptors, row_offsets
 from nsa_kernels.common.wild import tamed, wild_rows
-from nsa_kernels.interval import hopper_forward
-from nsa_kernels.interval.attention import compressed_attention_backward
+from nsa_kernels.interval.tiles import cmp_forward_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -111,25 +86,23 @@ def _forward_kernel(
     tl.store(lse_ptr + row_offsets(row, head, num_heads_kv * G, 1, G), lse, mask=live)
 
 
-def _forward_tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """H200, bf16, 65,536 tokens, D 128, ms for (Hq, Hkv) = (64, 4).
-
-    BLOCK_M, BLOCK_N, warps, stages: 128, 64, 8, 2 in 128 registers, so that two tiles share a multiprocessor, 9.4;
-    64, 64, 4, 3 10.0; 128, 128, 8, 2 9.9; with pointers in place of the copy engine 9.9 to 10.9.
-    """
-    if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    if head_dim <= 128:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2, "maxnreg": 128}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-
-
-def _attend(q, k, v, begin, end, out, lse, softmax_scale, apart) -> None:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    apart: bool,
+) -> None:
+    """Writes out [T, Hq, Dv] and lse [T, Hq], both contiguous. `apart`: see `wild`."""
     num_queries, num_q_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[:2]
     group = num_q_heads // num_kv_heads
     dim_a, dim_b = split_head_dim(head_dim)
-    tile = _forward_tile(max(head_dim, v.shape[2]), q.dtype)
+    tile = cmp_forward_tile(max(head_dim, v.shape[2]), q.dtype)
     _forward_kernel[(cdiv(num_queries * group, tile["BLOCK_M"]) * num_kv_heads,)](
         q, *kv_descriptors(k, v, tile["BLOCK_N"]), begin, end,
         out, lse,
@@ -137,49 +110,3 @@ def _attend(q, k, v, begin, end, out, lse, softmax_scale, apart) -> None:
         *q.stride()[:2],
         G=group, DK_A=dim_a, DK_B=dim_b, DV=v.shape[2], PRECISION=dot_precision(q.dtype), APART=apart, **tile,
     )  # fmt: skip
-
-
-class _CompressedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, begin, end, softmax_scale, aligned):
-        q, k, v = (copyable_by_tma(x) for x in (q, k, v))
-        num_queries, num_q_heads, head_dim = q.shape
-        out = q.new_empty(num_queries, num_q_heads, v.shape[2])
-        lse = q.new_empty(num_queries, num_q_heads, dtype=torch.float32)
-        ctx.options = {"softmax_scale": softmax_scale, "aligned": aligned}
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, begin, end, out, lse)
-        if k.shape[0] == 0 or num_queries == 0:
-            return out.zero_(), lse.fill_(float("-inf"))
-        if hopper_takes(q, k, aligned) and head_dim == v.shape[2]:
-            hopper_forward.attend(q, k, v, begin, end, out, lse, softmax_scale)
-        else:
-            _attend(q, k, v, begin, end, out, lse, softmax_scale, aligned is not True)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        q, k, v, begin, end, out, lse = ctx.saved_tensors
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        grad_out = copyable_by_tma(grad_out)
-        delta = row_deltas(out, grad_out, grad_lse)
-        grads = compressed_attention_backward(grad_out, None, delta, lse, q, k, v, begin, end, **ctx.options)
-        return *grads, None, None, None, None
-
-
-def compressed_attention(
-    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, *, softmax_scale: float, aligned: bool | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention of every query to the compressed blocks it may see, rows `[begin[t], end[t])` (section 3.3.1).
-
-    q [T, Hq, Dk]   k [M, Hkv, Dk]   v [M, Hkv, Dv]   begin, end int32 [T], both non-decreasing
-    aligned     whether documents begin where `wild.WHOLE_TILES` says. True: tiles hold one document each, so NaN of one
-                reaches no other. False: the plain kernels keep rows apart one by one. None: it is not known; they
-                do so, but the kernels for Hopper, which cannot, are used all the same
-    returns out [T, Hq, Dv] in the dtype of q, softmax_lse [T, Hq]
-    raises ValueError on shapes and dtypes that do not fit together
-    """
-    check_attention_inputs(q, k, v, begin, end, softmax_scale)
-    return _CompressedAttention.apply(q, k, v, begin.contiguous(), end.contiguous(), softmax_scale, aligned)

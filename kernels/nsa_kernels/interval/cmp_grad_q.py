@@ -1,4 +1,4 @@
-"""dQ of compressed attention: a program owns BLOCK_M rows and walks the keys they see. See `cmp_backward`.
+"""dQ of compressed attention: a program owns BLOCK_M rows and walks the keys they see. See `attention`.
 
 dQ = scale * gate * (P * (dO V^T - delta)) K          the gate of a row multiplies its finished sum
 """
@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.common.sizes import cdiv
-from nsa_kernels.common.tiles import dot_precision, kv_descriptors, row_offsets, split_head_dim
+from nsa_kernels.common.sizes import cdiv, split_head_dim
+from nsa_kernels.common.tiles import dot_precision, kv_descriptors, row_offsets
 from nsa_kernels.common.wild import tamed
 from nsa_kernels.interval.statistics import load_statistics
+from nsa_kernels.interval.tiles import cmp_grad_q_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -79,26 +80,13 @@ def _grad_q_kernel(
         tl.store(grad_q_rows + dim_b, (grad_q_b * factor).to(q_a.dtype), mask=live[:, None])
 
 
-def _tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """H200, bf16, 65,536 tokens, D 128, ms for (Hq, Hkv) = (64, 4), this kernel alone, twice in a row.
-
-    BLOCK_M, BLOCK_N, warps, stages: 64, 64, 4, 2, of which two share a multiprocessor, 10.7 (615 TFLOP/s);
-    128, 64, 8, 3 11.8; 128, 128, 8, 2 12.1; 128, 64, 8, 2 12.7.
-    """
-    if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    if head_dim <= 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-
-
 def grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale, apart) -> Tensor:
     """dQ [T, Hq, Dk] in the dtype of q. `grad_out` and k, v can be read by the copy engine. `apart`: see `wild`."""
     num_queries, num_q_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[:2]
     group = num_q_heads // num_kv_heads
     dim_a, dim_b = split_head_dim(head_dim)
-    tile = _tile(max(head_dim, v.shape[2]), q.dtype)
+    tile = cmp_grad_q_tile(max(head_dim, v.shape[2]), q.dtype)
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _grad_q_kernel[(cdiv(num_queries * group, tile["BLOCK_M"]) * num_kv_heads,)](
         q, *kv_descriptors(k, v, tile["BLOCK_N"]), begin, end, statistics, grad_out,

@@ -1,8 +1,8 @@
-"""dK and dV of compressed attention: a program owns BLOCK_N keys and walks the rows that see them. See `cmp_backward`.
+"""dK and dV, of both branches: a program owns BLOCK_N keys and walks the rows that see them. See `attention`.
 
     P_g = gate * P        dV = P_g^T dO        dK = scale * (P_g * (dO V^T - delta))^T Q
 
-Each program takes one part of its keys' rows; see `cmp_parts`.
+Each program takes one part of its keys' rows; see `parts`.
 """
 
 import torch
@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.common.sizes import cdiv
-from nsa_kernels.common.tiles import dot_precision, row_offsets, split_head_dim, tile_descriptor
+from nsa_kernels.common.sizes import cdiv, split_head_dim
+from nsa_kernels.common.tiles import dot_precision, row_offsets, tile_descriptor
 from nsa_kernels.common.wild import tamed, wild_rows
 from nsa_kernels.interval.parts import num_splits, sum_parts, tile_ranges
 from nsa_kernels.interval.statistics import load_statistics
+from nsa_kernels.interval.tiles import grad_kv_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -108,18 +109,6 @@ def _grad_kv_kernel(
     tl.store(grad_v_ptr + slot * DV + dim_v, grad_v, mask=inside)
 
 
-def _tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """As above: 64, 64, 4, 2 19.4 (453 TFLOP/s); 64, 128, 8, 2 23.2; 64, 128, 8, 3 25.6.
-
-    dK and dV by kernels of their own, S computed twice: 17.9 + 13.4 at best.
-    """
-    if dtype == torch.float32:
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    if head_dim <= 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-
-
 def grad_kv(
     q, k, v, begin, end, statistics, grad_out, softmax_scale, dtype=None, *, apart
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -128,7 +117,7 @@ def grad_kv(
     num_keys, num_kv_heads = k.shape[:2]
     group = num_q_heads // num_kv_heads
     dim_a, dim_b = split_head_dim(head_dim)
-    tile = _tile(max(head_dim, v.shape[2]), q.dtype)
+    tile = grad_kv_tile(max(head_dim, v.shape[2]), q.dtype)
     num_key_tiles = cdiv(num_keys, tile["BLOCK_N"])
     splits = num_splits(num_key_tiles * num_kv_heads)
     grad_k = torch.empty(splits, *k.shape, dtype=torch.float32, device=k.device)

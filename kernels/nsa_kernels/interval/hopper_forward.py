@@ -1,12 +1,12 @@
-"""Compressed attention on Hopper, in Gluon: `cmp_attention`'s forward with the roles of warps apart.
+"""Compressed attention on Hopper, in Gluon: `cmp_forward`'s forward with the roles of warps apart.
 
 Every multiprocessor takes tiles of 128 rows in turn. One warp copies them and their keys and values in; two groups of
 four warps own 64 rows each, and while the products P V of one key tile run, compute the softmax of the next:
 
     issue S[i + 1] = Q K[i + 1]^T;   issue O += P[i] V[i];   P[i + 1] = softmax(S[i + 1]);   O *= alpha
 
-Shapes      as `cmp_attention`; D = Dk = Dv of 64 or 128, 64 a multiple of G, 16-bit inputs
-Numerics    as `cmp_attention`, with key tiles of BLOCK_N: the bits of a row depend on the row and its keys alone
+Shapes      as `cmp_forward`; D = Dk = Dv of 64 or 128, 64 a multiple of G, 16-bit inputs
+Numerics    as `cmp_forward`, with key tiles of BLOCK_N: the bits of a row depend on the row and its keys alone
 Source      Shah et al. 2024, arXiv:2407.08608 (FlashAttention-3), section 3.2
 """
 
@@ -249,7 +249,7 @@ def attend(
     """Writes out [T, Hq, D] and lse [T, Hq], both contiguous.
 
     H200, bf16, 65,536 tokens, D 128, Hq 64, Hkv 4: 6.5 ms (674 TFLOP/s) alone, 7.5 sustained at the card's power limit,
-    where the kernel of `cmp_attention` takes 8.6 and 9.3; 8,192 tokens: 0.19 and 0.26.
+    where the kernel of `cmp_forward` takes 8.6 and 9.3; 8,192 tokens: 0.19 and 0.26.
     """
     num_queries, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]

@@ -1,4 +1,4 @@
-"""dK and dV of compressed attention on Hopper, in Gluon: the sums of `cmp_grad_kv`, with the roles of warps apart.
+"""dK and dV of compressed attention on Hopper, in Gluon: the sums of `grad_kv`, with the roles of warps apart.
 
 A program owns 128 keys and walks 64-row tiles of the rows that see them. One warp copies tiles in, NUM_STAGES deep; two
 groups of four warps own 64 keys each:
@@ -9,7 +9,7 @@ groups of four warps own 64 keys each:
 While one group takes exponentials, the products of the other run. (Sums left in flight from one step to the next, so
 that a group overlaps with itself too, make ptxas serialize all products: its registers do not suffice.)
 
-Shapes      as `cmp_grad_kv`; D = Dk = Dv of 64 or 128, G divides 64, 16-bit inputs
+Shapes      as `grad_kv`; D = Dk = Dv of 64 or 128, G divides 64, 16-bit inputs
 Reference   nsa_kernels.reference.compressed_attention_backward
 Source      Shah et al. 2024, arXiv:2407.08608 (FlashAttention-3)
 """
@@ -197,7 +197,7 @@ def grad_kv(
     """dK and dV [M, Hkv, D] in `dtype`; None: that of k.
 
     H200, bf16, 65,536 tokens, D 128, Hq 64, Hkv 4: 13.4 ms (653 TFLOP/s) alone, 15.5 sustained at the card's power
-    limit, where `cmp_grad_kv` takes 18.0 and 20.2. 16 splits and 2 stages: the same within 1%.
+    limit, where `grad_kv` takes 18.0 and 20.2. 16 splits and 2 stages: the same within 1%.
     """
     num_queries, num_q_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[:2]

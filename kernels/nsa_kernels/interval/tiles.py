@@ -1,8 +1,14 @@
-"""Tile sizes of the window kernels: one table, chosen by head dims, with the measurement beside each row."""
+"""Tile sizes of the interval kernels, chosen by head dims and dtype, each with the measurement that chose it.
+
+The Hopper kernels have one tile each, beside their code.
+"""
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from nsa_kernels.common.sizes import split_head_dim
 
 # Key tiles start at multiples of this many rows. Ranks lay the same keys at rows that are congruent modulo 64, so with
 # this one number every rank adds up a query's keys in the same tiles, and gets the same bits.
@@ -51,15 +57,47 @@ def window_tiles(dim_k: int, itemsize: int) -> WindowTiles:
     )
 
 
-def split_head_dim(dim: int) -> tuple[int, int]:
-    """A head dim as two tile widths, a power of two and a smaller one or 0: 192 is (128, 64)."""
-    main = 1 << (dim.bit_length() - 1)
-    return main, dim - main
-
-
-def kernel_dims(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int | str]:
-    """The constexprs that the two kernels share."""
+def window_dims(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int | str]:
+    """The constexprs that the two kernels of the window share."""
     dk, dk_tail = split_head_dim(q.shape[2])
     group = q.shape[1] // k.shape[1]
     # fp32 in full precision; 16-bit inputs have one way only.
     return {"G": group, "DK": dk, "DK_TAIL": dk_tail, "DV": v.shape[2], "BLOCK_N": KEY_TILE, "PRECISION": "ieee"}
+
+
+def cmp_forward_tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """H200, bf16, 65,536 tokens, D 128, ms for (Hq, Hkv) = (64, 4).
+
+    BLOCK_M, BLOCK_N, warps, stages: 128, 64, 8, 2 in 128 registers, so that two tiles share a multiprocessor, 9.4;
+    64, 64, 4, 3 10.0; 128, 128, 8, 2 9.9; with pointers in place of the copy engine 9.9 to 10.9.
+    """
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    if head_dim <= 128:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2, "maxnreg": 128}
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+
+
+def cmp_grad_q_tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """H200, bf16, 65,536 tokens, D 128, ms for (Hq, Hkv) = (64, 4), this kernel alone, twice in a row.
+
+    BLOCK_M, BLOCK_N, warps, stages: 64, 64, 4, 2, of which two share a multiprocessor, 10.7 (615 TFLOP/s);
+    128, 64, 8, 3 11.8; 128, 128, 8, 2 12.1; 128, 64, 8, 2 12.7.
+    """
+    if dtype == torch.float32:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    if head_dim <= 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+
+
+def grad_kv_tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """As above: 64, 64, 4, 2 19.4 (453 TFLOP/s); 64, 128, 8, 2 23.2; 64, 128, 8, 3 25.6.
+
+    dK and dV by kernels of their own, S computed twice: 17.9 + 13.4 at best.
+    """
+    if dtype == torch.float32:
+        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    if head_dim <= 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}

@@ -1,40 +1,21 @@
-"""Window attention: every query sees the rows `[begin[t], end[t])` of k and v (NSA, section 3.3.3).
+"""The forward of window attention in plain Triton. Shapes: see `attention`; keys may begin before the first query.
 
-    out[t, h] = softmax(softmax_scale * q[t, h] . k[begin[t]:end[t], h // G]) @ v[begin[t]:end[t], h // G]
-
-Shapes      T = query tokens, R = key rows (they may begin before the first query: a halo), G = Hq // Hkv
-    q           [T, Hq, Dk]     bf16, fp16 or fp32; any strides over tokens and heads
-    k, v        [R, Hkv, Dk or Dv]  dtype of q
-    begin, end  [T]             int32, both non-decreasing; begin == end: the row sees nothing
-    out         [T, Hq, Dv]     dtype of q; 0 on a row that sees nothing
-    softmax_lse [T, Hq]         fp32, natural log; -inf on a row that sees nothing
 Tiles       The rows of a tile are queries x heads of one group, flattened: 128 rows at G = 16 are 8 queries, which
             span 9 key tiles of 64 at a window of 512, where 128 queries of one head span 10. K/V traffic is the same.
-            On Hopper GPUs `hopper_forward` takes the place of the kernel below for head dims of 64 and 128.
 Numerics    Scores, softmax and accumulators in fp32; P is rounded to the dtype of v for the tensor cores, out once.
             Key tiles lie at multiples of 64 rows whatever the queries are, and a tile that a row does not see leaves
             its registers as they were: the bits of a row do not depend on the rows that share its tile.
-Gradients   dq, dk, dv, for gradients of both out and softmax_lse: win_backward.py. No atomics, so bits repeat.
-Reference   nsa_kernels.reference.window_attention
 Source      Dao 2023, arXiv:2307.08691 (online softmax); Milakov & Gimelshein 2018, arXiv:1805.02867.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from nsa_kernels.common.deltas import row_deltas
-from nsa_kernels.common.hopper import hopper_takes
-from nsa_kernels.common.rows import token_head_strides, unit_stride
+from nsa_kernels.common.rows import token_head_strides
 from nsa_kernels.common.sizes import cdiv
-from nsa_kernels.common.tiles import copyable_by_tma
 from nsa_kernels.common.wild import tamed, wild_rows
-from nsa_kernels.interval import hopper_forward
-from nsa_kernels.interval.tiles import KEY_TILE, kernel_dims, split_head_dim, window_tiles
-from nsa_kernels.interval.unseen import unseen_tiles
-from nsa_kernels.interval.win_grad_q import window_gradients
+from nsa_kernels.interval.tiles import window_dims, window_tiles
 
 
 @triton.jit
@@ -130,32 +111,7 @@ def _forward_kernel(
     tl.store(lse_ptr + out_row, (row_max + tl.log2(row_sum)) / log2e, mask=inside)
 
 
-class _WindowAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, begin, end, softmax_scale, aligned):
-        q, k, v = (copyable_by_tma(t) for t in (q, k, v))
-        out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        if q.numel() and k.numel() and hopper_takes(q, k, aligned) and q.shape[2] == v.shape[2]:
-            unseen = unseen_tiles(begin, end, k.shape[0], KEY_TILE)
-            hopper_forward.attend(q, k, v, begin, end, out, lse, softmax_scale, key_tile=KEY_TILE, unseen=unseen)
-        elif q.numel():
-            _launch_forward(q, k, v, begin, end, out, lse, softmax_scale, aligned is not True)
-        ctx.save_for_backward(q, k, v, begin, end, out, lse)
-        ctx.options = {"softmax_scale": softmax_scale, "aligned": aligned}
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        q, k, v, begin, end, out, lse = ctx.saved_tensors
-        grad_out = torch.zeros_like(out) if grad_out is None else unit_stride(grad_out)
-        delta = row_deltas(out, grad_out, grad_lse)
-        return *window_gradients(grad_out, None, delta, lse, q, k, v, begin, end, **ctx.options), *[None] * 4
-
-
-def _launch_forward(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -166,6 +122,7 @@ def _launch_forward(
     softmax_scale: float,
     apart: bool,
 ) -> None:
+    """Writes out [T, Hq, Dv] and lse [T, Hq], both contiguous. `apart`: see `wild`."""
     tile = window_tiles(q.shape[2], q.element_size()).forward
     num_queries, num_kv_heads = q.shape[0], k.shape[1]
     num_rows = num_queries * (q.shape[1] // num_kv_heads)
@@ -173,109 +130,7 @@ def _launch_forward(
         *(q, k, v, begin, end),
         *(out, lse),
         *(*token_head_strides(q, k, v), num_queries, num_kv_heads, softmax_scale),
-        **kernel_dims(q, k, v),
+        **window_dims(q, k, v),
         APART=apart,
         **tile.launch(),
     )
-
-
-def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, *, softmax_scale: float, aligned: bool | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention of every query to its window, rows `[begin[t], end[t])` of k and v: (out, softmax_lse).
-
-    Shapes, dtypes and numerics: the docstring of this file; `aligned` as in `compressed_attention`. Raises ValueError
-    on shapes that do not fit, on head dims that no tile covers, and on a softmax_scale that is not positive.
-    """
-    _check(q, k, v, begin, end, softmax_scale)
-    return _WindowAttention.apply(q, k, v, begin.contiguous(), end.contiguous(), softmax_scale, aligned)
-
-
-def window_attention_backward(
-    grad_out: Tensor,
-    gate: Tensor | None,
-    delta: Tensor,
-    softmax_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    begin: Tensor,
-    end: Tensor,
-    *,
-    softmax_scale: float,
-    kv_dtype: torch.dtype | None = None,
-    aligned: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of `gate * window_attention(q, k, v, begin, end)`, in the dtypes of q, k, v.
-
-    grad_out    [T, Hq, Dv]     of `gate * out`, or of a sum that it is a term of
-    gate        [T, Hq]         of either sign; None: ones
-    delta       fp32 [T, Hq]    rowsum(grad_out * out), of `out` without its gate
-    softmax_lse fp32 [T, Hq]    as `window_attention` returned it; these four of any strides
-    kv_dtype                    of dk and dv instead, for sums that go on elsewhere
-    aligned                     as `compressed_attention`
-
-    Raises ValueError as `window_attention`, and on shapes and dtypes of these four that do not fit.
-    """
-    _check(q, k, v, begin, end, softmax_scale)
-    _check_upstream(grad_out, gate, delta, softmax_lse, q, v)
-    begin, end = begin.contiguous(), end.contiguous()
-    return window_gradients(
-        grad_out, gate, delta, softmax_lse, q, k, v, begin, end, softmax_scale, kv_dtype, aligned=aligned
-    )
-
-
-def _check_upstream(
-    grad_out: Tensor, gate: Tensor | None, delta: Tensor, softmax_lse: Tensor, q: Tensor, v: Tensor
-) -> None:
-    if grad_out.shape != (*q.shape[:2], v.shape[2]) or grad_out.dtype != q.dtype:
-        raise ValueError(
-            f"grad_out is {grad_out.dtype} {tuple(grad_out.shape)}, but the gradient of the output of q {q.dtype} "
-            f"{tuple(q.shape)} and v {tuple(v.shape)} is {q.dtype} {(*q.shape[:2], v.shape[2])}, because it is "
-            f"multiplied with them on the tensor cores; reshape or cast it"
-        )
-    statistics = {"delta": delta, "softmax_lse": softmax_lse}
-    fits = all(x.shape == q.shape[:2] and x.dtype == torch.float32 for x in statistics.values())
-    if not fits or (gate is not None and gate.shape != q.shape[:2]):
-        given = ", ".join(
-            f"{name} {x.dtype} {tuple(x.shape)}" for name, x in {"gate": gate, **statistics}.items() if x is not None
-        )
-        raise ValueError(
-            f"{given}: each must be [T, Hq] = {tuple(q.shape[:2])}, delta and softmax_lse fp32, because a row of "
-            f"scores has one of each and exponentials of their differences are taken; pass a column of gate_deltas, "
-            f"softmax_lse as the forward returned it, and gates[..., b]"
-        )
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, softmax_scale: float) -> None:
-    if q.shape[1] % k.shape[1] or k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: the key-value heads must divide "
-            f"the query heads, k and v must have the same rows and heads, q and k the same head dim"
-        )
-    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(
-            f"q, k, v of dtypes {q.dtype}, {k.dtype}, {v.dtype}: the kernel needs one dtype of bf16, fp16 or fp32, "
-            f"because the tensor cores take one; cast them, or use nsa_kernels.reference for fp64"
-        )
-    for name, bound in (("begin", begin), ("end", end)):
-        if bound.shape != q.shape[:1] or bound.dtype != torch.int32:
-            raise ValueError(
-                f"{name} is {bound.dtype} {tuple(bound.shape)}: the kernel reads one int32 per query, "
-                f"[{q.shape[0]}]; use {name}.to(torch.int32)"
-            )
-    main, tail = split_head_dim(q.shape[2])
-    for name, dim, fits in (
-        ("Dk", q.shape[2], main >= 16 and (tail == 0 or (tail >= 16 and tail.bit_count() == 1))),
-        ("Dv", v.shape[2], v.shape[2] >= 16 and v.shape[2].bit_count() == 1),
-    ):
-        if not fits:
-            raise ValueError(
-                f"{name}={dim}: tiles are powers of two of at least 16, and only Dk may be the sum of two "
-                f"(192 = 128 + 64), because registers are laid out in powers of two; pad the head dim with zeros"
-            )
-    if not softmax_scale > 0:
-        raise ValueError(
-            f"softmax_scale={softmax_scale} must be positive, because the running maximum is taken before scaling; "
-            f"negate q instead"
-        )

@@ -1,18 +1,10 @@
-"""Gradients of gated window attention, without atomics: dK and dV, then dQ.
+"""dQ of window attention in plain Triton, without atomics.
 
-    P  = gate * exp(softmax_scale * Q K^T - softmax_lse)         recomputed tile by tile
-    dV = P^T dO         dP = dO V^T         dS = P * (dP - delta)         dQ = scale * dS K         dK = scale * dS^T Q
-    delta[t, h] = sum_d dO[t, h, d] * out[t, h, d]               of `out` without its gate
+    P  = exp(softmax_scale * Q K^T - softmax_lse)                recomputed tile by tile
+    dS = P * (dO V^T - delta)         dQ = gate * scale * dS K
 
-`softmax_lse` shifts every score of a row alike, so a gradient of its own joins dS as `+ P * grad_lse`: it is taken off
-delta.
-
-dK, dV      The kernels of compressed attention, which sees an interval of keys just as well: `hopper_grad_kv` where it
-            can run, else `cmp_grad_kv`. A key that no query sees may be NaN: its row of dS alone becomes so.
-dQ          A program owns the rows of a forward tile and walks their key tiles again. The scores are thus computed
-            twice: 7 products in place of 5, the price of no atomics.
-Shapes      as win_attention.py; grad_out [T, Hq, Dv], gate [T, Hq] or None for ones, delta, softmax_lse [T, Hq] fp32,
-            all of any strides
+A program owns the rows of a forward tile and walks their key tiles again. The scores are thus computed twice, here and
+for dK and dV: 7 products in place of 5, the price of no atomics. Shapes: see `attention`.
 """
 
 import torch
@@ -20,15 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.common.hopper import hopper_takes
 from nsa_kernels.common.rows import token_head_strides
 from nsa_kernels.common.sizes import cdiv
-from nsa_kernels.common.tiles import copyable_by_tma
 from nsa_kernels.common.wild import tamed
-from nsa_kernels.interval import grad_kv as cmp_grad_kv
-from nsa_kernels.interval import hopper_grad_kv
-from nsa_kernels.interval.statistics import load_statistics, row_statistics
-from nsa_kernels.interval.tiles import kernel_dims, window_tiles
+from nsa_kernels.interval.statistics import load_statistics
+from nsa_kernels.interval.tiles import window_dims, window_tiles
 
 
 @triton.jit
@@ -129,36 +117,8 @@ def _queries_kernel(
         tl.store(dq_rows[:, None] + dim_tail[None, :], dq_tail.to(dq_ptr.dtype.element_ty), mask=inside[:, None])
 
 
-def window_gradients(
-    grad_out: Tensor,
-    gate: Tensor | None,
-    delta: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    begin: Tensor,
-    end: Tensor,
-    softmax_scale: float,
-    kv_dtype: torch.dtype | None = None,
-    *,
-    aligned: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the dtypes of q, k, v; dk and dv in `kv_dtype` if it is given."""
-    if not q.numel() or not k.numel():
-        dk, dv = (torch.zeros(t.shape, dtype=kv_dtype or t.dtype, device=t.device) for t in (k, v))
-        return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk, dv
-    q, k, v, grad_out = (copyable_by_tma(t) for t in (q, k, v, grad_out))
-    statistics = row_statistics(lse, delta, gate, begin, end, k.shape[1])
-    arguments = (q, k, v, begin, end, statistics, grad_out, softmax_scale)
-    on_hopper = hopper_takes(q, k, aligned) and q.shape[2] == v.shape[2]
-    apart = aligned is not True
-    if on_hopper:
-        return _grad_q(*arguments, apart), *hopper_grad_kv.grad_kv(*arguments, kv_dtype)
-    return _grad_q(*arguments, apart), *cmp_grad_kv.grad_kv(*arguments, kv_dtype, apart=apart)
-
-
-def _grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale, apart) -> Tensor:
+def grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale, apart) -> Tensor:
+    """dQ [T, Hq, Dk] in the dtype of q. `apart`: see `wild`."""
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     num_queries, num_kv_heads = q.shape[0], k.shape[1]
     tile = window_tiles(q.shape[2], q.element_size()).queries
@@ -167,7 +127,7 @@ def _grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale, apart) -> 
         *(q, k, v, begin, end, statistics, grad_out),
         dq,
         *(*token_head_strides(q, k, v, grad_out), num_queries, statistics.shape[2], num_kv_heads, softmax_scale),
-        **kernel_dims(q, k, v),
+        **window_dims(q, k, v),
         APART=apart,
         **tile.launch(),
     )

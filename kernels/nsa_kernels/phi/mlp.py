@@ -23,7 +23,6 @@ Reference   nsa_kernels.reference.compress_mlp
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -31,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
+from nsa_kernels.phi.tiles import mlp_tile
 
 FAR = tl.constexpr(2**31 - 1)
 
@@ -276,12 +276,6 @@ def _grad_x_kernel(
     tl.store(grad_x, acc.to(grad_x_ptr.dtype.element_ty), mask=owned[:, None])
 
 
-def _tile(dtype: torch.dtype) -> dict[str, Any]:
-    if dtype == torch.float32:
-        return {"BLOCK_M": 32, "PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 64, "PRECISION": "tf32", "num_warps": 4, "num_stages": 3}
-
-
 def _power_of_2_part(number: int, most: int) -> int:
     """The largest power of two that divides `number`, at most `most`."""
     return min(number & -number, most)
@@ -303,9 +297,9 @@ def mlp_forward(
     y = x.new_empty(len(xs), num_blocks, num_heads, head_dim)
     if num_blocks == 0:
         return y, pre, hidden
-    tile = _tile(x.dtype)
+    tile = mlp_tile(x.dtype)
     block_d = _power_of_2_part(head_dim, 64)
-    block_f = _width_tile(width)
+    block_f = _widthmlp_tile(width)
     parts = x.new_empty(PARTS, num_slots, num_blocks + 1, width, dtype=torch.float32)
     _first_product_kernel[(cdiv(num_blocks + 1, tile["BLOCK_M"]), cdiv(width, block_f), num_slots * PARTS)](
         *_both(xs), block_rows, *_both(pos_embs), *_both(w1s),
@@ -338,9 +332,9 @@ def mlp_backward(
     block_len = pos_embs[0].shape[1]
     if num_blocks == 0:
         return tuple([torch.zeros_like(t) for t in tensors] for tensors in (xs, pos_embs, w1s, w2s))
-    tile = _tile(x.dtype)
+    tile = mlp_tile(x.dtype)
     block_d = _power_of_2_part(head_dim, 64)
-    block_f = _width_tile(width)
+    block_f = _widthmlp_tile(width)
     row_tiles = cdiv(num_blocks, tile["BLOCK_M"])
     grad_pre = torch.empty_like(hidden)
     partial = x.new_empty(row_tiles, num_slots, width, dtype=torch.float32)
@@ -379,5 +373,5 @@ def _both(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return tensors[0], tensors[-1]
 
 
-def _width_tile(width: int) -> int:
+def _widthmlp_tile(width: int) -> int:
     return max(16, min(128, next_power_of_2(width)))

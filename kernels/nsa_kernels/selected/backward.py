@@ -3,16 +3,18 @@
 1. `row_deltas`: delta = sum(dO * O) - dlse per (query, head), unless the caller has it.
 2. `items`, one work item at a time: a block against some of the queries that chose it. It sums its own dK and dV in
    registers and leaves one fp32 page of them; each (query, block) pair leaves its part of dQ in the slot of the query.
-   `slc_items`, and `slc_items_hopper` where `slc_tiles.hopper_takes` says so.
-3. `slc_parts.sum_parts`: every query's dQ, its parts in the order of its list.
+   `backward_items`, and `hopper_backward_items` where `tiles.hopper_takes` says so.
+3. `parts.sum_parts`: every query's dQ, its parts in the order of its list.
 4. `pages`: adds up every block's items in order, and writes the page's gradient, wherever the page lies.
 
 No atomics: two runs give the same bits.
 
-Shapes      as `slc_forward`, and
+Shapes      as `forward`, and
     dq_part     [H, T, n, G, Dk]        fp16 for 16-bit inputs, fp32 for fp32, over its largest |element|
     dq_scale    [H, T, n, G]            fp32: what to multiply a part with
     dkv_part    [items, l', Dk + Dv]    fp32
+Rows        fp32 [4, T, Hq], what a program needs to know of a row side by side, so that one address finds all of it:
+            softmax_lse in log2, delta, gate, and the bits of the int32 position
 Gate        dO may be of a sum of branches, out = .. + gate * out_slc: then P below is gate * softmax, and delta is that
             of out_slc without its gate. No gate is 1.
 Numerics    P and dS enter their products in the dtype of q; sums are fp32.
@@ -25,10 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.selected import backward_items as slc_items
-from nsa_kernels.selected import hopper_backward_items as slc_items_hopper
+from nsa_kernels.common.sizes import cdiv, split_head_dim
+from nsa_kernels.contracts import SelectedCall
+from nsa_kernels.selected import backward_items, hopper_backward_items
 from nsa_kernels.selected.index import BlockIndex
-from nsa_kernels.selected.pages import split_width
 from nsa_kernels.selected.parts import sum_parts
 from nsa_kernels.selected.tiles import backward_tiles, hopper_takes
 
@@ -90,14 +92,45 @@ def _put(at, total, ADD: tl.constexpr):
     tl.store(at, total.to(at.dtype.element_ty))
 
 
+@triton.jit(do_not_specialize=["num_rows", "num_heads"])
+def _pack_kernel(
+    lse, delta, gate, position,
+    rows,
+    num_rows, num_heads, stride_lt, stride_lh, stride_dt, stride_dh, stride_gt, stride_gh, stride_pt,
+    HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_rows
+    t, h = row // num_heads, row % num_heads
+    lse_row = tl.load(lse + t * stride_lt + h * stride_lh, mask=inside, other=0.0).to(tl.float32)
+    tl.store(rows + row, lse_row * 1.4426950408889634, mask=inside)
+    delta_row = tl.load(delta + t * stride_dt + h * stride_dh, mask=inside, other=0.0).to(tl.float32)
+    tl.store(rows + num_rows.to(tl.int64) + row, delta_row, mask=inside)
+    gate_row = tl.full([BLOCK], 1.0, tl.float32)
+    if HAS_GATE:
+        gate_row = tl.load(gate + t * stride_gt + h * stride_gh, mask=inside, other=0.0).to(tl.float32)
+    tl.store(rows + 2 * num_rows.to(tl.int64) + row, gate_row, mask=inside)
+    place = tl.load(position + t * stride_pt, mask=inside, other=-1).to(tl.int32)
+    tl.store(rows + 3 * num_rows.to(tl.int64) + row, place.to(tl.float32, bitcast=True), mask=inside)
+
+
+def pack_rows(lse: Tensor, delta: Tensor, gate: Tensor | None, position: Tensor) -> Tensor:
+    """The rows of all queries: lse, delta and gate [T, Hq] of any strides, position integer [T]; no gate is 1."""
+    rows = torch.empty(4, *lse.shape, dtype=torch.float32, device=lse.device)
+    num_rows = lse.numel()
+    if num_rows:
+        _pack_kernel[(cdiv(num_rows, 1024),)](
+            lse, delta, gate, position,
+            rows,
+            num_rows, lse.shape[1], *lse.stride(), *delta.stride(), *(gate.stride() if gate is not None else (0, 0)),
+            position.stride(0),
+            HAS_GATE=gate is not None, BLOCK=1024,
+        )  # fmt: skip
+    return rows
+
+
 def differentiate_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_remote: Tensor | None,
-    v_remote: Tensor | None,
-    block_table: Tensor,
-    block_indices: Tensor,
+    call: SelectedCall,
     index: BlockIndex,
     grad_out: Tensor,
     rows: Tensor,
@@ -105,16 +138,15 @@ def differentiate_chunk(
     page_grads: Sequence[Tensor | None],
     *,
     head_start: int,
-    slc_block_len: int,
-    softmax_scale: float,
     add: bool,
 ) -> None:
     """Fill dq for a chunk of queries and heads, and write, or add where `add`, their share of dk and dv.
 
-    q, block_indices, grad_out, dq are the chunk's queries with all heads, rows [4, T, Hq] what `pack_rows` made of
-    them; page_grads is dk, dv [R, Hkv, D] and dk_remote, dv_remote [pages, l', D], contiguous, zero where no chunk has
-    written.
+    The tensors of the call but pages and table, grad_out and dq are the chunk's queries with all heads, rows [4, T, Hq]
+    what `pack_rows` made of them; page_grads is dk, dv [R, Hkv, D] and dk_remote, dv_remote [pages, l', D], contiguous,
+    zero where no chunk has written.
     """
+    q, k, v, k_remote, v_remote, block_indices, block_table, _, slc_block_len, softmax_scale = call
     num_queries, num_slots = block_indices.shape[0], block_indices.shape[2]
     head_dim_k, head_dim_v = q.shape[2], v.shape[2]
     num_blocks, num_kv_heads = block_table.shape[1], k.shape[1]
@@ -128,13 +160,13 @@ def differentiate_chunk(
         index.max_items, slc_block_len, head_dim_k + head_dim_v, dtype=torch.float32, device=q.device
     )
     on_hopper = hopper_takes(q, k, v, block_indices, slc_block_len, (q, grad_out))
-    (slc_items_hopper if on_hopper else slc_items).launch_items(
+    (hopper_backward_items if on_hopper else backward_items).launch_items(
         q, k, v, k_remote, v_remote, grad_out, rows, block_table, index, dq_part, dq_scale, dkv_part,
         head_start=head_start, softmax_scale=softmax_scale,
     )  # fmt: skip
     tiles = backward_tiles(group, head_dim_k, head_dim_v)
     sum_parts(dq_part, dq_scale, dq, head_start, rows=tiles.sum_rows, stages=tiles.sum_stages)
-    dk0, dk1 = split_width(head_dim_k)
+    dk0, dk1 = split_head_dim(head_dim_k)
     rows_at_once = min(16, slc_block_len)
     num_page_lists = num_heads * num_blocks
     _pages_kernel[(num_page_lists, slc_block_len // rows_at_once)](

@@ -1,7 +1,7 @@
 """Work items of the backward of selected attention: a block against some of the queries that chose it.
 
 An item sums dK and dV of its block in registers and leaves one fp32 page of them; each (query, block) pair leaves its
-part of dQ in the slot of the query. Shapes and the gate: see `slc_backward`; `slc_items_hopper` does the same faster
+part of dQ in the slot of the query. Shapes and the gate: see `backward`; `hopper_backward_items` does the same faster
 where it can.
 """
 
@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.sizes import split_head_dim
 from nsa_kernels.selected.forward import LOG2E
 from nsa_kernels.selected.index import BlockIndex
-from nsa_kernels.selected.pages import load_page, page_strides, split_width
+from nsa_kernels.selected.pages import load_page, page_strides
 from nsa_kernels.selected.parts import SMALLEST
 from nsa_kernels.selected.tiles import backward_tiles
 
@@ -140,7 +141,7 @@ def launch_items(
     num_heads, num_queries, num_slots, group, head_dim_k = dq_part.shape
     block_len, head_dim_v, num_blocks = dkv_part.shape[1], v.shape[2], block_table.shape[1]
     tiles = backward_tiles(group, head_dim_k, head_dim_v)
-    dk0, dk1 = split_width(head_dim_k)
+    dk0, dk1 = split_head_dim(head_dim_k)
     _items_kernel[(index.max_items,)](
         q, k, v, k_remote, v_remote, grad_out, rows,
         block_table, index.entries, index.offsets, index.item_offsets, index.item_list,

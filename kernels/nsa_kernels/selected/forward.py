@@ -5,11 +5,11 @@
    normalised output and log-sum-exp, a *part*, in the slot of the query: nothing is summed across queries or programs.
 2. `shared`, one tile of consecutive queries at a time. Each row's first block, its own and the one before, which
    neighbours have in common, make one part, in slot 0; and the log-sum-exps of all parts become their weights.
-3. `slc_parts.sum_parts`: the weighted sum of each row's parts, in the order of its list.
+3. `parts.sum_parts`: the weighted sum of each row's parts, in the order of its list.
 
 So a query's bits depend on its own list of blocks only: not on its tile neighbours, not on page numbers.
-Where `slc_tiles.hopper_takes` says so, kernels in Gluon do the same: `slc_gathered_hopper` the first step, and
-`slc_shared_hopper` the others in one, so that the shared blocks' part stays in registers.
+Where `tiles.hopper_takes` says so, kernels in Gluon do the same: `hopper_forward_gathered` the first step, and
+`hopper_forward_shared` the others in one, so that the shared blocks' part stays in registers.
 
 Shapes      T = query tokens of this chunk, n = slots, G = query heads per key-value head, H = key-value heads of it
     part        [H, T, n, G, Dv]    fp16 for 16-bit inputs, fp32 for fp32, over its largest |element|
@@ -21,37 +21,25 @@ Numerics    scores, softmax statistics and sums in fp32; the probabilities meet 
 import torch
 from torch import Tensor
 
-from nsa_kernels.selected import forward_gathered as slc_gathered
-from nsa_kernels.selected import forward_shared as slc_shared
-from nsa_kernels.selected import hopper_forward_gathered as slc_gathered_hopper
-from nsa_kernels.selected import hopper_forward_shared as slc_shared_hopper
+from nsa_kernels.contracts import SelectedCall
+from nsa_kernels.selected import (
+    forward_gathered,
+    forward_shared,
+    hopper_forward_gathered,
+    hopper_forward_shared,
+)
 from nsa_kernels.selected.index import BlockIndex
 from nsa_kernels.selected.tiles import hopper_takes
 
 LOG2E = 1.4426950408889634
 
 
-def attend_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_remote: Tensor | None,
-    v_remote: Tensor | None,
-    block_table: Tensor,
-    block_indices: Tensor,
-    position: Tensor,
-    index: BlockIndex,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    head_start: int,
-    slc_block_len: int,
-    softmax_scale: float,
-) -> None:
+def attend_chunk(call: SelectedCall, index: BlockIndex, out: Tensor, lse: Tensor, *, head_start: int) -> None:
     """Fill `out` [T, Hq, Dv] and `lse` [T, Hq] for a chunk of queries and the heads the index was built for.
 
-    All tensors but k, v and the table are the chunk's rows, with all heads; `index` holds heads head_start onwards.
+    All tensors but pages and table are the chunk's rows, with all heads; `index` holds heads head_start onwards.
     """
+    q, k, v, k_remote, v_remote, block_indices, block_table, position, slc_block_len, softmax_scale = call
     num_queries, num_slots = block_indices.shape[0], block_indices.shape[2]
     num_blocks, num_kv_heads = block_table.shape[1], k.shape[1]
     num_heads = index.num_lists // (index.num_segments * num_blocks)
@@ -61,9 +49,9 @@ def attend_chunk(
     part = torch.empty(*part_shape, head_dim_v, dtype=torch.float32 if exact else torch.float16, device=q.device)
     scale, part_lse = (torch.empty(part_shape, dtype=torch.float32, device=q.device) for _ in range(2))
 
-    gather, finish = slc_gathered.attend_gathered, slc_shared.attend_shared_and_sum
+    gather, finish = forward_gathered.attend_gathered, forward_shared.attend_shared_and_sum
     if hopper_takes(q, k, v, block_indices, slc_block_len, (q,)):
-        gather, finish = slc_gathered_hopper.attend_gathered, slc_shared_hopper.attend_shared_and_sum
+        gather, finish = hopper_forward_gathered.attend_gathered, hopper_forward_shared.attend_shared_and_sum
     scale_log2 = softmax_scale * LOG2E
     gather(
         q, k, v, k_remote, v_remote, block_table, index, part, scale, part_lse,

@@ -2,7 +2,7 @@
 
 A block's keys and values are loaded once and meet the queries, the G heads of each as G tile rows, so tiles are full at
 any G. Each (query, block) pair leaves its own normalised output and log-sum-exp in the slot of the query. Shapes: see
-`slc_forward`; `slc_gathered_hopper` does the same faster where it can.
+`forward`; `hopper_forward_gathered` does the same faster where it can.
 """
 
 import torch
@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.sizes import split_head_dim
 from nsa_kernels.selected.index import BlockIndex
-from nsa_kernels.selected.pages import load_page, page_strides, split_width
+from nsa_kernels.selected.pages import load_page, page_strides
 from nsa_kernels.selected.parts import SMALLEST
 from nsa_kernels.selected.tiles import forward_tiles
 
@@ -127,7 +128,7 @@ def attend_gathered(
     """Fill part, scale and part_lse for the chunk's entries."""
     num_heads, num_queries, num_slots, group, head_dim_v = part.shape
     tiles = forward_tiles(group, q.shape[2], head_dim_v)
-    dk0, dk1 = split_width(q.shape[2])
+    dk0, dk1 = split_head_dim(q.shape[2])
     # Half the columns at a time take half the shared memory on their way out: three programs per SM instead of two.
     dv0, dv1 = (head_dim_v // 2, head_dim_v // 2) if head_dim_v >= 128 else (head_dim_v, 0)
     _gathered_kernel[(index.max_items,)](

@@ -2,7 +2,7 @@
 
 `shared`, one tile of consecutive queries at a time: each row's first block, its own and the one before, which
 neighbours have in common, make one part, in slot 0; and the log-sum-exps of all parts become their weights. Then
-`slc_parts.sum_parts`. Shapes: see `slc_forward`; `slc_shared_hopper` does the same faster where it can.
+`parts.sum_parts`. Shapes: see `forward`; `hopper_forward_shared` does the same faster where it can.
 """
 
 import torch
@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.common.sizes import cdiv, next_power_of_2
+from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
 from nsa_kernels.selected.index import is_gathered
-from nsa_kernels.selected.pages import load_page, page_strides, split_width
+from nsa_kernels.selected.pages import load_page, page_strides
 from nsa_kernels.selected.parts import SMALLEST, sum_parts
 from nsa_kernels.selected.tiles import forward_tiles
 
@@ -147,7 +147,7 @@ def attend_shared_and_sum(
     tiles = forward_tiles(group, q.shape[2], head_dim_v)
     # Not more queries than a block has tokens: a tile then holds one document, and NaN in it reaches no other.
     shared_rows = max(16, min(tiles.shared_rows, next_power_of_2(group) * slc_block_len))
-    dk0, dk1 = split_width(q.shape[2])
+    dk0, dk1 = split_head_dim(q.shape[2])
     _shared_kernel[(cdiv(num_queries, shared_rows // group), num_heads)](
         q, k, v, k_remote, v_remote, block_table, block_indices, position,
         part, scale, part_lse, lse,

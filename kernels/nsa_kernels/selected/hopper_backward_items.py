@@ -1,4 +1,4 @@
-"""Work items of the backward of selected attention on Hopper GPUs: as `slc_items`, with the copies of `slc_hopper`.
+"""Work items of the backward of selected attention on Hopper: as `backward_items`, with the copies of `hopper_pages`.
 
 Products, all of a block's 64 keys and a tile's 64 rows, D = 128: S^T = K Q^T and dP^T = V dO^T; then dV += P^T dO with
 P from registers, dK += dS^T Q and dQ = dS K with dS from shared memory: dK and dV stay in registers, which fills them.
@@ -197,7 +197,7 @@ def launch_items(
     head_start: int,
     softmax_scale: float,
 ) -> None:
-    """As `slc_items.launch_items`, for what `slc_tiles.hopper_takes`."""
+    """As `backward_items.launch_items`, for what `tiles.hopper_takes`."""
     num_heads, num_queries, num_slots, group, head_dim = dq_part.shape
     num_blocks = block_table.shape[1]
     _items_kernel[(index.max_items,)](

@@ -1,4 +1,4 @@
-"""Parts of the forward of selected attention on Hopper GPUs: as `slc_gathered`, with the copies of `slc_hopper`.
+"""Parts of the forward of selected attention on Hopper GPUs: as `forward_gathered`, with the copies of `hopper_pages`.
 
 Products of a tile's 64 rows and a block's 64 keys, D = 128: S = Q K^T and O = P V with P from registers. S of the next
 tile is issued before the softmax of this one. Two programs share a multiprocessor: 97 KB and half the registers each.
@@ -134,7 +134,7 @@ def attend_gathered(
     slc_block_len: int,
     scale_log2: float,
 ) -> None:
-    """As `slc_gathered.attend_gathered`, for what `slc_tiles.hopper_takes`."""
+    """As `forward_gathered.attend_gathered`, for what `tiles.hopper_takes`."""
     num_heads, num_queries, num_slots, group, head_dim = part.shape
     _gathered_kernel[(index.max_items,)](
         boxes(q, group), boxes(part.view(-1, group, head_dim), group), k, v, k_remote, v_remote,

@@ -1,7 +1,7 @@
 """The rest of the forward of selected attention on Hopper GPUs: shared blocks and the sum of parts, in one kernel.
 
 A tile of consecutive queries attends to the blocks its neighbours choose too (first, own, the one before), as the
-`shared` kernel of `slc_forward` does, while the copying warp already brings the tile's parts, slot after slot. The
+`shared` kernel of `forward` does, while the copying warp already brings the tile's parts, slot after slot. The
 shared blocks' result never leaves the registers: the parts are added to it there.
 Two programs share a multiprocessor: 101 KB and half the registers each.
 """
@@ -257,7 +257,7 @@ def attend_shared_and_sum(
     slc_block_len: int,
     scale_log2: float,
 ) -> None:
-    """As `slc_shared.attend_shared_and_sum`, for what `slc_tiles.hopper_takes`."""
+    """As `forward_shared.attend_shared_and_sum`, for what `tiles.hopper_takes`."""
     num_heads, num_queries, num_slots, group, head_dim = part.shape
     queries = ROWS.value // group
     parts = descriptor(part.view(-1, *part.shape[2:]), (queries, 1, group, HALF.value))

@@ -36,12 +36,3 @@ def page_strides(local: Tensor, remote: Tensor | None) -> tuple[int, int, int, i
     """(row, head) strides of local pages, (page, row) strides of remote ones: what the kernels above take."""
     stride_page, stride_page_row = remote.stride()[:2] if remote is not None else (0, 0)
     return local.stride(0), local.stride(1), stride_page, stride_page_row
-
-
-def split_width(width: int) -> tuple[int, int]:
-    """A head dim as two powers of two, the second 0 for a power of two: 192 -> (128, 64), 128 -> (128, 0).
-
-    Kernels take tiles whose sides are powers of two; two dots of 128 and 64 columns cost less than one of 256.
-    """
-    first = 1 << (width.bit_length() - 1)
-    return first, width - first

@@ -97,7 +97,7 @@ def backward_tiles(group: int, head_dim_k: int, head_dim_v: int) -> BackwardTile
 def hopper_takes(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, slc_block_len: int, copied: tuple[Tensor, ...]
 ) -> bool:
-    """Whether `slc_hopper` can copy these by boxes: a Hopper GPU, sizes that fill its tiles, aligned addresses."""
+    """Whether `hopper_pages` can copy these by boxes: a Hopper GPU, sizes that fill its tiles, aligned addresses."""
     return (
         q.is_cuda
         and torch.cuda.get_device_capability(q.device)[0] == 9

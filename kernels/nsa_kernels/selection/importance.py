@@ -8,13 +8,13 @@ Shapes      as `select`; out fp32 [Hkv, queries of the chunk, layers, blocks], w
 Numerics    everything after the tensor cores is fp32
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.common.sizes import cdiv, next_power_of_2
-from nsa_kernels.common.tiles import dot_precision, split_head_dim
+from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
+from nsa_kernels.common.tiles import dot_precision
+from nsa_kernels.selection.tiles import importance_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(2**31 - 1)
@@ -96,17 +96,6 @@ def interval(begin_ptr, end_ptr, query, last_query):
     return begin, tl.maximum(end - begin, 0)
 
 
-def _tile(dtype: torch.dtype, group_pad: int) -> dict[str, int]:
-    """Rows of a tile are BLOCK_Q * group_pad, keys BLOCK_J * S = 128.
-
-    H200, bf16, 65,536 tokens, D 128, ms for (Hq, Hkv) = (64, 4), (32, 8), (16, 16), rows, warps, stages:
-    128, 8, 2 5.9, 3.3, 3.9;  128, 4, 2 6.0, 3.6, 2.5;  64, 4, 2 7.2, 4.1, 3.0;  128, 8, 3 7.8, 4.5, 2.8.
-    """
-    if dtype == torch.float32:
-        return {"BLOCK_Q": max(1, 32 // group_pad), "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_Q": 128 // group_pad, "num_warps": 8 if group_pad > 2 else 4, "num_stages": 2}
-
-
 def importance(
     q: Tensor, k: Tensor, lse: Tensor, begin: Tensor, end: Tensor, out: Tensor, first: int, last: int,
     *, softmax_scale: float, cells_cmp: int, cells_slc: int,
@@ -117,7 +106,7 @@ def importance(
     group_pad = next_power_of_2(group)
     cells_pad = next_power_of_2(cells_slc)
     dim_a, dim_b = split_head_dim(q.shape[2])
-    tile = _tile(q.dtype, group_pad)
+    tile = importance_tile(q.dtype, group_pad)
     _importance_kernel[(cdiv(last - first, tile["BLOCK_Q"]) * num_kv_heads,)](
         q, k, lse, begin, end,
         out,
