@@ -1,4 +1,4 @@
-"""Our configuration in Ray Train's words. Import it after `ray_env.prepare_driver`."""
+"""Our configuration in Ray Train's words. Import it after `environment.prepare_driver`."""
 
 from typing import Any
 

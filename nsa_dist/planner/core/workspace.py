@@ -1,4 +1,4 @@
-"""Workspace of the selected branch's kernels, as `nsa_kernels.slc_*` allocate it: parts, items and the index."""
+"""Workspace of the selected branch's kernels, as `nsa_kernels.selected` allocates it: parts, items and the index."""
 
 from nsa_dist.planner.core.sizes import Core
 
