@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 
 import torch
-import triton
 
 from nsa_kernels.bench import arguments
 from nsa_kernels.bench.cases import PRESETS, Case
@@ -73,6 +72,8 @@ def _chosen(preset: str, only: str) -> list[Case]:
 
 
 def _machine(timer: Timer) -> Machine:
+    import triton  # not on every machine that is told so above
+
     return {
         "device": torch.cuda.get_device_name(),
         "date": time.strftime("%Y-%m-%d"),
