@@ -15,11 +15,27 @@ from nsa_launch.bench import arguments as bench_arguments
 from nsa_launch.commands import config_arguments, plan_arguments
 from nsa_launch.commands.words import help_words
 
+_OPTIONAL = {"megatron", "psutil", "pydantic", "rich", "tensorboard", "matplotlib", "ray"}  # of pyproject.toml's extras
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (`nsa_launch.exit_codes`)."""
     arguments = parser().parse_args(argv)
-    return arguments.command(arguments)
+    try:
+        return arguments.command(arguments)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _OPTIONAL:
+            raise
+        print(f"nsa-dist: {_not_installed(missing)}", file=sys.stderr)
+        return exit_codes.BAD_CONFIG
+
+
+def _not_installed(package: str) -> str:
+    return (
+        f"this command needs {package}, which is not installed here: nsa-dist alone asks only for what the attention "
+        f"needs; pip install 'nsa-dist[ray]', or in a checkout pip install --editable '.[ray]', brings it"
+    )
 
 
 def parser() -> argparse.ArgumentParser:

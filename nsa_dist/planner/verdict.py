@@ -93,13 +93,15 @@ def _choice(plan: Plan) -> str:
         other = make_plan(plan.config, plan.cluster, plan.options).best
         if other is not None:
             return f"Take parallel.context_parallel_size={other.cp_size}, which was not planned: it fits."
-        knob = next((knob for knob in turn_knobs(plan) if knob.fits), None)
-        if knob is None:
+        # The quickest change first, but one that leaves the sequence as long as it is wished before one that does not.
+        fitting = sorted((k for k in turn_knobs(plan) if k.fits), key=lambda k: "sequence_length" in k.words)
+        if not fitting:
             return "Take more GPUs, a shorter sequence or a smaller model: no single change is enough."
-        return f"Take {knob.words} parallel.context_parallel_size={knob.candidate.cp_size}: then it fits."
+        size = fitting[0].candidate.cp_size
+        return f"Take {fitting[0].words} parallel.context_parallel_size={size}: then it fits."
     own = "as configured" if best.cp_size == size else f"instead of {size}"
-    fitting = plan.fitting
-    why = "the only size that fits" if len(fitting) == 1 else f"of the sizes that fit ({_sizes(fitting)}) the quickest"
+    sizes = _sizes(plan.fitting)
+    why = "the only size that fits" if len(plan.fitting) == 1 else f"of the sizes that fit ({sizes}) the quickest"
     idle = f"; {best.idle_gpus} of {plan.cluster.num_gpus} GPUs stay idle" if best.idle_gpus else ""
     return f"Take parallel.context_parallel_size={best.cp_size}, {own}: {why}{idle}."
 

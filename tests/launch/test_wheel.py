@@ -1,5 +1,6 @@
 """What `pip install` of the wheel gives: every command's smallest form, from a folder that is no checkout."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -122,7 +123,9 @@ def test_doctor(nsa):
 def test_bench_cp(nsa, tmp_path):
     words = ["--device", "cpu", "--tokens", "1024", "--cp", "2", "--only", "fetch u=1", "--repeats", "0"]
     assert "fetch u=1" in nsa("bench", "cp", "--out", "cp", "--no-memory-curve", *words)
-    assert (tmp_path / "cp" / "cp.json").exists()
+    shares = json.loads((tmp_path / "cp" / "cp.json").read_text())["shares"]
+    assert shares
+    assert not [share for share in shares if "error" in share]
 
 
 def test_bench_kernels(nsa, tmp_path):
@@ -135,8 +138,17 @@ def test_bench_kernels(nsa, tmp_path):
         assert "needs a CUDA device" in nsa(*words, code=exit_codes.BAD_CONFIG)
 
 
+SHORT = ("steps=2", "warmup_steps=1", "context_parallel_size=1")
+
+
+@pytest.mark.slow
+def test_training_through_torchrun(site, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    call([*launcher, "-m", "nsa_launch.torchrun", str(tiny_file(tmp_path)), *SHORT], site, tmp_path, exit_codes.OK)
+    assert (tmp_path / "run" / "latest.json").exists()
+
+
+@pytest.mark.slow
 def test_train(nsa, tmp_path):
-    """Two steps through Ray, on one rank."""
-    config = tiny_file(tmp_path)
-    nsa("train", str(config), "steps=2", "warmup_steps=1", "context_parallel_size=1")
+    nsa("train", str(tiny_file(tmp_path)), *SHORT)
     assert (tmp_path / "run" / "latest.json").exists()

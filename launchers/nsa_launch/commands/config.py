@@ -30,7 +30,7 @@ def listing(words: Sequence[str]) -> str:
     found = list(sections(RunConfig))
     rows = {(s.name, k.name): (k.name, k.type, _default(k), k.meaning) for s in found for k in s.keys}
     widths = [max(map(len, column)) for column in list(zip(*rows.values(), strict=True))[:-1]]
-    lines = []
+    lines: list[str] = []
     for section in found:
         lines.append(f"\n{section.name}: {section.meaning}" if lines else f"{section.name}: {section.meaning}")
         for key in section.keys:
