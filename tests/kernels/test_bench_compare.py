@@ -11,6 +11,7 @@ from nsa_kernels.bench.cases import PRESETS
 from nsa_kernels.bench.compare import Stored
 from nsa_kernels.bench.report import Report
 from nsa_kernels.bench.table import LINES, figures
+from nsa_kernels.bench.timing import Timer
 
 BASELINE = Path(__file__).parents[2] / "kernels/bench/baseline-h200.json"
 CASE = PRESETS["smoke"][0]
@@ -141,6 +142,22 @@ def test_another_file_is_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"pass the bench\.json that an earlier run wrote"):
         Stored.read(path)
+
+
+@pytest.mark.parametrize(
+    ("times_ms", "row"),
+    [
+        ([9.0, 5.0, 1.0, 2.0], {"forward_ms": 2.0, "forward_spread_ms": 2.0}),  # the first one warms up
+        ([800.0, 700.0], {"forward_ms": 700.0}),
+    ],
+    ids=["three", "one"],
+)
+def test_a_measurement_has_a_spread_where_it_was_repeated(monkeypatch, times_ms, row):
+    monkeypatch.setattr(Timer, "__init__", lambda *_: None)
+    timer, runs = Timer(), iter(times_ms)
+    timer.seconds, timer.max_runs, timer.long_s = 0.0, 50, 0.7
+    monkeypatch.setattr(timer, "_run", lambda *_: next(runs))
+    assert timer.row("forward", lambda: None) == row
 
 
 @pytest.fixture
