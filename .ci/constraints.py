@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 # Each torch asks for its own, by exact versions; and tools that a virtual environment brings along.
-LEFT_OUT = re.compile(r"(nvidia|cuda)-.*|pip|setuptools|wheel")
+LEFT_OUT = re.compile(r"(nvidia|cuda)-.*|pip|wheel")
 HEAD = """\
 # What `make` installs, so that an installation repeats. Users of the package get the ranges of pyproject.toml.
 # Written by `make constraints` (.ci/constraints.py) from environments of Python {}; do not edit.

@@ -10,4 +10,6 @@ from nsa_dist.cp.plan import ShardPlan
 # They go into checkpoints with the arguments of a run, which torch.load(weights_only=True) loads if it knows them.
 add_safe_globals([NSAConfig, FetchOptions])
 
+__version__ = "0.1.0"
+
 __all__ = ["BranchKV", "NSAConfig", "ShardPlan", "nsa_attention"]

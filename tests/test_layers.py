@@ -23,6 +23,7 @@ LAUNCH = BENCH | {"nsa_launch", "ray"}
 # From the bottom of the house to its top: what each storey may import beyond the standard library.
 STOREYS = {
     "kernels/nsa_kernels": KERNELS,
+    "kernels/nsa_kernels/bench": KERNELS | {"nsa_dist"},  # times the layer as users call it; nothing imports it back
     "nsa_dist/config.py": set(),
     "nsa_dist/cp": CP,
     "nsa_dist/compress.py": CP,
@@ -46,6 +47,12 @@ COLLECTIVES = {
 def sources(place: str) -> list[Path]:
     path = ROOT / place
     return [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
+
+
+def own_sources(place: str) -> set[Path]:
+    """Those of a storey, without the rooms inside it that are storeys of their own."""
+    inner = [other for other in STOREYS if other.startswith(f"{place}/")]
+    return set(sources(place)).difference(*map(sources, inner))
 
 
 def imported(path: Path) -> set[str]:
@@ -77,9 +84,18 @@ def test_every_source_file_has_a_storey():
 
 @pytest.mark.parametrize(("place", "may_import"), STOREYS.items(), ids=STOREYS.keys())
 def test_imports_only_from_below(place, may_import):
-    for path in sources(place):
+    for path in own_sources(place):
         wrong = {name for name in imported(path) if not allowed(name, may_import)}
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}, which lies above it or is not its to use"
+
+
+def test_only_the_command_line_stands_on_the_kernels_benchmark():
+    """It looks up, at the layer; who imported it from below would stand on the storeys above."""
+    bench = "kernels/nsa_kernels/bench"
+    for place in STOREYS.keys() - {bench, "launchers/nsa_launch"}:
+        for path in own_sources(place):
+            wrong = {name for name in imported(path) if name.startswith("nsa_kernels.bench")}
+            assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}, which measures what lies above it"
 
 
 def modules() -> dict[str, Path]:

@@ -16,13 +16,18 @@ from nsa_launch import overrides as command_line
 class LaunchSection(Section):
     """How many processes, on what, and how patient to be with them. Times are seconds."""
 
-    nodes: int = Field(default=1, ge=1)
-    processes_per_node: int | None = Field(default=None, ge=1, description="null: as many as one replica needs")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    nodes: int = Field(default=1, ge=1, description="machines")
+    processes_per_node: int | None = Field(
+        default=None, ge=1, description="ranks on a machine; null: as many as one replica needs"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="of the ranks; auto: cuda where torch sees a GPU"
+    )
     cpus_per_process: float = Field(default=1.0, gt=0, description="reserved in Ray; whole ones become CPU threads")
 
     address: str = Field(
-        default="auto", description="auto: $RAY_ADDRESS or an own Ray; local: an own Ray; or host:port"
+        default="auto",
+        description="of Ray; auto: $RAY_ADDRESS or a Ray of its own; local: one of its own; or host:port",
     )
     accelerator_type: str | None = Field(default=None, description="Ray's name of a GPU model, such as H200")
     label_selector: dict[str, str] = Field(default_factory=dict, description="labels a node must have")
@@ -63,8 +68,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Paths become absolute because Ray changes the working directory of the processes it starts.
     """
-    raw = command_line.apply(_read(path), overrides, RunConfig)
-    config = parse(RunConfig, raw, str(path))
+    config = checked(path, overrides)
     folder = config.data.folder
     config = config.model_copy(
         update={
@@ -74,6 +78,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     )
     _check_own_file(path, config)
     return config
+
+
+def checked(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """As `load`, with paths as they are written."""
+    return parse(RunConfig, command_line.apply(_read(path), overrides, RunConfig), str(path))
 
 
 def _check_own_file(path: Path, config: RunConfig) -> None:

@@ -1,11 +1,11 @@
 """The plan in words, every sentence computed from its numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from nsa_dist.planner.core.strategies import GIB, Strategy
 from nsa_dist.planner.core.time import ranks_per_node
 from nsa_dist.planner.knobs import turn_knobs
-from nsa_dist.planner.sweep import Candidate, Plan
+from nsa_dist.planner.sweep import Candidate, Plan, make_plan
 from nsa_dist.planner.timing import step_time
 
 _TIGHT = 0.9  # of the GPU's memory: above this the plan names what would make room
@@ -31,6 +31,11 @@ CAVEATS = (
 def verdict(plan: Plan) -> list[str]:
     """What to do and why, most important first."""
     return [*_size(plan), *_room(plan), *_layout(plan), *_wire(plan), *_precision(plan)]
+
+
+def summary(plan: Plan) -> list[str]:
+    """The verdict in three lines: whether it fits, which context-parallel size, what a step of it takes."""
+    return [_fits(plan), _choice(plan), _takes(plan)]
 
 
 def break_even(plan: Plan, candidate: Candidate, how: str) -> float:
@@ -59,11 +64,79 @@ def break_even(plan: Plan, candidate: Candidate, how: str) -> float:
     return low
 
 
+def _fits(plan: Plan) -> str:
+    memory, best, size = plan.cluster.gpu_memory_bytes.value, plan.best, plan.config.parallel.context_parallel_size
+    if best is None:
+        least = _least(plan)
+        return (
+            f"Does not fit {plan.cluster.name}: of cp {_sizes(plan.candidates)} the least is cp {least.cp_size}, which "
+            f"takes {_gib(least.judged.total_bytes)} of a GPU's {_gib(memory)}, most of it is {_fullest(least)}."
+        )
+    configured = next((c for c in plan.candidates if c.cp_size == size), None)
+    if configured is None:
+        room = f"{_gib(best.judged.total_bytes)} of a GPU's {_gib(memory)}"
+        return (
+            f"Fits {plan.cluster.name}, with cp {best.cp_size}: {room}. The configuration's cp {size} was not planned."
+        )
+    taken = f"cp {size} takes {_gib(configured.judged.total_bytes)} of a GPU's {_gib(memory)}"
+    if configured.fits(plan.cluster):
+        return f"Fits {plan.cluster.name}, as configured: {taken}."
+    return (
+        f"Does not fit {plan.cluster.name}, as configured: {taken}, most of it is {_fullest(configured)}; with cp "
+        f"{best.cp_size} it fits."
+    )
+
+
+def _choice(plan: Plan) -> str:
+    best, size = plan.best, plan.config.parallel.context_parallel_size
+    if best is None:
+        other = make_plan(plan.config, plan.cluster, plan.options).best
+        if other is not None:
+            return f"Take parallel.context_parallel_size={other.cp_size}, which was not planned: it fits."
+        # The quickest change first, but one that leaves the sequence as long as it is wished before one that does not.
+        fitting = sorted((k for k in turn_knobs(plan) if k.fits), key=lambda k: "sequence_length" in k.words)
+        if not fitting:
+            return "Take more GPUs, a shorter sequence or a smaller model: no single change is enough."
+        size = fitting[0].candidate.cp_size
+        return f"Take {fitting[0].words} parallel.context_parallel_size={size}: then it fits."
+    own = "as configured" if best.cp_size == size else f"instead of {size}"
+    sizes = _sizes(plan.fitting)
+    why = "the only size that fits" if len(plan.fitting) == 1 else f"of the sizes that fit ({sizes}) the quickest"
+    idle = f"; {best.idle_gpus} of {plan.cluster.num_gpus} GPUs stay idle" if best.idle_gpus else ""
+    return f"Take parallel.context_parallel_size={best.cp_size}, {own}: {why}{idle}."
+
+
+def _takes(plan: Plan) -> str:
+    shown = plan.best or _least(plan)
+    judged, memory = shown.judged, plan.cluster.gpu_memory_bytes.value
+    wire_s = sum(judged.time.wire_s.values())
+    rates = "" if plan.config.run.dtype == "bf16" else ", at rates of bf16 and not of this run's fp32"
+    return (
+        f"A step at cp {shown.cp_size} takes {_seconds(judged.time.total_s)} by the model, {_seconds(wire_s)} of it on "
+        f"the wire{rates}; the fullest GPU holds {_gib(judged.total_bytes)} of {_gib(memory)}."
+    )
+
+
+def _sizes(candidates: Iterable[Candidate]) -> str:
+    return ", ".join(str(c.cp_size) for c in candidates)
+
+
+def _least(plan: Plan) -> Candidate:
+    return min(plan.candidates, key=lambda c: c.judged.total_bytes)
+
+
+def _fullest(candidate: Candidate) -> str:
+    """The kind of memory that takes most."""
+    kinds = candidate.judged.memory_bytes
+    kind = max(kinds, key=lambda name: kinds[name])
+    return f"{kind}, {_gib(kinds[kind])}"
+
+
 def _size(plan: Plan) -> Iterator[str]:
     memory = plan.cluster.gpu_memory_bytes.value
     best = plan.best
     if best is None:
-        least = min(plan.candidates, key=lambda c: c.judged.total_bytes)
+        least = _least(plan)
         yield (
             f"Nothing fits: the least is {_gib(least.judged.total_bytes)} at cp {least.cp_size}, and a GPU has "
             f"{_gib(memory)}."
@@ -86,9 +159,7 @@ def _room(plan: Plan) -> Iterator[str]:
     if failing:
         parts = ", ".join(f"cp {c.cp_size} ({_gib(c.judged.total_bytes)})" for c in failing)
         last = failing[-1]
-        kinds = last.judged.memory_bytes
-        fullest = max(kinds, key=lambda kind: kinds[kind])
-        yield f"Too large for a GPU: {parts}; most of it is {fullest}, {_gib(kinds[fullest])} at cp {last.cp_size}."
+        yield f"Too large for a GPU: {parts}; most of it is {_fullest(last)} at cp {last.cp_size}."
     best = plan.best
     if best is not None and best.judged.total_bytes < _TIGHT * memory:
         return

@@ -24,15 +24,19 @@ class Section(BaseModel):
 class ModelSection(Section):
     """A GPT decoder over bytes: RMSNorm, SwiGLU, no biases, no dropout."""
 
-    num_layers: int = Field(default=2, ge=1)
-    hidden_size: int = Field(default=128, ge=1)
-    num_attention_heads: int = Field(default=4, ge=1)
+    num_layers: int = Field(default=2, ge=1, description="decoder layers")
+    hidden_size: int = Field(default=128, ge=1, description="width of what goes from layer to layer")
+    num_attention_heads: int = Field(default=4, ge=1, description="query heads")
     num_query_groups: int = Field(default=1, ge=1, description="key/value heads")
-    head_dim: int = Field(default=32, ge=2)
-    ffn_hidden_size: int = Field(default=384, ge=1)
-    init_std: float = Field(default=0.02, gt=0)
-    embedding_init_std: float = Field(default=0.02, gt=0)
-    tie_embeddings: bool = False
+    head_dim: int = Field(default=32, ge=2, description="numbers in a query, a key or a value")
+    ffn_hidden_size: int = Field(default=384, ge=1, description="width inside the MLP")
+    init_std: float = Field(
+        default=0.02,
+        gt=0,
+        description="standard deviation of initial weights; output projections: / sqrt(2 * num_layers)",
+    )
+    embedding_init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial embedding")
+    tie_embeddings: bool = Field(default=False, description="one matrix for the embedding and the output layer")
     recompute_attention: bool = Field(default=False, description="run the attention again in backward, keep nothing")
 
     @model_validator(mode="after")
@@ -54,17 +58,21 @@ class ModelSection(Section):
 class NSASection(Section):
     """The sizes of `NSAConfig` and the choices the layer leaves open."""
 
-    cmp_block_len: int = 32
-    cmp_stride: int = 16
-    slc_block_len: int = 64
-    num_slc_blocks: int = 16
-    num_init_blocks: int = 1
-    num_local_blocks: int = 2
-    window_len: int = 512
+    cmp_block_len: int = Field(default=32, description="tokens that one compressed key and value stand for")
+    cmp_stride: int = Field(default=16, description="tokens from one compressed block to the next")
+    slc_block_len: int = Field(default=64, description="tokens of a selection block")
+    num_slc_blocks: int = Field(default=16, description="blocks that a query chooses, forced ones counted")
+    num_init_blocks: int = Field(default=1, description="forced: the first blocks of the document")
+    num_local_blocks: int = Field(default=2, description="forced: the last blocks, the query's own counted")
+    window_len: int = Field(default=512, description="last tokens that a query sees, its own counted")
     shared_kv: bool = Field(default=False, description="one K/V for the three branches instead of one each")
-    compression: Literal["mlp", "mean"] = "mlp"
-    compress_before_rope: bool = True
-    rotary_base: float = Field(default=10_000.0, gt=1)
+    compression: Literal["mlp", "mean"] = Field(
+        default="mlp", description="of a block's keys, and of its values: a learned MLP, or their mean"
+    )
+    compress_before_rope: bool = Field(
+        default=True, description="keys get their rotary positions after compression; false: before it"
+    )
+    rotary_base: float = Field(default=10_000.0, gt=1, description="of the frequencies of rotary positions")
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "NSASection":
@@ -87,20 +95,24 @@ class NSASection(Section):
 class ParallelSection(Section):
     """How many ways the model and the sequence are cut; what is left of the processes is data parallel."""
 
-    tensor_model_parallel_size: int = Field(default=1, ge=1)
-    pipeline_model_parallel_size: int = Field(default=1, ge=1)
-    context_parallel_size: int = Field(default=1, ge=1)
-    sequence_parallel: bool = False
-    layout: Literal["zigzag", "contiguous"] = "zigzag"
+    tensor_model_parallel_size: int = Field(default=1, ge=1, description="ranks that share heads and MLP of a layer")
+    pipeline_model_parallel_size: int = Field(default=1, ge=1, description="stages that the layers are cut into")
+    context_parallel_size: int = Field(default=1, ge=1, description="ranks that share the tokens of a sequence")
+    sequence_parallel: bool = Field(
+        default=False, description="tensor-parallel ranks share the tokens between attention and MLP, too"
+    )
+    layout: Literal["zigzag", "contiguous"] = Field(
+        default="zigzag", description="rank r of P holds chunks r and 2P-1-r of 2P; contiguous: chunk r of P"
+    )
     kv_fetch_budget_bytes: int | None = Field(
-        default=None, description="selected pages of other ranks held at once; null: those of two head groups"
+        default=None, description="bytes of other ranks' selected pages held at once; null: those of two head groups"
     )
     whole_shard_fraction: float = Field(
         default=1.0, description="from this share of a rank's blocks chosen on all of them are fetched"
     )
     link_gb_per_s: float | None = Field(
         default=None,
-        description="what a rank sends in a second: sets whole_shard_fraction where both ways are as quick",
+        description="GB that a rank sends in a second; sets whole_shard_fraction where both ways are as quick",
     )
     keep_pages: bool = Field(default=False, description="keep fetched pages for backward instead of fetching again")
     head_groups: int = Field(default=4, description="kv heads travel in so many groups, each under others' computation")
@@ -140,24 +152,32 @@ class ParallelSection(Section):
 class DataSection(Section):
     """Text files read as bytes; none given means the running interpreter's own standard library."""
 
-    folder: Path | None = None
+    folder: Path | None = Field(
+        default=None, description="of the texts, subfolders too; null: the standard library of this Python"
+    )
     pattern: str = Field(default="*", description="of the file names below folder; the standard library has its own")
-    validation_fraction: float = Field(default=0.05, gt=0, lt=1, description="of the files")
-    max_file_bytes: int = Field(default=1_000_000, ge=1, description="longer files are left out: they are tables")
+    validation_fraction: float = Field(
+        default=0.05, gt=0, lt=1, description="share of the files that is for evaluation"
+    )
+    max_file_bytes: int = Field(
+        default=1_000_000, ge=1, description="bytes; longer files are left out: they are tables"
+    )
 
 
 class OptimizerSection(Section):
     """AdamW with a warmup and a decay, counted in steps."""
 
-    lr: float = Field(default=3e-3, gt=0)
-    min_lr: float = Field(default=3e-4, ge=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = Field(default=10, ge=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    clip_grad: float = Field(default=1.0, ge=0, description="0 turns clipping off")
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
-    adam_eps: float = Field(default=1e-8, gt=0)
+    lr: float = Field(default=3e-3, gt=0, description="learning rate after the warmup, the highest")
+    min_lr: float = Field(default=3e-4, ge=0, description="learning rate at the last step")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="of the way from lr to min_lr; constant stays at lr"
+    )
+    warmup_steps: int = Field(default=10, ge=0, description="steps in which the learning rate rises to lr")
+    weight_decay: float = Field(default=0.1, ge=0, description="of matrices, in each step times the learning rate")
+    clip_grad: float = Field(default=1.0, ge=0, description="largest norm of all gradients; 0 turns clipping off")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the mean of gradients, a step")
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the mean of their squares, a step")
+    adam_eps: float = Field(default=1e-8, gt=0, description="added to the root of the mean of squares")
 
     @model_validator(mode="after")
     def _check_rates(self) -> "OptimizerSection":
@@ -172,20 +192,22 @@ class OptimizerSection(Section):
 class RunSection(Section):
     """Lengths, intervals and places of one run."""
 
-    output_dir: Path
-    steps: int = Field(default=300, ge=1)
-    sequence_length: int = Field(default=4096, ge=1)
-    micro_batch_size: int = Field(default=1, ge=1)
-    global_batch_size: int = Field(default=1, ge=1)
-    seed: int = Field(default=1234, ge=0, description="of the weights and of the order of samples")
+    output_dir: Path = Field(description="folder of all that the run writes", examples=["runs/my-run"])
+    steps: int = Field(default=300, ge=1, description="optimizer steps of the whole run")
+    sequence_length: int = Field(default=4096, ge=1, description="tokens of a sample; a token is a byte")
+    micro_batch_size: int = Field(default=1, ge=1, description="samples in one forward of one replica")
+    global_batch_size: int = Field(default=1, ge=1, description="samples of a step, over all replicas")
+    seed: int = Field(default=1234, ge=0, description="of the initial weights and of the order of samples")
     resume: bool = Field(default=False, description="go on from the last checkpoint in output_dir")
     overwrite: bool = Field(default=False, description="start afresh in an output_dir that holds a run, removing it")
-    eval_interval: int = Field(default=50, ge=1, description="steps")
+    eval_interval: int = Field(default=50, ge=1, description="steps from one evaluation to the next")
     eval_batches: int = Field(default=4, ge=1, description="global batches of one evaluation")
-    checkpoint_interval: int = Field(default=100, ge=1, description="steps")
-    keep_checkpoints: int = Field(default=2, ge=1)
-    log_interval: int = Field(default=1, ge=1, description="steps")
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    checkpoint_interval: int = Field(default=100, ge=1, description="steps from one checkpoint to the next")
+    keep_checkpoints: int = Field(default=2, ge=1, description="the newest so many; older ones are removed")
+    log_interval: int = Field(default=1, ge=1, description="steps from one record of metrics to the next")
+    dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="of weights and activations; bf16 keeps fp32 weights in the optimizer"
+    )
 
     @model_validator(mode="after")
     def _check_instructions(self) -> "RunSection":

@@ -1,8 +1,6 @@
 """The benchmark's layer through the kernels against the fp64 reference, and its refusal of wrong results."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,16 +8,13 @@ import torch
 import nsa_kernels
 from kernels.judge import assert_twice
 from nsa_kernels import reference
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "bench"))
-
-from bench_branches import branches
-from bench_cases import Case
-from bench_checks import Wanted, check_branch, check_layer, sample_rows
-from bench_compile import branches_alone
-from bench_inputs import make_inputs
-from bench_layer import whole_layer
-from bench_report import Report
+from nsa_kernels.bench.branches import branches
+from nsa_kernels.bench.cases import Case
+from nsa_kernels.bench.checks import Wanted, check_branch, check_layer, sample_rows
+from nsa_kernels.bench.compile import branches_alone
+from nsa_kernels.bench.inputs import make_inputs
+from nsa_kernels.bench.layer import whole_layer
+from nsa_kernels.bench.report import Report
 
 CASE = Case(tokens=320, num_q_heads=4, num_kv_heads=2, dim_k=32, dim_v=16)
 

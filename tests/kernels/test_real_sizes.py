@@ -3,9 +3,6 @@
 The output gradient is zero but on the sampled queries, so that what sees these alone has the same gradients.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,14 +10,11 @@ from torch import Tensor
 from kernels import plain
 from kernels.judge import assert_twice, rms
 from kernels.ties import assert_same_but_for_ties
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "bench"))
-
-from bench_branches import Branch, branches, first
-from bench_cases import KINDS, TARGETS
-from bench_checks import Wanted, check_branch, sample_rows, sampled, sampled_gradient
-from bench_inputs import make_inputs
-from bench_layer import whole_layer
+from nsa_kernels.bench.branches import Branch, branches, first
+from nsa_kernels.bench.cases import KINDS, TARGETS
+from nsa_kernels.bench.checks import Wanted, check_branch, sample_rows, sampled, sampled_gradient
+from nsa_kernels.bench.inputs import make_inputs
+from nsa_kernels.bench.layer import whole_layer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

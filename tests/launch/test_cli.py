@@ -1,22 +1,95 @@
 """The command line answers at once, and refuses with one message and exit code 2 before Ray starts."""
 
+import argparse
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
+import nsa_dist
 from launch_cases import tiny, tiny_file
+from nsa_kernels.bench import arguments as kernel_arguments
 from nsa_launch import cli, exit_codes
 from nsa_launch.on_ray import driver as ray_driver
 from nsa_launch.run_folder import claimed
 
 
 def test_help_imports_nothing_heavy():
-    check = "import sys, nsa_launch.cli; print(sorted({'torch', 'ray', 'megatron', 'pydantic'} & set(sys.modules)))"
+    check = "import sys, nsa_launch.cli as c; c.parser(); "
+    check += "print(sorted({'torch', 'triton', 'ray', 'megatron', 'pydantic', 'yaml'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", check], text=True) == "[]\n"
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", "--help"])
     assert ended.value.code == 0
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parser and those of its commands, and of theirs."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from parsers(below)
+
+
+def examples(parser: argparse.ArgumentParser) -> list[list[str]]:
+    """The words of each example at the end of --help."""
+    title, *lines = parser.format_help().split("\nexample", 1)[1].splitlines()
+    assert title in (":", "s:")
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+PARSERS = {parser.prog: parser for parser in parsers(cli.parser())}
+
+
+def test_there_are_all_the_commands():
+    names = ("train", "plan", "config", "bench", "bench cp", "bench kernels", "doctor")
+    assert PARSERS.keys() == {"nsa-dist", *(f"nsa-dist {name}" for name in names)}
+
+
+@pytest.mark.parametrize("prog", PARSERS)
+def test_every_help_ends_with_examples_that_parse(prog):
+    found = examples(PARSERS[prog])
+    assert found
+    for words in found:
+        command, shell = (words[: words.index(">")], True) if ">" in words else (words, False)
+        assert " ".join(command).startswith(prog), words
+        arguments = cli.parser().parse_args(command[1:])
+        assert callable(arguments.command)
+        assert not shell or command[1] == "config"
+
+
+def test_the_kernels_script_has_examples_that_parse():
+    parser = kernel_arguments.parser()
+    for words in examples(parser):
+        assert " ".join(words).startswith(parser.prog)
+        parser.parse_args(words[2:])
+
+
+def test_help_of_the_kernels_benchmark(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "kernels", "--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "--compare FILE" in said
+    assert "table,targets,kinds,lengths,full" in said
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"nsa-dist {nsa_dist.__version__}\n"
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    monkeypatch.delitem(sys.modules, "nsa_launch.commands.config", raising=False)
+    monkeypatch.delitem(sys.modules, "nsa_launch.commands.keys", raising=False)
+    assert cli.main(["config"]) == exit_codes.BAD_CONFIG
+    assert "needs pydantic, which is not installed here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

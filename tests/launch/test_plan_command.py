@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_plans_every_configuration(config, tmp_path, capsys):
     picture, report = tmp_path / "below" / "plan.png", tmp_path / "plan.json"
-    assert main(["plan", str(config), "--json", str(report), "--picture", str(picture)]) == exit_codes.OK
+    assert main(["plan", str(config), "--full", "--json", str(report), "--picture", str(picture)]) == exit_codes.OK
     data = json.loads(report.read_text())
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert data["best_cp_size"] in [candidate["cp_size"] for candidate in data["candidates"]]
@@ -25,6 +25,78 @@ def test_plans_every_configuration(config, tmp_path, capsys):
     for heading in ("Memory of the fullest GPU", "Seconds of one step", "On the wire", "Verdict", "What this is worth"):
         assert heading in printed
     assert all(line in printed for line in data["verdict"])
+
+
+LONG = str(CONFIGS / "long-1m.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "first", "second", "third"),
+    [
+        (
+            [],
+            "Fits 8 x H200, one node, as configured: cp 8 takes",
+            "Take parallel.context_parallel_size=8, as configured: the only size that fits.",
+            "A step at cp 8 takes",
+        ),
+        (
+            ["context_parallel_size=2"],
+            "Does not fit 8 x H200, one node, as configured: cp 2 takes",
+            "Take parallel.context_parallel_size=8, instead of 2: the only size that fits.",
+            "A step at cp 8 takes",
+        ),
+        (
+            ["context_parallel_size=4", "--cp", "8"],
+            "Fits 8 x H200, one node, with cp 8:",
+            "Take parallel.context_parallel_size=8, instead of 4",
+            "A step at cp 8 takes",
+        ),
+        (
+            ["--cp", "1,2"],
+            "Does not fit 8 x H200, one node: of cp 1, 2 the least is cp 2, which takes",
+            "Take parallel.context_parallel_size=8, which was not planned: it fits.",
+            "A step at cp 2 takes",
+        ),
+        (
+            ["num_layers=8"],
+            "Does not fit 8 x H200, one node: of cp 1, 2, 4, 8 the least is cp 8",
+            "Take run.sequence_length=524288 parallel.context_parallel_size=8: then it fits.",
+            "A step at cp 8 takes",
+        ),
+        (
+            ["recompute_attention=false", "num_layers=5"],
+            "Does not fit 8 x H200, one node: of cp 1, 2, 4, 8 the least is cp 8",
+            "Take model.recompute_attention=true parallel.context_parallel_size=8: then it fits.",
+            "A step at cp 8 takes",
+        ),
+        (
+            ["num_layers=80"],
+            "Does not fit 8 x H200, one node: of cp 1, 2, 4, 8 the least is cp 8",
+            "Take more GPUs, a shorter sequence or a smaller model: no single change is enough.",
+            "A step at cp 8 takes",
+        ),
+    ],
+    ids=["as configured", "another size", "not planned", "only others fit", "half as long", "one change", "nothing"],
+)
+def test_the_verdict_is_three_lines(words, first, second, third, tmp_path, capsys):
+    report = tmp_path / "plan.json"
+    assert main(["plan", LONG, *words, "--json", str(report)]) == exit_codes.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith(start) for line, start in zip(lines, (first, second, third), strict=False)] == [True] * 3
+    assert lines[3:5] == ["", "Tables, constants, and what this is worth: --full"]
+    assert lines[5:] == [f"wrote {report}"]
+    data = json.loads(report.read_text())
+    size = data["best_cp_size"] or int(third.split()[4])
+    (shown,) = (c["strategies"][0] for c in data["candidates"] if c["cp_size"] == size)
+    assert f"{shown['step_s']:.2f} s by the model" in lines[2]
+    assert f"holds {shown['total_memory_bytes'] / 2**30:.1f} GiB of 139.0 GiB." in lines[2]
+
+
+def test_full_opens_with_the_same_lines(capsys):
+    main(["plan", LONG])
+    short = capsys.readouterr().out.splitlines()
+    assert main(["plan", LONG, "--full"]) == exit_codes.OK
+    assert capsys.readouterr().out.splitlines()[:3] == short[:3]
 
 
 def test_options_reach_the_plan(tmp_path):

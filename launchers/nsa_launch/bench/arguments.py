@@ -4,41 +4,49 @@ import argparse
 import sys
 from pathlib import Path
 
+from nsa_kernels.bench import arguments as kernel_arguments
 from nsa_launch import exit_codes
+from nsa_launch.commands.words import help_words
 
 _CP = """\
-One rank of many on one device, the others made up (no --gpus, no --ranks):
-  nsa-dist bench cp --out runs/cp                  a rank of 8 with 1M tokens in every mode, and memory as ranks grow
-  nsa-dist bench cp --out runs/cp --trace          ... and a timeline of one layer
+Measure context parallelism: one rank of many on one device, the others made up, or real ranks (--gpus, --ranks), which
+are compared with one rank first. Figures go to OUT/cp.json, a table to OUT/cp.txt, pictures beside them. A mode that
+fails, out of memory say, is a row that says so.
 
-Real ranks, started here:
-  nsa-dist bench cp --gpus all --out runs/cp       a rank on each GPU over NCCL, against one rank first, then timed
-  nsa-dist bench cp --ranks 2 --out runs/cp        two ranks on one GPU (or CPU) over gloo
-
-Figures go to OUT/cp.json, a table to OUT/cp.txt, pictures beside them. Exit codes: 0 measured, 1 a result differs from
-that of one rank, 2 refused. A mode that fails, out of memory say, is a row that says so.
+Exit codes: 0 measured, 1 a result differs from that of one rank, 2 refused.
 """
+_CP_EXAMPLES = (
+    "nsa-dist bench cp --out runs/cp              # a rank of 8 with 1M tokens in every mode, and memory as ranks grow",
+    "nsa-dist bench cp --out runs/cp --trace      # ... and a timeline of one layer",
+    "nsa-dist bench cp --gpus all --out runs/cp   # a rank on each GPU over NCCL",
+    "nsa-dist bench cp --ranks 2 --out runs/cp    # two ranks on one GPU (or CPU) over gloo",
+)
+_KERNELS_EXAMPLES = (
+    "nsa-dist bench kernels --out runs/bench --jobs 8                     # the table of kernels/README.md",
+    "nsa-dist bench kernels --out runs/bench --preset full --only 1024k   # of all sizes those of this length",
+    "nsa-dist bench kernels --out runs/new --compare runs/bench/bench.json",
+)
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the command line."""
-    bench = commands.add_parser("bench", help="measure: context parallelism on this machine, or the kernels")
+    bench = commands.add_parser(
+        "bench",
+        help="measure: context parallelism on this machine, or the kernels",
+        **help_words("Measure on this machine.", "nsa-dist bench cp --out runs/cp"),
+    )
     bench.set_defaults(command=lambda _: _help(bench))
     subjects = bench.add_subparsers(metavar="WHAT")
     cp = subjects.add_parser(
-        "cp",
-        help="context parallelism: one rank of many, or real ranks",
-        description=_CP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "cp", help="context parallelism: one rank of many, or real ranks", **help_words(_CP, *_CP_EXAMPLES)
     )
     _cp_arguments(cp)
     kernels = subjects.add_parser(
         "kernels",
-        help="the kernels on one GPU: kernels/bench/run.py",
-        description="Passes every word on to kernels/bench/run.py of a source checkout; see its --help.",
-        add_help=False,
+        help="the kernels on one GPU, checked, timed, and held to an earlier run",
+        **help_words(kernel_arguments.DESCRIPTION, *_KERNELS_EXAMPLES),
     )
-    kernels.add_argument("words", nargs=argparse.REMAINDER)
+    kernel_arguments.add_arguments(kernels)
     kernels.set_defaults(command=_kernels)
 
 
@@ -82,9 +90,13 @@ def _cp(arguments: argparse.Namespace) -> int:
 
 
 def _kernels(arguments: argparse.Namespace) -> int:
-    from nsa_launch.bench import command
+    from nsa_kernels.bench import run
 
-    return command.run_kernels(arguments.words)
+    try:
+        return run.run(arguments)
+    except ValueError as error:
+        print(f"nsa-dist: {error}", file=sys.stderr)
+        return exit_codes.BAD_CONFIG
 
 
 def _help(parser: argparse.ArgumentParser) -> int:

@@ -70,7 +70,7 @@ def _host() -> Iterator[Finding]:
 def _packages() -> Iterator[Finding]:
     for name, purpose in _NEEDED.items():
         found = _version(name)
-        remedy = "" if found else f"{purpose}; pip install --editable '.[ray]' installs it"
+        remedy = "" if found else f"{purpose}; pip install 'nsa-dist[ray]' (in a checkout: --editable '.[ray]') has it"
         yield Finding(name, found or "not installed", remedy)
 
 

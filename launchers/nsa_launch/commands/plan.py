@@ -1,4 +1,4 @@
-"""`nsa-dist plan`: will it fit, what will it take, and is fetching worth it; nothing is started."""
+"""`nsa-dist plan`: will it fit, which size, what will it take; with --full all it knows. Nothing is started."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from nsa_dist.planner.measured import with_bench
 from nsa_dist.planner.memory import KINDS
 from nsa_dist.planner.report import as_data
 from nsa_dist.planner.sweep import Candidate, Plan, make_plan
-from nsa_dist.planner.verdict import CAVEATS, verdict
+from nsa_dist.planner.verdict import CAVEATS, summary, verdict
 from nsa_dist.train.files.atomic import write_atomically
 from nsa_launch.config import load
 
@@ -34,6 +34,7 @@ class Request:
     num_nodes: int | None
     options: Options
     cp_sizes: tuple[int, ...] | None
+    full: bool
     json: Path | None
     picture: Path | None
 
@@ -48,6 +49,7 @@ class Request:
             num_nodes=arguments.nodes,
             options=Options(union_fractions=arguments.u, overlap=arguments.overlap),
             cp_sizes=arguments.cp,
+            full=arguments.full,
             json=arguments.json,
             picture=arguments.picture,
         )
@@ -64,7 +66,11 @@ def run(request: Request) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:  # a file or a pipe wraps nothing
         console.width = _FILE_COLUMNS
-    show(plan, console)
+    show_summary(plan, console)
+    if request.full:
+        show_tables(plan, console)
+    else:
+        print("\nTables, constants, and what this is worth: --full")
     if request.json:
         write_atomically(request.json, json.dumps(as_data(plan), indent=2) + "\n")
     if request.picture:
@@ -77,15 +83,22 @@ def run(request: Request) -> None:
         print(f"wrote {' '.join(written)}")
 
 
-def show(plan: Plan, console: Console) -> None:
+def show_summary(plan: Plan, console: Console) -> None:
+    """The verdict in three lines."""
+    for line in summary(plan):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def show_tables(plan: Plan, console: Console) -> None:
     """Tables first, what they mean last, where a terminal leaves the eye."""
+    console.print()
     for table in (_memory_table, _time_table, _wire_table, _strategy_table, _fetching_table):
         console.print(table(plan))
     constants = plan.cluster.constants().items()
     sources = [f"{name} = {c.value:.4g}, {c.evidence}: {c.source}" for name, c in constants]
     _print_list(console, f"Constants of {plan.cluster.name}", sources)
     _print_list(console, "What this is worth", CAVEATS)
-    _print_list(console, "Verdict", verdict(plan))
+    _print_list(console, "Verdict, sentence by sentence", verdict(plan))
 
 
 def _print_list(console: Console, title: str, lines: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from nsa_launch import exit_codes
+from nsa_launch.commands.words import help_words
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -12,8 +13,13 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser = commands.add_parser(
         "plan",
         help="before a run: will it fit, how long is a step, which context-parallel size",
-        description="Memory, bytes and seconds of a configuration on a cluster, for every context-parallel size. "
-        "Nothing is started. Exit codes: 0 planned, 2 refused.",
+        **help_words(
+            "Whether a configuration fits a cluster, with which context-parallel size, and how long a step takes, in "
+            "three lines; with --full memory, bytes and seconds by kind for every size, and each constant's source. "
+            "Nothing is started. Exit codes: 0 planned, whatever the verdict, 2 refused.",
+            "nsa-dist plan configs/long-1m.yaml",
+            "nsa-dist plan configs/long-1m.yaml sequence_length=2097152 --nodes 2 --full",
+        ),
     )
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example sequence_length=262144")
@@ -39,6 +45,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         help="shares of the remote blocks chosen; memory is judged by the first (default 1,0.2,0.05)",
     )
     parser.add_argument("--overlap", type=float, default=0.0, metavar="0..1", help="share of wire time hidden")
+    parser.add_argument("--full", action="store_true", help="the tables, the constants and every sentence, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw memory and step time here")
     parser.set_defaults(command=_plan)

@@ -2,19 +2,26 @@
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
-from bench_inputs import CONFIG, LayerInputs
 from torch import Tensor
 
 from nsa_dist import BranchKV, nsa_attention
+from nsa_kernels.bench.inputs import CONFIG, LayerInputs
 
 
 def whole_layer(x: LayerInputs, ops: ModuleType | None = None) -> Callable[[], Tensor]:
     """() -> out [T, Hq, Dv]; differentiable by the leaves of `x`."""
     kv = BranchKV(*(t for pair in x.raw.values() for t in pair))
     compress_k, compress_v = (_Phi(weights) for weights in x.phi)
-    return lambda: nsa_attention(x.q, kv, x.gates, CONFIG, compress_k=compress_k, compress_v=compress_v, ops=ops)
+
+    def forward() -> Tensor:
+        out = nsa_attention(x.q, kv, x.gates, CONFIG, compress_k=compress_k, compress_v=compress_v, ops=ops)
+        assert isinstance(out, Tensor)  # block_indices were not asked for
+        return out
+
+    return forward
 
 
 def captured_layer(x: LayerInputs) -> Callable[[], Tensor]:
@@ -22,7 +29,9 @@ def captured_layer(x: LayerInputs) -> Callable[[], Tensor]:
 
     Beside the kernels, backward copies the output's gradient into the graph.
     """
-    graphed = torch.cuda.make_graphed_callables(lambda *leaves: whole_layer(x.with_leaves(leaves))(), tuple(x.leaves))
+    graphed: Any = torch.cuda.make_graphed_callables(
+        lambda *leaves: whole_layer(x.with_leaves(leaves))(), tuple(x.leaves)
+    )
     return lambda: graphed(*x.leaves)
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from bench_cases import Case
-from bench_inputs import CONFIG, Bounds, LayerInputs, random
 from torch import Tensor
 
 import nsa_kernels
+from nsa_kernels.bench.cases import Case
+from nsa_kernels.bench.inputs import CONFIG, Bounds, LayerInputs, random
 
 
 @dataclass

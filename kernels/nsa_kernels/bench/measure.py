@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from bench_branches import Branch, branches
-from bench_cases import Case
-from bench_checks import Wanted, check_branch, check_layer, complaints, sample_rows
-from bench_inputs import make_inputs, random
-from bench_layer import captured_layer, whole_layer
-from bench_timing import Timer, peak_gib
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa_kernels import reference
+from nsa_kernels.bench.branches import Branch, branches
+from nsa_kernels.bench.cases import Case
+from nsa_kernels.bench.checks import Wanted, check_branch, check_layer, complaints, sample_rows
+from nsa_kernels.bench.inputs import make_inputs, random
+from nsa_kernels.bench.layer import captured_layer, whole_layer
+from nsa_kernels.bench.timing import Timer, peak_gib
 
 Row = dict[str, float | str]
 
@@ -60,13 +60,11 @@ def _measure_branches(case: Case, timer: Timer, rows: list[Row], wanted: Wanted)
 
 
 def _time_branch(branch: Branch, timer: Timer) -> Row:
-    row: Row = {}
-    ms = timer.median_ms(branch.forward)
-    row["backward_ms" if branch.in_backward else "forward_ms"] = ms
+    row: Row = {**timer.row("backward" if branch.in_backward else "forward", branch.forward)}
     if branch.leaves:
         output = branch.forward()
         grad = torch.randn_like(output[0] if isinstance(output, tuple) else output)
-        row["backward_ms"] = timer.median_ms(branch.backward(output, grad))
+        row |= timer.row("backward", branch.backward(output, grad))
     return row | _rates(row, branch.flops, branch.backward_flops)
 
 
@@ -107,8 +105,8 @@ def _measure_captured(case: Case, timer: Timer, rows: list[Row]) -> Row:
         return {"step": "all, captured", "note": "WRONG: other bits than without capture"}
     return {
         "step": "all, captured",
-        "forward_ms": timer.median_ms(forward),
-        "backward_ms": timer.median_ms(lambda out: torch.autograd.grad(out, x.leaves, grad), before=forward),
+        **timer.row("forward", forward),
+        **timer.row("backward", lambda out: torch.autograd.grad(out, x.leaves, grad), before=forward),
     }
 
 
@@ -120,9 +118,8 @@ def _time(timer: Timer, forward: Callable[[], Tensor], leaves: list[Tensor], gra
         runs[1:] = [torch.autograd.grad(out, leaves, grad)]
         return runs[-1]
 
-    row: Row = {"peak_gib": peak_gib(forward, backward)}
-    row["forward_ms"] = timer.median_ms(forward)
-    row["backward_ms"] = timer.median_ms(backward, before=forward)
+    row: Row = {"peak_gib": peak_gib(forward, backward), **timer.row("forward", forward)}
+    row |= timer.row("backward", backward, before=forward)
     same = all(bool(a.isfinite().all()) and torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
     return row, not same
 
@@ -146,8 +143,8 @@ def _measure_dense(case: Case, timer: Timer, limit_s: float) -> Row:
     rows = sample_rows(case.tokens, q.device)
     end = (rows + 1).to(torch.int32)
     begin = torch.zeros_like(end)
-    tensors = (x.q.detach()[rows].float(), *(t.detach().float() for t in x.raw["slc"]))
-    expected, _ = reference.window_attention(*tensors, begin, end, softmax_scale=case.softmax_scale)
+    q32, k32, v32 = (t.detach().float() for t in (x.q[rows], *x.raw["slc"]))
+    expected, _ = reference.window_attention(q32, k32, v32, begin, end, softmax_scale=case.softmax_scale)
     wrong = complaints({"out": (out[0].transpose(0, 1)[rows], expected)})
     if wrong:
         return {"step": "dense", "note": f"WRONG: {wrong}"}

@@ -16,10 +16,24 @@ class Timer:
 
     def median_ms(self, function: Callable[..., object], before: Callable[[], object] | None = None) -> float:
         """Of the runs after the first, which warms up. `before` gives each its argument, untimed."""
+        times = self._times_ms(function, before)
+        return times[len(times) // 2]
+
+    def row(
+        self, direction: str, function: Callable[..., object], before: Callable[[], object] | None = None
+    ) -> dict[str, float]:
+        """`DIRECTION_ms`, the median, and `DIRECTION_spread_ms`, half the distance of the quartiles; not of one run."""
+        times = self._times_ms(function, before)
+        row = {f"{direction}_ms": times[len(times) // 2]}
+        if len(times) > 1:
+            row[f"{direction}_spread_ms"] = (times[3 * len(times) // 4] - times[len(times) // 4]) / 2
+        return row
+
+    def _times_ms(self, function: Callable[..., object], before: Callable[[], object] | None) -> list[float]:
+        """Ascending."""
         first = self._run(function, before) / 1000
         runs = 1 if first >= self.long_s else max(3, min(self.max_runs, int(self.seconds / max(first, 1e-6))))
-        times = sorted(self._run(function, before) for _ in range(runs))
-        return times[len(times) // 2]
+        return sorted(self._run(function, before) for _ in range(runs))
 
     def _run(self, function: Callable[..., object], before: Callable[[], object] | None) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

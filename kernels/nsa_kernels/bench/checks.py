@@ -8,11 +8,11 @@ same output gradient, against what the reference found for its branches.
 from dataclasses import dataclass, field
 
 import torch
-from bench_branches import Branch, first
-from bench_inputs import LayerInputs
 from torch import Tensor
 
 from nsa_kernels import reference
+from nsa_kernels.bench.branches import Branch, first
+from nsa_kernels.bench.inputs import LayerInputs
 
 # bf16 keeps 8 bits: results rounded once, from operands rounded once, are 2e-3 to 4e-3 off in the norm.
 MAX_ERROR = 1e-2
@@ -85,8 +85,8 @@ def check_layer(x: LayerInputs, out: Tensor, wanted: Wanted) -> str:
     leaves |= {f"{name} {b}": t for b in wanted.grad_kv for name, t in zip("kv", x.raw[b], strict=True)}
     grads = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad), strict=True))
     pairs = {
-        "out": (out.detach()[rows], wanted.out),
-        "d q": (grads["q"][rows], wanted.grad_q),
+        "out": (out.detach()[rows], torch.as_tensor(wanted.out)),
+        "d q": (grads["q"][rows], torch.as_tensor(wanted.grad_q)),
         "d gates": (grads["gates"][rows], torch.stack(wanted.grad_gates, -1)),
     }
     for b, expected in wanted.grad_kv.items():

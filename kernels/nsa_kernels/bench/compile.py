@@ -5,10 +5,11 @@ from dataclasses import asdict
 from multiprocessing import get_context
 
 import torch
-from bench_branches import Branch, branches
-from bench_cases import Case
-from bench_inputs import CONFIG, make_inputs
 from torch import Tensor
+
+from nsa_kernels.bench.branches import Branch, branches
+from nsa_kernels.bench.cases import Case
+from nsa_kernels.bench.inputs import CONFIG, make_inputs
 
 TOKENS = 8192  # kernels are the same at any length
 

@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from bench_cases import Case
-from bench_table import markdown
+from nsa_kernels.bench.cases import Case
+from nsa_kernels.bench.table import markdown
 
 COLUMNS = {
     "forward_ms": "fwd ms",
@@ -22,7 +22,9 @@ class Report:
     def __init__(self, folder: Path, machine: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._text, self._json, self._short = (folder / f"bench.{suffix}" for suffix in ("txt", "json", "md"))
-        self._figures: dict = {"machine": machine, "cases": []}
+        self._comparison = folder / "compare.txt"
+        self.machine = machine
+        self.cases: list[dict] = []  # as in bench.json
         self.failed = False
         self._text.write_text("")
         described = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in machine.items())
@@ -32,10 +34,15 @@ class Report:
         """Print a case and write all figures so far."""
         self.failed |= any(str(row.get("note", "")).startswith(("WRONG", "FAILED")) for row in rows)
         self._print("\n".join(["", *_table(case, [*rows, *_sum(rows)])]))
-        self._figures["cases"].append({"case": case.name, **asdict(case), "rows": rows})
-        self._json.write_text(json.dumps(self._figures, indent=1) + "\n")
-        cases = ((_title(c), {row["step"]: row for row in c["rows"]}) for c in self._figures["cases"])
-        self._short.write_text(markdown(cases))
+        self.cases.append({"case": case.name, **asdict(case), "rows": rows})
+        self._json.write_text(json.dumps({"machine": self.machine, "cases": self.cases}, indent=1) + "\n")
+        columns = ((_title(c), {row["step"]: row for row in c["rows"]}) for c in self.cases)
+        self._short.write_text(markdown(columns))
+
+    def add_comparison(self, text: str) -> None:
+        """Print it and keep it."""
+        print(f"\n{text}", end="", flush=True)
+        self._comparison.write_text(text)
 
     def _print(self, text: str) -> None:
         print(text, flush=True)

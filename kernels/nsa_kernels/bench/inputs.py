@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
-from bench_cases import Case
 from torch import Tensor
 
 from nsa_dist import NSAConfig
+from nsa_kernels.bench.cases import Case
 
 CONFIG = NSAConfig()  # the paper's sizes
 
