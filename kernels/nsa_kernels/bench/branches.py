@@ -5,7 +5,7 @@ compressed blocks), so that a check can ask the reference for a sample of them.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -27,11 +27,12 @@ class Branch:
     backward_flops: float = 0.0
     gate: Tensor | None = None  # [T, Hq]; gradients are then those of gate * output, from `function`_backward
     in_backward: bool = False  # the call is a part of the layer's backward
+    options: dict[str, Any] = field(default_factory=dict)  # of nsa_kernels alone, as the layer passes them
     output: Any = None
 
     def forward(self, ops=nsa_kernels) -> Any:
         with torch.set_grad_enabled(self.gate is None):
-            return getattr(ops, self.function)(**self.tensors, **self.others)
+            return getattr(ops, self.function)(**self.tensors, **self.others, **self._options(ops))
 
     def result(self) -> Any:
         """The output, computed once."""
@@ -52,7 +53,11 @@ class Branch:
         delta = ops.gate_deltas(grad_out, out, out, out)[..., 0]
         tensors = {name: t.detach() for name, t in self.tensors.items()}
         function = getattr(ops, f"{self.function}_backward")
-        return lambda: function(grad_out, self.gate, delta, lse, **tensors, **self.others)[: len(tensors)]
+        words = {**tensors, **self.others, **self._options(ops)}
+        return lambda: function(grad_out, self.gate, delta, lse, **words)[: len(tensors)]
+
+    def _options(self, ops: Any) -> dict[str, Any]:
+        return self.options if ops is nsa_kernels else {}
 
 
 def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -114,7 +119,10 @@ def _attention(name, function, x: LayerInputs, keys_values, others: dict, pairs:
     tensors = dict(zip("qkv", (x.q, *keys_values), strict=True))
     others = {**others, "softmax_scale": x.case.softmax_scale}
     per_row = frozenset({"q", "begin", "end", "block_indices", "position"})
-    return Branch(name, function, tensors, others, per_row, flops, 2.5 * flops, gate)
+    branch = Branch(name, function, tensors, others, per_row, flops, 2.5 * flops, gate)
+    if "begin" in others:
+        branch.options["aligned"] = True  # one document begins where tiles do
+    return branch
 
 
 def _select(x: LayerInputs, k_cmp: Tensor, lse_cmp: Tensor, bounds: Bounds, cmp_flops: float) -> Branch:

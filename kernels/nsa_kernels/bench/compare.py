@@ -4,8 +4,9 @@
     faster   now_ms < 0.95 * stored_ms - spread_ms
 
 spread_ms is that of both measurements together: half the distance of the quartiles of each one's runs, 0 where there
-was one run only. A stored figure that was rounded for a table has half its last digit there instead. Dense attention is
-cuDNN's: it is shown, because a card that is slower today shows in it, and never judged.
+was one run only. Two kinds of lines are shown and never judged: dense attention, which is cuDNN's, so that a card that
+is slower today shows in it; and what the host paces, below LEAST_MS, and up to CAPTURED_TOKENS tokens where no graph
+replays it. There two runs of the same kernels on one machine lay up to half apart (docs/decisions/kernel-bench.md).
 
 Example: stored 20.0 ms with a spread of 0.1, now 21.2 with 0.2. The limit is 21.0 + 0.3 ms, so it is no slower.
 """
@@ -16,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nsa_kernels.bench.cases import CAPTURED_TOKENS
 from nsa_kernels.bench.table import LINES, Figure, figures
 
 THRESHOLD = 0.05  # of the stored time
+LEAST_MS = 2.0
 _NOT_JUDGED = {"dense, cuDNN"}
+_CAPTURED = "all, captured in CUDA graphs"
 _FAILING = {"slower", "no time now"}
 _MACHINE = ("date", "torch", "triton", "copy_TB_per_s", "bf16_TFLOP_per_s")
 
@@ -33,6 +37,7 @@ class Line:
     direction: str
     stored: Figure | None
     now: Figure | None
+    tokens: int
 
     @property
     def word(self) -> str:
@@ -40,12 +45,15 @@ class Line:
             return "new"
         if self.now is None:
             return "not run now" if self.name in _NOT_JUDGED else "no time now"
-        if self.name in _NOT_JUDGED:
+        if self.name in _NOT_JUDGED or self._paced_by_the_host(self.stored):
             return "not judged"
         spread = self.stored.spread_ms + self.now.spread_ms
         if self.now.ms > (1 + THRESHOLD) * self.stored.ms + spread:
             return "slower"
         return "faster" if self.now.ms < (1 - THRESHOLD) * self.stored.ms - spread else "as before"
+
+    def _paced_by_the_host(self, stored: Figure) -> bool:
+        return self.name != _CAPTURED and (stored.ms < LEAST_MS or self.tokens <= CAPTURED_TOKENS)
 
     def text(self) -> str:
         before, now = (f"{f.ms:10.2f}" if f else f"{'':10}" for f in (self.stored, self.now))
@@ -118,8 +126,8 @@ class Stored:
 
     def compare(self, machine: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> Comparison:
         """With the machine and the cases of a run as its bench.json holds them."""
-        now = {case["case"]: _by_step(case) for case in cases}
-        lines = [line for name, rows in now.items() for line in _lines(name, self.cases.get(name, {}), rows)]
+        lines = [line for case in cases for line in _lines(case, self.cases.get(case["case"], {}))]
+        now = {case["case"] for case in cases}
         left_out = tuple(name for name in self.cases if name not in now)
         head = f"stored: {self.path}, {_described(self.machine)}\nnow: {_described(machine)}"
         return Comparison(head, tuple(lines), left_out)
@@ -129,13 +137,13 @@ def _by_step(case: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["step"]: row for row in case["rows"]}
 
 
-def _lines(case: str, stored: Mapping[str, dict[str, Any]], now: Mapping[str, dict[str, Any]]) -> Iterator[Line]:
-    before, after = figures(stored), figures(now)
+def _lines(case: Mapping[str, Any], stored: Mapping[str, dict[str, Any]]) -> Iterator[Line]:
+    before, after = figures(stored), figures(_by_step(case))
     for name in LINES:
         for direction in ("forward", "backward"):
             pair = before.get((name, direction)), after.get((name, direction))
             if pair != (None, None):
-                yield Line(case, name, direction, *pair)
+                yield Line(case["case"], name, direction, *pair, case["tokens"])
 
 
 def _described(machine: Mapping[str, Any]) -> str:

@@ -11,15 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa_kernels import reference
 from nsa_kernels.bench.branches import Branch, branches
-from nsa_kernels.bench.cases import Case
+from nsa_kernels.bench.cases import CAPTURED_TOKENS, Case
 from nsa_kernels.bench.checks import Wanted, check_branch, check_layer, complaints, sample_rows
 from nsa_kernels.bench.inputs import make_inputs, random
 from nsa_kernels.bench.layer import captured_layer, whole_layer
 from nsa_kernels.bench.timing import Timer, peak_gib
 
 Row = dict[str, float | str]
-
-CAPTURED_TOKENS = 16384  # up to here the host's time shows, so the layer is timed as CUDA graphs, too
 
 
 def measure_case(case: Case, timer: Timer, dense_limit_s: float) -> list[Row]:

@@ -29,13 +29,10 @@ class Figure:
 
 
 def figures(rows: Rows) -> dict[tuple[str, str], Figure]:
-    """(line of the table, "forward" or "backward") -> its sum. A line of which a step was not timed has none.
-
-    Rows may be lines themselves: those of a table whose steps were not kept.
-    """
+    """(line of the table, "forward" or "backward") -> its sum. A line of which a step was not timed has none."""
     found = {}
     for name, steps in LINES.items():
-        parts = [rows[name]] if name in rows else [rows.get(step, {}) for step in steps]
+        parts = [rows.get(step, {}) for step in steps]
         if not all("forward_ms" in part or "backward_ms" in part for part in parts):
             continue
         for direction in ("forward", "backward"):
