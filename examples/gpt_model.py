@@ -2,8 +2,8 @@
 
     python examples/gpt_model.py
 
-On a GPU as it is; without one, `megatron_on_cpu` lets Megatron-core run on the CPU. Over several ranks nothing changes
-here but the process group and the parallel sizes: see the remarks.
+On a GPU as it is; without one, `megatron_on_cpu` lets Megatron-core run on the CPU. Over several ranks the process
+group, the parallel sizes and the cutting of batches change, and nothing else: see the remarks.
 """
 
 import torch
