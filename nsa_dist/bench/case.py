@@ -12,8 +12,8 @@ from nsa_dist.cp.formulas.cost import HeadSizes
 from nsa_dist.cp.formulas.work import backward_flops, forward_flops, rank_work
 from nsa_dist.cp.plan import ShardPlan
 
-Mode = Literal["fetch", "whole shard", "all-gather"]
-MODES: tuple[Mode, ...] = ("fetch", "whole shard", "all-gather")
+Mode = Literal["fetch", "whole shard", "all-gather", "shared all-gather"]
+MODES: tuple[Mode, ...] = ("fetch", "whole shard", "all-gather", "shared all-gather")
 UNION_FRACTIONS = (0.05, 0.2, 1.0)
 HEAD_GROUPS = FetchOptions().head_groups
 _FLOPS = (forward_flops, backward_flops)
@@ -27,7 +27,8 @@ class Case:
     union_fraction  u: share of a rank's remote blocks that its queries choose together, for every kv head. More than
                     a rank can see means all it can see. Without meaning where all of K and V is gathered
     mode            fetch: chosen pages; whole shard: every page of an owner of whom any is chosen; all-gather: raw
-                    K and V of all branches, compressed again on every rank
+                    K and V of all branches, compressed again on every rank; shared all-gather: the same of one K/V pair
+                    that all branches share, another layer, gathered one kv head at a time
     """
 
     tokens: int
@@ -54,9 +55,19 @@ class Case:
         if self.mode == "fetch":
             budget = f", {self.page_budget_bytes / 2**20:g} MiB" if self.page_budget_bytes else ""
             way += f" u={self.union_fraction:g}{budget}"
-        if self.mode != "all-gather" and self.head_groups != HEAD_GROUPS:
+        if not self.gathers and self.head_groups != HEAD_GROUPS:
             way += f", head groups {self.head_groups}"
         return way
+
+    @property
+    def gathers(self) -> bool:
+        """Whether raw K and V of all tokens go to every rank."""
+        return self.mode in ("all-gather", "shared all-gather")
+
+    @property
+    def shared_kv(self) -> bool:
+        """Whether the branches share one K/V pair."""
+        return self.mode == "shared all-gather"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,7 +99,7 @@ class Case:
 def ways(
     case: Case, union_fractions: tuple[float, ...] = UNION_FRACTIONS, head_groups: tuple[int, ...] = (HEAD_GROUPS,)
 ) -> Iterator[Case]:
-    """`case` in every mode: fetching at each u, whole shards, each in so many groups of heads; all-gather.
+    """`case` in every mode: fetching at each u, whole shards, each in so many groups of heads; both all-gathers.
 
     One rank has nothing to fetch.
     """
@@ -99,6 +110,7 @@ def ways(
         yield from (replace(case, mode="fetch", union_fraction=u, head_groups=groups) for groups in head_groups)
     yield from (replace(case, mode="whole shard", head_groups=groups) for groups in head_groups)
     yield replace(case, mode="all-gather")
+    yield replace(case, mode="shared all-gather")
 
 
 def _short(tokens: int) -> str:

@@ -1,10 +1,11 @@
-"""The baseline: what public context parallelism of this layer does. All raw K and V go to everybody.
+"""The baseline: three raw K/V pairs, one a branch, gathered naively. All of them go to everybody.
 
     forward     all-gather K and V of each branch; compress all of them on every rank; attend with the own queries
     backward    the same again, and reduce-scatter of fp32 dK and dV
 
-S bytes forward and 3 S backward, where S is all K and V of the layer, three branches of them. The kernels are ours, so
-that what differs is how the bytes travel.
+S bytes forward and 3 S backward, where S is all K and V of the layer, three branches of them; the whole sequence of
+one branch is held at once, all its heads. The public layer that we know to gather has one pair for all branches
+instead, and takes a head at a time (`gathered_heads`). The kernels are ours, so that what differs is how bytes travel.
 """
 
 from dataclasses import replace
@@ -25,12 +26,12 @@ def gathered_attention(
     shard: Shard, cfg: NSAConfig, plan: ShardPlan, comm: Comm, ops: Any, softmax_scale: float
 ) -> Tensor:
     """out [T, Hq, Dv] of this rank's queries, as `nsa_attention` computes it. The plan pads nothing."""
-    call = _Call(cfg, plan, comm, ops, softmax_scale, shard)
+    call = GatheredCall(cfg, plan, comm, ops, softmax_scale, shard)
     parameters = [p for phi in shard.phi for p in phi.parameters()]
     return _GatheredAttention.apply(call, shard.q, shard.gates, *shard.kv, *parameters)
 
 
-class _Call:
+class GatheredCall:
     """What forward and backward share: where every token stands, and the branches on whole keys."""
 
     def __init__(self, cfg, plan, comm, ops, softmax_scale, shard) -> None:
@@ -54,9 +55,10 @@ class _Call:
         plan = self.plan
         return plan.memo(("whole",), lambda: ShardPlan.contiguous(plan.cu_seqlens, 1, plan.block_len))
 
-    def gather(self, x: Tensor) -> Tensor:
-        """[T, ...] of every rank -> [N, ...] in the order of the sequence."""
-        return self.comm.all_gather(x.detach(), "raw").flatten(0, 1).index_select(0, self.to_stream)
+    def gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """[T, ...] of every rank -> [N, ...] in the order of the sequence; into `out`, if it is given."""
+        gathered = self.comm.all_gather(x.detach(), "raw").flatten(0, 1)
+        return torch.index_select(gathered, 0, self.to_stream, out=out)
 
     def scatter(self, grad: Tensor) -> Tensor:
         """The dual: what every rank found for all tokens -> the sum for the own ones."""
@@ -66,10 +68,24 @@ class _Call:
     def compress(self, which: int, rows: Tensor) -> Tensor:
         return self.phi[which](rows, self.layout.cmp_block_start, block_rows=self.layout.cmp_rows, ops=self.ops)
 
+    def select(self, q: Tensor, kc: Tensor, lse_cmp: Tensor) -> Tensor:
+        """block_indices of these queries, from the compressed keys of the whole sequence."""
+        cfg, layout = self.cfg, self.layout
+        return self.ops.select_blocks(
+            q, kc, lse_cmp, layout.cmp_begin, layout.cmp_end, layout.position, layout.doc_start,
+            softmax_scale=self.scale,
+            cmp_block_len=cfg.cmp_block_len,
+            cmp_stride=cfg.cmp_stride,
+            slc_block_len=cfg.slc_block_len,
+            num_slc_blocks=cfg.num_slc_blocks,
+            num_init_blocks=cfg.num_init_blocks,
+            num_local_blocks=cfg.num_local_blocks,
+        )  # fmt: skip
+
 
 class _GatheredAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: _Call, q, gates, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, *parameters):
+    def forward(ctx, call: GatheredCall, q, gates, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, *parameters):
         ops, layout, cfg, comm = call.ops, call.layout, call.cfg, call.comm
         begin, end = layout.cmp_begin, layout.cmp_end
         rows = [call.gather(k_cmp), call.gather(v_cmp)]
@@ -79,16 +95,7 @@ class _GatheredAttention(torch.autograd.Function):
         with comm.computing("cmp", "cmp"):
             out_cmp, lse_cmp = ops.compressed_attention(q, kc, vc, begin, end, **call.interval)
         with comm.computing("select", "select"):
-            ids = ops.select_blocks(
-                q, kc, lse_cmp, begin, end, layout.position, layout.doc_start,
-                softmax_scale=call.scale,
-                cmp_block_len=cfg.cmp_block_len,
-                cmp_stride=cfg.cmp_stride,
-                slc_block_len=cfg.slc_block_len,
-                num_slc_blocks=cfg.num_slc_blocks,
-                num_init_blocks=cfg.num_init_blocks,
-                num_local_blocks=cfg.num_local_blocks,
-            )  # fmt: skip
+            ids = call.select(q, kc, lse_cmp)
         del kc, vc
         rows = [call.gather(k_slc), call.gather(v_slc)]
         with comm.computing("slc", "slc"):
@@ -108,7 +115,7 @@ class _GatheredAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        call: _Call = ctx.call
+        call: GatheredCall = ctx.call
         ops, layout, comm, scale = call.ops, call.layout, call.comm, {"softmax_scale": call.scale}
         q, gates, *kv, ids, lse_cmp, lse_slc, lse_win, out_cmp, out_slc, out_win = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()  # the branches' results are freed at once, as `nsa_dist.branches` does
@@ -139,7 +146,9 @@ class _GatheredAttention(torch.autograd.Function):
         return None, dq, deltas.to(gates.dtype), *grads, *grads_phi
 
 
-def _compressed_backward(call: _Call, q, kv, grad_out, gate, delta, lse) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _compressed_backward(
+    call: GatheredCall, q, kv, grad_out, gate, delta, lse
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(dq, own dK and dV, gradients of phi's parameters): everything is compressed once more."""
     rows, compressed = [], []
     with torch.enable_grad(), call.comm.computing("phi", "phi"):

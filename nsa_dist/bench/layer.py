@@ -8,6 +8,7 @@ from torch import Tensor
 from nsa_dist.attention import default_ops, nsa_attention
 from nsa_dist.bench.case import Case
 from nsa_dist.bench.gathered import gathered_attention
+from nsa_dist.bench.gathered_heads import shared_attention
 from nsa_dist.bench.shard import Shard
 from nsa_dist.cp.comm import Comm
 
@@ -15,8 +16,9 @@ from nsa_dist.cp.comm import Comm
 def layer_forward(case: Case, shard: Shard, comm: Comm, ops: Any = None) -> Callable[[], Tensor]:
     """A function that runs the layer forward: out [T, Hq, Dv]. The selection is that of `ops`, a kernels' module."""
     ops, plan = ops or default_ops(shard.q), case.plan()
-    if case.mode == "all-gather" and case.cp_size > 1:
-        return lambda: gathered_attention(shard, case.cfg, plan, comm, ops, case.heads.dim_k**-0.5)
+    if case.gathers and case.cp_size > 1:
+        attend = shared_attention if case.shared_kv else gathered_attention
+        return lambda: attend(shard, case.cfg, plan, comm, ops, case.heads.dim_k**-0.5)
 
     def forward() -> Tensor:
         out = nsa_attention(

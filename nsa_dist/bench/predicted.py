@@ -42,4 +42,4 @@ def core_of(case: Case) -> Core:
 def strategy_of(case: Case) -> Strategy:
     if case.mode == "fetch":
         return Strategy("fetch", case.union_fraction)
-    return Strategy("raw all-gather" if case.mode == "all-gather" else case.mode)
+    return Strategy("raw all-gather" if case.mode == "all-gather" else case.mode)  # of three pairs

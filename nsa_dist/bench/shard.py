@@ -13,7 +13,10 @@ from nsa_dist.compress import CompressMLP
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank holds: q, six keys and values, gates, the two phi, and the gradient of the output."""
+    """What one rank holds: q, keys and values, gates, the two phi, and the gradient of the output.
+
+    Of keys and values there are six, or two that stand in `kv` three times.
+    """
 
     q: Tensor
     kv: BranchKV
@@ -22,8 +25,15 @@ class Shard:
     grad_out: Tensor
 
     @property
+    def kv_leaves(self) -> dict[str, Tensor]:
+        """Keys and values by name, each once."""
+        if self.kv.k_slc is self.kv.k_cmp:
+            return {"k": self.kv.k_cmp, "v": self.kv.v_cmp}
+        return self.kv._asdict()
+
+    @property
     def leaves(self) -> list[Tensor]:
-        return [self.q, *self.kv, self.gates, *(p for phi in self.phi for p in phi.parameters())]
+        return [self.q, *self.kv_leaves.values(), self.gates, *(p for phi in self.phi for p in phi.parameters())]
 
 
 def make_shard(case: Case, num_tokens: int, device: torch.device, seed: int) -> Shard:
@@ -36,7 +46,8 @@ def make_shard(case: Case, num_tokens: int, device: torch.device, seed: int) -> 
 
     dims = [heads.dim_v if name.startswith("v") else heads.dim_k for name in BranchKV._fields]
     q = normal(num_tokens, heads.num_q_heads, heads.dim_k)
-    kv = BranchKV(*(normal(num_tokens, heads.num_kv_heads, dim) for dim in dims))
+    drawn_kv = [normal(num_tokens, heads.num_kv_heads, dim) for dim in (dims[:2] if case.shared_kv else dims)]
+    kv = BranchKV(*(drawn_kv * 3 if case.shared_kv else drawn_kv))
     gates = normal(num_tokens, heads.num_q_heads, 3).sigmoid()
     grad_out = normal(num_tokens, heads.num_q_heads, heads.dim_v)
     for x in (q, *kv, gates):

@@ -122,7 +122,7 @@ def _attend(shard: Shard, case: Case, comm: Comm) -> dict[str, Tensor]:
     phis = [
         f"phi_{which}.{name}" for which, phi in zip("kv", shard.phi, strict=True) for name, _ in phi.named_parameters()
     ]
-    names = ["dq", *(f"d{name}" for name in shard.kv._fields), "dgates", *phis]
+    names = ["dq", *(f"d{name}" for name in shard.kv_leaves), "dgates", *phis]
     return {"out": out.detach(), "block_indices": torch.cat(chosen, 1)} | dict(zip(names, grads, strict=True))
 
 
@@ -132,7 +132,8 @@ def _part(whole: Shard, plan: ShardPlan, rank: int) -> Shard:
     def cut(x: Tensor) -> Tensor:
         return plan.shard(x.detach(), rank).requires_grad_(x.requires_grad)
 
-    kv = type(whole.kv)(*map(cut, whole.kv))
+    parts = {id(x): cut(x) for x in whole.kv_leaves.values()}
+    kv = type(whole.kv)(*(parts[id(x)] for x in whole.kv))
     return replace(whole, q=cut(whole.q), kv=kv, gates=cut(whole.gates), grad_out=cut(whole.grad_out))
 
 

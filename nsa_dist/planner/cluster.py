@@ -20,11 +20,23 @@ class Constant(Section):
     source: str = Field(min_length=1)
 
 
+Collective = Literal["all_to_all", "all_gather", "reduce_scatter"]
+
+
+class Achieved(Section):
+    """Bytes a second that a GPU sends in a large collective, by kind; null if it was not measured."""
+
+    all_to_all: Constant | None = None
+    all_gather: Constant | None = None
+    reduce_scatter: Constant | None = None
+
+
 class Link(Section):
     """One GPU's share of a link, one direction."""
 
     bytes_per_s: Constant
     latency_s: Constant = Field(description="of one collective, launch included")
+    achieved: Achieved = Achieved()
 
 
 class Rates(Section):
@@ -54,7 +66,7 @@ class Cluster(Section):
     reserved_bytes: Constant = Field(description="CUDA context, NCCL buffers and the allocator's fragments")
     intra_node: Link
     inter_node: Link
-    link_efficiency: Constant = Field(description="achieved share of a link's bytes_per_s")
+    link_efficiency: Constant = Field(description="share of bytes_per_s reached where `achieved` has no figure")
     matmul_flops_per_s: Constant
     memory_bytes_per_s: Constant
     attention: BranchRates

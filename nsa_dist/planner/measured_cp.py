@@ -10,7 +10,7 @@ from nsa_dist.config import NSAConfig
 from nsa_dist.cp.formulas.cost import HeadSizes
 from nsa_dist.cp.formulas.work import BRANCHES, backward_flops, forward_flops, rank_work
 from nsa_dist.cp.plan import ShardPlan
-from nsa_dist.planner.cluster import BranchRates, Cluster, Constant, Rates
+from nsa_dist.planner.cluster import Achieved, BranchRates, Cluster, Constant, Rates
 
 Row = Mapping[str, Any]
 
@@ -40,18 +40,27 @@ def with_cp_bench(cluster: Cluster, data: Mapping[str, Any], group: int) -> Clus
 def with_links(cluster: Cluster, rows: Sequence[Row], source: str) -> Cluster:
     """`cluster` with what the collectives of a node's GPUs achieved.
 
-    Of the largest group: the all-to-all that sent most gives the rate, of which the datasheet's is the whole; the
-    quickest collective of all gives the latency. Links between nodes were not measured: they keep their rate and
-    latency, and take over the share.
+    Of the largest group: each collective's rate is that of the one that sent most, the quickest of all gives the
+    latency. Links between nodes were not measured: they keep their rate and latency, and take over the share of the
+    datasheet's rate that the all-to-all reached.
     """
     size = max(row["cp_size"] for row in rows)
     of_size = [row for row in rows if row["cp_size"] == size]
-    largest = max((row for row in of_size if row["collective"] == "all_to_all"), key=lambda row: row["sent_bytes"])
-    share = largest["bytes_per_s"] / cluster.intra_node.bytes_per_s.value
+    largest: dict[str, Row] = {}
+    for row in sorted(of_size, key=lambda row: row["sent_bytes"]):
+        largest[row["collective"]] = row
+    rates = {name: _measured(row["bytes_per_s"], _told(row, source)) for name, row in largest.items()}
     least_s = min(row["seconds"] for row in of_size)
-    told = f"{source}, all_to_all of {largest['sent_bytes'] / 1e6:.0f} MB over {size} ranks"
-    intra_node = cluster.intra_node.model_copy(update={"latency_s": _measured(least_s, source)})
-    return cluster.model_copy(update={"intra_node": intra_node, "link_efficiency": _measured(share, told)})
+    intra_node = cluster.intra_node.model_copy(
+        update={"latency_s": _measured(least_s, source), "achieved": Achieved(**rates)}
+    )
+    exchange = rates["all_to_all"]
+    share = _measured(exchange.value / intra_node.bytes_per_s.value, exchange.source)
+    return cluster.model_copy(update={"intra_node": intra_node, "link_efficiency": share})
+
+
+def _told(row: Row, source: str) -> str:
+    return f"{source}, {row['collective']} of {row['sent_bytes'] / 1e6:.0f} MB over {row['cp_size']} ranks"
 
 
 def _rates(cluster: Cluster, row: Row, source: str) -> BranchRates:

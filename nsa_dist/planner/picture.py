@@ -39,6 +39,7 @@ _LINES = {
     "all-gather": ("#30638e", "D"),
     "ring": ("#8cb369", "^"),
     "raw all-gather": ("#4a4e69", "v"),
+    "shared all-gather": ("#9a9cb3", "o"),
 }
 _FETCHES = ("#d1495b", "#e08a5f", "#edae49", "#f2cc8f")
 _ALIKE = 1.05  # lines closer than this cannot be told apart

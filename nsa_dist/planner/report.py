@@ -41,6 +41,7 @@ def _candidate(plan: Plan, candidate: Candidate) -> dict[str, Any]:
             {
                 "name": outcome.strategy.name,
                 "memory_bytes": outcome.memory_bytes,
+                "held_bytes": outcome.held_bytes,
                 "total_memory_bytes": outcome.total_bytes,
                 "sent_bytes_per_step": outcome.sent_bytes,
                 "pages_per_layer": outcome.pages,

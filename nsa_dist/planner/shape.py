@@ -1,6 +1,6 @@
 """What one rank holds of a run: its tokens, heads and parameters, for a context-parallel size and layout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from nsa_dist.cp.formulas.cost import HeadSizes
@@ -26,6 +26,11 @@ class Shape:
         """One document over the whole sequence, as the trainer makes it."""
         make = {"zigzag": ShardPlan.zigzag, "contiguous": ShardPlan.contiguous}[layout]
         return cls(config, make([0, config.run.sequence_length], cp_size, config.nsa.slc_block_len))
+
+    def with_shared_kv(self) -> "Shape":
+        """The same model but for one K/V pair in each layer, which all branches share."""
+        nsa = self.config.nsa.model_copy(update={"shared_kv": True})
+        return replace(self, config=self.config.model_copy(update={"nsa": nsa}))
 
     # --- sizes -----------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from nsa_dist.cp.formulas.work import load_imbalance
 from nsa_dist.planner.cluster import Cluster
-from nsa_dist.planner.core.strategies import Options, Strategy, sent_bytes, trips
+from nsa_dist.planner.core.strategies import Options, Strategy, held_bytes, sent_bytes, trips
 from nsa_dist.planner.memory import rank_memory
 from nsa_dist.planner.shape import Shape
 from nsa_dist.planner.timing import StepTime, forward_runs, pages_fetched, step_time
@@ -20,6 +20,7 @@ class Outcome:
 
     strategy: Strategy
     memory_bytes: dict[str, int]
+    held_bytes: int  # remote K/V at once, at any moment: the fullest one need not be that in which most of them are
     sent_bytes: dict[str, int]  # the busiest rank, one step, by kind
     time: StepTime
     pages: int  # of one layer and forward
@@ -114,15 +115,24 @@ def _candidate(config: TrainConfig, cluster: Cluster, options: Options, cp_size:
         idle_gpus=cluster.num_gpus - replicas * shape.gpus_per_replica,
         imbalance=imbalance,
         outcomes=tuple(
-            Outcome(
-                strategy=strategy,
-                memory_bytes=rank_memory(shape, strategy, options, cluster, micro_batches),
-                sent_bytes=_step_bytes(shape, strategy, options, micro_batches),
-                time=step_time(shape, strategy, options, cluster, replicas, micro_batches),
-                pages=pages_fetched(shape, strategy),
-            )
-            for strategy in options.strategies()
+            _outcome(shape, strategy, options, cluster, replicas, micro_batches) for strategy in options.strategies()
         ),
+    )
+
+
+def _outcome(
+    shape: Shape, strategy: Strategy, options: Options, cluster: Cluster, replicas: int, micro_batches: int
+) -> Outcome:
+    if strategy.how == "shared all-gather":
+        shape = shape.with_shared_kv()
+    memory = rank_memory(shape, strategy, options, cluster, micro_batches)
+    return Outcome(
+        strategy=strategy,
+        memory_bytes=memory,
+        held_bytes=max(memory["pages"], held_bytes(shape.core, strategy, options)),
+        sent_bytes=_step_bytes(shape, strategy, options, micro_batches),
+        time=step_time(shape, strategy, options, cluster, replicas, micro_batches),
+        pages=pages_fetched(shape, strategy),
     )
 
 

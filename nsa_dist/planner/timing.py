@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nsa_dist.cp.formulas.work import BRANCHES
 from nsa_dist.planner.cluster import Cluster
 from nsa_dist.planner.core.strategies import Options, Strategy, page_counts
-from nsa_dist.planner.core.time import attention_s, memory_rate, merge_s, rate, wire_s
+from nsa_dist.planner.core.time import all_reduce_s, attention_s, memory_rate, merge_s, wire_s
 from nsa_dist.planner.shape import Shape
 
 
@@ -96,8 +96,8 @@ def tensor_wire_s(shape: Shape, cluster: Cluster) -> float:
     if size == 1:
         return 0.0
     hidden = shape.plan.tokens_per_rank * shape.config.model.hidden_size * shape.element_bytes
-    sent = 2 * (size - 1) / size * hidden
-    return 4 * (sent / rate(cluster, cluster.intra_node) + cluster.intra_node.latency_s.value)
+    link = cluster.intra_node
+    return 4 * (all_reduce_s(cluster, link, size, hidden) + link.latency_s.value)
 
 
 def gradient_wire_s(shape: Shape, cluster: Cluster, replicas: int) -> float:
@@ -108,7 +108,7 @@ def gradient_wire_s(shape: Shape, cluster: Cluster, replicas: int) -> float:
     parameters = max(shape.stage_parameters(stage) for stage in range(shape.num_stages))
     inside = shape.gpus_per_replica * replicas <= cluster.gpus_per_node
     link = cluster.intra_node if inside else cluster.inter_node
-    return 2 * (size - 1) / size * parameters * 4 / rate(cluster, link) + 2 * link.latency_s.value
+    return all_reduce_s(cluster, link, size, parameters * 4) + 2 * link.latency_s.value
 
 
 def pages_fetched(shape: Shape, strategy: Strategy) -> int:

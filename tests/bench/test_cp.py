@@ -7,17 +7,22 @@ import pytest
 import torch
 
 from bench_tasks import fails_on_rank_one, is_silent, rank_of
+from nsa_dist.bench.predicted import core_of, strategy_of
 from nsa_dist.bench.selection import Replay, draw_remote, draw_selection
 from nsa_dist.bench.show import timeline
+from nsa_dist.bench.show.report import Report, machine
 from nsa_dist.bench.sizes import TINY
 from nsa_dist.bench.solo import measure_share, run_solo
 from nsa_dist.bench.synthetic import SyntheticComm
+from nsa_dist.bench.tasks import Compare
 from nsa_dist.bench.world import Place
 from nsa_dist.cp.formulas import cost
 from nsa_dist.cp.trace import Span
+from nsa_dist.planner.core import strategies
+from nsa_dist.planner.core.strategies import Options
 from nsa_launch import exit_codes
 from nsa_launch.bench.team import TaskFailed, Team
-from nsa_launch.bench.training import Split
+from nsa_launch.bench.training import Split, judge
 from nsa_launch.cli import main
 
 CPU = torch.device("cpu")
@@ -68,7 +73,7 @@ def test_a_drawn_selection_is_given_out_in_parts():
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("mode", ["fetch", "whole shard", "all-gather"])
+@pytest.mark.parametrize("mode", ["fetch", "whole shard", "all-gather", "shared all-gather"])
 def test_a_share_sends_what_the_formulas_say(mode, rank):
     case = replace(CASE, mode=mode, union_fraction=0.3)
     plan, heads = case.plan(), case.heads
@@ -76,6 +81,11 @@ def test_a_share_sends_what_the_formulas_say(mode, rank):
     shard_bytes = 2048 * 2 * (16 + 16) * 4
     if mode == "all-gather":  # 3 branches, to 3 other ranks: S forward; S again and S of fp32 gradients
         assert sent == {"raw": 2 * 3 * 3 * shard_bytes, "raw.grad": 3 * 3 * shard_bytes}
+        return
+    if mode == "shared all-gather":  # one pair: a third
+        assert sent == {"raw": 2 * 3 * shard_bytes, "raw.grad": 3 * shard_bytes}
+        told = strategies.sent_bytes(core_of(case), strategy_of(case), Options())
+        assert (sent["raw"], sent["raw.grad"]) == (told["pages"], told["pages.grad"])
         return
     owner, _ = plan.owner(torch.arange(128) * 64)
     wanted = [draw_remote(plan, case.cfg, r, 0.3) for r in range(4)]
@@ -114,7 +124,7 @@ def test_one_rank_of_many_from_the_command_line(tmp_path, capsys):
     words = ["bench", "cp", "--device", "cpu", "--cp", "4", "--tokens", "1024", "--repeats", "1", "--trace"]
     assert main([*words, "--out", str(tmp_path)]) == exit_codes.OK
     data = json.loads((tmp_path / "cp.json").read_text())
-    ways = ["fetch u=0.05", "fetch u=0.2", "fetch u=1", "whole shard", "all-gather"]
+    ways = ["fetch u=0.05", "fetch u=0.2", "fetch u=1", "whole shard", "all-gather", "shared all-gather"]
     assert [row["way"] for row in data["shares"]] == ways
     assert not any("error" in row for row in data["shares"] + data["memory"])
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
@@ -137,18 +147,19 @@ def test_real_ranks_equal_one_rank(measured):
     code, _, data = measured
     assert code == exit_codes.OK
     assert [(row["layout"], row["mode"]) for row in data["checks"]] == [
-        ("zigzag", "fetch"), ("contiguous", "fetch"), ("zigzag", "all-gather"),
+        ("zigzag", "fetch"), ("contiguous", "fetch"), ("zigzag", "all-gather"), ("zigzag", "shared all-gather"),
     ]  # fmt: skip
     for row in data["checks"]:
         assert row["wrong"] == ""
-        assert len(row["errors"]) == 2 + 8 + 6  # out and ids; q, K/V of three branches, gates; phi's parameters
+        pairs = 1 if row["mode"] == "shared all-gather" else 3
+        assert len(row["errors"]) == 2 + (2 + 2 * pairs) + 6  # out and ids; q, K/V, gates; phi's parameters
         assert max(row["errors"].values()) < 1e-10
 
 
 def test_real_ranks_are_timed_beside_the_plan(measured):
     _, folder, data = measured
     assert [row["way"] for row in data["cases"]] == [
-        "fetch u=0.05", "fetch u=0.2", "fetch u=1", "whole shard", "all-gather",
+        "fetch u=0.05", "fetch u=0.2", "fetch u=1", "whole shard", "all-gather", "shared all-gather",
     ]  # fmt: skip
     for row in data["cases"]:
         assert "error" not in row
@@ -157,6 +168,9 @@ def test_real_ranks_are_timed_beside_the_plan(measured):
         assert row["predicted"]["forward_s"] > 0
     full = next(row for row in data["cases"] if row["way"] == "fetch u=1")
     assert {k: v for k, v in full["predicted"]["sent_bytes"].items() if v} == full["sent_bytes"]
+    shared = data["cases"][-1]
+    told = shared["predicted"]["sent_bytes"]
+    assert shared["sent_bytes"] == {"raw": told["pages"], "raw.grad": told["pages.grad"]}
     assert [row["cp_size"] for row in data["scaling"]] == [1, 2]
     assert all(row["share_efficiency"] > 0 for row in data["scaling"])
     assert {row["collective"] for row in data["links"]} == {"all_gather", "all_to_all", "reduce_scatter"}
@@ -171,6 +185,19 @@ def test_what_time_does_not_allow_is_named(tmp_path):
     for part in ("comparison of 1k", "links of 2 ranks", "fetch u=0.05", "training with TP 1 x CP 2 x DP 1"):
         assert part in left_out
     assert "cases" not in data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_a_shared_pair_gathered_by_heads_equals_one_rank(layout):
+    """Over four ranks, in fp64: chosen blocks the same, output and every gradient to 1e-10."""
+    heads = replace(TINY.heads[0], element_bytes=8)
+    with Team(Place(4, "cpu", shared=True)) as team:
+        rows = team.run(Compare(TINY.case(1024, 4, heads=heads, mode="shared all-gather", layout=layout)), 120)
+    for row in rows:
+        assert {"block_indices", "dk", "dv"} <= row["errors"].keys()
+        assert "block_indices" in row["same"]
+        assert max(row["errors"].values()) < 1e-10
 
 
 def test_a_team_leaves_a_failed_task_together():
@@ -191,6 +218,22 @@ def test_training_over_ranks_follows_one_rank(tmp_path):
     rows = json.loads((tmp_path / "cp.json").read_text())["training"]
     assert [row.get("split") for row in rows[:2]] == ["TP 1 x CP 1 x DP 1", "TP 1 x CP 2 x DP 1"]
     assert rows[2]["largest_difference"] < 1e-6
+    assert rows[2]["first_difference"] <= rows[2]["largest_difference"]
+    assert rows[2]["wrong"] == ""
+    assert len(rows[0]["losses"]) == 6  # after the step that both go on from
+
+
+def test_losses_that_differ_fail_the_bench(tmp_path):
+    assert judge([2.0, 1.0], [2.0 + 1e-6, 1.0 - 5e-5])["wrong"] == ""
+    first, later = judge([2.0, 1.0], [2.0 + 1e-5, 1.0]), judge([2.0, 1.0], [2.0, 1.1])
+    assert first["wrong"].startswith("the first step differs by 5.0e-06 of the loss, allowed are 1e-06")
+    assert later["wrong"].startswith("a step differs by 1.0e-01")
+    assert judge([float("nan"), 1.0], [2.0, 1.0])["wrong"]
+    report = Report(tmp_path, machine("cpu", 1, "two ranks"))
+    report.add("training", judge([2.0], [2.0]), "right")
+    assert not report.failed()
+    report.add("training", later, "wrong")
+    assert report.failed()
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8, 16])

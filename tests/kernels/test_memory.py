@@ -40,14 +40,18 @@ def test_the_planner_cuts_chunks_as_the_kernels_do(heads, tokens, forward):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
-@pytest.mark.parametrize(("cp_size", "budget"), [(1, None), (2, None), (4, None), (2, 2**15)])
-def test_memory_of_a_layer(cp_size, budget, monkeypatch):
+@pytest.mark.parametrize(
+    ("cp_size", "budget", "mode"),
+    [(1, None, "fetch"), (2, None, "fetch"), (4, None, "fetch"), (2, 2**15, "fetch"), (4, None, "shared all-gather")],
+)
+def test_memory_of_a_layer(cp_size, budget, mode, monkeypatch):
     """One rank of several, 512 tokens each; with a budget of eight pages in several rounds.
 
     dK and dV of the window are not summed in 16 parts: of so few keys they would decide, on a GPU they are 140 MB.
     """
     monkeypatch.setattr(cmp_grad_kv, "num_splits", lambda num_items: 1)
-    case, device = replace(CASE, tokens=512 * cp_size, cp_size=cp_size, page_budget_bytes=budget), torch.device("cpu")
+    case = replace(CASE, tokens=512 * cp_size, cp_size=cp_size, page_budget_bytes=budget, mode=mode)
+    device = torch.device("cpu")
     shard, draw = make_shard(case, 512, device, seed=0), drawn(case, 0, device)
     comm = replace(synthetic_comm(case, 0, device), trace=None)
     forward = layer_forward(case, shard, comm, with_selection(nsa_kernels, Replay(draw.block_indices)))

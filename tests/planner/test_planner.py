@@ -11,8 +11,9 @@ import yaml
 
 from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.planner import memory
-from nsa_dist.planner.cluster import DEFAULT_CLUSTER, Cluster, load_cluster
-from nsa_dist.planner.core.strategies import GIB, Options, Strategy
+from nsa_dist.planner.cluster import DEFAULT_CLUSTER, Achieved, Cluster, load_cluster
+from nsa_dist.planner.core.strategies import GIB, Options, Strategy, sent_bytes
+from nsa_dist.planner.core.time import all_reduce_s, wire_s
 from nsa_dist.planner.fetching import fetching, markdown
 from nsa_dist.planner.knobs import turn_knobs
 from nsa_dist.planner.measured import with_bench
@@ -204,6 +205,26 @@ def test_raw_gathering_moves_three_branches_and_compresses_everything():
     assert raw.time.compute_s["phi"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_one_shared_pair_gathered_by_heads():
+    """A third of what three pairs send, for another model; of a million tokens one head is 0.5 GiB, its sums 1 GiB."""
+    candidate = long_plan().candidates[-1]
+    raw, shared = candidate.outcome("raw all-gather"), candidate.outcome("shared all-gather")
+    fetched = candidate.judged
+    for kind in ("pages", "pages.grad"):
+        assert 3 * shared.sent_bytes[kind] == raw.sent_bytes[kind]
+    assert sum(shared.sent_bytes.values()) == shared.sent_bytes["pages"] + shared.sent_bytes["pages.grad"]
+    assert shared.held_bytes == 2**20 * (128 + 128) * (2 + 4) == 1.5 * GIB
+    assert {c.outcome("shared all-gather").held_bytes for c in long_plan().candidates[1:]} == {1.5 * GIB}  # at any P
+    assert fetched.held_bytes == 3.9375 * GIB  # at u = 1
+    assert shared.time.compute_s["phi"] == raw.time.compute_s["phi"]
+    model = candidate.shape.with_shared_kv()
+    assert model.config.nsa.shared_kv
+    assert shared.memory_bytes["weights"] == 2 * model.stage_parameters(0) < fetched.memory_bytes["weights"]
+    # Smaller by two pairs as projected, in each of four layers.
+    pair = candidate.shape.tokens * 4 * (128 + 128) * 2
+    assert fetched.memory_bytes["kv"] - shared.memory_bytes["kv"] == 4 * 2 * pair
+
+
 def test_the_readme_has_the_planners_table():
     plan = make_plan(long_config(), cluster().model_copy(update={"num_nodes": 8}), cp_sizes=[8, 16, 32, 64])
     assert markdown(plan) in (ROOT / "README.md").read_text()
@@ -309,6 +330,10 @@ def test_verdict_says_when_fetching_pays():
     words = "\n".join(verdict(long_plan()))
     assert "Take cp 8" in words
     assert "only while u < 0." in words
+    assert "At fetch u=0.05 it saves 167.3 ms a step (2.1%)." in words
+    # Where collectives reach three quarters of the datasheet's rate, less than 2% of a step is at stake.
+    link = cluster().intra_node.model_copy(update={"achieved": Achieved()})
+    words = "\n".join(verdict(make_plan(long_config(), cluster().model_copy(update={"intra_node": link}))))
     assert "Fetch for the memory bound, not for speed." in words
 
 
@@ -395,8 +420,36 @@ def test_measured_links_replace_those_of_the_description(tmp_path):
     assert measured.link_efficiency.evidence == "measured"
     assert measured.link_efficiency.source.endswith("a GPU, 2026-01-01, all_to_all of 268 MB over 8 ranks")
     assert measured.intra_node.latency_s.value == 2e-5
+    achieved = measured.intra_node.achieved
+    assert (achieved.all_to_all.value, achieved.all_gather.value) == (270e9, 135e9)
+    assert achieved.reduce_scatter is None  # not measured here: the share of the datasheet's rate
+    assert achieved.all_gather.source.endswith("2026-01-01, all_gather of 268 MB over 8 ranks")
     assert measured.inter_node == cluster().inter_node
     assert measured.attention == cluster().attention
+
+
+def test_every_collective_takes_its_own_rate():
+    """Seconds follow the bytes of each kind over the rate of the collective that moves it."""
+    core = Shape.of(long_config(), 8, "zigzag").core
+    link, options = cluster().intra_node, Options()
+    latency_s = link.latency_s.value
+    collectives = {"halo": "all_to_all", "compressed": "all_gather", "bitmap": "all_gather"}
+    gradients = {"halo.grad": "all_to_all", "compressed.grad": "reduce_scatter"}
+    sent, phases = (
+        sent_bytes(core, Strategy("fetch", 0.2), options),
+        wire_s(core, Strategy("fetch", 0.2), options, cluster()),
+    )
+    for kind, name in (collectives | gradients).items():
+        seconds = (phases.backward if kind in gradients else phases.forward)[kind]
+        assert seconds == pytest.approx(sent[kind] / getattr(link.achieved, name).value + latency_s)
+    raw = Strategy("raw all-gather")
+    sent, phases = sent_bytes(core, raw, options), wire_s(core, raw, options, cluster())
+    gathered_s = sent["pages"] / 2 / link.achieved.all_gather.value + latency_s
+    assert phases.forward["pages"] == phases.backward["pages"] == pytest.approx(gathered_s)
+    assert phases.backward["pages.grad"] == pytest.approx(
+        sent["pages.grad"] / link.achieved.reduce_scatter.value + latency_s
+    )
+    assert all_reduce_s(cluster(), cluster().inter_node, 2, 75e9) == pytest.approx(2 * 75e9 / 2 / (0.75 * 50e9))
 
 
 def test_a_measured_share_gives_rates(tmp_path):

@@ -161,14 +161,14 @@ def _strategy_table(plan: Plan) -> Table:
     table = _sizes_table(plan, "How remote K/V arrive: seconds of one step / GiB held for it", "way")
     for index, strategy in enumerate(plan.options.strategies()):
         outcomes = [c.outcomes[index] for c in plan.candidates]
-        table.add_row(strategy.name, *(f"{_s(o.time.total_s)} / {_gib(o.memory_bytes['pages'])}" for o in outcomes))
+        table.add_row(strategy.name, *(f"{_s(o.time.total_s)} / {_gib(o.held_bytes)}" for o in outcomes))
     return table
 
 
 def _fetching_table(plan: Plan) -> Table:
     table = Table(title="When fetching pays, in time, and what each holds of remote K/V", title_justify="left")
     us = plan.options.union_fractions
-    held = [*(f"GiB, u={u:g}" for u in us), "GiB, raw"]
+    held = [*(f"GiB, u={u:g}" for u in us), "GiB, three pairs", "GiB, one pair by heads"]
     for heading in (*HEADINGS, *(f"saved, u={u:g}" for u in us), *held):
         table.add_column(heading, justify="right")
     for row in fetching(plan):

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from nsa_dist.bench.show.report import GIB, Row
 
-_COLOURS = {"fetch": "#d1495b", "all-gather": "#30638e", "whole shard": "#8d6a9f"}
+_COLOURS = {"fetch": "#d1495b", "all-gather": "#30638e", "whole shard": "#8d6a9f", "shared all-gather": "#8cb369"}
 
 
 def draw_memory(data: dict[str, Any], path: Path) -> None:
@@ -27,7 +27,8 @@ def draw_memory(data: dict[str, Any], path: Path) -> None:
 def _draw_curve(axes: Axes, rows: list[Row], tokens_per_rank: int) -> None:
     for mode in ("all-gather", "fetch"):
         line = [row for row in rows if row["mode"] == mode or row["cp_size"] == 1]
-        label = "raw K/V gathered" if mode == "all-gather" else next(r["way"] for r in line if r["cp_size"] > 1)
+        gathers = mode == "all-gather"
+        label = "three raw K/V pairs gathered" if gathers else next(r["way"] for r in line if r["cp_size"] > 1)
         xs, ys = [row["cp_size"] for row in line], [row["peak_bytes"] / GIB for row in line]
         axes.plot(xs, ys, marker="o", color=_COLOURS[mode], label=label)
         offset = 6 if mode == "all-gather" else -14

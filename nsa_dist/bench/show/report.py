@@ -66,8 +66,11 @@ class Report:
             file.write(text + "\n")
 
     def failed(self) -> bool:
-        """Whether any comparison with one rank found a difference; an error of a mode is a finding, not a failure."""
-        return any(row.get("wrong") for row in self.data.get("checks", []))
+        """Whether a comparison with one rank, of layers or of training, found a difference.
+
+        An error of a mode is a finding, not a failure.
+        """
+        return any(row.get("wrong") for section in ("checks", "training") for row in self.data.get(section, []))
 
     def _write(self) -> None:
         write_atomically(self.folder / "cp.json", json.dumps(self.data, indent=1) + "\n")

@@ -14,6 +14,7 @@ from nsa_dist.cp.formulas import cost
 from nsa_dist.planner.core.sizes import Core
 from nsa_dist.planner.core.strategies import (
     BRANCHES,
+    COMPRESS_EVERYTHING,
     Options,
     Strategy,
     head_groups,
@@ -44,20 +45,21 @@ class Sizes:
         return cls(rows * heads.dim_k * e, rows * heads.dim_v * e, kv, rows * 4, e, heads.grad_bytes)
 
 
-def inputs_bytes(core: Core) -> int:
-    """Queries, keys and values of three branches, gates, and the gradient of the output."""
+def inputs_bytes(core: Core, num_pairs: int = BRANCHES) -> int:
+    """Queries, keys and values of the branches or the pair that they share, gates, the gradient of the output."""
     sizes = Sizes.of(core)
     gates = core.tokens * core.heads.num_q_heads * 3 * sizes.e
-    return sizes.q + BRANCHES * sizes.kv + gates + sizes.out
+    return sizes.q + num_pairs * sizes.kv + gates + sizes.out
 
 
 def layer_peak_bytes(core: Core, strategy: Strategy, options: Options) -> int:
     """Peak of one layer's forward and backward by itself, inputs, output and its gradient counted."""
     saved = statistics_bytes(core)
-    if strategy.how != "raw all-gather":  # which gathers and compresses anew in backward
+    if strategy.how not in COMPRESS_EVERYTHING:  # which gather and compress anew in backward
         saved += extended_bytes(core) + compressed_bytes(core)
     moment = largest_moment(core, strategy, options)
-    return inputs_bytes(core) + Sizes.of(core).out + saved + moment.work + moment.remote
+    inputs = inputs_bytes(core, 1 if strategy.how == "shared all-gather" else BRANCHES)
+    return inputs + Sizes.of(core).out + saved + moment.work + moment.remote
 
 
 def statistics_bytes(core: Core) -> int:
@@ -106,17 +108,22 @@ class Moment:
 def largest_moment(core: Core, strategy: Strategy, options: Options) -> Moment:
     """The fullest of the three moments. In the first the output is not there yet, and is taken off."""
     groups, sizes = head_groups(core, options), Sizes.of(core)
+    if strategy.how == "shared all-gather" and core.plan.cp_size > 1:
+        groups = core.heads.num_kv_heads
     heads = -(-core.heads.num_kv_heads // groups)
     deltas = core.tokens * core.heads.num_q_heads * BRANCHES * 4
     forward = results_bytes(core) - sizes.out + slc_workspace_bytes(core, heads, forward=True)
     pages, rounds = held_bytes(core, strategy, options), num_rounds(core, strategy, options)
     if strategy.how == "raw all-gather":
         backward = [_gathered_bytes(core)]
+    elif strategy.how == "shared all-gather" and core.plan.cp_size > 1:
+        backward = [_gathered_head_bytes(core)]
     else:
         backward = [_group_bytes(core, number, groups, rounds) for number in range(groups)]
+    held = held_bytes(core, strategy, options, forward=True)
     moments = [
-        Moment(forward, held_bytes(core, strategy, options, forward=True)),
-        Moment(results_bytes(core) + deltas, held_bytes(core, strategy, options, forward=True) // 3),
+        Moment(forward, held),
+        Moment(results_bytes(core) + deltas, 0 if strategy.how == "shared all-gather" else held // 3),
         *(Moment(work + deltas, pages) for work in backward),
     ]
     return max(moments, key=lambda moment: moment.total)
@@ -147,6 +154,16 @@ def _gathered_bytes(core: Core) -> int:
     """The same on gathered K/V: all heads at once, after the window branch, whose dq and own dK, dV are there."""
     sizes = Sizes.of(core)
     return 2 * sizes.q + sizes.kv // sizes.e * sizes.g + slc_workspace_bytes(core, core.heads.num_kv_heads)
+
+
+def _gathered_head_bytes(core: Core) -> int:
+    """The same on one gathered head, the last: own dK, dV of all heads; then the selected branch's dq in fp32 and
+    workspace, or two dq and the gradients of K and V of the whole sequence by the window, which are yet to be added."""
+    sizes, heads = Sizes.of(core), core.heads.num_kv_heads
+    of_sequence = core.plan.cp_size * sizes.kv // heads // sizes.e * sizes.g
+    of_q = sizes.q // heads
+    selected, window = of_q // sizes.e * sizes.g + slc_workspace_bytes(core, 1), 2 * of_q + of_sequence
+    return sizes.q + sizes.kv // sizes.e * sizes.g + max(selected, window)
 
 
 def kept_page_bytes(core: Core, strategy: Strategy) -> int:

@@ -1,8 +1,12 @@
 """The ways in which a rank can come by the remote keys and values that its queries selected: bytes, memory, messages.
 
-All but one gather the compressed keys and exchange halos as `nsa_dist.cp` does, and all fetch again in backward
-unless pages are kept; they differ in how K/V of the selected branch travels. `raw all-gather` is what public code does:
-the raw K/V of every branch go to every rank, which compresses all of it.
+All but two gather the compressed keys and exchange halos as `nsa_dist.cp` does, and all fetch again in backward
+unless pages are kept; they differ in how K/V of the selected branch travels. In the other two raw K/V go to every rank,
+which compresses all of it:
+
+    raw all-gather      three K/V pairs, one a branch, gathered naively: a branch at a time, all heads of it
+    shared all-gather   one K/V pair for all branches, gathered one kv head at a time into one buffer: another model,
+                        with `nsa.shared_kv=true`, and a third of the bytes
 """
 
 from dataclasses import dataclass, field
@@ -12,8 +16,10 @@ from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.cp.formulas import cost
 from nsa_dist.planner.core.sizes import Core
 
-How = Literal["fetch", "whole shard", "all-gather", "ring", "raw all-gather"]
-_OTHERS: tuple[How, ...] = ("whole shard", "all-gather", "ring", "raw all-gather")
+How = Literal["fetch", "whole shard", "all-gather", "ring", "raw all-gather", "shared all-gather"]
+COMPRESS_EVERYTHING: tuple[How, ...] = ("raw all-gather", "shared all-gather")
+GATHERED: tuple[How, ...] = ("all-gather", *COMPRESS_EVERYTHING)
+_OTHERS: tuple[How, ...] = ("whole shard", "all-gather", "ring", *COMPRESS_EVERYTHING)
 BRANCHES = 3  # each with keys and values of its own
 GIB = 2**30
 
@@ -86,9 +92,9 @@ def sent_bytes(core: Core, strategy: Strategy, options: Options) -> dict[str, in
         halves=options.fetch.halves_queries(core.heads.num_kv_heads),
     )
     most = {kind: max(sent[kind] for sent in ranks) for kind in ranks[0]}
-    if strategy.how == "raw all-gather":
-        pages = {kind: BRANCHES * most[kind] for kind in most if kind.startswith("pages")}
-        return dict.fromkeys(most, 0) | pages
+    if strategy.how in COMPRESS_EVERYTHING:
+        pairs = BRANCHES if strategy.how == "raw all-gather" else 1
+        return dict.fromkeys(most, 0) | {kind: pairs * most[kind] for kind in most if kind.startswith("pages")}
     return most if strategy.how == "fetch" else {**most, "bitmap": 0}  # where everything goes, nobody has to say what
 
 
@@ -102,9 +108,14 @@ def head_groups(core: Core, options: Options) -> int:
     return 1 if core.plan.cp_size == 1 else min(core.heads.num_kv_heads, options.fetch.head_groups)
 
 
+def num_gathers(core: Core, strategy: Strategy) -> int:
+    """Collectives of one trip where everything is gathered: K and V of each kv head apart, or all heads together."""
+    return 2 * core.heads.num_kv_heads if strategy.how == "shared all-gather" else 1
+
+
 def num_rounds(core: Core, strategy: Strategy, options: Options) -> int:
     """Partial results of selected attention, for each head, that are merged: rounds of the budget, steps of a ring."""
-    if core.plan.cp_size == 1 or strategy.how in ("raw all-gather", "all-gather"):
+    if core.plan.cp_size == 1 or strategy.how in GATHERED:
         return 1
     if strategy.how == "ring":
         return core.plan.cp_size
@@ -126,6 +137,7 @@ def held_bytes(core: Core, strategy: Strategy, options: Options, *, forward: boo
     all-gather      the whole sequence, one key/value head at a time
     ring            two shards and the gradients that travel with them
     raw all-gather  the whole sequence of one branch, all heads, and its gradients
+    shared all-gather   as all-gather: the buffer of one head, and the sums of its gradients
     """
     if core.plan.cp_size == 1:
         return 0
@@ -136,7 +148,7 @@ def held_bytes(core: Core, strategy: Strategy, options: Options, *, forward: boo
         return 2 * shard * both
     if strategy.how == "raw all-gather":
         return core.plan.cp_size * shard * both
-    if strategy.how == "all-gather":
+    if strategy.how in ("all-gather", "shared all-gather"):
         return core.plan.cp_size * shard // heads.num_kv_heads * both
     return 3 * pages_at_once(core, strategy, options) * page_bytes(core, both)
 

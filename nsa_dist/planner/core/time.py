@@ -4,9 +4,27 @@ from dataclasses import dataclass
 
 from nsa_dist.cp.formulas.cost import total_cmp_blocks
 from nsa_dist.cp.formulas.work import BRANCHES, backward_flops, forward_flops, rank_work
-from nsa_dist.planner.cluster import Cluster, Link
+from nsa_dist.planner.cluster import Cluster, Collective, Constant, Link
 from nsa_dist.planner.core.sizes import Core
-from nsa_dist.planner.core.strategies import Options, Strategy, num_rounds, sent_bytes, trips
+from nsa_dist.planner.core.strategies import (
+    COMPRESS_EVERYTHING,
+    GATHERED,
+    Options,
+    Strategy,
+    num_gathers,
+    num_rounds,
+    sent_bytes,
+    trips,
+)
+
+# What travels apart from the selected branch's K/V, and the collective that moves it.
+_SENT_BY: dict[str, Collective] = {
+    "halo": "all_to_all",
+    "compressed": "all_gather",
+    "bitmap": "all_gather",
+    "halo.grad": "all_to_all",
+    "compressed.grad": "reduce_scatter",
+}
 
 
 @dataclass(frozen=True)
@@ -20,7 +38,7 @@ class Phases:
 def attention_s(core: Core, strategy: Strategy, cluster: Cluster) -> Phases:
     """By branch, of the rank whose branches take longest together. Raw K/V of everybody are compressed by everybody.
 
-    The backward of `raw all-gather` compresses once more: nobody keeps what was gathered.
+    Their backward compresses once more: nobody keeps what was gathered.
     """
     by_rank = []
     for rank in range(core.plan.cp_size):
@@ -32,7 +50,7 @@ def attention_s(core: Core, strategy: Strategy, cluster: Cluster) -> Phases:
             {branch: forward[branch] / rate.forward.value for branch, rate in rates.items()},
             {b: backward[b] / rate.backward.value if rate.backward else 0.0 for b, rate in rates.items()},
         )
-        if strategy.how == "raw all-gather" and work.own_cmp_blocks:
+        if strategy.how in COMPRESS_EVERYTHING and work.own_cmp_blocks:
             everything = total_cmp_blocks(core.plan, core.cfg) / work.own_cmp_blocks
             phases.forward["phi"] *= everything
             phases.backward["phi"] = everything * phases.backward["phi"] + phases.forward["phi"]
@@ -52,11 +70,12 @@ def wire_s(core: Core, strategy: Strategy, options: Options, cluster: Cluster) -
     if core.plan.cp_size == 1:
         return Phases({}, {})
     most, rounds = sent_bytes(core, strategy, options), num_rounds(core, strategy, options)
-    once = _pages_s(core, cluster, strategy, most["pages"] / trips(strategy, options), rounds)
-    forward = {kind: _collective_s(core, cluster, most[kind]) for kind in ("halo", "compressed", "bitmap")}
-    backward = {kind: _collective_s(core, cluster, most[kind]) for kind in ("halo.grad", "compressed.grad")}
+    seconds = {kind: _collective_s(core, cluster, most[kind], name) for kind, name in _SENT_BY.items()}
+    once = _pages_s(core, cluster, strategy, most["pages"] / trips(strategy, options), rounds, "all_gather")
+    forward = {kind: s for kind, s in seconds.items() if not kind.endswith(".grad")}
+    backward = {kind: s for kind, s in seconds.items() if kind.endswith(".grad")}
     backward["pages"] = once if trips(strategy, options) == 2 else 0.0
-    backward["pages.grad"] = _pages_s(core, cluster, strategy, most["pages.grad"], rounds)
+    backward["pages.grad"] = _pages_s(core, cluster, strategy, most["pages.grad"], rounds, "reduce_scatter")
     return Phases(forward | {"pages": once}, backward)
 
 
@@ -65,40 +84,51 @@ def ranks_per_node(core: Core, cluster: Cluster) -> int:
     return max(1, min(core.plan.cp_size, cluster.gpus_per_node // core.gpus_per_rank))
 
 
-def rate(cluster: Cluster, link: Link) -> float:
-    """Bytes a second that a collective achieves over a link."""
-    return link.bytes_per_s.value * cluster.link_efficiency.value
+def rate(cluster: Cluster, link: Link, collective: Collective) -> float:
+    """Bytes a second that a collective achieves over a link: as measured, or the usual share of the datasheet's."""
+    measured: Constant | None = getattr(link.achieved, collective)
+    return link.bytes_per_s.value * cluster.link_efficiency.value if measured is None else measured.value
+
+
+def all_reduce_s(cluster: Cluster, link: Link, size: int, num_bytes: float) -> float:
+    """Sum `num_bytes` over `size` ranks: a reduce-scatter, then an all-gather, each of (size - 1) / size of them."""
+    sent = (size - 1) / size * num_bytes
+    halves: tuple[Collective, ...] = ("reduce_scatter", "all_gather")
+    return sum(sent / rate(cluster, link, name) for name in halves)
 
 
 def memory_rate(cluster: Cluster) -> float:
     return cluster.memory_bytes_per_s.value
 
 
-def _collective_s(core: Core, cluster: Cluster, num_bytes: float) -> float:
-    """An all-gather, reduce-scatter or exchange in which a rank sends `num_bytes` in all.
+def _collective_s(core: Core, cluster: Cluster, num_bytes: float, name: Collective, messages: int = 1) -> float:
+    """`messages` collectives in which a rank sends `num_bytes` in all.
 
     Between nodes every shard enters a node once, shared by the node's GPUs; inside it passes over the fast link.
     """
     if num_bytes == 0:
         return 0.0
     size, near = core.plan.cp_size, ranks_per_node(core, cluster)
-    inside_s = num_bytes / rate(cluster, cluster.intra_node) + cluster.intra_node.latency_s.value
+    inside_s = num_bytes / rate(cluster, cluster.intra_node, name) + messages * cluster.intra_node.latency_s.value
     if size == near:
         return inside_s
     crossing = num_bytes / (size - 1) * (size - near) / near
-    return max(inside_s, crossing / rate(cluster, cluster.inter_node) + cluster.inter_node.latency_s.value)
+    crossing_s = crossing / rate(cluster, cluster.inter_node, name)
+    return max(inside_s, crossing_s + messages * cluster.inter_node.latency_s.value)
 
 
-def _pages_s(core: Core, cluster: Cluster, strategy: Strategy, num_bytes: float, rounds: int) -> float:
-    """One trip of the remote K/V or of its gradients, packing included."""
+def _pages_s(
+    core: Core, cluster: Cluster, strategy: Strategy, num_bytes: float, rounds: int, gathering: Collective
+) -> float:
+    """One trip of the remote K/V or of its gradients, packing included; `gathering` moves it where all of it goes."""
     size, near = core.plan.cp_size, ranks_per_node(core, cluster)
-    if strategy.how in ("all-gather", "raw all-gather"):
-        return _collective_s(core, cluster, num_bytes)
+    if strategy.how in GATHERED:
+        return _collective_s(core, cluster, num_bytes, gathering, num_gathers(core, strategy))
     slow = cluster.intra_node if size == near else cluster.inter_node
     if strategy.how == "ring":  # size - 1 steps; between nodes one link of each node carries every shard
-        return num_bytes / rate(cluster, slow) + (size - 1) * slow.latency_s.value
+        return num_bytes / rate(cluster, slow, "all_to_all") + (size - 1) * slow.latency_s.value
     # Each rank is sent its own pages, so a page crosses to a node as often as ranks there want it.
     far = num_bytes * (size - near) / (size - 1)
-    inside_s = (num_bytes - far) / rate(cluster, cluster.intra_node)
-    wire_s = max(inside_s, far / rate(cluster, cluster.inter_node)) + rounds * slow.latency_s.value
+    inside_s = (num_bytes - far) / rate(cluster, cluster.intra_node, "all_to_all")
+    wire_s = max(inside_s, far / rate(cluster, cluster.inter_node, "all_to_all")) + rounds * slow.latency_s.value
     return wire_s + 2 * num_bytes / memory_rate(cluster)
