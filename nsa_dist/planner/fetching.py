@@ -27,7 +27,7 @@ def fetching(plan: Plan) -> list[Fetching]:
 
 
 def markdown(plan: Plan) -> str:
-    """The table as it stands in the README."""
+    """The table as it stands in docs/explained/fetching.md."""
     us = plan.options.union_fractions
     head = [*HEADINGS, *(f"saved at u={u:g}" for u in us), *(f"GiB held at u={u:g}" for u in us), "raw, GiB"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
