@@ -1,4 +1,4 @@
-"""Docstrings as Markdown: what is aligned in columns stays as it was typed."""
+"""Docstrings as Markdown: what is aligned in columns stays as it was typed, and a field's comment is its docstring."""
 
 import re
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from griffe import Docstring, Extension, GriffeLoader, Object
 
 COLUMNS = re.compile(r"^\S.*?\S {2,}\S|^ {2,}\S", re.MULTILINE)  # a line with a gap in it, or an indented one
+COMMENT = re.compile(r" {2}# (?!type:|noqa)(.+)$")  # what a dataclass says of a field
 CODE = re.compile(r"(`[^`]*`)")
 
 
@@ -16,6 +17,8 @@ class AlignedText(Extension):
         """Called by griffe for every object it has read."""
         if obj.docstring is not None:
             obj.docstring = Docstring(markdown(obj.docstring.value), lineno=obj.docstring.lineno, parent=obj)
+        elif obj.is_attribute and (comment := COMMENT.search("".join(obj.lines[:1]))):
+            obj.docstring = Docstring(comment[1], parent=obj)
 
 
 def markdown(text: str) -> str:

@@ -1,7 +1,8 @@
 """What MkDocs calls while it builds the site: generated parts, and a page of every source file that a page links to.
 
-A page says `<!-- generated: configuration -->` where a part of it is made from the sources. Markdown under docs/ links to files of the repository as they lie (`../../configs/tiny-cpu.yaml`), which a reader of the
-repository can follow. Here such a link goes to a page of the site that shows the file.
+A page says `<!-- generated: configuration -->` where a part of it is made from the sources. Markdown under docs/ links
+to files of the repository as they lie (`../../configs/tiny-cpu.yaml`), which a reader of the repository can follow.
+Here such a link goes to a page of the site that shows the file.
 """
 
 import re
