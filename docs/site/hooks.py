@@ -20,11 +20,16 @@ sys.path[:0] = [str(Path(__file__).parent), *(str(ROOT / root) for root in (".",
 
 import command_line  # noqa: E402
 import configuration  # noqa: E402
+import kernel_functions  # noqa: E402
 
 SOURCES = "source"  # folder of the site with the pages of source files
 LINK = re.compile(r"(?<=\]\()([^)#:\s]+)(#[^)\s]*)?(?=\))")
 GENERATED = re.compile(r"<!-- generated: (\w+) -->")
-PARTS = {"configuration": configuration.tables, "command_line": command_line.sections}
+PARTS = {
+    "configuration": configuration.tables,
+    "command_line": command_line.sections,
+    "kernels": kernel_functions.functions,
+}
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sbatch": "bash", ".sh": "bash", ".toml": "toml"}
 DECISION = re.compile(r"^- \S+ \[(.+?)\]\((\S+?\.md)\)", re.MULTILINE)
 

@@ -1,6 +1,7 @@
 """What the docs site makes from sources, and the links of what it does not hold. `make docs` builds all of it."""
 
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from code_blocks import OTHER_PAGES, ROOT, pages
+from nsa_kernels import reference
 from nsa_launch.config import RunConfig
 
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)\s]*)?\)")
@@ -52,8 +54,23 @@ def test_every_command_has_its_help(monkeypatch):
     assert "nsa_launch.torchrun CONFIG.yaml" in section(text, "torchrun")
 
 
-def test_columns_of_docstrings_stay_columns():
+@pytest.fixture
+def beside(monkeypatch):
+    """The modules of the site find each other, and griffe, as they do when MkDocs loads them."""
     pytest.importorskip("griffe", reason="make docs needs it, too: pip install '.[docs]'")
+    monkeypatch.syspath_prepend(ROOT / "docs/site")
+
+
+def test_every_kernel_is_called_as_it_is(beside):
+    text = load("kernel_functions").functions()
+    for name in reference.__all__:
+        function = getattr(reference, name)
+        entry = text.split(f"### {name}\n")[1].split("\n### ")[0]
+        assert all(f"{parameter}: " in entry for parameter in inspect.signature(function).parameters)
+        assert inspect.getdoc(function).split("\n")[0].split("`")[0].split("*")[0] in entry
+
+
+def test_columns_of_docstrings_stay_columns(beside):
     markdown = load("docstrings").markdown
     assert markdown("a * b\n\nx    [T]   tokens\n     more") == "a \\* b\n\n```text\nx    [T]   tokens\n     more\n```"
     assert markdown("words `a * b` words") == "words `a * b` words"
