@@ -1,6 +1,7 @@
 """Every code block for readers runs as it stands, or is checked as far as it can be, or is marked as output."""
 
 import contextlib
+import io
 import shlex
 import subprocess
 from pathlib import Path
@@ -51,11 +52,15 @@ def test_command_runs(command, tmp_path, monkeypatch):
     for entry in ("configs", "launchers", "kernels"):
         (tmp_path / entry).symlink_to(ROOT / entry)
     monkeypatch.chdir(tmp_path)
-    program, *words = shlex.split(command)
+    written, _, file = command.partition(" > ")
+    program, *words = shlex.split(written)
     assert program == "nsa-dist", f"{RUN[command]}: only nsa-dist runs here; mark the block `sh`"
     may_miss = words == ["doctor"]  # it looks at this machine, and says so if something is missing
-    with contextlib.redirect_stdout(None):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         assert cli.main(words) in ((exit_codes.OK, exit_codes.FAILED) if may_miss else (exit_codes.OK,))
+    if file:
+        Path(file).write_text(output.getvalue(), encoding="utf-8")
 
 
 @pytest.mark.parametrize(("block", "command"), CHECKED, ids=[f"{block} {command}" for block, command in CHECKED])
