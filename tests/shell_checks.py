@@ -28,7 +28,7 @@ def check(command: str) -> None:
 def _nsa_dist(words: Words) -> None:
     """Refused words make argparse exit; a configuration that cannot work is a ValueError."""
     try:
-        arguments = cli._parser().parse_args(words)
+        arguments = cli.parser().parse_args(words)
     except SystemExit as refusal:
         raise AssertionError(f"nsa-dist does not take {words}") from refusal
     if words[0] in ("train", "plan"):

@@ -15,7 +15,7 @@ def sections() -> str:
     """Markdown: a heading and the --help of each command."""
     os.environ["COLUMNS"] = "100"  # argparse fits its lines into it
     of_torchrun = ast.get_docstring(ast.parse(TORCHRUN.read_text(encoding="utf-8"))) or ""
-    return "\n".join([*_sections(cli._parser()), f"## torchrun\n\n{_literal(of_torchrun)}"])
+    return "\n".join([*_sections(cli.parser()), f"## torchrun\n\n{_literal(of_torchrun)}"])
 
 
 def _sections(parser: argparse.ArgumentParser) -> Iterator[str]:
