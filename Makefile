@@ -4,6 +4,7 @@
 #   make train ARGS="run.steps=50"      ... with overrides, as nsa-dist takes them
 #   make train CONFIG=configs/x.yaml    ... another run
 #   make test | test-all | lint | clean
+#   make docs                           build the documentation into build/docs; warnings are errors
 #   make constraints                    write constraints.txt anew from the newest packages that fit
 #
 # PYTHON       a Python 3.11 or newer; it is only used to make VENV
@@ -34,7 +35,7 @@ PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_
 TORCH := $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all lint constraints clean
+.PHONY: help install train test test-all lint docs constraints clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -63,6 +64,11 @@ lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --diff .
 	@$(BIN)/mypy
+	@$(MAKE) --no-print-directory docs
+
+# The theme's word about MkDocs 2.0 is no warning of the build; pyproject.toml stays below 2.
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 constraints:
 	@mkdir -p build && $(if $(TORCH_TO),echo 'torch==$(TORCH_TO)',grep -E '^(torch|triton)==' constraints.txt) > build/kept.txt

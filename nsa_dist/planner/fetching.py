@@ -28,7 +28,7 @@ def fetching(plan: Plan) -> list[Fetching]:
 
 
 def markdown(plan: Plan) -> str:
-    """The table as it stands in the README. Last, what two other ways hold: three pairs gathered, one by heads."""
+    """The table as it stands in docs/explained/fetching.md; last, what two other ways hold."""
     us = plan.options.union_fractions
     head = [
         *HEADINGS,

@@ -225,9 +225,9 @@ def test_one_shared_pair_gathered_by_heads():
     assert fetched.memory_bytes["kv"] - shared.memory_bytes["kv"] == 4 * 2 * pair
 
 
-def test_the_readme_has_the_planners_table():
+def test_the_docs_have_the_planners_table():
     plan = make_plan(long_config(), cluster().model_copy(update={"num_nodes": 8}), cp_sizes=[8, 16, 32, 64])
-    assert markdown(plan) in (ROOT / "README.md").read_text()
+    assert markdown(plan) in (ROOT / "docs/explained/fetching.md").read_text()
 
 
 def test_fetching_pays_below_break_even():
