@@ -1,7 +1,7 @@
 """Before any test module is imported: without a GPU triton's kernels run in its interpreter.
 
-Triton decides between the two when it is imported (the decorator `triton.jit` reads `TRITON_INTERPRET` there), and tests
-outside of `tests/kernels` import what imports it.
+Triton decides between the two when it is imported (the decorator `triton.jit` reads `TRITON_INTERPRET` there), and
+tests outside of `tests/kernels` import what imports it.
 """
 
 import os
