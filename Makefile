@@ -13,6 +13,7 @@
 # PYTHONS      of make constraints: every Python that it is for; the oldest first
 # TORCH_TO     of make constraints: another torch. Without it torch stays: a newer one may bring gigabytes along
 # TORCH_INDEX  where to take torch from, e.g. https://download.pytorch.org/whl/cpu for the small build without CUDA
+# TEST_JOBS    processes of `make test`; a GPU is shared by all of them. 0: in one process, as PYTEST_ARGS=--pdb wants it
 # PIP_ARGS     more arguments for every pip install, e.g. --index-url https://mirror.example/simple
 
 PYTHON      ?= python3
@@ -24,6 +25,7 @@ CONFIG      ?= configs/tiny-cpu.yaml
 OUTPUT_DIR  ?= runs/$(basename $(notdir $(CONFIG)))-$(shell date -u +%Y%m%d-%H%M%S)
 ARGS        ?=
 PYTEST_ARGS ?=
+TEST_JOBS   ?= 2
 
 VENV        := .venv
 CONSTRAINTS := constraints.txt
@@ -54,11 +56,14 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 train: $(STAMP)
 	@$(BIN)/nsa-dist train $(CONFIG) output_dir=$(OUTPUT_DIR) $(ARGS)
 
+# Tests of a file stay together: some share processes that take seconds to start.
+PYTEST = $(BIN)/python -m pytest -p no:cacheprovider -n $(TEST_JOBS) --dist loadfile
+
 test: $(STAMP)
-	@$(BIN)/python -m pytest -p no:cacheprovider -m "not slow" $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(STAMP)
-	@$(BIN)/python -m pytest -p no:cacheprovider $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

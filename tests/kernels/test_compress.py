@@ -5,6 +5,7 @@ import torch
 
 from kernels import plain
 from kernels.judge import assert_twice
+from kernels.pace import SLOW_WITHOUT_A_GPU
 from nsa_kernels import reference
 from nsa_kernels.phi.compress import compress_mean, compress_mlp, compress_mlp_pair
 
@@ -133,7 +134,9 @@ def test_bits_do_not_depend_on_the_other_blocks(device):
 
 
 @pytest.mark.parametrize("block_rows", [REGULAR, TANGLED, []], ids=["regular", "tangled", "no block"])
-@pytest.mark.parametrize("width", [20, 16], ids=["equal", "of another width"])
+@pytest.mark.parametrize(
+    "width", [pytest.param(20, id="equal"), pytest.param(16, id="of another width", marks=SLOW_WITHOUT_A_GPU)]
+)
 def test_a_pair_has_the_bits_of_each_alone(block_rows, width, device):
     """In one launch where both are alike, else one after the other; the second's gradient of y is expanded."""
     pair = [mlp_inputs(170, 3, 16, 16, w, torch.bfloat16, device) for w in (20, width)]

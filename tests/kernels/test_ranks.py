@@ -8,6 +8,7 @@ import torch
 
 import nsa_kernels
 from cases import run
+from kernels.pace import SLOW_WITHOUT_A_GPU
 from nsa_dist import BranchKV, NSAConfig, ShardPlan
 from thread_ranks import run_threads
 
@@ -36,7 +37,10 @@ def alone(num_kv_heads: int, device: torch.device):
     return run(inputs(num_kv_heads, device), CONFIG, LENGTHS, ops=nsa_kernels)
 
 
-@pytest.mark.parametrize("num_kv_heads", [2, 1], ids=["head by head", "query halves"])
+@pytest.mark.parametrize(
+    "num_kv_heads",
+    [pytest.param(2, id="head by head"), pytest.param(1, id="query halves", marks=SLOW_WITHOUT_A_GPU)],
+)
 @pytest.mark.parametrize(
     ("layout", "size"),
     [

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.judge import assert_twice
+from kernels.pace import SLOW_WITHOUT_A_GPU
 from nsa_kernels import reference
 from nsa_kernels.selected.attention import selected_attention, selected_attention_backward
 
@@ -167,7 +168,12 @@ def test_head_dims_of_models(group, dims, device):
 
 
 @pytest.mark.parametrize(
-    ("group", "num_kv_heads", "dtype"), [(8, 2, DTYPES[1]), (16, 2, DTYPES[0]), (64, 1, DTYPES[0])]
+    ("group", "num_kv_heads", "dtype"),
+    [
+        (8, 2, DTYPES[1]),
+        pytest.param(16, 2, DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
+        pytest.param(64, 1, DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
+    ],
 )
 def test_sizes_of_the_hopper_kernels(group, num_kv_heads, dtype, device):
     """What they take: blocks of 64, D 128, wide groups. Padding rows, remote pages, q as a part of a wider tensor."""
