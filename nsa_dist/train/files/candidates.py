@@ -67,19 +67,19 @@ def look(root: Path, marker: RunMarker) -> Candidates:
     latest = _read_latest(root)
     if not marker.manifests:
         return _without_manifests(root, marker, latest)
-    whole, damaged, torn = [], _lost(root, marker, latest), []
+    whole, damaged, torn = [], _not_listed(root, marker, latest), []
     for step in steps_of(marker.made):
-        if not os.path.lexists(root / name_of(step)):
-            if (latest is None or latest.step < step) and f"{name_of(step)}.damaged" not in marker.made:
-                torn.append(step)
-            continue
-        wrong = _wrong(root, marker, step)
-        if wrong is None and (latest is None or latest.step < step):
+        wrong = _wrong(root, marker, 0 if latest is None else latest.step, step)
+        if wrong is None:
             torn.append(step)
-        elif wrong is None or wrong:
-            damaged.append(Damaged(step, f"{NAME} is missing" if wrong is None else "; ".join(wrong)))
-        else:
+        elif wrong:
+            damaged.append(Damaged(step, "; ".join(wrong)))
+        elif os.path.lexists(root / name_of(step)):
             whole.append(step)
+    if torn and not (whole or damaged) and not any((root / name_of(step)).is_dir() for step in torn):
+        damaged.append(
+            Damaged(torn.pop(0), "its folder is missing")
+        )  # there were complete ones, as there are manifests
     return Candidates(latest, tuple(whole), tuple(damaged), tuple(torn), True)
 
 
@@ -99,6 +99,11 @@ def about_latest(seen: Candidates, step: int) -> list[str]:
     return []
 
 
+def not_complete(step: int) -> str:
+    """What is to be said of a torn checkpoint."""
+    return f"{name_of(step)} is not complete (it has no {NAME})"
+
+
 def refusal(root: Path, seen: Candidates, damaged: Sequence[Damaged]) -> str:
     """Why there is nothing to go on from, although there should be; "" for a run that has no checkpoint yet."""
     latest = seen.latest
@@ -109,7 +114,7 @@ def refusal(root: Path, seen: Candidates, damaged: Sequence[Damaged]) -> str:
             return _refusal_without_manifests(root, latest)
     lines = [each.line for each in damaged]
     lines += [f"{LATEST} {latest.wrong}"] if latest is not None and latest.wrong else []
-    lines += [f"{name_of(step)}: {NAME} is missing" for step in seen.torn]
+    lines += [not_complete(step) for step in seen.torn]
     shown = "\n".join(f"  {line}" for line in lines)
     return (
         f"no checkpoint of the run in output_dir={root} is as it was written, so there is nothing to go on from:\n"
@@ -131,27 +136,28 @@ def _refusal_without_manifests(root: Path, latest: Latest) -> str:
     )
 
 
-def _lost(root: Path, marker: RunMarker, latest: Latest | None) -> list[Damaged]:
-    """What `latest.json` names, if it is not there or not of this run; without that file the newest if all are gone."""
-    steps = steps_of(marker.made)
-    if latest is None or latest.wrong:
-        all_gone = not any(os.path.lexists(root / name_of(step)) for step in steps)
-        return [Damaged(step, "its folder is missing") for step in steps[:1] if all_gone]
-    if not os.path.lexists(root / name_of(latest.step)):
-        return [Damaged(latest.step, "its folder is missing")]
-    if latest.step not in steps:
-        return [Damaged(latest.step, "run.json does not say that this run made it")]
-    return []
+def _not_listed(root: Path, marker: RunMarker, latest: Latest | None) -> list[Damaged]:
+    """What `latest.json` names, if the marker does not."""
+    if latest is None or latest.wrong or latest.step in steps_of(marker.made):
+        return []
+    there = os.path.lexists(root / name_of(latest.step))
+    return [Damaged(latest.step, "run.json does not say that this run made it" if there else "its folder is missing")]
 
 
-def _wrong(root: Path, marker: RunMarker, step: int) -> list[str] | None:
-    """What names and sizes show to be wrong with a checkpoint; None: it has no manifest."""
-    folder = root / name_of(step)
+def _wrong(root: Path, marker: RunMarker, latest_step: int, step: int) -> list[str] | None:
+    """What names and sizes show to be wrong with a checkpoint. None: not complete, as an interrupted save leaves it."""
+    folder, was_complete = root / name_of(step), step <= latest_step
+    if not os.path.lexists(folder):
+        if f"{name_of(step)}.damaged" in marker.made:
+            return []  # set aside earlier
+        return ["its folder is missing"] if was_complete else None
     try:
         manifest = Manifest.read(folder)
-        return None if manifest is None else wrong_at_sight(manifest, folder, marker.run_id, step)
     except DamagedError as error:
         return [str(error)]
+    if manifest is None:
+        return [f"{NAME} is missing"] if was_complete else None
+    return wrong_at_sight(manifest, folder, marker.run_id, step)
 
 
 def _without_manifests(root: Path, marker: RunMarker, latest: Latest | None) -> Candidates:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nsa_dist.train.files.candidates import Damaged, about_latest, name_of, refusal
+from nsa_dist.train.files.candidates import Damaged, about_latest, name_of, not_complete, refusal
 from nsa_dist.train.files.manifest import ALWAYS_THERE, NAME, DamagedError, Manifest, wrong_in_content
 from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.world import World
@@ -87,7 +87,7 @@ def _settle(output: OutputDir, found: int, read: Sequence[Damaged]) -> list[str]
     if nothing:
         raise ValueError(nothing)
     lines = about_latest(seen, found)
-    lines += [_torn_line(step) for step in seen.torn if step > found]
+    lines += [f"{not_complete(step)}, and is passed over" for step in seen.torn if step > found]
     for each in damaged:
         if each.step > found:
             aside = output.set_aside(each)
@@ -98,10 +98,6 @@ def _settle(output: OutputDir, found: int, read: Sequence[Damaged]) -> list[str]
     return lines
 
 
-def _torn_line(step: int) -> str:
-    return f"{name_of(step)} is not complete (it has no {NAME}), and is passed over"
-
-
 def _unverified(output: OutputDir, world: World) -> Intact:
     """The checkpoint of a run that has no manifests: of an earlier version, or it has none yet."""
     step, notices = world.agreed(lambda: _settle_unverified(output))
@@ -110,7 +106,7 @@ def _unverified(output: OutputDir, world: World) -> Intact:
 
 def _settle_unverified(output: OutputDir) -> tuple[int, list[str]]:
     seen = output.candidates()
-    step, lines = seen.newest, [_torn_line(step) for step in seen.torn]
+    step, lines = seen.newest, [f"{not_complete(step)}, and is passed over" for step in seen.torn]
     if not step:
         nothing = refusal(output.root, seen, ())
         if nothing:
