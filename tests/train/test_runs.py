@@ -107,7 +107,7 @@ def test_a_run_goes_on_past_a_damaged_checkpoint_and_repeats_every_bit(base, pai
     (notice,) = start["notices"]
     assert notice == (
         f"checkpoints/step_00000006 is damaged (.metadata has {(kept := base / KEPT).stat().st_size} bytes, and "
-        f"{(base / 'damaged/checkpoints/step_00000006/.metadata').stat().st_size} were written), and is kept as "
+        f"{(base / 'undisturbed/checkpoints/step_00000006/.metadata').stat().st_size} were written), and is kept as "
         f"checkpoints/step_00000006.damaged; the run goes on from step 4"
     )
     assert b"executed" in kept.read_bytes()
@@ -115,7 +115,7 @@ def test_a_run_goes_on_past_a_damaged_checkpoint_and_repeats_every_bit(base, pai
 
 
 def test_a_manifest_lists_what_every_rank_wrote(base, pair):
-    folder = base / "undisturbed/checkpoints/step_00000006"
+    folder = base / "TP2/checkpoints/step_00000006"  # each holds a half of the weights
     manifest = Manifest.read(folder)
     assert manifest.files.keys() == {path.name for path in folder.iterdir()} - {"manifest.json"}
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= manifest.files.keys()
