@@ -1,6 +1,8 @@
 """Small runs of `nsa_dist.train`, and what their ranks do: importable, because spawned processes find work by name."""
 
 import os
+import pickle
+import random
 import shutil
 import signal
 from collections.abc import Iterator
@@ -14,11 +16,13 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from damages import contents, some_damage, unhurt
 from nsa_dist.train import loop
 from nsa_dist.train.checkpoint import Position
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.config_errors import parse
 from nsa_dist.train.data.samples import Samples
+from nsa_dist.train.files.candidates import name_of
 from nsa_dist.train.files.records import read_metrics
 from nsa_dist.train.hooks import Hooks
 from nsa_dist.train.loop import TrainResult, train
@@ -199,8 +203,64 @@ def two_processes(rank: int, base: Path) -> None:
     run(bf16_config(base, "bf16"))
     run(bf16_config(base, "bf16 in two parts"), StopAfter(FORK_STEP))
     run(bf16_config(base, "bf16 in two parts").resuming())
+    past_damage(rank, base)
     for name, parallel in TINY_JOBS.items():
         tiny_job(base, name, parallel)
+
+
+def past_damage(rank: int, base: Path) -> None:
+    """A copy of the undisturbed run, whose last checkpoint is damaged so that reading it would leave a trace."""
+    if rank == 0:
+        shutil.copytree(base / "undisturbed", base / "damaged")
+        (base / "damaged" / name_of(STEPS) / ".metadata").write_bytes(pickle.dumps(Trap(base / "executed")))
+    dist.barrier()
+    run(small_config(base, "damaged", **LAYOUTS["CP2 zigzag"]).resuming())
+
+
+@dataclass
+class Trap:
+    """Reading the pickle of one makes a file."""
+
+    path: Path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def undisturbed_and_stopped(rank: int, base: Path) -> None:
+    """A run of 8 steps, and one that stops after 6 of them and has kept three checkpoints."""
+    config = {"steps": 8, "keep_checkpoints": 3}
+    run(small_config(base, "undisturbed", run=config))
+    run(small_config(base, "stopped", run=config), StopAfter(6))
+
+
+class Told(NamedTuple):
+    """What came of drawn damages."""
+
+    done: list[str]
+    whole: list[int]  # the steps whose checkpoints they left as they were, newest first
+    latest_changed: bool
+    step: int  # from which a copy of the run went on; -1: refused
+    said: str
+
+
+def past_drawn_damages(rank: int, base: Path, seeds: range) -> list[Told]:
+    """For each seed a copy of the run that stopped, damaged and resumed."""
+    return [_past_drawn_damages(base, seed) for seed in seeds]
+
+
+def _past_drawn_damages(base: Path, seed: int) -> Told:
+    draw, folder, listener = random.Random(seed), base / f"seed {seed}", Listener()
+    shutil.copytree(base / "stopped", folder)
+    before, latest = {step: contents(folder / name_of(step)) for step in (2, 4, 6)}, folder / "latest.json"
+    done = [some_damage(folder, draw) for _ in range(draw.choice([1, 1, 1, 2, 3, 6]))]
+    whole = unhurt(folder, before)
+    changed = latest.read_bytes() != (base / "stopped/latest.json").read_bytes()
+    try:
+        run(small_config(base, folder.name, run={"steps": 8, "keep_checkpoints": 3}).resuming(), listener)
+    except ValueError as refusal:
+        return Told(done, whole, changed, -1, str(refusal))
+    return Told(done, whole, changed, records(base, folder.name, "start")[-1]["step"], "\n".join(listener.notices))
 
 
 def bf16_config(base: Path, name: str) -> TrainConfig:

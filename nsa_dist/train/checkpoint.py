@@ -1,8 +1,8 @@
 """Saving and restoring a run through Megatron's distributed checkpoints.
 
 A checkpoint holds model, optimizer, schedule, random states, the number of finished steps, and the number of samples
-consumed, which is the position in the data. It counts only once `latest.json` names it, which happens after every
-process has written its part.
+consumed, which is the position in the data. It counts only once it has its manifest (`files.manifest`), which is
+written after every process has written its part. What is loaded was verified before: `files.intact`.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from nsa_dist.train.files.manifest import Entry, Manifest, written_by
 from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.model import Trainable
 from nsa_dist.train.world import World
@@ -31,20 +32,22 @@ class Position(NamedTuple):
 def save(model: Trainable, output: OutputDir, position: Position, keep: int, world: World) -> Path:
     """Write the checkpoint of `position`, make it the latest, and drop all but the newest `keep`.
 
-    ValueError on every process if its folder is there and not the run's.
+    Each process takes the digests of what it wrote. ValueError on every process if the checkpoint's folder is there
+    and not the run's.
     """
     path = Path(world.agreed(lambda: str(output.make_checkpoint(position.step))))
     dist_checkpointing.save(_state(model, position, is_loading=False), str(path))
-    world.barrier()
+    parts = world.gathered(written_by(world.rank, world.size, path))  # by then the slowest has written
     if world.is_main:
-        output.set_latest(position.step)
+        files = {name: Entry(*entry) for part in parts for name, entry in sorted(part.items())}
+        output.complete(Manifest(output.marker().run_id, position.step, position.samples, files))
         output.drop_old_checkpoints(keep)
     world.barrier()
     return path
 
 
 def restore(model: Trainable, path: Path) -> Position:
-    """Load the checkpoint at `path`, which may come from another parallel layout, and return how far it had come.
+    """Load the verified checkpoint at `path`, which may come from another parallel layout; return how far it had come.
 
     What the configuration says of rates and schedule holds, whatever the run that saved it had: it may be longer.
     ValueError for a checkpoint without the number of samples.

@@ -15,7 +15,7 @@ class Hooks:
         return False
 
     def on_checkpoint(self, step: int, path: Path, metrics: Mapping[str, float]) -> None:
-        """Told on every rank once the checkpoint of `step` at `path` is complete and `latest.json` names it."""
+        """Told on every rank once the checkpoint of `step` at `path` is complete: it has its manifest."""
 
     def on_metrics(self, record: Record) -> None:
         """Given, on rank 0, every record as it is written to metrics.jsonl."""

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -13,6 +14,7 @@ from nsa_dist.train.checkpoint import Position
 from nsa_dist.train.config import VOCAB_SIZE, TrainConfig
 from nsa_dist.train.data.batches import BatchCutter, Datasets, build_datasets, sequence_plan
 from nsa_dist.train.files import notices
+from nsa_dist.train.files.intact import Intact, newest_intact
 from nsa_dist.train.files.metrics import MetricsLog
 from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.files.plots import plot_losses, plot_selection
@@ -41,11 +43,15 @@ def train(config: TrainConfig, hooks: Hooks, device: torch.device) -> TrainResul
     """Train as `config` says, from the last checkpoint if `run.resume`. Call it on every process, in any thread.
 
     torch.distributed must be initialised. ValueError for a configuration that does not fit the processes, or that
-    cannot start in its output_dir (`nsa_dist.train.prepare`).
+    cannot start in its output_dir (`nsa_dist.train.prepare`), or if no checkpoint of a run to go on with is intact.
     """
     output = OutputDir(config.run.output_dir)
     with entered(config, device) as world:
         world.agreed(lambda: prepare_output(config))
+        intact = newest_intact(output, world)
+        if world.is_main:
+            for text in intact.notices:
+                hooks.on_notice(text)
         datasets = build_datasets(config, output, world)
         cutter = BatchCutter(config, world, sequence_plan(config))
         with notices.collected(GPTModel.__module__) as texts:
@@ -53,13 +59,12 @@ def train(config: TrainConfig, hooks: Hooks, device: torch.device) -> TrainResul
         if world.is_main:
             for text in notices.not_given_yet(output, texts):
                 hooks.on_notice(text)
-        latest = output.latest_checkpoint()
-        start = Position() if latest is None else checkpoint.restore(model, latest)
+        start = Position() if intact.path is None else checkpoint.restore(model, intact.path)
         meter = TrafficMeter(config, cutter.plan)
         run = _Run(config, hooks, output, world, model, cutter, datasets, meter)
         with run.logging(start.step):
-            run.report_start(start)
-            result = run.steps_from(start)
+            run.report_start(start, intact)
+            result = run.steps_from(start, intact.path)
         if not result.stopped:
             run.draw()
         return result
@@ -90,10 +95,10 @@ class _Run:
         with MetricsLog(self.output.metrics, self.output.tensorboard, first_step + 1) as self.log:
             yield
 
-    def steps_from(self, start: Position) -> TrainResult:
-        """The steps from `start` to `run.steps`, with what is due between them."""
+    def steps_from(self, start: Position, path: Path | None) -> TrainResult:
+        """The steps from `start`, the checkpoint at `path`, to `run.steps`, with what is due between them."""
         run = self.config.run
-        (step, samples), stop, loss, path = start, False, None, self.output.latest_checkpoint()
+        (step, samples), stop, loss = start, False, None
         ask = self.hooks.should_stop
         if step == 0:
             self.validate(0)
@@ -114,7 +119,7 @@ class _Run:
                 self.hooks.on_checkpoint(step, path, self.losses(loss))
         return TrainResult(step, stop, loss, self.validation_loss, None if path is None else str(path))
 
-    def report_start(self, start: Position) -> None:
+    def report_start(self, start: Position, intact: Intact) -> None:
         """The record of where it goes on, what differs from the last start, and how the sequence is shared."""
         parallel = self.config.parallel
         changed = self.world.agreed(lambda: note_settings(self.output, self.config))
@@ -122,6 +127,7 @@ class _Run:
             {
                 "kind": "start",
                 **start._asdict(),
+                **intact.record(),
                 "changed": changed,
                 "context_parallel_size": parallel.context_parallel_size,
                 "layout": parallel.layout,

@@ -11,8 +11,9 @@ from typing import Any
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.data.corpus import check_packed, digest_of, splits_of
 from nsa_dist.train.files import replace
+from nsa_dist.train.files.candidates import ANY_CHECKPOINT, refusal
 from nsa_dist.train.files.marker import NAME, RunMarker, containers, found, remove
-from nsa_dist.train.files.output import ANY_CHECKPOINT, MADE, OutputDir
+from nsa_dist.train.files.output import MADE, OutputDir
 from nsa_dist.train.identity import FIXED, changes, differences, identity, settings
 
 
@@ -187,12 +188,11 @@ def _check_corpus(output: OutputDir, marker: RunMarker, config: TrainConfig) -> 
 
 
 def _check_checkpoint(output: OutputDir, config: TrainConfig) -> None:
-    path, done = output.latest_checkpoint(), output.checkpointed_step()
-    if path is not None and not path.is_dir():
-        raise ValueError(
-            f"{output.latest} names {path}, which is not there, so there is nothing to go on from; put it back, or "
-            f"write the newest checkpoint that is left into {output.latest}"
-        )
+    """By names and sizes; `nsa_dist.train.files.intact` reads the files, when all ranks are there to share them."""
+    seen = output.candidates()
+    done, nothing = seen.newest, refusal(output.root, seen, seen.damaged)
+    if not done and nothing:
+        raise ValueError(nothing)
     if done > config.run.steps:
         raise ValueError(
             f"steps={config.run.steps} is below the {done} steps that the run in {output.root} has made, and none is "

@@ -37,26 +37,30 @@ class World:
 
     def agreed(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on process 0 (JSON), on every process; or the ValueError that it raises there."""
-        row = torch.frombuffer(bytearray(_outcome(work) if self.is_main else b"{}"), dtype=torch.uint8)
-        size = int(self.sum(torch.tensor([len(row) if self.is_main else 0], device=self.device)))
-        padded = torch.zeros(size, dtype=torch.uint8)
-        padded[: len(row)] = row[:size]
-        rows = Comm(dist.group.WORLD).all_gather(padded.to(self.device), "metrics")
-        outcome = json.loads(bytes(rows[0].tolist()))
+        outcome = self.gathered(_outcome(work) if self.is_main else None)[0]
         if "refused" in outcome:
             raise ValueError(outcome["refused"])
         return outcome["value"]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Everybody's `value` (JSON) by rank, on every process."""
+        comm, row = Comm(dist.group.WORLD), torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = comm.all_gather(torch.tensor([len(row)], device=self.device), "metrics").flatten().tolist()
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(row)] = row
+        rows = comm.all_gather(padded.to(self.device), "metrics").tolist()
+        return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
     def barrier(self) -> None:
         """Return when every process has come here."""
         self.sum(torch.zeros(1, device=self.device)).cpu()
 
 
-def _outcome(work: Callable[[], Any]) -> bytes:
+def _outcome(work: Callable[[], Any]) -> dict[str, Any]:
     try:
-        return json.dumps({"value": work()}).encode()
+        return {"value": work()}
     except ValueError as refusal:
-        return json.dumps({"refused": str(refusal)}).encode()
+        return {"refused": str(refusal)}
 
 
 @contextmanager

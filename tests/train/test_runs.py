@@ -12,6 +12,7 @@ import pytest
 import torch.multiprocessing as mp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nsa_dist.train.files.manifest import Manifest, wrong_in_content
 from ranks import run_ranks
 from train_cases import (
     CHANGED,
@@ -30,6 +31,8 @@ from train_cases import (
     two_processes,
     write_texts,
 )
+
+KEPT = "damaged/checkpoints/step_00000006.damaged/.metadata"
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,31 @@ def test_killed_and_resumed_repeats_every_bit(base, pair):
     assert losses(records(base, "killed")) == undisturbed
     lines = [json.loads(line) for line in (base / "killed/metrics.jsonl").read_text().splitlines()]
     assert len([r for r in lines if r["kind"] == "train"]) > len(undisturbed) - 1, "some steps were made twice"
+
+
+def test_a_run_goes_on_past_a_damaged_checkpoint_and_repeats_every_bit(base, pair):
+    assert losses(records(base, "damaged")) == losses(records(base, "undisturbed"))
+    start = records(base, "damaged", "start")[-1]
+    assert (start["step"], start["checkpoint"]) == (4, "step_00000004")
+    assert start["verified_bytes"] > 100_000
+    assert start["verified_s"] > 0
+    (notice,) = start["notices"]
+    assert notice == (
+        f"checkpoints/step_00000006 is damaged (.metadata has {(kept := base / KEPT).stat().st_size} bytes, and "
+        f"{(base / 'undisturbed/checkpoints/step_00000006/.metadata').stat().st_size} were written), and is kept as "
+        f"checkpoints/step_00000006.damaged; the run goes on from step 4"
+    )
+    assert b"executed" in kept.read_bytes()
+    assert not (base / "executed").exists(), "nothing of it was unpickled"
+
+
+def test_a_manifest_lists_what_every_rank_wrote(base, pair):
+    folder = base / "TP2/checkpoints/step_00000006"  # each holds a half of the weights
+    manifest = Manifest.read(folder)
+    assert manifest.files.keys() == {path.name for path in folder.iterdir()} - {"manifest.json"}
+    assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= manifest.files.keys()
+    assert wrong_in_content(manifest, folder, manifest.files) == []
+    assert (manifest.step, manifest.samples) == (STEPS, STEPS * 4)
 
 
 def test_a_stopped_run_says_so_and_goes_on(base, single):

@@ -37,7 +37,7 @@ def trainer(config: RunConfig, processes: Processes, launch_id: str) -> Any:
     """One launch. Ray Train keeps its own record of it in a folder that is new each time.
 
     A record that a crash tore, or that names a checkpoint which has been pruned since, stops every later launch of the
-    same name; and it is not needed, because ranks resume from latest.json.
+    same name; and it is not needed, because ranks find the newest intact checkpoint themselves.
     """
     folder = RunFolder(config.run.output_dir)
     return _V2.torch.TorchTrainer(

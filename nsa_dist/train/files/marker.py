@@ -35,6 +35,7 @@ class RunMarker:
     settings: Mapping[str, Any]
     corpus: str = ""
     notices: tuple[str, ...] = ()  # given once already
+    manifests: bool = False  # whether a checkpoint without one is none: from the first that has one
 
     @classmethod
     def new(cls, made: Sequence[str], identity: Mapping[str, Any], settings: Mapping[str, Any]) -> "RunMarker":

@@ -3,10 +3,14 @@
 import json
 import os
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from nsa_dist.train.data.corpus import PACKED_FILES
-from nsa_dist.train.files.atomic import write_atomically
+from nsa_dist.train.files import candidates, manifest
+from nsa_dist.train.files.atomic import sync_folder, write_atomically
+from nsa_dist.train.files.candidates import Candidates, Damaged, name_of, steps_of
+from nsa_dist.train.files.manifest import Manifest
 from nsa_dist.train.files.marker import RunMarker, found, remove
 
 # What a run makes in its folder beside its checkpoints, which `run.json` lists one by one.
@@ -14,12 +18,11 @@ MADE = (
     "latest.json", "metrics.jsonl", "loss.png", "selection.png", "data/corpus.json",
     *(f"data/{name}" for name in PACKED_FILES), "tensorboard/events.out.tfevents.*",
 )  # fmt: skip
-ANY_CHECKPOINT = "checkpoints/step_" + 8 * "[0-9]"
 
 
 @dataclass(frozen=True)
 class OutputDir:
-    """Names below `run.output_dir`. `latest.json` alone says which checkpoint is complete and newest."""
+    """Names below `run.output_dir`. `files.candidates` says which checkpoint is complete and newest."""
 
     root: Path
 
@@ -44,7 +47,7 @@ class OutputDir:
         return self.root / "checkpoints"
 
     def checkpoint(self, step: int) -> Path:
-        return self.checkpoints / f"step_{step:08d}"
+        return self.root / name_of(step)
 
     def marker(self) -> RunMarker:
         """The run's marker. ValueError where no run was begun."""
@@ -56,15 +59,36 @@ class OutputDir:
             )
         return marker
 
-    def latest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint, or None before the first."""
-        if not self.latest.exists():
-            return None
-        return self.root / json.loads(self.latest.read_text())["checkpoint"]
+    def candidates(self) -> Candidates:
+        """What may be gone on from. ValueError for a `run.json` that is not ours."""
+        marker = RunMarker.read(self.root)
+        return Candidates(None, (), (), (), False) if marker is None else candidates.look(self.root, marker)
 
     def checkpointed_step(self) -> int:
-        """The step after which it was taken; 0 before the first."""
-        return json.loads(self.latest.read_text())["step"] if self.latest.exists() else 0
+        """The step after which the newest checkpoint was taken, as far as names and sizes say; 0 before the first."""
+        return self.candidates().newest
+
+    def complete(self, made: Manifest) -> None:
+        """The checkpoint of which all is written counts from now on, and `latest.json` names it."""
+        marker = self.marker()
+        if not marker.manifests:
+            marker.changed(manifests=True).write(self.root)
+        made.write(self.checkpoint(made.step))
+        sync_folder(self.checkpoints)
+        self.set_latest(made.step)
+
+    def set_aside(self, damaged: Damaged) -> str:
+        """Rename a checkpoint to `step_00000006.damaged`, where nothing but overwriting removes it; the new name."""
+        marker, name = self.marker(), name_of(damaged.step)
+        if name not in marker.made or not os.path.lexists(self.root / name):
+            return ""
+        aside, others = f"{name}.damaged", count(2)
+        while os.path.lexists(self.root / aside):
+            aside = f"{name}.damaged-{next(others)}"
+        marker.changed(made=tuple(dict.fromkeys([*marker.made, aside]))).write(self.root)
+        os.rename(self.root / name, self.root / aside)
+        sync_folder(self.checkpoints)
+        return aside
 
     def set_latest(self, step: int) -> None:
         """Name the checkpoint of `step`; a reader sees the old name or the new one, never half of one."""
@@ -91,10 +115,16 @@ class OutputDir:
         return path
 
     def drop_old_checkpoints(self, keep: int) -> None:
-        """Remove all but the newest `keep` of the run's checkpoints; the one `latest.json` names always stays."""
-        latest, marker = self.latest_checkpoint(), self.marker()
-        listed = sorted(name for name in marker.made if name.startswith("checkpoints/"))
-        old = [name for name in listed[:-keep] if self.root / name != latest]
+        """Remove all but the newest `keep` of the run's checkpoints; the one `latest.json` names always stays.
+
+        What is not complete takes no complete one's place; what was set aside stays.
+        """
+        marker, seen = self.marker(), self.candidates()
+        steps = steps_of(marker.made)
+        there = [step for step in steps if os.path.lexists(self.checkpoint(step))]
+        complete = [step for step in there if (self.checkpoint(step) / manifest.NAME).is_file()]
+        kept = {*there[:keep], *complete[:keep], *([seen.latest.step] if seen.latest else [])}
+        old = [name_of(step) for step in steps if step not in kept]
         for path in found(self.root, old):
             remove(path)
         if old:
