@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.data.corpus import PACKED_FILES
 from nsa_dist.train.files.atomic import write_atomically
 from nsa_dist.train.files.marker import RunMarker, found, remove
@@ -81,7 +82,7 @@ class OutputDir:
         if name in marker.made:
             remove(path)
         elif os.path.lexists(path):
-            raise ValueError(
+            raise Refused(
                 f"{path} is there, and this run did not make it, so it is not overwritten; move it away, and go on "
                 f"with resume=true"
             )
