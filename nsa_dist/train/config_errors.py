@@ -56,7 +56,11 @@ def _describe(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
 
 def _given(value: Any) -> str:
     """A value on one line of bounded length, however large or nested it is, or if it holds itself."""
-    return repr(value) if isinstance(value, str) and len(value) <= _LONGEST_KEY else reprlib.repr(value)
+    if isinstance(value, str) and len(value) <= _LONGEST_KEY:
+        return repr(value)
+    shortener = reprlib.Repr()
+    shortener.maxlevel = 2
+    return shortener.repr(value)
 
 
 def _shortened(key: str) -> str:
