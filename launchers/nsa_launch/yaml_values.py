@@ -27,8 +27,9 @@ def read(text: str, annotation: Any = None) -> Any:
 def read_word(text: str, annotation: Any = None) -> Any:
     """The value of a command line's word: no comment in it, and where a text is wanted no YAML but its quotes."""
     if not _is_text(annotation):
+        value = read(text, annotation)
         _refuse_comment(text)
-        return read(text, annotation)
+        return value
     word = text.strip()
     if word in _NULLS and NoneType in alternatives(annotation):
         return None

@@ -113,7 +113,7 @@ def test_an_environment_has_the_text_that_was_given(tmp_path, value):
 
 def test_numbers_of_an_environment_in_a_file_are_their_text(tmp_path):
     path = tiny_file(tmp_path)
-    env = "  env: {NCCL_P2P_DISABLE: 1, 2: 020, B: yes, C: 2026-11-28, D: }"
+    env = '  env: {NCCL_P2P_DISABLE: 1, 2: 020, B: yes, C: 2026-11-28, D: ""}'
     path.write_text(path.read_text().replace("launch:\n", f"launch:\n{env}\n"))
     assert load(path).launch.env == {"NCCL_P2P_DISABLE": "1", "2": "020", "B": "yes", "C": "2026-11-28", "D": ""}
 

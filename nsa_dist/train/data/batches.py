@@ -42,15 +42,14 @@ def build_datasets(config: TrainConfig, output: OutputDir, world: World) -> Data
 
 def _opened(prefix: Path) -> IndexedDataset:
     """RuntimeError where the file of tokens is shorter than its index says, as this process sees it."""
-    dataset = IndexedDataset(str(prefix))
-    index = dataset.index
+    index = IndexedDataset(str(prefix), mmap=False).index  # a map of an empty file cannot be made
     needed = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * index.dtype_size
     if (held := Path(f"{prefix}.bin").stat().st_size) < needed:
         raise RuntimeError(
             f"{prefix}.bin has {held} bytes, and {prefix}.idx lists {needed}, so part of the texts is missing; remove "
             f"{prefix.parent}, which is packed again if data.folder still has the same texts"
         )
-    return dataset
+    return IndexedDataset(str(prefix))
 
 
 def _pack(config: TrainConfig, output: OutputDir) -> str:
