@@ -321,3 +321,7 @@ def tiny_config() -> dict:
     raw = yaml.safe_load((ROOT / "configs/tiny-cpu.yaml").read_text())
     raw.pop("launch")
     return raw
+
+
+def stops(rank: int, base: Path, name: str) -> TrainResult:
+    return run(small_config(base, name), StopAfter(FORK_STEP))

@@ -89,6 +89,7 @@ class _Version(argparse.Action):
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from nsa_dist.train.config_errors import Refused
     from nsa_launch import run_folder
     from nsa_launch.commands import doctor
     from nsa_launch.config import load
@@ -99,7 +100,7 @@ def _train(arguments: argparse.Namespace) -> int:
             config = load(arguments.config, arguments.overrides)
             plan = ray_driver.plan(config, doctor.machine())
             folder = stack.enter_context(run_folder.claimed(config))
-        except ValueError as error:
+        except Refused as error:
             print(f"nsa-dist: {error}", file=sys.stderr)
             return exit_codes.BAD_CONFIG
         return ray_driver.run(plan, folder)

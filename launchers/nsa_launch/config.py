@@ -1,16 +1,21 @@
 """A run's YAML file: what is trained (`nsa_dist.train.config`) and, under `launch:`, by which processes."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import Field
+from pydantic import Field, field_serializer, field_validator
 
 from nsa_dist.train.config import Section, TrainConfig
-from nsa_dist.train.config_errors import parse
+from nsa_dist.train.config_errors import Refused, is_secret, parse
 from nsa_dist.train.files.marker import NAME
+from nsa_dist.train.files.places import expanded
 from nsa_launch import overrides as command_line
+from nsa_launch import yaml_values
+
+_LONGEST_FILE = 2**20  # bytes
+_FIRST_ARGUMENT = "the first argument is a YAML file"
 
 
 class LaunchSection(Section):
@@ -33,13 +38,38 @@ class LaunchSection(Section):
     label_selector: dict[str, str] = Field(default_factory=dict, description="labels a node must have")
     nvlink_label: str | None = Field(default=None, description="node label that names an NVLink domain; null: the node")
     allow_split_groups: bool = Field(default=False, description="let tp*cp groups leave their NVLink domain")
-    env: dict[str, str] = Field(default_factory=dict, description="environment of every process, such as NCCL_*")
+    env: dict[str, str | None] = Field(
+        default_factory=dict, description="environment of every process, such as NCCL_*; null: as the launcher's own"
+    )
 
     max_failures: int = Field(default=3, ge=0, description="times that lost processes are started again")
     process_group_timeout_s: float = Field(default=600, gt=0, description="a collective this late means a hung rank")
     start_timeout_s: float = Field(default=300, gt=0, description="one attempt to place and start all processes")
     resources_timeout_s: float = Field(default=1800, gt=0, description="waiting for a cluster to have room")
     stop_grace_s: float = Field(default=120, gt=0, description="from a signal to the end, checkpoint included")
+
+    @field_validator("env", "label_selector")
+    @classmethod
+    def _check_names(cls, named: dict[str, str | None]) -> dict[str, str | None]:
+        for name, value in named.items():
+            if not name or "=" in name or not name.isprintable() or "\0" in (value or ""):
+                raise ValueError(f"{name!r} is no name, or its value has a zero byte, which no process takes; drop it")
+        return named
+
+    @field_serializer("env", when_used="json")
+    def _masked(self, env: dict[str, str | None]) -> dict[str, str | None]:
+        """Whatever is written down has null for a secret, which takes it from the launcher's environment again."""
+        return {name: None if is_secret(name) else value for name, value in env.items()}
+
+    @property
+    def secrets(self) -> dict[str, str]:
+        """Of `env`; they are in no file of the run, and in none of Ray's."""
+        return {name: value for name, value in self.env.items() if value is not None and is_secret(name)}
+
+    @property
+    def public_env(self) -> dict[str, str]:
+        """The rest of `env`."""
+        return {name: value for name, value in self.env.items() if value is not None and not is_secret(name)}
 
 
 class RunConfig(TrainConfig):
@@ -66,16 +96,17 @@ class RunConfig(TrainConfig):
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The checked configuration of one run, its paths absolute. ValueError says what is wrong with which key.
 
-    Paths become absolute because Ray changes the working directory of the processes it starts.
+    Paths become absolute because Ray changes the working directory of the processes it starts. What `launch.env` has
+    as null comes from this process's environment.
     """
     config = checked(path, overrides)
     folder = config.data.folder
-    config = config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"output_dir": config.run.output_dir.expanduser().absolute()}),
-            "data": config.data.model_copy(update={"folder": folder and folder.expanduser().absolute()}),
-        }
-    )
+    places = {
+        "run": config.run.model_copy(update={"output_dir": expanded("output_dir", config.run.output_dir)}),
+        "data": config.data.model_copy(update={"folder": folder and expanded("data.folder", folder)}),
+        "launch": config.launch.model_copy(update={"env": _filled(config.launch.env, path)}),
+    }
+    config = config.model_copy(update=places)
     _check_own_file(path, config)
     return config
 
@@ -85,11 +116,21 @@ def checked(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse(RunConfig, command_line.apply(_read(path), overrides, RunConfig), str(path))
 
 
+def _filled(env: Mapping[str, str | None], path: Path) -> dict[str, str]:
+    for name, value in env.items():
+        if value is None and name not in os.environ:
+            raise Refused(
+                f"launch.env.{name} is null in {path}, which stands for the launcher's own {name} (a run's config.yaml "
+                f"has it for every secret), and the environment has none; export {name}, or give launch.env.{name}=..."
+            )
+    return {name: os.environ[name] if value is None else value for name, value in env.items()}
+
+
 def _check_own_file(path: Path, config: RunConfig) -> None:
     """A run whose folder was moved has its old place in its config.yaml, where it would begin anew."""
     home, named = path.absolute().parent, config.run.output_dir
     if config.run.resume and (home / NAME).exists() and not (named / NAME).exists():
-        raise ValueError(
+        raise Refused(
             f"{path} lies in the folder of a run and says output_dir={named}, where there is none to go on with; if "
             f"the folder was moved, give output_dir={home}"
         )
@@ -97,28 +138,17 @@ def _check_own_file(path: Path, config: RunConfig) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        with path.open("rb") as file:
+            text = file.read(_LONGEST_FILE + 1)
+        if len(text) > _LONGEST_FILE:
+            raise Refused(f"{path} is longer than {_LONGEST_FILE} bytes, so it is no configuration; {_FIRST_ARGUMENT}")
+        raw = yaml_values.read(text.decode("utf-8"), RunConfig)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); the first argument is a YAML file") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+        raise Refused(f"{path} cannot be read ({error.strerror}); {_FIRST_ARGUMENT}") from None
+    except UnicodeDecodeError as error:
+        raise Refused(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); {_FIRST_ARGUMENT}") from None
+    except ValueError as error:
+        raise error if isinstance(error, Refused) else Refused(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise ValueError(
-            f"{path} holds {type(raw).__name__}, but a configuration is a mapping of sections such as run:"
-        )
+        raise Refused(f"{path} holds {type(raw).__name__}, but a configuration is a mapping of sections such as run:")
     return raw
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, not a silent choice of the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)

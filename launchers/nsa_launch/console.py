@@ -4,7 +4,7 @@ It reads the run's files and nothing else, so it shows the same wherever the ran
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -32,6 +32,7 @@ class Console:
         self._events, self._metrics = MetricsFollower(folder.launches), MetricsFollower(folder.output.metrics)
         for follower in (self._events, self._metrics):
             follower.poll()  # what earlier launches wrote is not news
+        self._num_incomplete = 0  # records that lack what is to be shown of them
         self._num_failures = 0
         self.ranks_are_up = False
         self.refusal = ""  # what a rank found wrong with the configuration
@@ -41,6 +42,7 @@ class Console:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+        self._say_skipped()
 
     def say(self, text: str) -> None:
         """Lines above the progress bar."""
@@ -49,12 +51,29 @@ class Console:
     def update(self) -> None:
         """Show what has been written since the last call."""
         for event in self._events.poll():
-            self._show_event(event)
+            self._show(self._show_event, event)
         for record in self._metrics.poll():
-            if record["kind"] == "start":
-                self._show_start(record)
-            else:
-                self._bar().feed(record)
+            self._show(self._show_record, record)
+
+    def _show(self, show: Callable[[Record], None], record: Record) -> None:
+        """A spoiled record takes nothing away but its own line: the ranks do not depend on what is shown."""
+        try:
+            show(record)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration):
+            self._num_incomplete += 1
+
+    def _say_skipped(self) -> None:
+        for follower, path in ((self._events, self._folder.launches), (self._metrics, self._folder.output.metrics)):
+            if follower.num_skipped:
+                self.say(f"{path} has {follower.num_skipped} lines that are no records; they were passed over")
+        if self._num_incomplete:
+            self.say(f"{self._num_incomplete} records of this launch lack what is shown of them; they were passed over")
+
+    def _show_record(self, record: Record) -> None:
+        if record["kind"] == "start":
+            self._show_start(record)
+        else:
+            self._bar().feed(record)
 
     def _bar(self) -> "TrainProgress | LineProgress":
         if self._progress is None:
@@ -114,7 +133,7 @@ class Console:
                 f"(step {last['step']}), nats per byte"
             )
         for record in read_metrics(output.metrics, "traffic")[-1:]:
-            self.say(f"traffic      {_traffic(record)}")
+            self._show(lambda traffic: self.say(f"traffic      {_traffic(traffic)}"), record)
         self.say(f"metrics      {output.metrics}, and TensorBoard: tensorboard --logdir {output.tensorboard}")
         pictures = [str(path) for path in sorted(output.root.glob("*.png"))]
         if pictures:

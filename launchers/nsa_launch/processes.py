@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import ceil
 
+from nsa_dist.train.config_errors import Refused
 from nsa_launch.config import RunConfig
 
 
@@ -43,7 +44,7 @@ def check_groups(config: RunConfig) -> None:
         return
     if launch.nvlink_label and group % per_node == 0:
         return
-    raise ValueError(
+    raise Refused(
         f"processes_per_node={per_node} must be a multiple of tensor * context parallel size = {group}, so that the "
         f"ranks which talk in every layer share one node's links; take "
         f"processes_per_node={ceil(per_node / group) * group}, name a node label of a wider NVLink domain in "
@@ -56,7 +57,7 @@ def decide(config: RunConfig, gpus_per_node: int) -> Processes:
     launch, per_node = config.launch, config.processes_per_node
     device = _device(launch.device, gpus_per_node)
     if device == "cuda" and per_node > gpus_per_node:
-        raise ValueError(
+        raise Refused(
             f"processes_per_node={per_node} is more than the {gpus_per_node} GPUs of a node, and ranks cannot "
             f"share one, as NCCL refuses it, and Megatron-core's gradient sums do not run over gloo on GPUs; take "
             f"processes_per_node={gpus_per_node} and more nodes, or launch.device=cpu"
@@ -74,14 +75,14 @@ def decide(config: RunConfig, gpus_per_node: int) -> Processes:
 def check_machine(processes: Processes, machine: Machine) -> None:
     """ValueError unless this machine alone can hold the run."""
     if processes.nodes > 1:
-        raise ValueError(
+        raise Refused(
             f"launch.nodes={processes.nodes}, but a Ray of one's own has this one machine; "
             f"give launch.address=HOST:PORT of a cluster, or take launch.nodes=1"
         )
     needed = processes.world_size * processes.cpus_each
     if needed > machine.cores:
         share = int(100 * machine.cores / processes.world_size) / 100
-        raise ValueError(
+        raise Refused(
             f"{processes.world_size} processes * cpus_per_process={processes.cpus_each:g} need {needed:g} cores, and "
             f"this machine lets us use {machine.cores}; start fewer processes, or let them share cores with "
             f"launch.cpus_per_process={share:g}"
@@ -92,7 +93,5 @@ def _device(requested: str, gpus_per_node: int) -> str:
     if requested == "auto":
         return "cuda" if gpus_per_node else "cpu"
     if requested == "cuda" and not gpus_per_node:
-        raise ValueError(
-            "launch.device=cuda, but no GPU is visible here; take launch.device=cpu, or see nsa-dist doctor"
-        )
+        raise Refused("launch.device=cuda, but no GPU is visible here; take launch.device=cpu, or see nsa-dist doctor")
     return requested

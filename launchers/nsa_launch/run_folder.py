@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 import yaml
 
+from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.files.atomic import write_atomically
 from nsa_dist.train.files.output import MADE, OutputDir
 from nsa_dist.train.prepare import check_output, prepare_output
@@ -66,10 +67,14 @@ class RunFolder:
         return self.logs / f"rank-{rank:04d}.log"
 
     def record(self, event: str, **details: Any) -> None:
-        """Append one line to launches.jsonl; one short write, so that several processes may do so."""
+        """Append one line to launches.jsonl; one short write, so that several processes may do so.
+
+        It begins on a line of its own, even if a process died within the line before.
+        """
         line = json.dumps({"event": event, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **details})
-        with self.launches.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with self.launches.open("a+b") as file:
+            is_torn = file.seek(0, os.SEEK_END) > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+            file.write(b"\n" * is_torn + line.encode() + b"\n")
 
     def checkpointed_step(self) -> int:
         """The step after which the newest complete checkpoint was taken; 0 before the first."""
@@ -88,8 +93,9 @@ def claimed(config: RunConfig) -> Iterator[RunFolder]:
     _check_stop(folder)
     with _opened_lock(folder) as lock:
         _lock(lock, folder)
-        prepare_output(config, LAUNCHED)
-        _prepare(folder, config)
+        with _refusing(folder):
+            prepare_output(config, LAUNCHED)
+            _prepare(folder, config)
         yield folder
 
 
@@ -97,18 +103,25 @@ def _check_stop(folder: RunFolder) -> None:
     """A STOP from before may be taken away, one with something in it may not: a scheduler touches it at any time."""
     path = folder.stop
     if os.path.lexists(path) and not (path.is_file() and path.stat().st_size <= _LONGEST_STOP):
-        raise ValueError(
+        raise Refused(
             f"{path} is more than the empty file that asks a run for its end, and a start would remove it; move it "
             f"away, or take another output_dir"
         )
 
 
 def _opened_lock(folder: RunFolder) -> TextIO:
-    try:
+    with _refusing(folder):
         folder.path.mkdir(parents=True, exist_ok=True)
         return (folder.path / ".lock").open("a")  # nothing is written to it: it may be another's
+
+
+@contextmanager
+def _refusing(folder: RunFolder) -> Iterator[None]:
+    """What the file system has against the run's files is a refusal as long as nothing has started."""
+    try:
+        yield
     except OSError as error:
-        raise ValueError(
+        raise Refused(
             f"output_dir={folder.path} cannot be used ({error.strerror}: {error.filename}), and the run's files go "
             f"there; name a folder that can be written to"
         ) from None
@@ -118,7 +131,7 @@ def _lock(lock: TextIO, folder: RunFolder) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(
+        raise Refused(
             f"another launch is at work in {folder.path}, and two would overwrite each other's checkpoints; "
             f"stop it (touch {folder.stop}) or take another output_dir"
         ) from None
@@ -131,4 +144,5 @@ def _prepare(folder: RunFolder, config: RunConfig) -> None:
     folder.stop.unlink(missing_ok=True)
     folder.logs.mkdir(exist_ok=True)
     written = config.model_dump(mode="json", exclude={"run": {"resume", "overwrite"}})
-    write_atomically(folder.path / "config.yaml", yaml.safe_dump(written, sort_keys=False))
+    mode = 0o600 if config.launch.env else None  # a name may hide a secret from `is_secret`
+    write_atomically(folder.path / "config.yaml", yaml.safe_dump(written, sort_keys=False), mode)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.files.records import Record
 from nsa_launch import exit_codes
 from nsa_launch.commands import doctor
@@ -34,15 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         try:
             config = _as_started(load(Path(path), overrides))
+            os.environ.update(config.launch.public_env | config.launch.secrets)
             if config.launch.device == "cpu":
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Megatron-core uses a GPU that it sees
             check_groups(config)
             processes = decide(config, doctor.machine().gpus)
             folder = _claim(config, stack)
-        except ValueError as error:
+            return _train(config, processes, folder)
+        except Refused as error:
             _say(f"nsa-dist: {error}")
             return exit_codes.BAD_CONFIG
-        return _train(config, processes, folder)
 
 
 def _as_started(config: RunConfig) -> RunConfig:

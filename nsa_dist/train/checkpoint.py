@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.files.manifest import Entry, Manifest, written_by
 from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.model import Trainable
@@ -55,7 +56,7 @@ def restore(model: Trainable, path: Path) -> Position:
     state = _state(model, Position(), is_loading=True)
     saved = dist_checkpointing.load_common_state_dict(str(path))
     if "samples" not in saved:
-        raise ValueError(
+        raise Refused(
             f"{path} does not say how many samples its run had consumed: it is of a version that ordered them "
             f"otherwise, so some would come again and some never; start a new run in another output_dir"
         )

@@ -5,20 +5,51 @@ sections are checked here as well; what depends on the number of processes is `T
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.fetch import FetchOptions
+from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.files import places
 
 VOCAB_SIZE = 256  # a token is a byte
 
 
-class Section(BaseModel):
-    """A frozen part of a configuration that refuses unknown keys."""
+_MOST = 2**31 - 1  # of a whole number: what sizes and counts are kept in by torch and Megatron-core
+_MOST_WIDE = 2**63 - 1  # of a seed, and of bytes
+_PATIENCE = ("timeout_s", "grace_s")  # ends of names of what is waited for
+_SHORTEST_S, _LONGEST_S = 1e-3, 1e9  # of them: what a process keeps a timeout in takes no others
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+class Section(BaseModel):
+    """A frozen part of a configuration that refuses unknown keys, numbers without bounds and texts without letters."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        """To pydantic true is 1."""
+        kinds = _members(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and bool not in kinds and {int, float} & set(kinds):
+            raise ValueError(f"a number is needed, and this is {str(value).lower()}; give a number")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _check_bounds(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            most = _MOST_WIDE if name == "seed" or name.endswith("_bytes") else _MOST
+            if abs(value) > most:
+                raise ValueError(f"a whole number of {value.bit_length()} bits is too large; take {most} at most")
+        elif isinstance(value, float) and name.endswith(_PATIENCE) and not _SHORTEST_S <= value <= _LONGEST_S:
+            raise ValueError(f"{value:g} seconds are no time to wait; take {_SHORTEST_S:g} to {_LONGEST_S:g}")
+        elif isinstance(value, str) and not (value.strip() and value.isprintable()):
+            raise ValueError(f"{value[:80]!r} is empty or cannot be printed, so it names nothing; give a name")
+        return value
 
 
 class ModelSection(Section):
@@ -153,7 +184,7 @@ class DataSection(Section):
     """Text files read as bytes; none given means the running interpreter's own standard library."""
 
     folder: Path | None = Field(
-        default=None, description="of the texts, subfolders too; null: the standard library of this Python"
+        default=None, description="of the texts, subfolders too but no run's; null: the standard library of this Python"
     )
     pattern: str = Field(default="*", description="of the file names below folder; the standard library has its own")
     validation_fraction: float = Field(
@@ -162,6 +193,22 @@ class DataSection(Section):
     max_file_bytes: int = Field(
         default=1_000_000, ge=1, description="bytes; longer files are left out: they are tables"
     )
+
+    @field_validator("folder", mode="before")
+    @classmethod
+    def _check_folder(cls, folder: Any) -> Any:
+        return _named(folder)
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: str) -> str:
+        parts = pattern.split("/")
+        if pattern.startswith("/") or ".." in parts or any("**" in part and part != "**" for part in parts):
+            raise ValueError(
+                f"{pattern!r} cannot be matched against names below data.folder: it begins with /, goes up with .., or "
+                f"has ** beside other characters; name the folder in data.folder, and here a pattern such as *.txt"
+            )
+        return pattern
 
 
 class OptimizerSection(Section):
@@ -209,6 +256,11 @@ class RunSection(Section):
         default="fp32", description="of weights and activations; bf16 keeps fp32 weights in the optimizer"
     )
 
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _check_output_dir(cls, output_dir: Any) -> Any:
+        return _named(output_dir)
+
     @model_validator(mode="after")
     def _check_instructions(self) -> "RunSection":
         if self.resume and self.overwrite:
@@ -245,7 +297,7 @@ class TrainConfig(Section):
         """Replicas that `world_size` processes make. ValueError when they do not come out whole."""
         per_replica = self.parallel.model_parallel_size
         if world_size % per_replica:
-            raise ValueError(
+            raise Refused(
                 f"{world_size} processes must be a multiple of tensor * pipeline * context parallel size = "
                 f"{per_replica}, so that every replica of the model is whole; "
                 f"start {_round_up(world_size, per_replica)} processes"
@@ -253,7 +305,7 @@ class TrainConfig(Section):
         replicas = world_size // per_replica
         samples = replicas * self.run.micro_batch_size
         if self.run.global_batch_size % samples:
-            raise ValueError(
+            raise Refused(
                 f"global_batch_size={self.run.global_batch_size} must be a multiple of data parallel replicas * "
                 f"micro_batch_size = {replicas} * {self.run.micro_batch_size} = {samples}, so that every replica "
                 f"takes as many samples; take global_batch_size={_round_up(self.run.global_batch_size, samples)}"
@@ -306,6 +358,16 @@ def _check_warmup(config: TrainConfig) -> None:
             f"warmup_steps={warmup} must be below steps={steps}, so that the decay has a length; "
             f"take warmup_steps={steps // 10}"
         )
+
+
+def _named(place: Any) -> Any:
+    if isinstance(place, str | Path):
+        places.check_name(place)
+    return place
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) or (annotation,)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -15,6 +15,7 @@ from megatron.core.transformer.module import Float16Module
 
 from nsa_dist.mcore import NSASelfAttention, NSATransformerConfig, nsa_block_spec
 from nsa_dist.train.config import VOCAB_SIZE, OptimizerSection, TrainConfig
+from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.world import World
 
 
@@ -41,10 +42,10 @@ class Trainable:
 
 def build(config: TrainConfig, world: World) -> Trainable:
     """Called inside `world.entered`, on every process."""
-    megatron = transformer_config(config, world)
+    megatron, spec = _layers(config, world)
     model = GPTModel(
         config=megatron,
-        transformer_layer_spec=nsa_block_spec(megatron),
+        transformer_layer_spec=spec,
         vocab_size=VOCAB_SIZE,
         max_sequence_length=config.run.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -65,6 +66,15 @@ def build(config: TrainConfig, world: World) -> Trainable:
     megatron.finalize_model_grads_func = finalize_model_grads
     megatron.grad_scale_func = optimizer.scale_loss
     return Trainable(megatron, module, optimizer, _schedule(config, optimizer))
+
+
+def _layers(config: TrainConfig, world: World) -> tuple[NSATransformerConfig, Any]:
+    """Megatron's configuration and the layers' spec. Refused where either refuses the other's sizes."""
+    try:
+        megatron = transformer_config(config, world)
+        return megatron, nsa_block_spec(megatron)
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 def transformer_config(config: TrainConfig, world: World) -> NSATransformerConfig:

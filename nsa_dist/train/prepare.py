@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from nsa_dist.train.config import TrainConfig
-from nsa_dist.train.data.corpus import check_packed, digest_of, splits_of
+from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.data.corpus import check_packed, check_texts, digest_of, splits_of
 from nsa_dist.train.files import replace
 from nsa_dist.train.files.candidates import ANY_CHECKPOINT, refusal
 from nsa_dist.train.files.marker import NAME, RunMarker, containers, found, remove
 from nsa_dist.train.files.output import MADE, OutputDir
+from nsa_dist.train.files.places import check_writable, expanded, is_folder
 from nsa_dist.train.identity import FIXED, changes, differences, identity, settings
 
 
@@ -53,17 +55,17 @@ def check_output(config: TrainConfig, made: Sequence[str] = MADE) -> None:
     if marker is None:
         if not replace.is_going(output.root):  # else what is there belongs to a run on its way out
             _check_unused(output, [*made, ANY_CHECKPOINT])
-        _check_folder_of_texts(config)
+        _check_texts(config)
         return
     _check_unused(output, [*made, ANY_CHECKPOINT], marker, config.run.resume)
     if config.run.overwrite or _never_ran(output, marker):
         replace.check_replaceable(output.root, marker if config.run.overwrite else _packed(marker))
-        _check_folder_of_texts(config)
+        _check_texts(config)
     elif config.run.resume:
         _check_same_run(output, marker, config)
         _check_checkpoint(output, config)
     else:
-        raise ValueError(
+        raise Refused(
             f"output_dir={output.root} already holds a run ({NAME}), which a new one would mix with; set resume=true "
             f"to go on with it, overwrite=true to replace it, or another output_dir"
         )
@@ -98,21 +100,19 @@ def _packed(marker: RunMarker) -> RunMarker:
 
 def _check_places(config: TrainConfig, output: OutputDir, made: Sequence[str]) -> None:
     root, texts = output.root, config.data.folder
-    if os.path.lexists(root) and not root.is_dir():
-        what = "a symbolic link to nowhere" if root.is_symlink() else "not a folder"
-        raise ValueError(f"output_dir={root} is {what}, and a run needs a folder for its files; name another one")
+    check_writable("output_dir", root)
     for name in containers([*made, ANY_CHECKPOINT]):
         if os.path.lexists(root / name) and not (root / name).is_dir():
-            raise ValueError(
+            raise Refused(
                 f"{root / name} is not a folder, and the run's {name} go there; move it away, or take another "
                 f"output_dir"
             )
     if texts is None:
         return
     own = [root, *(root / name for name in containers([*made, ANY_CHECKPOINT]))]
-    inside = texts.expanduser().resolve()
+    inside = expanded("data.folder", texts).resolve()
     if any(inside == place.resolve() or (place != root and place.resolve() in inside.parents) for place in own):
-        raise ValueError(
+        raise Refused(
             f"data.folder={texts} lies where the run in output_dir={root} keeps its own files, which would become its "
             f"texts; take another output_dir, or move the texts to a folder beside it"
         )
@@ -136,22 +136,26 @@ def _check_unused(
     if not held:
         return
     if "latest.json" in held:
-        raise ValueError(
+        raise Refused(
             f"output_dir={output.root} holds a run without {NAME}, made by a version that ordered samples otherwise "
             f"and wrote down neither what the run was nor what it made, so it can be neither continued nor replaced; "
             f"take another output_dir, or remove that folder yourself"
         )
     shown = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")
-    raise ValueError(
+    raise Refused(
         f"output_dir={output.root} has {shown}, which a run would overwrite, and {NAME} does not say that a run made "
         f"them; move them away, or take another output_dir"
     )
 
 
-def _check_folder_of_texts(config: TrainConfig) -> None:
-    folder = config.data.folder
-    if folder is not None and not folder.expanduser().is_dir():
-        raise ValueError(f"data.folder={folder} is not a folder, and the texts of the run come from it; name another")
+def _check_texts(config: TrainConfig) -> None:
+    data = config.data
+    if data.folder is not None:
+        folder = expanded("data.folder", data.folder)
+        if not is_folder(folder):
+            raise Refused(f"data.folder={folder} is not a folder, and the texts of the run come from it; name another")
+        data = data.model_copy(update={"folder": folder})
+    check_texts(data, config.run.sequence_length, but_not=config.run.output_dir)
 
 
 def _check_same_run(output: OutputDir, marker: RunMarker, config: TrainConfig) -> None:
@@ -163,7 +167,7 @@ def _check_same_run(output: OutputDir, marker: RunMarker, config: TrainConfig) -
             f"  {key}: the run has {_text(was)}, given is {_text(now)}; {FIXED[key]}"
             for key, (was, now) in found_otherwise.items()
         ]
-        raise ValueError(
+        raise Refused(
             f"output_dir={output.root} holds a run that was begun with other values, and going on with these would be "
             f"another run under its name:\n" + "\n".join(lines) + "\n"
             f"give the old values ({output.root / 'config.yaml'} has them), or start a new run in another output_dir"
@@ -174,13 +178,13 @@ def _same_texts(marker: RunMarker, config: TrainConfig) -> bool:
     """Whether the texts that `config` names would make the corpus that the run has."""
     try:
         return digest_of(splits_of(config.data, but_not=config.run.output_dir)) == marker.corpus
-    except ValueError:  # no two files: no corpus at all
+    except Refused:  # no two files: no corpus at all
         return False
 
 
 def _check_corpus(output: OutputDir, marker: RunMarker, config: TrainConfig) -> None:
     if marker.corpus and not check_packed(output.data, marker.corpus) and not _same_texts(marker, config):
-        raise ValueError(
+        raise Refused(
             f"{output.data} no longer holds the corpus of the run, and data.folder={config.data.folder} has other "
             f"texts than those it was made of, so other samples would follow; put one of them back, or start a new run "
             f"in another output_dir"
@@ -192,9 +196,9 @@ def _check_checkpoint(output: OutputDir, config: TrainConfig) -> None:
     seen = output.candidates()
     done, nothing = seen.newest, refusal(output.root, seen, seen.damaged)
     if not done and nothing:
-        raise ValueError(nothing)
+        raise Refused(nothing)
     if done > config.run.steps:
-        raise ValueError(
+        raise Refused(
             f"steps={config.run.steps} is below the {done} steps that the run in {output.root} has made, and none is "
             f"taken back; take steps={done} or more"
         )

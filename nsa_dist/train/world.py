@@ -14,6 +14,7 @@ from torch import Tensor
 from nsa_dist.cp.comm import Comm
 from nsa_dist.mcore.cpu import megatron_on_cpu
 from nsa_dist.train.config import TrainConfig
+from nsa_dist.train.config_errors import Refused
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,19 @@ class World:
         return Comm(dist.group.WORLD).all_gather(values, "metrics").sum(0)
 
     def agreed(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns on process 0 (JSON), on every process; or the ValueError that it raises there."""
-        outcome = self.gathered(_outcome(work) if self.is_main else None)[0]
+        """What `work` returns on process 0 (JSON), on every process.
+
+        What it refuses there is refused on every process. Any other exception stays process 0's; the others raise
+        RuntimeError with its text, so that none waits for the rest.
+        """
+        outcome, error = _outcome(work) if self.is_main else (None, None)
+        outcome = self.gathered(outcome)[0]
+        if error is not None:
+            raise error
         if "refused" in outcome:
-            raise ValueError(outcome["refused"])
+            raise Refused(outcome["refused"])
+        if "failed" in outcome:
+            raise RuntimeError(f"process 0 failed: {outcome['failed']}")
         return outcome["value"]
 
     def gathered(self, value: Any) -> list[Any]:
@@ -56,11 +66,14 @@ class World:
         self.sum(torch.zeros(1, device=self.device)).cpu()
 
 
-def _outcome(work: Callable[[], Any]) -> dict[str, Any]:
+def _outcome(work: Callable[[], Any]) -> tuple[dict[str, Any], Exception | None]:
+    """What the others are told, and what this process raises after it has told them."""
     try:
-        return {"value": work()}
-    except ValueError as refusal:
-        return {"refused": str(refusal)}
+        return {"value": work()}, None
+    except Refused as refusal:
+        return {"refused": str(refusal)}, refusal
+    except Exception as error:  # raised again by the caller
+        return {"failed": f"{type(error).__name__}: {error}"}, error
 
 
 @contextmanager
@@ -71,13 +84,13 @@ def entered(config: TrainConfig, device: torch.device) -> Iterator[World]:
     run is asked of a process that sees a GPU (Megatron would use the GPU).
     """
     if not dist.is_initialized():
-        raise ValueError(
+        raise Refused(
             "torch.distributed is not initialised, so this process knows no other rank; "
             "call torch.distributed.init_process_group before train, as the launchers do (one process is fine)"
         )
     config.data_parallel_size(dist.get_world_size())
     if device.type == "cpu" and torch.cuda.is_available():
-        raise ValueError(
+        raise Refused(
             "device=cpu was asked of a process that sees a GPU, where Megatron-core would put its buffers all the "
             "same; hide the GPU from it with CUDA_VISIBLE_DEVICES='' or train on cuda"
         )

@@ -3,8 +3,17 @@
 import pytest
 
 from launch_cases import tiny
+from nsa_dist.train.files.records import MetricsFollower
 from nsa_launch.console import Console
 from nsa_launch.run_folder import PROCESS_DIED, RunFolder, claimed
+
+NO_RECORDS = {
+    "torn": b'{"event": "st',
+    "garbage": b"\x80\xff\x00",
+    "zeroes": b"\0" * 512,
+    "a list": b"[1]",
+    "not UTF-8": b'{"event": "\xff"}',
+}
 
 
 @pytest.fixture
@@ -134,3 +143,69 @@ def test_a_failure_shows_the_end_of_what_ranks_wrote(tmp_path, folder, capsys):
     assert "line 20\n" not in said
     assert "rank-0000.log was never written" in said
     assert f"what every rank wrote is in {folder.logs}" in said
+
+
+@pytest.mark.parametrize("name", ["launches.jsonl", "metrics.jsonl"])
+@pytest.mark.parametrize("line", NO_RECORDS.values(), ids=NO_RECORDS.keys())
+def test_a_bad_line_is_said_once_and_hides_nothing(tmp_path, folder, capsys, name, line):
+    with (folder.path / name).open("ab") as file:
+        file.write(line + b"\n")  # from before this launch
+    with Console(tiny(tmp_path), folder) as console:
+        for step in (1, 2):
+            with (folder.path / name).open("ab") as file:
+                file.write(line + b"\n")
+            write(folder, f'{{"kind": "validation", "step": {step}, "loss": 5.5}}')
+            folder.record("start", world_size=2, step=step)
+            console.update()
+        assert console.ranks_are_up
+        console.finish({"step": 2, "stopped": True})
+    said = capsys.readouterr().out
+    assert "2 ranks are up, training from step 2" in said
+    assert "step 2/24  validation 5.5000" in said
+    assert said.count(f"{folder.path / name} has 3 lines that are no records; they were passed over") == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event": "start"}', '{"event": "failure"}', '{"event": "failure", "ranks": {}}', '{"step": 1}',
+        '{"event": [1]}', '{"event": "failure", "ranks": 3}', '{"event": "notice"}', '{"event": "refused"}',
+    ],
+)  # fmt: skip
+def test_an_event_without_its_facts_is_said_once_and_hides_nothing(tmp_path, folder, capsys, line):
+    with Console(tiny(tmp_path), folder) as console:
+        with folder.launches.open("a") as file:
+            file.write(line + "\n")
+        folder.record("notice", text="what comes after it")
+        console.update()
+    said = capsys.readouterr().out
+    assert "note: what comes after it" in said
+    assert said.count("1 records of this launch lack what is shown of them") == (line != '{"event": [1]}')
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"kind": "train", "step": 3}', '{"kind": "train", "step": 3, "loss": "a", "tokens_per_s": 2}', '{"step": 3}',
+        '{"kind": "start", "step": 3}', '{"kind": "start", "step": 3, "changed": [1]}', '{"kind": "validation"}',
+        '{"kind": "traffic", "step": 4, "sent_bytes": {"pages": 0, "pages.grad": 0}, "formula_bytes": {}}',
+    ],
+)  # fmt: skip
+def test_numbers_that_are_missing_hide_no_others(tmp_path, folder, capsys, line):
+    with Console(tiny(tmp_path), folder) as console:
+        write(folder, line, '{"kind": "validation", "step": 4, "loss": 5.5}')
+        console.update()
+        console.finish({"step": 4, "stopped": True})
+    said = capsys.readouterr().out
+    assert "step 4/24  validation 5.5000" in said
+    assert "checkpoints " in said
+    assert "records of this launch lack what is shown of them" in said
+
+
+def test_an_event_begins_its_own_line_after_a_torn_one(folder):
+    with folder.launches.open("ab") as file:
+        file.write(b'{"event": "sta')
+    folder.record("refused", reason="why")
+    follower = MetricsFollower(folder.launches)
+    assert [event["event"] for event in follower.poll()] == ["refused"]
+    assert follower.num_skipped == 1

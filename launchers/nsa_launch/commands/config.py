@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from nsa_dist.train.config_errors import parse
+from nsa_dist.train.config_errors import Refused, parse
 from nsa_launch import overrides
 from nsa_launch.commands.keys import Key, SectionKeys, sections
 from nsa_launch.config import RunConfig, checked
@@ -23,7 +23,7 @@ def as_yaml(words: Sequence[str]) -> str:
 def listing(words: Sequence[str]) -> str:
     """Section, key, type, default and meaning. ValueError where there are words, which say nothing here."""
     if words:
-        raise ValueError(
+        raise Refused(
             f"--keys lists every key with its default, whatever a file says, so {' '.join(words)} would be left "
             f"unread; leave it out, or --keys"
         )

@@ -27,11 +27,12 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 
 def _config(arguments: argparse.Namespace) -> int:
+    from nsa_dist.train.config_errors import Refused
     from nsa_launch.commands import config
 
     try:
         print(config.listing(arguments.words) if arguments.keys else config.as_yaml(arguments.words), end="")
-    except ValueError as error:
+    except Refused as error:
         print(f"nsa-dist: {error}", file=sys.stderr)
         return exit_codes.BAD_CONFIG
     return exit_codes.OK

@@ -68,6 +68,6 @@ def _word(part: Any) -> str:
     if isinstance(part, str):  # of a Literal
         return part
     if get_origin(part) is dict:
-        of, to = (_word(argument) for argument in get_args(part))
+        of, to = (" | ".join(map(_word, _alternatives(argument))) for argument in get_args(part))
         return f"{{{of}: {to}}}"
     return _NAMES[part]

@@ -29,7 +29,10 @@ def ray_settings(config: RunConfig) -> dict[str, str]:
 
 
 def worker_environment(config: RunConfig, processes: Processes) -> dict[str, str]:
-    """Environment of each rank, set before its process starts. `launch.env` has the last word."""
+    """Environment of each rank, set before its process starts. `launch.env` has the last word, but for its secrets.
+
+    Ray writes this one into its logs and onto its dashboard; a secret goes to the rank itself (`worker.run_rank`).
+    """
     hidden_gpus = {"CUDA_VISIBLE_DEVICES": ""} if processes.device == "cpu" else {}
     return {
         **hidden_gpus,  # Megatron-core uses a GPU that it sees
@@ -37,7 +40,7 @@ def worker_environment(config: RunConfig, processes: Processes) -> dict[str, str
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         "OMP_NUM_THREADS": str(processes.threads_each),
         "PYTHONUNBUFFERED": "1",
-        **config.launch.env,
+        **config.launch.public_env,
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from nsa_dist.train.config_errors import Refused
 from nsa_launch.processes import Processes
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # no data goes through it; the default is 30 % of the machine's memory
@@ -14,7 +15,7 @@ _OBJECT_STORE_BYTES = 100 * 2**20  # no data goes through it; the default is 30 
 def check_address(address: str) -> None:
     """ValueError for a way of joining a cluster that cannot carry a training run."""
     if address.startswith("ray://"):
-        raise ValueError(
+        raise Refused(
             f"launch.address={address} is a Ray Client, and the run would end with its connection; submit the command "
             f"to the cluster instead: ray job submit -- nsa-dist train ..."
         )

@@ -1,5 +1,6 @@
 """Our configuration in Ray Train's words. Import it after `environment.prepare_driver`."""
 
+from functools import partial
 from typing import Any
 
 import ray.exceptions
@@ -41,7 +42,7 @@ def trainer(config: RunConfig, processes: Processes, launch_id: str) -> Any:
     """
     folder = RunFolder(config.run.output_dir)
     return _V2.torch.TorchTrainer(
-        worker.run_rank,
+        partial(worker.run_rank, secrets=config.launch.secrets),
         train_loop_config=worker.payload(config, processes, launch_id),
         torch_config=_V2.torch.TorchConfig(
             backend=processes.backend, timeout_s=int(config.launch.process_group_timeout_s)

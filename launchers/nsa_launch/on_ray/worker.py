@@ -4,6 +4,8 @@ Ray has set the torchrun environment and initialised torch.distributed. This is 
 handler can be installed here, and the working directory is not the driver's, so every path is absolute.
 """
 
+import os
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import ray
 import ray.train
 
+from nsa_dist.train.config_errors import Refused
 from nsa_launch.config import RunConfig
 from nsa_launch.processes import Processes
 from nsa_launch.ranks import output as rank_output
@@ -23,8 +26,13 @@ def payload(config: RunConfig, processes: Processes, launch_id: str) -> dict[str
     return {"config": config.model_dump(mode="json"), "processes": asdict(processes), "launch_id": launch_id}
 
 
-def run_rank(sent: Mapping[str, Any]) -> dict[str, Any]:
-    """Train as one rank; the driver sees rank 0's return value."""
+def run_rank(sent: Mapping[str, Any], secrets: Mapping[str, str]) -> dict[str, Any]:
+    """Train as one rank; the driver sees rank 0's return value.
+
+    sent     what `payload` made; Ray may show it
+    secrets  of `launch.env`, set here before anything that could read them is imported; Ray shows them nowhere
+    """
+    os.environ.update(secrets)
     config, processes = RunConfig.model_validate(sent["config"]), Processes(**sent["processes"])
     folder = RunFolder(config.run.output_dir)
     my_rank = ray.train.get_context().get_world_rank()
@@ -36,7 +44,10 @@ def run_rank(sent: Mapping[str, Any]) -> dict[str, Any]:
     domain = str(here.get_node_labels().get(config.launch.nvlink_label or "", node))
     try:
         return asdict(rank.run(config, processes, RayHooks(folder, my_rank), node, domain))
-    except ValueError as refusal:
+    except Refused as refusal:
         # A caller's mistake: starting again cannot help, and Ray Train has no word for that.
         folder.record("refused", reason=str(refusal))
+        raise
+    except Exception:
+        traceback.print_exc()  # into the rank's file, whose end the console shows; Ray keeps its own copy elsewhere
         raise

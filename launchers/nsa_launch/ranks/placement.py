@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from nsa_dist.cp.comm import Comm
+from nsa_dist.train.config_errors import Refused
 
 _RECORD_BYTES = 1024  # of one rank's JSON, padded with spaces
 
@@ -41,7 +42,7 @@ def check(places: Sequence[RankPlace], group_size: int) -> None:
     """ValueError that names the ranks when a tensor x context parallel group leaves its NVLink domain."""
     found = violations(places, group_size)
     if found:
-        raise ValueError(
+        raise Refused(
             f"tensor * context parallel groups of {group_size} ranks must share an NVLink domain, because they talk in "
             f"every layer; {'; '.join(found)}. Ask for whole nodes (launch.processes_per_node, launch.label_selector), "
             f"or accept the network with launch.allow_split_groups=true"

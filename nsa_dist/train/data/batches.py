@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.train.config import TrainConfig
-from nsa_dist.train.data.corpus import SPLITS
+from nsa_dist.train.data.corpus import SPLITS, check_length
 from nsa_dist.train.data.packing import write_corpus
 from nsa_dist.train.data.samples import Samples
 from nsa_dist.train.files.output import OutputDir
@@ -29,14 +30,26 @@ class Datasets:
 def build_datasets(config: TrainConfig, output: OutputDir, world: World) -> Datasets:
     """Read `output.data`; process 0 packs the corpus there first if it is not there yet. Called on every process.
 
-    ValueError on all of them if the corpus there is not the one that the run was begun with.
+    Refused on all of them if the corpus there is shorter than a sequence, or not the one that the run was begun with.
     """
     world.agreed(lambda: _pack(config, output))
     train, validation = (
-        Samples(IndexedDataset(str(output.data / split)), config.run.sequence_length, config.run.seed)
-        for split in SPLITS
+        Samples(_opened(output.data / split), config.run.sequence_length, config.run.seed) for split in SPLITS
     )
+    check_length(train.num_tokens, config.run.sequence_length)
     return Datasets(train, validation)
+
+
+def _opened(prefix: Path) -> IndexedDataset:
+    """RuntimeError where the file of tokens is shorter than its index says, as this process sees it."""
+    index = IndexedDataset(str(prefix), mmap=False).index  # a map of an empty file cannot be made
+    needed = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * index.dtype_size
+    if (held := Path(f"{prefix}.bin").stat().st_size) < needed:
+        raise RuntimeError(
+            f"{prefix}.bin has {held} bytes, and {prefix}.idx lists {needed}, so part of the texts is missing; remove "
+            f"{prefix.parent}, which is packed again if data.folder still has the same texts"
+        )
+    return IndexedDataset(str(prefix))
 
 
 def _pack(config: TrainConfig, output: OutputDir) -> str:

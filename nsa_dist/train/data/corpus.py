@@ -6,12 +6,16 @@ Training and validation share no file and no content: a copy of a file counts on
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from nsa_dist.train.config import DataSection
+from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.files.marker import holds_run
 
 SPLITS = ("train", "validation")
 PACKED_FILES = tuple(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx"))
@@ -31,30 +35,91 @@ class TextFile:
 
 def find_files(data: DataSection, but_not: Path | None = None) -> list[TextFile]:
     """The text files of a corpus, by name, without those below `but_not`. ValueError if there are fewer than two."""
-    folder = data.folder or Path(sysconfig.get_paths()["stdlib"])
-    names = _standard_library(folder) if data.folder is None else _folder(folder, data.pattern)
-    own = but_not and but_not.resolve()
     files, seen = [], set()
-    for name in sorted(names):
-        if own and own in (folder / name).resolve().parents:
-            continue  # a run's own files are not its texts
-        content = (folder / name).read_bytes()
+    for name in candidates(data, but_not):
+        content = _read(_folder_of(data) / name)
         digest = hashlib.sha256(content).digest()
-        is_text = bool(content) and b"\0" not in content and len(content) <= data.max_file_bytes
-        if is_text and digest not in seen:
+        if b"\0" not in content and digest not in seen:
             seen.add(digest)
             files.append(TextFile(name, content))
-    if len(files) < 2:
-        raise ValueError(
-            f"folder={folder} holds {len(files)} different text files that match pattern={data.pattern!r}, but "
-            f"training and validation need one each at least; name another folder or pattern"
-        )
+    _check_number(data, len(files))
     return files
+
+
+def candidates(data: DataSection, but_not: Path | None = None) -> dict[str, int]:
+    """{name below the folder: bytes} of what may be a text file, sorted, by its size alone: nothing is read.
+
+    Left out are empty files, those above `max_file_bytes`, and the files of runs: below `but_not`, or beside a marker.
+    """
+    folder = _folder_of(data)
+    names = _standard_library(folder) if data.folder is None else _folder(folder, data.pattern)
+    own = but_not and but_not.resolve()
+    if own in (folder.resolve(), *folder.resolve().parents):
+        own = None  # texts that somebody keeps in the folder of the run; `prepare` sees that they are not its files
+    found: dict[str, int] = {}
+    with _readable(folder):
+        for name in sorted(names):
+            if own and own in (folder / name).resolve().parents:
+                continue  # a run's own files are not its texts
+            if 0 < (size := (folder / name).stat().st_size) <= data.max_file_bytes:
+                found[name] = size
+    runs = {place for place in {Path(name).parent for name in found} if _is_of_a_run(folder, place)}
+    return {name: size for name, size in found.items() if Path(name).parent not in runs}
+
+
+def check_texts(data: DataSection, sequence_length: int, but_not: Path | None = None) -> None:
+    """Refused if the sizes alone say that there are too few texts, or too short ones for a single sequence."""
+    sizes = candidates(data, but_not)
+    _check_number(data, len(sizes))
+    check_length(sum(sizes.values()) + len(sizes), sequence_length)
+
+
+def check_length(num_tokens: int, sequence_length: int) -> None:
+    """Refused if the texts are shorter than one sequence, which would repeat them within itself."""
+    if num_tokens < sequence_length:
+        raise Refused(
+            f"sequence_length={sequence_length} is more than the {num_tokens} tokens of the training texts, so that a "
+            f"sequence would hold them more than once; take sequence_length={num_tokens} or less, or more texts"
+        )
+
+
+def _folder_of(data: DataSection) -> Path:
+    return data.folder or Path(sysconfig.get_paths()["stdlib"])
+
+
+def _check_number(data: DataSection, number: int) -> None:
+    if number < 2:
+        raise Refused(
+            f"folder={_folder_of(data)} holds {number} different text files that match pattern={data.pattern!r} and "
+            f"have at most max_file_bytes={data.max_file_bytes}, but training and validation need one each at least; "
+            f"name another folder or pattern"
+        )
+
+
+def _read(path: Path) -> bytes:
+    with _readable(path):
+        return path.read_bytes()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Refused(
+            f"{str(error.filename or path)!r} cannot be read ({error.strerror}), and data.folder has it among the "
+            f"texts; make it readable, or name another folder or pattern"
+        ) from None
+
+
+def _is_of_a_run(folder: Path, place: Path) -> bool:
+    """Whether `place` below `folder` is the folder of a run or lies in one, `folder` itself not counted."""
+    return any(holds_run(folder / parent) for parent in (place, *place.parents) if parent != Path("."))
 
 
 def split_files(files: list[TextFile], validation_fraction: float) -> dict[str, list[TextFile]]:
     """Disjoint training and validation files; which is which depends on the names alone, not on their order."""
-    shuffled = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
+    shuffled = sorted(files, key=lambda file: hashlib.sha256(_raw(file.name)).digest())
     num_validation = min(max(1, round(validation_fraction * len(files))), len(files) - 1)
     return {"validation": shuffled[:num_validation], "train": shuffled[num_validation:]}
 
@@ -69,9 +134,14 @@ def digest_of(splits: Mapping[str, Sequence[TextFile]]) -> str:
     digest = hashlib.sha256()
     for split in SPLITS:
         for file in splits[split]:
-            for part in (split.encode(), file.name.encode(), file.content):
+            for part in (split.encode(), _raw(file.name), file.content):
                 digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
+
+
+def _raw(name: str) -> bytes:
+    """A file's name as its bytes, UTF-8 or not."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def file_digest(path: Path) -> str:
@@ -97,25 +167,25 @@ def check_packed(folder: Path, expected: str) -> bool:
         digest, files = written["digest"], written["sha256"]
         found = {name: file_digest(folder / name) for name in PACKED_FILES}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} does not hold the whole corpus of the run ({error}); {remedy}") from None
+        raise Refused(f"{folder} does not hold the whole corpus of the run ({error}); {remedy}") from None
     if expected and digest != expected:
-        raise ValueError(
+        raise Refused(
             f"{listing} is of a corpus with digest {digest[:16]}, and the run was begun with {expected[:16]}, so other "
             f"samples would follow; {remedy}"
         )
     spoiled = [name for name in PACKED_FILES if files.get(name) != found[name]]
     if spoiled:
-        raise ValueError(
+        raise Refused(
             f"{', '.join(spoiled)} in {folder} are not as they were written, so other samples would follow; {remedy}"
         )
     return True
 
 
 def _standard_library(folder: Path) -> Iterator[str]:
-    for path in folder.rglob("*.py"):
-        name = path.relative_to(folder)
-        if _NOT_PROSE.isdisjoint(name.parts):
-            yield name.as_posix()
+    """Packages installed beside it are many times as many files, and are not even listed."""
+    for place, inner, names in os.walk(folder):
+        inner[:] = [name for name in inner if name not in _NOT_PROSE]
+        yield from ((Path(place) / name).relative_to(folder).as_posix() for name in names if name.endswith(".py"))
 
 
 def _folder(folder: Path, pattern: str) -> Iterator[str]:

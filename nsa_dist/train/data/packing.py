@@ -13,6 +13,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from nsa_dist.train.config import VOCAB_SIZE, DataSection
+from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.data.corpus import PACKED_FILES, TextFile, check_packed, digest_of, file_digest, splits_of
 from nsa_dist.train.files.atomic import write_atomically
 
@@ -30,7 +31,7 @@ def write_corpus(data: DataSection, folder: Path, expected: str = "", but_not: P
     splits = splits_of(data, but_not)
     digest = digest_of(splits)
     if expected and digest != expected:
-        raise ValueError(
+        raise Refused(
             f"{folder} is empty, and folder={data.folder or 'the standard library'} holds other texts than those that "
             f"the run was begun with (digest {digest[:16]}, then {expected[:16]}), so other samples would follow; put "
             f"the old texts or {folder} back, or start another run in another output_dir"

@@ -30,6 +30,11 @@ class Samples:
         self._ends = np.cumsum(lengths)  # in the stream, of each document
         self._order_of_epoch = lru_cache(maxsize=2)(self._order)  # a batch may lie in two of them
 
+    @property
+    def num_tokens(self) -> int:
+        """Of the stream."""
+        return int(self._ends[-1])
+
     @cached_property
     def per_epoch(self) -> int:
         """Whole samples in the stream, or 1."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.files.candidates import Damaged, about_latest, name_of, not_complete, refusal
 from nsa_dist.train.files.manifest import ALWAYS_THERE, NAME, DamagedError, Manifest, wrong_in_content
 from nsa_dist.train.files.output import OutputDir
@@ -36,7 +37,7 @@ class Intact:
 
 
 def newest_intact(output: OutputDir, world: World) -> Intact:
-    """The checkpoint to go on from. Every process calls it. ValueError if there should be one and none is intact."""
+    """The checkpoint to go on from. Every process calls it. Refused if there should be one and none is intact."""
     started = time.perf_counter()
     steps, has_manifests = world.agreed(lambda: _steps(output))
     if not has_manifests:
@@ -80,12 +81,12 @@ def _wrong(folder: Path, manifest: Manifest | None, world: World) -> list[str]:
 
 
 def _settle(output: OutputDir, found: int, read: Sequence[Damaged]) -> list[str]:
-    """Set aside what is damaged and newer than the step `found`, and say so. ValueError if there is nothing else."""
+    """Set aside what is damaged and newer than the step `found`, and say so. Refused if there is nothing else."""
     seen = output.candidates()
     damaged = sorted([*read, *seen.damaged], key=lambda each: -each.step)
     nothing = "" if found else refusal(output.root, seen, damaged)
     if nothing:
-        raise ValueError(nothing)
+        raise Refused(nothing)
     lines = about_latest(seen, found)
     lines += [f"{not_complete(step)}, and is passed over" for step in seen.torn if step > found]
     for each in damaged:
@@ -110,11 +111,11 @@ def _settle_unverified(output: OutputDir) -> tuple[int, list[str]]:
     if not step:
         nothing = refusal(output.root, seen, ())
         if nothing:
-            raise ValueError(nothing)
+            raise Refused(nothing)
         return 0, lines
     missing = [name for name in ALWAYS_THERE if not (output.checkpoint(step) / name).is_file()]
     if missing:
-        raise ValueError(refusal(output.root, seen, [Damaged(step, f"{' and '.join(missing)} missing")]))
+        raise Refused(refusal(output.root, seen, [Damaged(step, f"{' and '.join(missing)} missing")]))
     return step, [
         f"{name_of(step)} is of a version that wrote no {NAME}, so nothing tells whether its files are as they were "
         f"written: it is loaded all the same, and the next checkpoint will have one"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.files.atomic import write_atomically
 
 NAME = "run.json"
@@ -56,7 +57,7 @@ class RunMarker:
             marker = cls(**raw)
             return replace(marker, made=tuple(marker.made), notices=tuple(marker.notices))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise Refused(
                 f"{path} is not the marker of a run that this version can read ({type(error).__name__}: {error}), so "
                 f"nothing says which files here are a run's; take another output_dir, or move that file away"
             ) from None
@@ -70,6 +71,14 @@ class RunMarker:
     def changed(self, **values: Any) -> "RunMarker":
         assert values.keys() <= {field.name for field in fields(self)}
         return replace(self, **values)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether the folder has a marker that this version can read."""
+    try:
+        return RunMarker.read(folder) is not None
+    except Refused:  # another's run.json
+        return False
 
 
 def found(folder: Path, names: Sequence[str]) -> list[Path]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.data.corpus import PACKED_FILES
 from nsa_dist.train.files import candidates, manifest
 from nsa_dist.train.files.atomic import sync_folder, write_atomically
@@ -105,7 +106,7 @@ class OutputDir:
         if name in marker.made:
             remove(path)
         elif os.path.lexists(path):
-            raise ValueError(
+            raise Refused(
                 f"{path} is there, and this run did not make it, so it is not overwritten; move it away, and go on "
                 f"with resume=true"
             )

@@ -1,4 +1,8 @@
-"""The records of `metrics.jsonl` as another process, or the same one later, reads them."""
+"""The records of `metrics.jsonl` as another process, or the same one later, reads them.
+
+The file is no authority: nothing of a run depends on a line of it. One that a crash tore or a disk spoiled is passed
+over and counted, and so is a record without what every reader of its kind needs.
+"""
 
 import json
 from collections.abc import Mapping
@@ -9,13 +13,16 @@ from typing import Any
 # "train", "traffic" (what `nsa_dist.train.traffic` says of a step), "validation".
 Record = Mapping[str, Any]
 
+_WITH_LOSS = ("train", "validation")
+
 
 class MetricsFollower:
-    """Reads a growing `metrics.jsonl`, of this process or another one."""
+    """Reads a growing `metrics.jsonl`, of this process or another one. `num_skipped`: lines that were none."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
+        self.num_skipped = 0
 
     def poll(self) -> list[dict]:
         """The records whose lines are complete and new since the last call; none while there is no file."""
@@ -26,10 +33,27 @@ class MetricsFollower:
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines() if line.strip()]
+        records = [_parsed(line) for line in whole.split(b"\n") if line.strip()]
+        found = [record for record in records if record is not None]
+        self.num_skipped += len(records) - len(found)
+        return found
 
 
 def read_metrics(path: Path, kind: str) -> list[dict]:
     """The records of a kind in order of their steps, each step once, as it was written last."""
-    by_step = {record["step"]: record for record in MetricsFollower(path).poll() if record["kind"] == kind}
+    records = [record for record in MetricsFollower(path).poll() if record.get("kind") == kind and _is_whole(record)]
+    by_step = {record["step"]: record for record in records}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _parsed(line: bytes) -> dict | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # ValueError: not JSON, not UTF-8, or a number of thousands of digits
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _is_whole(record: Record) -> bool:
+    needed = ("step", "loss") if record["kind"] in _WITH_LOSS else ("step",)
+    return all(isinstance(record.get(name), int | float) for name in needed)

@@ -10,6 +10,7 @@ as themselves. Other files in the run's folders stay where they are.
 import os
 from pathlib import Path
 
+from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.files.marker import NAME, RunMarker, containers, found, remove
 
 
@@ -18,12 +19,12 @@ def check_replaceable(folder: Path, marker: RunMarker) -> None:
     for name in containers(marker.made):
         path = folder / name
         if path.is_symlink():
-            raise ValueError(
+            raise Refused(
                 f"{path} is a symbolic link to {path.resolve()}, and overwrite=true follows none, as what lies there "
                 f"may be another's; remove the link and what it points to yourself, or take another output_dir"
             )
         if path.is_dir() and path.stat().st_dev != folder.stat().st_dev:
-            raise ValueError(
+            raise Refused(
                 f"{path} is on another file system than {folder}, so it cannot be moved aside at once before it is "
                 f"removed; empty it yourself, or take another output_dir"
             )
