@@ -1,6 +1,7 @@
 """A rank's exception is a refusal only where a check of the configuration raised it; any other is a failure."""
 
 import json
+import os
 
 import pytest
 
@@ -35,17 +36,19 @@ def answer(tmp_path, monkeypatch):
     monkeypatch.setattr(worker.ray.train, "get_context", Here)
     monkeypatch.setattr(worker.ray, "get_runtime_context", Here)
     monkeypatch.setattr(worker.rank_output, "redirect", lambda *_: None)  # pytest has these descriptors
+    monkeypatch.setenv("A_KEY", "")
     config = tiny(tmp_path)
 
     def raising(error: Exception) -> list[dict]:
         def run(*_):
+            assert os.environ["A_KEY"] == "a secret"  # there before anything of a rank is
             raise error
 
         monkeypatch.setattr(rank, "run", run)
         with claimed(config) as folder:
             pass
         with pytest.raises(type(error)):
-            worker.run_rank(worker.payload(config, decide(config, 0), "launch"), {})
+            worker.run_rank(worker.payload(config, decide(config, 0), "launch"), {"A_KEY": "a secret"})
         return MetricsFollower(folder.launches).poll()
 
     return raising
@@ -82,7 +85,8 @@ def test_a_truncated_file_of_tokens_is_tried_again_and_named(tmp_path):
     """The texts as a full disk left them: shorter than their index, and their digest is that of what is there."""
     command = Command(tiny_file(tmp_path, write_texts(tmp_path / "texts")), tmp_path)
     folder = RunFolder(tmp_path / "run")
-    with command.started("steps=3") as launch:
+    secret = "hunter2-hunter2"
+    with command.started("steps=3", f"launch.env.HF_TOKEN={secret}") as launch:
         assert launch.wait(command.patience_s) == exit_codes.OK
     tokens, listing = folder.output.data / "train.bin", folder.output.data / "corpus.json"
     with tokens.open("r+b") as file:
@@ -90,9 +94,11 @@ def test_a_truncated_file_of_tokens_is_tried_again_and_named(tmp_path):
     written = json.loads(listing.read_text())
     written["sha256"]["train.bin"] = file_digest(tokens)
     listing.write_text(json.dumps(written))
-    with command.started("steps=6", "resume=true", "max_failures=1") as launch:
+    with command.started("steps=6", "resume=true", "max_failures=1", "launch.env={}") as launch:
         assert launch.wait(command.patience_s) == exit_codes.FAILED
     assert len(command.events("failure")) == 2
     assert not command.events("refused")
     assert "train.bin has 1000 bytes" in command.said()
     assert "Traceback" in folder.rank_log(0).read_text()
+    files = [path for path in folder.path.rglob("*") if path.is_file()]
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
