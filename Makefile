@@ -57,7 +57,7 @@ train: $(STAMP)
 	@$(BIN)/nsa-dist train $(CONFIG) output_dir=$(OUTPUT_DIR) $(ARGS)
 
 # Tests of a file stay together: some share processes that take seconds to start.
-PYTEST = $(BIN)/python -m pytest -p no:cacheprovider -n $(TEST_JOBS) --dist loadfile
+PYTEST = $(BIN)/python -m pytest -p no:cacheprovider -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
 	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)

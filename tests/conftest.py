@@ -10,6 +10,9 @@ import sys
 import pytest
 import torch
 
+# Files whose processes take minutes: begun first, so that `make test` does not wait for one of them at its end.
+LONGEST = ("train/test_runs.py", "launch/test_runs.py")
+
 if not torch.cuda.is_available():
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise pytest.UsageError(
@@ -17,3 +20,7 @@ if not torch.cuda.is_available():
             "cannot run here. Set TRITON_INTERPRET=1 in the environment"
         )
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not str(item.path).endswith(LONGEST))

@@ -42,7 +42,7 @@ def test_types_and_defaults_are_words():
     assert '| `dtype` | `fp32`, `bf16` | `"fp32"` |' in run
     assert "| `output_dir` | path | required |" in run
     launch = section(load("configuration").tables(), "launch")
-    assert "| `env` | mapping of text to text | `{}` |" in launch
+    assert "| `env` | mapping of text to text, or null | `{}` |" in launch
     assert "| `processes_per_node` | integer, or null, at least 1 | `null` |" in launch
 
 

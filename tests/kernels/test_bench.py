@@ -42,6 +42,7 @@ def test_a_wrong_result_is_refused(checked):
             assert "d q" in check_branch(wrong, Wanted())
 
 
+@pytest.mark.slow
 def test_the_layer_is_held_to_the_branches(checked, device):
     """With the kernels it passes; where two branches are taken for each other, it does not."""
     x = make_inputs(CASE, device.type)

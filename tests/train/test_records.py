@@ -64,6 +64,7 @@ def test_a_torn_end_does_not_take_the_next_record_along(tmp_path):
     assert [record["loss"] for record in read_metrics(path, "train")] == [2.5]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_over_spoiled_lines_to_its_pictures(tmp_path):
     write_texts(tmp_path / "texts")
     run_ranks(1, stops, tmp_path, "spoiled")
