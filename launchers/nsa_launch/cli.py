@@ -89,7 +89,7 @@ class _Version(argparse.Action):
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from nsa_dist.train.config_errors import Refused
+    from nsa_dist.train.refused import Refused
     from nsa_launch import run_folder
     from nsa_launch.commands import doctor
     from nsa_launch.config import load

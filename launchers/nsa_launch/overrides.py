@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.refused import Refused
 from nsa_launch import yaml_values
 
 _DEEPEST = 8  # dots below a key of a section; a name in a mapping may have some

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import ceil
 
-from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.refused import Refused
 from nsa_launch.config import RunConfig
 
 

@@ -20,10 +20,10 @@ from typing import Any, TextIO
 
 import yaml
 
-from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.files.atomic import write_atomically
 from nsa_dist.train.files.output import MADE, OutputDir
 from nsa_dist.train.prepare import check_output, prepare_output
+from nsa_dist.train.refused import Refused
 from nsa_launch.config import RunConfig
 
 # What a launched run makes beside what the trainer does. `.lock` stays.

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.files.records import Record
+from nsa_dist.train.refused import Refused
 from nsa_launch import exit_codes
 from nsa_launch.commands import doctor
 from nsa_launch.config import RunConfig, load

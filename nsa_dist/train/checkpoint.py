@@ -13,10 +13,10 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.files.manifest import Entry, Manifest, written_by
 from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.model import Trainable
+from nsa_dist.train.refused import Refused
 from nsa_dist.train.world import World
 
 _STATE_OF_GROUP = ("params", "step")  # of an optimizer's group: which weights, and how often they were moved

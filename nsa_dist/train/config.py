@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.fetch import FetchOptions
-from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.files import places
+from nsa_dist.train.refused import Refused
 
 VOCAB_SIZE = 256  # a token is a byte
 

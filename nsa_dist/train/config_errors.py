@@ -1,4 +1,4 @@
-"""What is refused: a configuration that does not hold, or does not fit where it is to run."""
+"""A configuration that does not hold: one message with a line for each problem."""
 
 import difflib
 import re
@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from nsa_dist.train.refused import Refused
+
 M = TypeVar("M", bound=BaseModel)
 
 _MOST_PROBLEMS = 20  # lines of one message
@@ -15,13 +17,6 @@ _LONGEST_KEY = 80  # characters of a key that a message repeats
 _SECRET = re.compile(
     r"(KEYS?|TOKEN|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|PWD|CREDENTIALS?)(_|$)|(^|_)(PASS|AUTH)(_|$)", re.IGNORECASE
 )
-
-
-class Refused(ValueError):
-    """What checks raise, before training and before each checkpoint: the caller has to change something.
-
-    A launcher answers it with its message alone and does not try again, as it would with any other exception of a rank.
-    """
 
 
 def parse(model: type[M], raw: Mapping[str, Any], source: str) -> M:

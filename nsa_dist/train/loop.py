@@ -42,7 +42,7 @@ class TrainResult:
 def train(config: TrainConfig, hooks: Hooks, device: torch.device) -> TrainResult:
     """Train as `config` says, from the last checkpoint if `run.resume`. Call it on every process, in any thread.
 
-    torch.distributed must be initialised. Refused (a ValueError, `nsa_dist.train.config_errors`) for a configuration
+    torch.distributed must be initialised. Refused (a ValueError, `nsa_dist.train.refused`) for a configuration
     that does not fit the processes, or that cannot start in its output_dir (`nsa_dist.train.prepare`), or if no
     checkpoint of a run to go on with is intact.
     """

@@ -15,7 +15,7 @@ from megatron.core.transformer.module import Float16Module
 
 from nsa_dist.mcore import NSASelfAttention, NSATransformerConfig, nsa_block_spec
 from nsa_dist.train.config import VOCAB_SIZE, OptimizerSection, TrainConfig
-from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.refused import Refused
 from nsa_dist.train.world import World
 
 

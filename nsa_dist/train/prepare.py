@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from nsa_dist.train.config import TrainConfig
-from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.data.corpus import check_packed, check_texts, digest_of, splits_of
 from nsa_dist.train.files import replace
 from nsa_dist.train.files.candidates import ANY_CHECKPOINT, refusal
@@ -17,6 +16,7 @@ from nsa_dist.train.files.marker import NAME, RunMarker, containers, found, remo
 from nsa_dist.train.files.output import MADE, OutputDir
 from nsa_dist.train.files.places import check_writable, expanded, is_folder
 from nsa_dist.train.identity import FIXED, changes, differences, identity, settings
+from nsa_dist.train.refused import Refused
 
 
 def prepare_output(config: TrainConfig, made: Sequence[str] = MADE) -> None:

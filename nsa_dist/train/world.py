@@ -14,7 +14,7 @@ from torch import Tensor
 from nsa_dist.cp.comm import Comm
 from nsa_dist.mcore.cpu import megatron_on_cpu
 from nsa_dist.train.config import TrainConfig
-from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.refused import Refused
 
 
 @dataclass(frozen=True)

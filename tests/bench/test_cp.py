@@ -1,6 +1,8 @@
 """`nsa-dist bench cp`: forced selections, one rank of many, and real ranks over gloo, on sizes of seconds."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -185,6 +187,30 @@ def test_what_time_does_not_allow_is_named(tmp_path):
     for part in ("comparison of 1k", "links of 2 ranks", "fetch u=0.05", "training with TP 1 x CP 2 x DP 1"):
         assert part in left_out
     assert "cases" not in data
+
+
+def test_without_pydantic_only_the_predictions_are_left_out(tmp_path):
+    """In a process of its own, as this one has imported pydantic."""
+    words = [
+        "bench",
+        "cp",
+        "--device",
+        "cpu",
+        "--ranks",
+        "2",
+        "--budget-s",
+        "0",
+        "--no-training",
+        "--out",
+        str(tmp_path),
+    ]
+    program = f"import sys; sys.modules['pydantic'] = None; from nsa_launch.cli import main; sys.exit(main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == exit_codes.OK, done.stderr
+    reasons = [row["why"] for row in json.loads((tmp_path / "cp.json").read_text())["not_run"]]
+    assert [why for why in reasons if why != "the time is over"] == [
+        "the planner needs pydantic; pip install --editable '.[train]' installs it"
+    ]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from launch_cases import TINY
-from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.refused import Refused
 from nsa_launch.config import RunConfig, load
 from nsa_launch.on_ray import driver
 from nsa_launch.processes import Machine

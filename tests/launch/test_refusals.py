@@ -6,9 +6,9 @@ import os
 import pytest
 
 from launch_cases import Command, tiny, tiny_file
-from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.data.corpus import file_digest
 from nsa_dist.train.files.records import MetricsFollower
+from nsa_dist.train.refused import Refused
 from nsa_launch import exit_codes
 from nsa_launch.on_ray import worker
 from nsa_launch.processes import decide

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from launch_cases import tiny, tiny_file
-from nsa_dist.train.config_errors import Refused, is_secret
+from nsa_dist.train.config_errors import is_secret
 from nsa_dist.train.prepare import note_settings
+from nsa_dist.train.refused import Refused
 from nsa_launch import cli, exit_codes
 from nsa_launch.config import load
 from nsa_launch.on_ray import worker

@@ -6,7 +6,8 @@ import pytest
 
 from launch_cases import tiny, tiny_file
 from nsa_dist.train.config import TrainConfig
-from nsa_dist.train.config_errors import Refused, parse
+from nsa_dist.train.config_errors import parse
+from nsa_dist.train.refused import Refused
 from nsa_launch import cli, exit_codes
 from nsa_launch.config import RunConfig, load
 from nsa_launch.on_ray import driver

@@ -5,11 +5,11 @@ import torch
 import torch.distributed as dist
 
 from nsa_dist.cp.comm import Comm
-from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.data.batches import _opened, build_datasets
 from nsa_dist.train.data.packing import write_corpus
 from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.prepare import prepare_output
+from nsa_dist.train.refused import Refused
 from nsa_dist.train.world import World
 from ranks import run_ranks
 from train_cases import small_config, write_texts

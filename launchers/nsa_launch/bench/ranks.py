@@ -10,6 +10,7 @@ from nsa_dist.bench.show import lines, pictures, timeline
 from nsa_dist.bench.show.report import Report, Row, machine
 from nsa_dist.bench.tasks import Alone, Compare, Links, Measure
 from nsa_dist.bench.world import Place
+from nsa_launch.bench import training
 from nsa_launch.bench.request import Request
 from nsa_launch.bench.team import TaskFailed, Team
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 # Seconds that a step must have left to be begun, and may take at most: a hang must not take the rest with it.
 _LEAST_S, _MOST_S = 15.0, 120.0
-_TRAINING_S = 150.0  # kept for the training runs, which come last: three, of which each took 35 s on two H200s
 _LINK_BYTES = (2**16, 2**24, 2**28)
 # Of the norm, one rounding to bf16 of operands and results: what the kernels' benchmark allows, too.
 _BF16_ERROR, _FP64_ERROR = 1e-2, 1e-10
@@ -116,7 +116,7 @@ class Bench:
 
     def _run(self, name: str, task: Callable[[Any], Any]) -> list[Any] | str | None:
         """What the ranks of the group found, or why they did not, or None if there was no time to ask."""
-        left_s = self.request.left_s - (_TRAINING_S if self.request.training else 0.0)
+        left_s = self.request.left_s - (training.LEAST_S if self.request.training else 0.0)
         if left_s < _LEAST_S:
             self.report.leave_out(name, "the time is over")
             return None
@@ -138,8 +138,6 @@ def run(request: Request, place: Place) -> bool:
         if request.trace:
             bench.timeline()
     if request.training:
-        from nsa_launch.bench import training
-
         training.run(request, place, report)
     if any("error" not in row for row in report.data.get("cases", [])):
         pictures.draw_ways(report.data, request.out / "cp.png")
@@ -152,8 +150,9 @@ def _predictor(request: Request, place: Place, report: Report) -> "Predictor | N
         report.leave_out("predictions", "the planner needs pydantic; pip install --editable '.[train]' installs it")
         return None
     from nsa_dist.bench.predicted import Predictor
+    from nsa_dist.planner.cluster import DEFAULT_CLUSTER
 
-    return Predictor(request.cluster, place.num_ranks)
+    return Predictor(request.cluster or DEFAULT_CLUSTER, place.num_ranks)
 
 
 def _judged(case: Case, rows: list[Row], on_gpu: bool) -> Row:

@@ -10,7 +10,6 @@ import torch
 from nsa_dist.bench.sizes import Sizes, sizes_for
 from nsa_dist.bench.world import Place
 from nsa_dist.cp.fetch import FetchOptions
-from nsa_dist.planner.cluster import DEFAULT_CLUSTER
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Request:
     memory_curve: bool
     training: bool
     trace: bool
-    cluster: Path
+    cluster: Path | None  # None: the planner's own
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> "Request":
@@ -60,7 +59,7 @@ class Request:
             memory_curve=not arguments.no_memory_curve,
             training=not arguments.no_training,
             trace=arguments.trace,
-            cluster=arguments.cluster or DEFAULT_CLUSTER,
+            cluster=arguments.cluster,
         )
 
     @property

@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from nsa_dist.train.config_errors import Refused, parse
+from nsa_dist.train.config_errors import parse
+from nsa_dist.train.refused import Refused
 from nsa_launch import overrides
 from nsa_launch.commands.keys import Key, SectionKeys, sections
 from nsa_launch.config import RunConfig, checked

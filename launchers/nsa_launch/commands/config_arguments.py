@@ -27,7 +27,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from nsa_dist.train.config_errors import Refused
+    from nsa_dist.train.refused import Refused
     from nsa_launch.commands import config
 
     try:

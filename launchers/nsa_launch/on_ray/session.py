@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.refused import Refused
 from nsa_launch.processes import Processes
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # no data goes through it; the default is 30 % of the machine's memory

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 import ray.train
 
-from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.refused import Refused
 from nsa_launch.config import RunConfig
 from nsa_launch.processes import Processes
 from nsa_launch.ranks import output as rank_output

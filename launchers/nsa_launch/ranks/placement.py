@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from nsa_dist.cp.comm import Comm
-from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.refused import Refused
 
 _RECORD_BYTES = 1024  # of one rank's JSON, padded with spaces
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.files.candidates import Damaged, about_latest, name_of, not_complete, refusal
 from nsa_dist.train.files.manifest import ALWAYS_THERE, NAME, DamagedError, Manifest, wrong_in_content
 from nsa_dist.train.files.output import OutputDir
+from nsa_dist.train.refused import Refused
 from nsa_dist.train.world import World
 
 

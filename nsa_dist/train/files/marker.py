@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.files.atomic import write_atomically
+from nsa_dist.train.refused import Refused
 
 NAME = "run.json"
 FORMAT, VERSION = "nsa-dist run", 1

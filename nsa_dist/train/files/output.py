@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.data.corpus import PACKED_FILES
 from nsa_dist.train.files import candidates, manifest
 from nsa_dist.train.files.atomic import sync_folder, write_atomically
 from nsa_dist.train.files.candidates import Candidates, Damaged, name_of, steps_of
 from nsa_dist.train.files.manifest import Manifest
 from nsa_dist.train.files.marker import RunMarker, found, remove
+from nsa_dist.train.refused import Refused
 
 # What a run makes in its folder beside its checkpoints, which `run.json` lists one by one.
 MADE = (

@@ -5,7 +5,7 @@ import re
 import stat
 from pathlib import Path
 
-from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.refused import Refused
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, of Linux
 _BELOW = 255  # of a path, left for the names of what a run writes below it

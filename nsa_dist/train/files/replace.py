@@ -10,8 +10,8 @@ as themselves. Other files in the run's folders stay where they are.
 import os
 from pathlib import Path
 
-from nsa_dist.train.config_errors import Refused
 from nsa_dist.train.files.marker import NAME, RunMarker, containers, found, remove
+from nsa_dist.train.refused import Refused
 
 
 def check_replaceable(folder: Path, marker: RunMarker) -> None:
