@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from nsa_launch.yaml_values import alternatives
 
 _NAMES = {int: "int", float: "float", bool: "bool", str: "text", Path: "path", NoneType: "null"}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}  # attributes of what pydantic keeps of a Field
@@ -55,19 +57,15 @@ def _type(field: FieldInfo) -> str:
     bounds = [
         f"{sign} {getattr(b, name)}" for b in field.metadata for name, sign in _BOUNDS.items() if hasattr(b, name)
     ]
-    words = [_word(part) for part in _alternatives(field.annotation)]
+    words = [_word(part) for part in alternatives(field.annotation)]
     words[0] += "".join(f" {bound}" if i == 0 else f", {bound}" for i, bound in enumerate(bounds))
     return " | ".join(words)
-
-
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType, Literal) else (annotation,)
 
 
 def _word(part: Any) -> str:
     if isinstance(part, str):  # of a Literal
         return part
     if get_origin(part) is dict:
-        of, to = (" | ".join(map(_word, _alternatives(argument))) for argument in get_args(part))
+        of, to = (" | ".join(map(_word, alternatives(argument))) for argument in get_args(part))
         return f"{{{of}: {to}}}"
     return _NAMES[part]
