@@ -9,9 +9,10 @@ and the three outputs are summed under their gates. With one rank nothing is sen
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,9 @@ from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.cp.layout import RankLayout, rank_layout
 from nsa_dist.cp.plan import ShardPlan, as_bounds
 from nsa_dist.cp.trace import Trace
+
+# Elements of q. At 16k tokens of 64 heads of 128 the device is twice as long as its host.
+_MOST_TAPED = 2**27
 
 
 class Heads(NamedTuple):
@@ -105,7 +109,8 @@ def nsa_attention(
     fetch, ops = fetch or FetchOptions(), ops or default_ops(q)
     tiles = _Tiles.of(ops, q, kv, cfg, local_plan)
     layout = _agreed_layout(local_plan, cfg, q, kv, comm, fetch, tiles.key_alignment)
-    call = Call(cfg, layout, comm, ops, fetch, softmax_scale, tiles.options)
+    tapes = _tapes(local_plan, q, ops, comm, (cfg, softmax_scale, *tiles.options.items()))
+    call = Call(cfg, layout, comm, ops, fetch, softmax_scale, tiles.options, tapes)
     prepare = local_plan.shard if plan is None else local_plan.blank_padding
     with torch.autocast(q.device.type, enabled=False):
         inputs = [prepare(x, comm.rank) for x in (q, *kv, gates)]
@@ -172,6 +177,19 @@ def check_agreement(plan: ShardPlan, cfg: NSAConfig, heads: Heads, fetch: FetchO
             f"{fetch}; every rank needs the same plan, configs and head sizes, or tokens would be silently scrambled; "
             f"build the plan from the same cu_seqlens on every rank, and pass the same options"
         )
+
+
+def _tapes(plan: ShardPlan, q: Tensor, ops: ModuleType, comm: Comm, key: tuple) -> Mapping[str, Any]:
+    """Where kernels keep tapes, those of a lone rank's call that is short enough to wait for its host.
+
+    They live and die with the plan, as the index tensors do whose addresses are in them; `key` is what else they hold.
+    """
+    if comm.size > 1 or comm.trace is not None or not q.is_cuda or q.numel() > _MOST_TAPED:
+        return {}
+    if not hasattr(ops, "Tapes"):
+        return {}
+    parts = "window", "phi", "forward", "backward", "phi backward"
+    return plan.memo(("tapes", q.device, *key), lambda: {part: ops.Tapes() for part in parts})
 
 
 class _Tiles(NamedTuple):

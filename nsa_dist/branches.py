@@ -68,7 +68,8 @@ def _compress_both(
 ) -> tuple[Tensor, Tensor]:
     weights = [getattr(phi, "mlp_weights", lambda: None)() for phi in phis]
     if None not in weights:
-        pair = call.ops.compress_mlp_pair(*rows, call.layout.cmp_rows, *weights)
+        options = {"tapes": call.tapes} if call.tapes else {}
+        pair = call.ops.compress_mlp_pair(*rows, call.layout.cmp_rows, *weights, **options)
     else:
         pair = _compress(phis[0], rows[0], call), _compress(phis[1], rows[1], call)
     names = ("compress_k", "compress_v")
@@ -114,29 +115,22 @@ class _Branches(torch.autograd.Function):
         k_cmp_all, v_cmp_all = gather.wait()
         groups = head_groups(q.shape[1], k_slc.shape[1], len(q), call)
         stages = forward_stages(groups, k_slc.shape[1], call)
-        selected = SelectedForward(q, k_slc, v_slc, stages, call)
-        cmp: list[tuple[Tensor, Tensor, Tensor]] = []  # out, softmax_lse, block_indices of each stage
-        slc: list[tuple[Tensor, Tensor]] = []
-        for tick in range(len(stages) + 2):
-            if tick < len(stages):
-                cmp.append(_attend_and_select(stages[tick], q, k_cmp_all, v_cmp_all, call))
-            if tick >= 2:
-                slc.append(selected.attend(stages[tick - 2], cmp[tick - 2][2]))
-            if 1 <= tick <= len(stages):
-                selected.post_fetch(stages[tick - 1])
-            if tick >= 2:
-                selected.release()
-            if tick < len(stages):
-                selected.post_bitmap(cmp[tick][2])
-        out = _combine(stages, gates, cmp, slc, out_win, call)
-        saved = [(*c, *s) for c, s in zip(_by_group(groups, stages, cmp), _by_group(groups, stages, slc), strict=True)]
-        ctx.call, ctx.groups, ctx.rounds, ctx.num_kept = call, groups, selected.finish(), len(selected.kept)
-        ctx.num_own = len(k_cmp)
+        ctx.rounds, kept = [[]], []
+
+        def body(inputs: list[Tensor]) -> list[Tensor]:
+            nonlocal kept
+            q, k_slc, v_slc, k_cmp, v_cmp, gates, out_win = inputs
+            selected = SelectedForward(q, k_slc, v_slc, stages, call)
+            results = _forward(q, k_cmp, v_cmp, gates, out_win, groups, stages, selected, call)
+            ctx.rounds, kept = selected.finish(), selected.kept  # of a lone rank nothing, so a tape need not know
+            return results
+
+        out, *saved = call.run("forward", body, [q, k_slc, v_slc, k_cmp_all, v_cmp_all, gates, out_win])
+        ctx.call, ctx.groups, ctx.num_kept, ctx.num_own = call, groups, len(kept), len(k_cmp)
         ctx.save_for_backward(
-            q, k_cmp_all, v_cmp_all, k_slc, v_slc, window.k, window.v, gates, lse_win, out_win,
-            *(x for parts in saved for x in parts), *selected.kept,
-        )  # fmt: skip
-        block_indices = _cat([parts[2] for parts in saved])
+            q, k_cmp_all, v_cmp_all, k_slc, v_slc, window.k, window.v, gates, lse_win, out_win, *saved, *kept
+        )
+        block_indices = _cat(saved[2::5])
         ctx.mark_non_differentiable(block_indices)
         ctx.set_materialize_grads(False)  # or backward would be handed zeros for it
         return out, block_indices
@@ -146,55 +140,81 @@ class _Branches(torch.autograd.Function):
     def backward(ctx, grad_out: Tensor, _):
         if grad_out is None:  # nothing depends on the output
             return (None,) * 10
+        inputs = [grad_out, *ctx.saved_tensors]
+        ctx.maybe_clear_saved_tensors()  # what `_backward` drops is freed at once, not when it is over
         with torch.autocast(grad_out.device.type, enabled=False):
-            return _Branches._backward(ctx, grad_out)
+            return *ctx.call.run("backward", lambda inputs: _backward(inputs, ctx), inputs), None, None
 
-    @staticmethod
-    def _backward(ctx, grad_out: Tensor):
-        call, groups = ctx.call, ctx.groups
-        call.comm.enter("backward")
-        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, lse_win, out_win, *rest = ctx.saved_tensors
-        ctx.maybe_clear_saved_tensors()  # what is dropped below is freed at once, not when backward is over
-        kept = [rest.pop() for _ in range(ctx.num_kept)][::-1]
-        selected = SelectedBackward(k_slc, v_slc, groups, ctx.rounds, kept, call)
-        selected.start()
-        deltas, saved = _deltas(groups, grad_out, out_win, rest, call)
-        del out_win, rest, kept
-        window, compressed = WindowBackward(k_win, v_win, call), []
-        grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for group, delta, (lse_cmp, ids, lse_slc) in zip(groups, deltas, saved, strict=True):
-            queries, grad, gate = (group.of(x) for x in (q, grad_out, gates))
-            with call.comm.computing(f"cmp[{group.number}]", "cmp"):
-                dq, dk, dv = call.ops.compressed_attention_backward(
-                    grad, gate[..., 0], delta[..., 0], lse_cmp, queries, k_cmp[:, group.kv_heads],
-                    v_cmp[:, group.kv_heads], call.layout.cmp_begin, call.layout.cmp_end,
-                    softmax_scale=call.softmax_scale, kv_dtype=call.sum_dtype(q), **call.tiles,
-                )  # fmt: skip
-            name = f"compressed.grad[{group.number}]"
-            compressed.append(CompressedReturn(dk, dv, ctx.num_own, call.layout, call.comm, name))
-            del dk, dv
-            dq_slc = selected.run(group, queries, grad, gate[..., 1], delta[..., 1], lse_slc, ids)
-            dq_win = window.run(group, queries, grad, gate[..., 2], delta[..., 2], group.of(lse_win))
-            call.ops.sum_branches(dq, dq_slc, dq_win, out=group.of(grad_q))
-            del dq, dq_slc, dq_win
-        grads_win, grads_slc = window.finish(), selected.finish()
-        grads_cmp = [_cat(x) for x in zip(*(part.wait() for part in compressed), strict=True)]
-        dtype, grad_gates = q.dtype, _cat(deltas).to(gates.dtype)
-        return grad_q, *(x.to(dtype) for x in (*grads_cmp, *grads_slc, *grads_win)), grad_gates, None, None
+
+def _forward(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, out_win: Tensor,
+    groups: list[Stage], stages: list[Stage], selected: SelectedForward, call: Call,
+) -> list[Tensor]:  # fmt: skip
+    """out, then out_cmp, lse_cmp, block_indices, out_slc, lse_slc of every head group."""
+    cmp: list[tuple[Tensor, Tensor, Tensor]] = []  # out, softmax_lse, block_indices of each stage
+    slc: list[tuple[Tensor, Tensor]] = []
+    for tick in range(len(stages) + 2):
+        if tick < len(stages):
+            cmp.append(_attend_and_select(stages[tick], q, k_cmp, v_cmp, call))
+        if tick >= 2:
+            slc.append(selected.attend(stages[tick - 2], cmp[tick - 2][2]))
+        if 1 <= tick <= len(stages):
+            selected.post_fetch(stages[tick - 1])
+        if tick >= 2:
+            selected.release()
+        if tick < len(stages):
+            selected.post_bitmap(cmp[tick][2])
+    out = _combine(stages, gates, cmp, slc, out_win, call)
+    of_groups = zip(_by_group(groups, stages, cmp), _by_group(groups, stages, slc), strict=True)
+    return [out, *(x for c, s in of_groups for x in (*c, *s))]
+
+
+def _backward(inputs: list[Tensor], ctx) -> Sequence[Tensor]:
+    """The gradients of q to gates, from that of out and what was saved. Empties the list."""
+    call, groups = ctx.call, ctx.groups
+    call.comm.enter("backward")
+    grad_out, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, lse_win, out_win, *rest = inputs
+    inputs.clear()
+    kept = [rest.pop() for _ in range(ctx.num_kept)][::-1]
+    selected = SelectedBackward(k_slc, v_slc, groups, ctx.rounds, kept, call)
+    selected.start()
+    deltas, left = _deltas(groups, grad_out, out_win, rest, call)
+    del out_win, rest, kept
+    window, compressed = WindowBackward(k_win, v_win, call), []
+    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for group, delta, (lse_cmp, ids, lse_slc) in zip(groups, deltas, left, strict=True):
+        queries, grad, gate = (group.of(x) for x in (q, grad_out, gates))
+        with call.comm.computing(f"cmp[{group.number}]", "cmp"):
+            dq, dk, dv = call.ops.compressed_attention_backward(
+                grad, gate[..., 0], delta[..., 0], lse_cmp, queries, group.of_keys(k_cmp),
+                group.of_keys(v_cmp), call.layout.cmp_begin, call.layout.cmp_end,
+                softmax_scale=call.softmax_scale, kv_dtype=call.sum_dtype(q), **call.tiles,
+            )  # fmt: skip
+        name = f"compressed.grad[{group.number}]"
+        compressed.append(CompressedReturn(dk, dv, ctx.num_own, call.layout, call.comm, name))
+        del dk, dv
+        dq_slc = selected.run(group, queries, grad, gate[..., 1], delta[..., 1], lse_slc, ids)
+        dq_win = window.run(group, queries, grad, gate[..., 2], delta[..., 2], group.of(lse_win))
+        call.ops.sum_branches(dq, dq_slc, dq_win, out=group.of(grad_q))
+        del dq, dq_slc, dq_win
+    grads_win, grads_slc = window.finish(), selected.finish()
+    grads_cmp = [_cat(x) for x in zip(*(part.wait() for part in compressed), strict=True)]
+    dtype, grad_gates = q.dtype, _cat(deltas).to(gates.dtype)
+    return grad_q, *(x.to(dtype) for x in (*grads_cmp, *grads_slc, *grads_win)), grad_gates
 
 
 def _attend_and_select(stage: Stage, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """out, softmax_lse and block_indices of one stage, from the compressed keys and values of the whole sequence."""
-    layout, cfg, rows = call.layout, call.cfg, stage.rows
-    queries, keys = stage.of(q), k[:, stage.kv_heads]
-    seen = layout.cmp_begin[rows], layout.cmp_end[rows]
+    layout, cfg = call.layout, call.cfg
+    queries, keys = stage.of(q), stage.of_keys(k)
+    seen = stage.of_rows(layout.cmp_begin), stage.of_rows(layout.cmp_end)
     with call.comm.computing(f"cmp[{stage.number}]", "cmp"):
         out, lse = call.ops.compressed_attention(
-            queries, keys, v[:, stage.kv_heads], *seen, softmax_scale=call.softmax_scale, **call.tiles
+            queries, keys, stage.of_keys(v), *seen, softmax_scale=call.softmax_scale, **call.tiles
         )
     with call.comm.computing(f"select[{stage.number}]", "select"):
         block_indices = call.ops.select_blocks(
-            queries, keys, lse, *seen, layout.position[rows], layout.doc_start[rows],
+            queries, keys, lse, *seen, stage.of_rows(layout.position), stage.of_rows(layout.doc_start),
             softmax_scale=call.softmax_scale, cmp_block_len=cfg.cmp_block_len, cmp_stride=cfg.cmp_stride,
             slc_block_len=cfg.slc_block_len, num_slc_blocks=cfg.num_slc_blocks,
             num_init_blocks=cfg.num_init_blocks, num_local_blocks=cfg.num_local_blocks,

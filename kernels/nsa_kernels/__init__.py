@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nsa_kernels.common.tape import Tapes as Tapes
     from nsa_kernels.common.wild import WHOLE_TILES as WHOLE_TILES
     from nsa_kernels.gates.combine import combine as combine
     from nsa_kernels.gates.deltas import gate_deltas as gate_deltas
@@ -46,12 +47,15 @@ _MODULES = {
     "window_attention_backward": "interval.attention",
 }
 
+# Of these kernels alone: the reference has no tiles and launches nothing.
+_ALONE = {"Tapes": "tape", "WHOLE_TILES": "wild"}
+
 __all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "WHOLE_TILES":  # of these kernels alone: the reference has no tiles
-        return import_module(f"{__name__}.common.wild").WHOLE_TILES
+    if name in _ALONE:
+        return getattr(import_module(f"{__name__}.common.{_ALONE[name]}"), name)
     if name not in _MODULES:
         raise AttributeError(
             f"module {__name__!r} has no attribute {name!r}; its public names are {', '.join(__all__)}"

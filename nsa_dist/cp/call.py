@@ -1,8 +1,10 @@
 """What all parts of one call of `nsa_attention` on one rank have in common, and how its work is cut into stages."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +13,9 @@ from nsa_dist.config import NSAConfig
 from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.cp.layout import RankLayout
+
+if TYPE_CHECKING:
+    from nsa_kernels import Tapes
 
 
 @dataclass(frozen=True)
@@ -24,10 +29,25 @@ class Call:
     fetch: FetchOptions
     softmax_scale: float
     tiles: dict[str, bool] = field(default_factory=dict)  # options of the attention of intervals, cmp and win
+    tapes: Mapping[str, "Tapes"] = field(default_factory=dict)  # of the parts of a short call of one rank
 
     def sum_dtype(self, x: Tensor) -> torch.dtype | None:
         """Of gradients to which those of other ranks or rounds are added: fp32 or better. One rank: None, as x."""
         return None if self.comm.size == 1 else torch.promote_types(x.dtype, torch.float32)
+
+    def run(
+        self, part: str, body: Callable[[list[Tensor]], Sequence[Tensor]], inputs: list[Tensor]
+    ) -> Sequence[Tensor]:
+        """`body(inputs)`; where the part has tapes, by what they recorded (`nsa_kernels.Tapes`)."""
+        return self.tapes[part].run(body, inputs) if part in self.tapes else body(inputs)
+
+
+def cut(x: Tensor, rows: slice, heads: slice | None = None) -> Tensor:
+    """`x[rows, heads]`, a view; `x` itself where that is all of it, a view costs the host 4 us, and a layer has 30."""
+    all_rows = rows.stop - rows.start == x.shape[0]
+    if heads is None or heads.stop - heads.start == x.shape[1]:
+        return x if all_rows else x[rows]
+    return x[rows, heads]
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,15 @@ class Stage:
 
     def of(self, x: Tensor) -> Tensor:
         """Its queries and query heads of x [T, Hq, ...], a view."""
-        return x[self.rows, self.q_heads]
+        return cut(x, self.rows, self.q_heads)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """Its kv heads of all rows of x [R, Hkv, ...], a view."""
+        return x if x.shape[1] == self.kv_heads.stop - self.kv_heads.start else x[:, self.kv_heads]
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """Its queries of x [T, ...], a view."""
+        return cut(x, self.rows)
 
 
 def head_groups(num_q_heads: int, num_kv_heads: int, num_tokens: int, call: Call) -> list[Stage]:

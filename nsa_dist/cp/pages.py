@@ -53,7 +53,7 @@ def page_arguments(stage: Stage, k: Tensor, fetched: Sequence[Fetched], table: T
     """What `selected_attention` and its backward take besides tensors of the queries and the rank's own pages."""
     arguments = {
         "block_table": table,
-        "position": call.layout.position[stage.rows],
+        "position": stage.of_rows(call.layout.position),
         "slc_block_len": call.cfg.slc_block_len,
         "softmax_scale": call.softmax_scale,
     }

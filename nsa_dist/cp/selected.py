@@ -88,6 +88,8 @@ class SelectedForward:
 
     def release(self) -> None:
         """Free the pages of the last round; a first half's stay for the second."""
+        if self._alone:
+            return
         if self._halves and len(self._here) == 1:
             return
         self._side.follow()
@@ -112,7 +114,7 @@ class SelectedForward:
         return plan_rounds(wanted, self._call.layout, self._call.comm.rank, per_round)
 
     def _local(self, stage: Stage) -> tuple[Tensor, Tensor]:
-        return self._k[:, stage.kv_heads], self._v[:, stage.kv_heads]
+        return stage.of_keys(self._k), stage.of_keys(self._v)
 
     def _post_round(self, stage: Stage, number: int) -> None:
         route, name = self._rounds[stage.number][number], round_name("pages", stage, number)

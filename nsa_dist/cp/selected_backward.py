@@ -38,7 +38,7 @@ class SelectedBackward:
         if self._to_post and not self._kept:
             group, number, route = self._to_post.pop(0)
             name = round_name("pages", group, number)
-            k, v = self._k[:, group.kv_heads], self._v[:, group.kv_heads]
+            k, v = group.of_keys(self._k), group.of_keys(self._v)
             self._under_way.append(post_pages(k, v, route, self._call.cfg.slc_block_len, self._call.comm, name))
 
     def start(self) -> None:
@@ -51,7 +51,7 @@ class SelectedBackward:
     ) -> Tensor:
         """dq of one head group, rounded once to the dtype of q; the other tensors are the group's [T, its Hq, ...]."""
         total, rounds = None, self._rounds[group.number]
-        local = self._k[:, group.kv_heads], self._v[:, group.kv_heads]
+        local = group.of_keys(self._k), group.of_keys(self._v)
         for number, route in enumerate(rounds or [None]):
             here = [] if route is None else [Fetched(self._receive(), route)]
             table = page_table(group, self._k, here, self._call.layout, own=number == 0)

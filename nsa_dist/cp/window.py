@@ -3,10 +3,12 @@
 post halo | interior | halo there | the others, under the all-gather of compressed keys
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from nsa_dist.cp.call import Call, Stage
+from nsa_dist.cp.call import Call, Stage, cut
 from nsa_dist.cp.halo import extend, fill, gather_gradients, post_halo_gradients
 
 
@@ -16,7 +18,7 @@ class WindowForward:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: Call):
         self._q, self._call, self._halo = q, call, call.layout.win_halo
         self._interior = slice(0, len(q)) if call.comm.size == 1 else call.layout.win_interior
-        self._parts: dict[int, tuple[Tensor, Tensor]] = {}
+        self._parts: dict[int, Sequence[Tensor]] = {}
         self.k, self.v = (k, v) if call.comm.size == 1 else (extend(x, self._halo) for x in (k, v))
 
     def attend_interior(self) -> None:
@@ -38,12 +40,14 @@ class WindowForward:
         return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs), torch.cat(lses))
 
     def _attend(self, rows: slice, name: str) -> None:
-        layout = self._call.layout
+        begin, end = (cut(x, rows) for x in (self._call.layout.win_begin, self._call.layout.win_end))
+
+        def attend(inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+            scale = self._call.softmax_scale
+            return self._call.ops.window_attention(*inputs, begin, end, softmax_scale=scale, **self._call.tiles)
+
         with self._call.comm.computing(name, "win"):
-            self._parts[rows.start] = self._call.ops.window_attention(
-                self._q[rows], self.k, self.v, layout.win_begin[rows], layout.win_end[rows],
-                softmax_scale=self._call.softmax_scale, **self._call.tiles,
-            )  # fmt: skip
+            self._parts[rows.start] = self._call.run("window", attend, [cut(self._q, rows), self.k, self.v])
 
 
 class WindowBackward:
@@ -58,7 +62,7 @@ class WindowBackward:
         layout = self._call.layout
         with self._call.comm.computing(f"win[{group.number}]", "win"):
             dq, *grads = self._call.ops.window_attention_backward(
-                grad_out, gate, delta, lse, q, self._k[:, group.kv_heads], self._v[:, group.kv_heads],
+                grad_out, gate, delta, lse, q, group.of_keys(self._k), group.of_keys(self._v),
                 layout.win_begin, layout.win_end, softmax_scale=self._call.softmax_scale,
                 kv_dtype=self._call.sum_dtype(q), **self._call.tiles,
             )  # fmt: skip

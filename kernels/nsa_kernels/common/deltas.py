@@ -14,9 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv
 
 
+@launchable
 @triton.jit(do_not_specialize=["num_rows", "num_heads"])
 def _delta_kernel(
     out, grad_out, grad_lse,

@@ -1,11 +1,12 @@
 """What the Gluon kernels for Hopper share: barriers, tiles for the copy engine, and when they can be used."""
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nsa_kernels.common.device import on_hopper
 
 thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name in triton 3.6, and from 3.7 on
 
@@ -49,13 +50,8 @@ def hopper_takes(q: Tensor, k: Tensor, aligned: bool | None = None) -> bool:
     """
     return (
         aligned is not False
-        and q.is_cuda
-        and torch.cuda.get_device_capability(q.device)[0] == 9
+        and on_hopper(q)
         and q.element_size() == 2
         and q.shape[2] in (64, 128)
         and 64 % (q.shape[1] // k.shape[1]) == 0
     )
-
-
-def num_multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.rows import row_blocks, token_head_strides, unit_stride
 from nsa_kernels.gates.rows import check_out
 
@@ -28,6 +29,7 @@ def _gated(gate_ptr, x_ptr, inside, mask, dim):
     return gate, tl.load(x_ptr[:, None] + dim[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
+@launchable
 @triton.jit
 def _forward_kernel(
     gates_ptr,
@@ -74,6 +76,7 @@ def _backward_branch(gate, x, grad_out, grad_x_ptr, grad_gate_ptr, inside, mask)
     tl.store(grad_gate_ptr, tl.sum(x * grad_out, 1).to(grad_gate_ptr.dtype.element_ty), mask=inside)
 
 
+@launchable
 @triton.jit
 def _backward_kernel(
     gates_ptr,

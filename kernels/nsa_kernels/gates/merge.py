@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.rows import row_blocks, token_head_strides, unit_stride
 
 
@@ -42,6 +43,7 @@ def _rows(x_ptr, row, stride_t, stride_h, num_heads, mask, dim):
     return tl.load(x[:, None] + dim[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
+@launchable
 @triton.jit
 def _forward_kernel(
     a_ptr,
@@ -75,6 +77,7 @@ def _forward_kernel(
     tl.store(lse_ptr + row, lse, mask=inside)
 
 
+@launchable
 @triton.jit
 def _backward_kernel(
     a_ptr,

@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.rows import row_blocks, token_head_strides
 from nsa_kernels.gates.rows import check_out, load_rows, rows_of_one_shape
 
 
+@launchable
 @triton.jit
 def _sum_kernel(
     cmp_ptr,

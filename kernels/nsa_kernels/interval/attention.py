@@ -64,7 +64,7 @@ def compressed_attention(call: IntervalCall, *, aligned: bool | None = None) -> 
                 do so, but the kernels for Hopper, which cannot, are used all the same
     """
     check_interval(call)
-    return _IntervalAttention.apply(_CMP, aligned, *_dense_bounds(call))
+    return _attend(_CMP, _dense_bounds(call), aligned)
 
 
 @meets(contracts.interval_attention_backward)
@@ -82,7 +82,7 @@ def compressed_attention_backward(
 def window_attention(call: IntervalCall, *, aligned: bool | None = None) -> tuple[Tensor, Tensor]:
     """aligned     as in `compressed_attention`"""
     check_interval(call)
-    return _IntervalAttention.apply(_WIN, aligned, *_dense_bounds(call))
+    return _attend(_WIN, _dense_bounds(call), aligned)
 
 
 @meets(contracts.interval_attention_backward)
@@ -120,21 +120,37 @@ _CMP = _Branch(cmp_forward.attend, hopper_forward.attend, cmp_grad_q.grad_q, _gr
 _WIN = _Branch(win_forward.attend, _attend_window_on_hopper, win_grad_q.grad_q, win_grad_q.grad_q)
 
 
+def _attend(branch: _Branch, call: IntervalCall, aligned: bool | None) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled():
+        return _IntervalAttention.apply(branch, aligned, *call)
+    return _forward(branch, _copyable(call), aligned)
+
+
+def _copyable(call: IntervalCall) -> IntervalCall:
+    return call._replace(q=copyable_by_tma(call.q), k=copyable_by_tma(call.k), v=copyable_by_tma(call.v))
+
+
+def _forward(branch: _Branch, call: IntervalCall, aligned: bool | None) -> tuple[Tensor, Tensor]:
+    q, k, v = call.q, call.k, call.v
+    out = q.new_empty(*q.shape[:2], v.shape[2])
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    if k.shape[0] == 0 or q.shape[0] == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    if _on_hopper(q, k, v, aligned):
+        branch.attend_on_hopper(q, k, v, call.begin, call.end, out, lse, call.softmax_scale)
+    else:
+        branch.attend(q, k, v, call.begin, call.end, out, lse, call.softmax_scale, apart=aligned is not True)
+    return out, lse
+
+
 class _IntervalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, branch, aligned, q, k, v, begin, end, softmax_scale):
-        q, k, v = (copyable_by_tma(x) for x in (q, k, v))
-        out = q.new_empty(*q.shape[:2], v.shape[2])
-        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        ctx.branch, ctx.aligned, ctx.softmax_scale = branch, aligned, softmax_scale
+    def forward(ctx, branch, aligned, *call):
+        copied = _copyable(IntervalCall(*call))
+        out, lse = _forward(branch, copied, aligned)
+        ctx.branch, ctx.aligned, ctx.softmax_scale = branch, aligned, copied.softmax_scale
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, begin, end, out, lse)
-        if k.shape[0] == 0 or q.shape[0] == 0:
-            return out.zero_(), lse.fill_(float("-inf"))
-        if _on_hopper(q, k, v, aligned):
-            branch.attend_on_hopper(q, k, v, begin, end, out, lse, softmax_scale)
-        else:
-            branch.attend(q, k, v, begin, end, out, lse, softmax_scale, apart=aligned is not True)
+        ctx.save_for_backward(*copied[:5], out, lse)
         return out, lse
 
     @staticmethod

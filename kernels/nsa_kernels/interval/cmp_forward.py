@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, split_head_dim
 from nsa_kernels.common.tiles import dot_precision, kv_descriptors, row_offsets
 from nsa_kernels.common.wild import tamed, wild_rows
@@ -20,6 +21,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
+@launchable
 @triton.jit
 def _forward_kernel(
     q_ptr, k_a_desc, k_b_desc, v_desc, begin_ptr, end_ptr,

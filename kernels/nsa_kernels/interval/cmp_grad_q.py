@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, split_head_dim
 from nsa_kernels.common.tiles import dot_precision, kv_descriptors, row_offsets
 from nsa_kernels.common.wild import tamed
@@ -17,6 +18,7 @@ from nsa_kernels.interval.tiles import cmp_grad_q_tile
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+@launchable
 @triton.jit
 def _grad_q_kernel(
     q_ptr, k_a_desc, k_b_desc, v_desc, begin_ptr, end_ptr, statistics_ptr, grad_out_ptr,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, split_head_dim
 from nsa_kernels.common.tiles import dot_precision, row_offsets, tile_descriptor
 from nsa_kernels.common.wild import tamed, wild_rows
@@ -20,6 +21,7 @@ from nsa_kernels.interval.tiles import grad_kv_tile
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+@launchable
 @triton.jit
 def _grad_kv_kernel(
     q_ptr, q_a_desc, q_b_desc, k_ptr, v_ptr, begin_ptr, end_ptr, statistics_ptr, grad_out_ptr, grad_out_desc,

@@ -21,7 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa_kernels.common.hopper import ceil_div, descriptor, new_barriers, num_multiprocessors
+from nsa_kernels.common.device import num_multiprocessors
+from nsa_kernels.common.hopper import ceil_div, descriptor, new_barriers
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv
 
 GROUP_ROWS = gl.constexpr(64)  # rows of four warps
@@ -30,6 +32,7 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 
 
+@launchable
 @gluon.jit
 def _forward_kernel(
     q_desc, k_desc, v_desc, out_desc, begin_ptr, end_ptr, unseen_ptr, lse_ptr,

@@ -21,6 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from nsa_kernels.common.hopper import ceil_div, descriptor, new_barriers
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv
 from nsa_kernels.interval.parts import num_splits, sum_parts, tile_ranges
 
@@ -30,6 +31,7 @@ GROUP_KEYS = gl.constexpr(64)  # keys of four warps
 LOG2_E = gl.constexpr(1.4426950408889634)
 
 
+@launchable
 @gluon.jit
 def _grad_kv_kernel(
     q_desc, k_desc, v_desc, grad_out_desc, statistics_desc, begin_ptr, end_ptr, tile_range_ptr,

@@ -24,7 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa_kernels.common.hopper import ceil_div, descriptor, new_barriers, num_multiprocessors
+from nsa_kernels.common.device import num_multiprocessors
+from nsa_kernels.common.hopper import ceil_div, descriptor, new_barriers
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv
 
 GROUP_ROWS = gl.constexpr(64)  # rows of four warps
@@ -33,6 +35,7 @@ BLOCK_N = gl.constexpr(64)
 LOG2_E = gl.constexpr(1.4426950408889634)
 
 
+@launchable
 @gluon.jit
 def _grad_q_kernel(
     q_desc, grad_out_desc, k_desc, v_desc, grad_q_desc, statistics_ptr, begin_ptr, end_ptr,

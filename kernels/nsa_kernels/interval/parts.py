@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 
 BLOCK = 1024
 
 
+@launchable
 @triton.jit
 def _tile_ranges_kernel(
     begin_ptr, end_ptr, out_ptr, num_queries, num_keys, num_tiles, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr
@@ -58,6 +60,7 @@ def num_splits(num_items: int) -> int:
     return max(1, min(16, next_power_of_2(cdiv(4 * 132, num_items))))
 
 
+@launchable
 @triton.jit
 def _sum_kernel(k_parts_ptr, v_parts_ptr, k_ptr, v_ptr, k_size, v_size, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr):
     of_k = tl.program_id(1) == 0

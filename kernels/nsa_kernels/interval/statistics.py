@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv
 from nsa_kernels.common.tiles import row_offsets
 
@@ -22,6 +23,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 BLOCK_ROWS = 1024
 
 
+@launchable
 @triton.jit
 def _statistics_kernel(
     lse_ptr, delta_ptr, gate_ptr, begin_ptr, end_ptr,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv
 
 
@@ -27,6 +28,7 @@ def _count_up_to(ascending_ptr, limit, length, num_steps):
     return low
 
 
+@launchable
 @triton.jit
 def _unseen_tiles_kernel(
     begin_ptr, end_ptr,

@@ -12,12 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.rows import token_head_strides
 from nsa_kernels.common.sizes import cdiv
 from nsa_kernels.common.wild import tamed, wild_rows
 from nsa_kernels.interval.tiles import window_dims, window_tiles
 
 
+@launchable
 @triton.jit
 def _forward_kernel(
     q_ptr,

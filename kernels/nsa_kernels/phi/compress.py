@@ -15,7 +15,9 @@ Numerics    fp32 accumulation; hidden values enter the second product in the dty
 Reference   nsa_kernels.reference.compress_mean, compress_mlp, compress_mlp_pair
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,28 +28,52 @@ from nsa_kernels.common.rows import unit_stride
 from nsa_kernels.phi.mean import CompressMean
 from nsa_kernels.phi.mlp import mlp_backward, mlp_forward
 
+if TYPE_CHECKING:
+    from nsa_kernels.common.tape import Tapes
+
 
 class _CompressMLP(torch.autograd.Function):
     """`tensors` are x, pos_emb, w1, w2 of one tensor, or each of both, in the same order."""
 
     @staticmethod
-    def forward(ctx, block_rows, *tensors):
-        ctx.num = len(tensors) // 4
-        xs, pos_embs, w1s, w2s = _in_turn(tensors, ctx.num)
-        y, pre, hidden = mlp_forward(xs, block_rows, pos_embs, w1s, w2s)
+    def forward(ctx, tapes, block_rows, *tensors):
+        ctx.num, ctx.tapes = len(tensors) // 4, tapes
+
+        num = ctx.num
+
+        def body(inputs: list[Tensor]) -> tuple[Tensor, ...]:
+            block_rows, *tensors = inputs
+            xs, pos_embs, w1s, w2s = _in_turn(tensors, num)
+            y, pre, hidden = mlp_forward(xs, block_rows, pos_embs, w1s, w2s)
+            return *y, pre, hidden
+
+        *ys, pre, hidden = _run(tapes, "phi", body, [block_rows, *tensors])
         ctx.save_for_backward(block_rows, pre, hidden, *tensors)
-        return tuple(y)
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_ys):
-        block_rows, pre, hidden, *tensors = ctx.saved_tensors
-        xs, pos_embs, w1s, w2s = _in_turn(tensors, ctx.num)
         grad_ys = tuple(unit_stride(t) for t in grad_ys)
         if grad_ys[0].stride() != grad_ys[-1].stride():
             grad_ys = tuple(t.contiguous() for t in grad_ys)
-        grads = mlp_backward(grad_ys, xs, block_rows, pos_embs, w1s, w2s, pre, hidden)
-        return None, *(grad for of_both in grads for grad in of_both)
+        num = ctx.num
+
+        def body(inputs: list[Tensor]) -> list[Tensor]:
+            block_rows, pre, hidden, *tensors = inputs
+            grad_ys, xs, pos_embs, w1s, w2s = _in_turn(tensors, num)
+            grads = mlp_backward(grad_ys, xs, block_rows, pos_embs, w1s, w2s, pre, hidden)
+            return [grad for of_both in grads for grad in of_both]
+
+        block_rows, pre, hidden, *tensors = ctx.saved_tensors
+        grads = _run(ctx.tapes, "phi backward", body, [block_rows, pre, hidden, *grad_ys, *tensors])
+        return None, None, *grads
+
+
+def _run(
+    tapes: Mapping[str, "Tapes"], part: str, body: Callable[[list[Tensor]], Sequence[Tensor]], inputs: list[Tensor]
+) -> Sequence[Tensor]:
+    return tapes[part].run(body, inputs) if part in tapes else body(inputs)
 
 
 def _in_turn(tensors: Sequence[Tensor], num: int) -> list[Sequence[Tensor]]:
@@ -68,20 +94,30 @@ def compress_mlp(x: Tensor, block_rows: Tensor, pos_emb: Tensor, w1: Tensor, w2:
     returns     [M, Hkv, D]         dtype of x
     raises ValueError on shapes and dtypes that do not fit together
     """
-    return _CompressMLP.apply(block_rows.contiguous(), *_mlp_tensors(x, pos_emb, w1, w2))[0]
+    return _CompressMLP.apply({}, block_rows.contiguous(), *_mlp_tensors(x, pos_emb, w1, w2))[0]
 
 
 def compress_mlp_pair(
-    k: Tensor, v: Tensor, block_rows: Tensor, phi_k: tuple[Tensor, ...], phi_v: tuple[Tensor, ...]
+    k: Tensor,
+    v: Tensor,
+    block_rows: Tensor,
+    phi_k: tuple[Tensor, ...],
+    phi_v: tuple[Tensor, ...],
+    *,
+    tapes: Mapping[str, "Tapes"] = MappingProxyType({}),
 ) -> tuple[Tensor, Tensor]:
     """`compress_mlp` of k and of v, each phi its (pos_emb, w1, w2): the same bits, in half the launches.
 
     That is where k and v, and their phis, have the same shapes and strides; else it is one after the other.
+
+    tapes       for "phi" and "phi backward", an option of these kernels: launches are then repeated (`common.tape`)
     """
     pairs = list(zip(_mlp_tensors(k, *phi_k), _mlp_tensors(v, *phi_v), strict=True))
+    block_rows = block_rows.contiguous()
     if all((a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype) for a, b in pairs):
-        return _CompressMLP.apply(block_rows.contiguous(), *(t for pair in pairs for t in pair))
-    return compress_mlp(k, block_rows, *phi_k), compress_mlp(v, block_rows, *phi_v)
+        return _CompressMLP.apply(tapes, block_rows, *(t for pair in pairs for t in pair))
+    k, v = (_CompressMLP.apply(tapes, block_rows, *tensors)[0] for tensors in zip(*pairs, strict=True))
+    return k, v
 
 
 def _mlp_tensors(x: Tensor, pos_emb: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

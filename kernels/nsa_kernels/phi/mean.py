@@ -5,11 +5,13 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.rows import unit_stride
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.phi.tiles import MEAN_ROWS
 
 
+@launchable
 @triton.jit
 def _mean_kernel(
     x_ptr, block_rows_ptr,
@@ -30,6 +32,7 @@ def _mean_kernel(
     tl.store(y + dim, (total / block_len).to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@launchable
 @triton.jit
 def _mean_backward_kernel(
     grad_y_ptr, order_ptr, first_ptr, last_ptr,

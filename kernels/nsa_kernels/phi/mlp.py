@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.phi.tiles import mlp_tile
 
@@ -51,6 +52,7 @@ def _whose(head, num_heads, first_ptr, second_ptr):
     return tl.where(head < num_heads, first_ptr, second_ptr)
 
 
+@launchable
 @triton.jit
 def _first_product_kernel(
     x_ptr, x2_ptr, block_rows_ptr, pos_emb_ptr, pos_emb2_ptr, w1_ptr, w12_ptr,
@@ -88,6 +90,7 @@ def _first_product_kernel(
     tl.store(parts_ptr + place, acc, mask=(block <= num_blocks)[:, None] & inside)
 
 
+@launchable
 @triton.jit
 def _second_product_kernel(
     parts_ptr, w2_ptr, w22_ptr,
@@ -126,6 +129,7 @@ def _second_product_kernel(
     tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=(block < num_blocks)[:, None])
 
 
+@launchable
 @triton.jit
 def _grad_pre_kernel(
     grad_y_ptr, grad_y2_ptr, w2_ptr, w22_ptr, pre_ptr,
@@ -157,6 +161,7 @@ def _grad_pre_kernel(
     tl.store(partial_ptr + partial, tl.sum(grad_pre, 0), mask=f < width)
 
 
+@launchable
 @triton.jit
 def _grad_w1_kernel(
     x_ptr, x2_ptr, block_rows_ptr, grad_pre_ptr, pos_emb_ptr, pos_emb2_ptr, partial_ptr, w1_ptr, w12_ptr,
@@ -214,6 +219,7 @@ def _total(partial_ptr, f, slot, num_slots, num_partials, width):
     return total
 
 
+@launchable
 @triton.jit
 def _sort_kernel(block_rows_ptr, start_ptr, order_ptr, num_blocks, BLOCK: tl.constexpr):
     """starts = sorted(block_rows), order the blocks they come from: a block's place is how many go before it."""
@@ -229,6 +235,7 @@ def _sort_kernel(block_rows_ptr, start_ptr, order_ptr, num_blocks, BLOCK: tl.con
     tl.store(order_ptr + place, block, mask=block < num_blocks)
 
 
+@launchable
 @triton.jit
 def _grad_x_kernel(
     grad_pre_ptr, w1_ptr, w12_ptr, start_ptr, order_ptr,
@@ -299,7 +306,7 @@ def mlp_forward(
         return y, pre, hidden
     tile = mlp_tile(x.dtype)
     block_d = _power_of_2_part(head_dim, 64)
-    block_f = _widthmlp_tile(width)
+    block_f = _width_tile(width)
     parts = x.new_empty(PARTS, num_slots, num_blocks + 1, width, dtype=torch.float32)
     _first_product_kernel[(cdiv(num_blocks + 1, tile["BLOCK_M"]), cdiv(width, block_f), num_slots * PARTS)](
         *_both(xs), block_rows, *_both(pos_embs), *_both(w1s),
@@ -334,7 +341,7 @@ def mlp_backward(
         return tuple([torch.zeros_like(t) for t in tensors] for tensors in (xs, pos_embs, w1s, w2s))
     tile = mlp_tile(x.dtype)
     block_d = _power_of_2_part(head_dim, 64)
-    block_f = _widthmlp_tile(width)
+    block_f = _width_tile(width)
     row_tiles = cdiv(num_blocks, tile["BLOCK_M"])
     grad_pre = torch.empty_like(hidden)
     partial = x.new_empty(row_tiles, num_slots, width, dtype=torch.float32)
@@ -373,5 +380,5 @@ def _both(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return tensors[0], tensors[-1]
 
 
-def _widthmlp_tile(width: int) -> int:
+def _width_tile(width: int) -> int:
     return max(16, min(128, next_power_of_2(width)))

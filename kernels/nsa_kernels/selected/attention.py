@@ -44,7 +44,10 @@ def selected_attention(call: SelectedCall, *, workspace_bytes: int = WORKSPACE_B
     workspace_bytes     bounds what is held beside inputs and outputs
     """
     check_selected(call)
-    return _SelectedAttention.apply(workspace_bytes, *_with_unit_stride(call))
+    call = _with_unit_stride(call)
+    if torch.is_grad_enabled():
+        return _SelectedAttention.apply(workspace_bytes, *call)
+    return _attend(call, workspace_bytes)
 
 
 @meets(contracts.selected_attention_backward)
@@ -134,6 +137,8 @@ def _gradients(
 
 def _of_rows(call: SelectedCall, rows: slice) -> SelectedCall:
     """The same for some of its queries."""
+    if rows == slice(0, len(call.q)):
+        return call
     return call._replace(q=call.q[rows], block_indices=call.block_indices[rows], position=call.position[rows])
 
 

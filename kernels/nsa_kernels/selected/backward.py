@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, split_head_dim
 from nsa_kernels.contracts import SelectedCall
 from nsa_kernels.selected import backward_items, hopper_backward_items
@@ -35,6 +36,7 @@ from nsa_kernels.selected.parts import sum_parts
 from nsa_kernels.selected.tiles import backward_tiles, hopper_takes
 
 
+@launchable
 @triton.jit(do_not_specialize=["num_page_lists", "num_blocks", "head_start", "num_kv_heads", "num_local_pages"])
 def _pages_kernel(
     dkv_part, item_offsets, block_table,
@@ -92,6 +94,7 @@ def _put(at, total, ADD: tl.constexpr):
     tl.store(at, total.to(at.dtype.element_ty))
 
 
+@launchable
 @triton.jit(do_not_specialize=["num_rows", "num_heads"])
 def _pack_kernel(
     lse, delta, gate, position,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import split_head_dim
 from nsa_kernels.selected.forward import LOG2E
 from nsa_kernels.selected.index import BlockIndex
@@ -28,6 +29,7 @@ def _times_keys(ds, keys, PRECISION: tl.constexpr):
     return result
 
 
+@launchable
 @triton.jit(do_not_specialize=["num_queries", "num_heads", "num_q_heads", "num_blocks", "head_start"])
 def _items_kernel(
     q, k, v, k_remote, v_remote, grad_out, rows,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import split_head_dim
 from nsa_kernels.selected.index import BlockIndex
 from nsa_kernels.selected.pages import load_page, page_strides
@@ -17,6 +18,7 @@ from nsa_kernels.selected.parts import SMALLEST
 from nsa_kernels.selected.tiles import forward_tiles
 
 
+@launchable
 @triton.jit(do_not_specialize=["num_queries", "num_heads", "num_lists", "num_blocks", "head_start", "num_local_pages"])
 def _gathered_kernel(
     q, k, v, k_remote, v_remote, block_table, entries, offsets, item_offsets, item_list,

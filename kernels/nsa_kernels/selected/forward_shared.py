@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
 from nsa_kernels.selected.index import is_gathered
 from nsa_kernels.selected.pages import load_page, page_strides
@@ -20,6 +21,7 @@ NO_BLOCK = tl.constexpr(2**30)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+@launchable
 @triton.jit(do_not_specialize=["num_queries", "head_start", "num_local_pages"])
 def _shared_kernel(
     q, k, v, k_remote, v_remote, block_table, block_indices, position,

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_kernels.common.hopper import thread_barrier
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.selected.forward import LOG2E
 from nsa_kernels.selected.hopper_pages import HALF, ROWS, boxes, copy_tiles, load_pages, place
 from nsa_kernels.selected.index import BlockIndex
@@ -109,6 +110,7 @@ def _work_on_tiles(
     gl.store(page_at + WIDTH, dv)
 
 
+@launchable
 @gluon.jit(
     do_not_specialize=[
         "num_queries", "num_heads", "num_q_heads", "num_lists", "num_blocks", "head_start", "num_local_pages",

@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_kernels.common.hopper import thread_barrier
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.selected.hopper_pages import HALF, ROWS, boxes, copy_tiles, load_pages, place
 from nsa_kernels.selected.index import BlockIndex
 from nsa_kernels.selected.pages import page_strides
@@ -61,6 +62,7 @@ def _attend_tiles(
         gl.store(part_lse + part_row, top + gl.log2(total), mask=at < end)
 
 
+@launchable
 @gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_lists", "num_blocks", "head_start", "num_local_pages"])
 def _gathered_kernel(
     q, part, k, v, k_remote, v_remote, block_table, entries, offsets, item_offsets, item_list,

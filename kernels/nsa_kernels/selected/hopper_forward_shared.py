@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_kernels.common.hopper import descriptor, thread_barrier
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.selected.hopper_pages import HALF, ROWS, boxes, load_pages
 from nsa_kernels.selected.pages import page_strides
@@ -186,6 +187,7 @@ def _attend_and_add(
     tma.store_wait(0)
 
 
+@launchable
 @gluon.jit(do_not_specialize=["num_queries", "head_start", "num_local_pages"])
 def _shared_and_sum_kernel(
     q, part, out, k, v, k_remote, v_remote, block_table, block_indices, position,

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 
 # Bits of the bitmap are counted in groups of 8 words: one 32-byte sector, 256 queries.
@@ -106,6 +107,7 @@ def _popcount(x):
     return ((x * 0x01010101) >> 24).to(tl.int32)
 
 
+@launchable
 @triton.jit(do_not_specialize=["num_entries", "num_heads", "num_blocks", "segment_queries", "num_words"])
 def _mark_kernel(
     block_indices, position,
@@ -123,6 +125,7 @@ def _mark_kernel(
     tl.atomic_or(bitmap + which.to(tl.int64) * num_words + t // 32, bit, mask=gathered, sem="relaxed")
 
 
+@launchable
 @triton.jit(do_not_specialize=["num_groups"])
 def _prefix_kernel(
     bitmap,
@@ -145,6 +148,7 @@ def _prefix_kernel(
     tl.store(counts + which, total)
 
 
+@launchable
 @triton.jit(do_not_specialize=["num_lists"])
 def _scan_kernel(
     counts,
@@ -166,6 +170,7 @@ def _scan_kernel(
     tl.store(item_offsets + num_lists, items)
 
 
+@launchable
 @triton.jit(do_not_specialize=["num_entries", "num_heads", "num_blocks", "segment_queries", "num_groups"])
 def _place_kernel(
     block_indices, position, bitmap, prefix, offsets, item_offsets,

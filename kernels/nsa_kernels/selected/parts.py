@@ -13,12 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv
 
 # What a part is divided by at the least: the reciprocal of less may be infinite.
 SMALLEST = tl.constexpr(1e-30)
 
 
+@launchable
 @triton.jit(do_not_specialize=["num_queries", "head_start"])
 def _sum_parts_kernel(
     part, weight,

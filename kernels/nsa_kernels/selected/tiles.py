@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nsa_kernels.common.device import on_hopper
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 
 # Partial results of one chunk, at most. More chunks cost launches (about 0.1 ms each) and a tail wave per kernel.
@@ -99,8 +100,7 @@ def hopper_takes(
 ) -> bool:
     """Whether `hopper_pages` can copy these by boxes: a Hopper GPU, sizes that fill its tiles, aligned addresses."""
     return (
-        q.is_cuda
-        and torch.cuda.get_device_capability(q.device)[0] == 9
+        on_hopper(q)
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[2] == v.shape[2] == 128
         and slc_block_len == 64

@@ -16,7 +16,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from nsa_kernels.common.hopper import descriptor, new_barriers, num_multiprocessors, uniform
+from nsa_kernels.common.device import num_multiprocessors
+from nsa_kernels.common.hopper import descriptor, new_barriers, uniform
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv
 
 GROUP_ROWS = gl.constexpr(64)  # rows of four warps
@@ -26,6 +28,7 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 FAR = gl.constexpr(2**31 - 1)
 
 
+@launchable
 @gluon.jit
 def _importance_kernel(
     q_desc, k_desc, lse_ptr, begin_ptr, end_ptr,

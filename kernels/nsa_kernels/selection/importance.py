@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
 from nsa_kernels.common.tiles import dot_precision
 from nsa_kernels.selection.tiles import importance_tile
@@ -20,6 +21,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(2**31 - 1)
 
 
+@launchable
 @triton.jit
 def _importance_kernel(
     q_ptr, k_ptr, lse_ptr, begin_ptr, end_ptr,

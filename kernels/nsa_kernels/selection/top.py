@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.contracts import SelectionCall
 from nsa_kernels.selection.importance import interval
@@ -16,6 +17,7 @@ FAR = tl.constexpr(2**31 - 1)
 INFINITY_BITS = tl.constexpr(0x7F800000)  # of fp32: more than any importance
 
 
+@launchable
 @triton.jit
 def _top_kernel(
     imp_ptr, begin_ptr, end_ptr, position_ptr, doc_start_ptr,

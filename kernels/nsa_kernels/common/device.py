@@ -1,0 +1,26 @@
+"""What a GPU is, asked once: torch takes 5 us a question."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def num_multiprocessors(x: Tensor) -> int:
+    """Of the GPU that holds `x`."""
+    return _multiprocessors(x.device)
+
+
+def on_hopper(x: Tensor) -> bool:
+    """Whether `x` lies on a GPU of compute capability 9."""
+    return x.is_cuda and _major(x.device) == 9
