@@ -56,7 +56,7 @@ class Kernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*arguments: Any, **options: Any) -> None:
             device = driver.active.get_current_device()
-            key = (device, grid, *_meanings(arguments), *options.values())
+            key = (device, grid, *_meanings(arguments), *options, *options.values())
             known = self._launches.get(key)
             if known is None or is_watched() or self.jit.pre_run_hooks:
                 known = self._launched_by_triton(key, grid, arguments, options)
