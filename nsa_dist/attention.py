@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import nsa_dist.saved  # noqa: F401
 from nsa_dist.branches import BranchKV, Compress, attend
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.call import Call

@@ -94,10 +94,13 @@ def _train(arguments: argparse.Namespace) -> int:
     from nsa_launch.commands import doctor
     from nsa_launch.config import load
     from nsa_launch.on_ray import driver as ray_driver
+    from nsa_launch.processes import check_groups
 
     with ExitStack() as stack:
         try:
             config = load(arguments.config, arguments.overrides)
+            check_groups(config)
+            run_folder.check(config)  # both before torch is imported, which counts GPUs, and takes longer than they do
             plan = ray_driver.plan(config, doctor.machine())
             folder = stack.enter_context(run_folder.claimed(config))
         except Refused as error:

@@ -81,6 +81,14 @@ class RunFolder:
         return self.output.checkpointed_step()
 
 
+def check(config: RunConfig) -> RunFolder:
+    """The folder of `config`, as it is. ValueError as `claimed`, but for what only the lock tells."""
+    folder = RunFolder(config.run.output_dir)
+    check_output(config, LAUNCHED)
+    _check_stop(folder)
+    return folder
+
+
 @contextmanager
 def claimed(config: RunConfig) -> Iterator[RunFolder]:
     """The folder of `config`, ready for a launch and locked against a second one while the context lasts.
@@ -88,9 +96,7 @@ def claimed(config: RunConfig) -> Iterator[RunFolder]:
     ValueError when another launch is at work there, when the folder cannot be made, or when the run cannot start there
     (`nsa_dist.train.prepare.check_output`): then nothing in it has changed.
     """
-    folder = RunFolder(config.run.output_dir)
-    check_output(config, LAUNCHED)
-    _check_stop(folder)
+    folder = check(config)
     with _opened_lock(folder) as lock:
         _lock(lock, folder)
         with _refusing(folder):
