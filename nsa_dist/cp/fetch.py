@@ -17,6 +17,7 @@ from torch import Tensor
 from nsa_dist.cp.comm import Comm, Handle
 from nsa_dist.cp.device import put_on
 from nsa_dist.cp.layout import RankLayout
+from nsa_dist.cp.options import FetchOptions as FetchOptions  # by this name in older checkpoints
 
 
 @dataclass(frozen=True)
