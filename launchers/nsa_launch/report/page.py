@@ -32,7 +32,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2733 }
 h1 { font-size: 1.5rem } h2 { border-bottom: 1px solid #d5dce4; margin-top: 2.2rem; font-size: 1.2rem }
 h3 { font-size: 1rem } img { max-width: 100%; height: auto; display: block; margin: .5rem 0 }
-table { border-collapse: collapse; margin: .5rem 0 } td, th { border: 1px solid #d5dce4; padding: .2rem .6rem; text-align: left; vertical-align: top; overflow-wrap: anywhere }
+table { border-collapse: collapse; margin: .5rem 0 } td, th { border: 1px solid #d5dce4; padding: .2rem .6rem; text-align: left; vertical-align: top; overflow-wrap: break-word }
 pre { background: #f4f6f8; padding: .8rem; overflow-x: auto } .note { color: #5b6b7b }
 """  # noqa: E501
 

@@ -103,14 +103,18 @@ def health(facts: Facts) -> str:
 
 def _words(records: Sequence[Mapping[str, Any]]) -> str:
     """What such records say in words, the last of them first."""
-    said = [(r["step"], f"{name}: {value}") for r in records for name, value in r.items() if isinstance(value, str)]
-    rows = [(str(step), text) for step, text in reversed(said) if not text.startswith("kind: ")]
+    said: list[tuple[str, str]] = []
+    for record in records:
+        words = [f"{name}: {value}" for name, value in record.items() if isinstance(value, str) and name != "kind"]
+        if words and (not said or said[-1][1] != ", ".join(words)):  # said once until it changes
+            said.append((str(record["step"]), ", ".join(words)))
+    rows = said[::-1]
     return table(rows[:50], head=("step", "said")) if rows else ""
 
 
 def events(facts: Facts) -> str:
     """All of `launches.jsonl`, in order."""
-    rows = [(str(e.get("time", "")), str(e.get("event", "")), _detail(e)) for e in facts.events]
+    rows = [(str(e.get("time", ""))[:19].replace("T", " "), str(e.get("event", "")), _detail(e)) for e in facts.events]
     return table(rows, head=("time (UTC)", "event", "")) if rows else "<p>It was not started by a launcher.</p>"
 
 
