@@ -27,6 +27,7 @@ mount -t tmpfs tmpfs /dev/shm
 mkdir -p /tmp/ray {home}/ray
 mount --bind {home}/ray /tmp/ray
 ip link set lo up
+trap '' CHLD  # what nobody else waits for leaves no zombie
 echo ready
 exec sleep infinity
 """
@@ -104,7 +105,12 @@ class Host:
     @property
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "GLOO_", "MASTER_"))}
-        return {**kept, "HOME": str(self.home), "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}"}
+        own = {
+            "HOME": str(self.home),
+            "TMPDIR": str(self.home / "tmp"),
+            "RAY_TMPDIR": "/tmp",
+        }  # a socket's path is short
+        return {**kept, **own, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}"}
 
     def lose(self) -> None:
         """Power off: its first process dies, and the kernel kills all the others."""
@@ -120,18 +126,31 @@ class Host:
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
     """Both, connected; all that ran on them is gone afterwards."""
+    with _booted(folder, "host-a", "host-b") as (first, second):
+        connect(first, second)
+        yield first, second
+
+
+@contextmanager
+def one_host(folder: Path) -> Iterator[Host]:
+    """Alone, without a cable."""
+    with _booted(folder, "host-a") as (host,):
+        host.run(["ip", "addr", "add", f"{host.address}/24", "dev", "lo"])
+        yield host
+
+
+@contextmanager
+def _booted(folder: Path, *names: str) -> Iterator[list[Host]]:
+    addresses = {name: f"{PREFIX}{number}" for number, name in enumerate(names, start=1)}
     hosts = folder / "hosts"
-    names = {name: f"{PREFIX}{number}" for number, name in enumerate(("host-a", "host-b"), start=1)}
-    hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in names.items()))
-    made = [Host(name, address, f"v{os.getpid()}{name[-1]}", folder / name) for name, address in names.items()]
+    hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in addresses.items()))
+    made = [Host(name, address, f"v{os.getpid()}{name[-1]}", folder / name) for name, address in addresses.items()]
     with ExitStack() as stack:
         for host in made:
-            host.home.mkdir()
+            (host.home / "tmp").mkdir(parents=True)
             host.boot(hosts)
             stack.callback(host.lose)
-        connect(*made)
-        first, second = made
-        yield first, second
+        yield made
 
 
 def connect(first: Host, second: Host) -> None:

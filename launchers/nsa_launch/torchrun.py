@@ -59,10 +59,13 @@ def _consequence(config: RunConfig, error: Exception) -> str:
     failed = f"rank {os.environ['RANK']} on {socket.gethostname()} failed ({reason})"
     if done >= allowed:
         return f"{failed}, and torchrun has no restart left (--max-restarts {allowed}); go on with resume=true"
-    nodes = config.launch.nodes
+    lost = (
+        f"; if one of the {config.launch.nodes} nodes is gone, it waits for its join_timeout (600 s) and ends: start it "
+        f"on all again then, with resume=true"
+    )
     return (
         f"{failed}; torchrun starts all ranks again from the last checkpoint ({done + 1} of {allowed} times)"
-        f"{f' as soon as {nodes} nodes are there, for which it waits without a word' if nodes > 1 else ''}"
+        f"{lost if config.launch.nodes > 1 else ''}"
     )
 
 
