@@ -60,8 +60,8 @@ def _consequence(config: RunConfig, error: Exception) -> str:
     if done >= allowed:
         return f"{failed}, and torchrun has no restart left (--max-restarts {allowed}); go on with resume=true"
     lost = (
-        f"; if one of the {config.launch.nodes} nodes is gone, it waits for its join_timeout (600 s) and ends: start "
-        f"it on all again then, with resume=true"
+        f"; if one of the {config.launch.nodes} nodes is gone it waits for that in vain: end it on all of them, and "
+        f"start it again with resume=true"
     )
     return (
         f"{failed}; torchrun starts all ranks again from the last checkpoint ({done + 1} of {allowed} times)"

@@ -57,7 +57,7 @@ def test_ranks_that_are_up_have_room(clock):
         (
             2,
             0,
-            r"\(1 of 3 times\); if one of the 2 nodes is gone, it waits .* ends: start it on all again then",
+            r"\(1 of 3 times\); if one of the 2 nodes is gone .*end it on all of them, and start it again with resume",
         ),
         (1, 2, r"again from the last checkpoint \(3 of 3 times\)$"),
         (2, 3, r"no restart left \(--max-restarts 3\); go on with resume=true"),
