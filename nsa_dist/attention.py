@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import nsa_dist.saved  # noqa: F401
 from nsa_dist.branches import BranchKV, Compress, attend
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.call import Call
 from nsa_dist.cp.comm import Comm, Traffic
-from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.cp.layout import RankLayout, rank_layout
+from nsa_dist.cp.options import FetchOptions
 from nsa_dist.cp.plan import ShardPlan, as_bounds
 from nsa_dist.cp.trace import Trace
 

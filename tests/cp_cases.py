@@ -9,7 +9,7 @@ import torch
 from cases import PAPER, SMALL, make_inputs, run
 from nsa_dist import NSAConfig, ShardPlan
 from nsa_dist.cp.comm import Traffic
-from nsa_dist.cp.fetch import FetchOptions
+from nsa_dist.cp.options import FetchOptions
 from nsa_kernels import reference
 from ranks import groups_up_to
 

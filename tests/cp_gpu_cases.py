@@ -14,7 +14,7 @@ from kernels.judge import assert_twice, rms
 from nsa_dist import BranchKV, NSAConfig, ShardPlan, nsa_attention
 from nsa_dist.compress import CompressMLP
 from nsa_dist.cp.comm import Traffic
-from nsa_dist.cp.fetch import FetchOptions
+from nsa_dist.cp.options import FetchOptions
 from ranks import groups_up_to
 from thread_ranks import run_threads
 

@@ -84,6 +84,20 @@ def damage_latest(path: Path, draw: random.Random) -> None:
     draw.choice([lambda: path.write_text(draw.choice(texts)), lambda: cut(path, draw), lambda: flip_bit(path, draw)])()
 
 
+def some_damage_of_another_file(run: Path, draw: random.Random) -> str:
+    """Does one damage to a file of the run that is in no checkpoint, which a bit at a time may be, and says which."""
+    others = [
+        "run.json",
+        "run.json",
+        "metrics.jsonl",
+        *(f"data/{path.name}" for path in sorted((run / "data").iterdir())),
+    ]
+    path = run / draw.choice([name for name in others if (run / name).exists()])
+    damage = draw.choice(OF_A_FILE)
+    damage(path, draw)
+    return f"{damage.__name__} {path.relative_to(run)}"
+
+
 def unhurt(run: Path, before: dict[int, dict[str, bytes]]) -> list[int]:
     """The steps whose checkpoints hold what they held, newest first; more files than before hurt nobody."""
     return [

@@ -16,7 +16,7 @@ from torch import Tensor
 from mcore_cases import SINGLE, TOKENS, Layout, expect_error, gathered, groups, make_config
 from mcore_pack_cases import megatron_arguments
 from nsa_dist import NSAConfig, ShardPlan
-from nsa_dist.cp.fetch import FetchOptions
+from nsa_dist.cp.options import FetchOptions
 from nsa_dist.mcore import nsa_block_spec, nsa_layer_spec
 from nsa_dist.mcore.norm import LayerNorm, RMSNorm
 

@@ -13,7 +13,7 @@ THIRD_PARTY = {"torch", "triton", "megatron", "ray", "pydantic", "yaml", "rich",
 KERNELS = {"torch", "triton", "nsa_kernels"}
 CP = {"torch", "nsa_kernels", "nsa_dist.cp", "nsa_dist.config"}
 BRANCHES = CP | {"nsa_dist.branches"}
-ATTENTION = BRANCHES | {"nsa_dist.attention", "nsa_dist.compress"}
+ATTENTION = BRANCHES | {"nsa_dist.attention", "nsa_dist.compress", "nsa_dist.saved"}
 MCORE = ATTENTION | {"nsa_dist", "nsa_dist.mcore", "megatron"}
 TRAIN = MCORE | {"nsa_dist.train", "pydantic", "yaml", "rich", "matplotlib", "numpy"}
 PLANNER = TRAIN | {"nsa_dist.planner"}
@@ -28,6 +28,7 @@ STOREYS = {
     "nsa_dist/cp": CP,
     "nsa_dist/compress.py": CP,
     "nsa_dist/branches.py": BRANCHES,
+    "nsa_dist/saved.py": CP,
     "nsa_dist/attention.py": ATTENTION,
     "nsa_dist/__init__.py": ATTENTION,
     "nsa_dist/mcore": MCORE,

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from damages import contents, some_damage, unhurt
+from damages import contents, some_damage, some_damage_of_another_file, unhurt
 from nsa_dist.train import loop
 from nsa_dist.train.checkpoint import Position
 from nsa_dist.train.config import TrainConfig
@@ -240,6 +240,7 @@ class Told(NamedTuple):
     done: list[str]
     whole: list[int]  # the steps whose checkpoints they left as they were, newest first
     latest_changed: bool
+    hurt: list[str]  # of the files that are in no checkpoint, those that are not as they were
     step: int  # from which a copy of the run went on; -1: refused
     said: str
 
@@ -252,15 +253,22 @@ def past_drawn_damages(rank: int, base: Path, seeds: range) -> list[Told]:
 def _past_drawn_damages(base: Path, seed: int) -> Told:
     draw, folder, listener = random.Random(seed), base / f"seed {seed}", Listener()
     shutil.copytree(base / "stopped", folder)
+    packed = contents(folder / "data")
     before, latest = {step: contents(folder / name_of(step)) for step in (2, 4, 6)}, folder / "latest.json"
-    done = [some_damage(folder, draw) for _ in range(draw.choice([1, 1, 1, 2, 3, 6]))]
+    damages = [some_damage, some_damage, some_damage_of_another_file]
+    done = [draw.choice(damages)(folder, draw) for _ in range(draw.choice([1, 1, 1, 2, 3, 6]))]
     whole = unhurt(folder, before)
     changed = latest.read_bytes() != (base / "stopped/latest.json").read_bytes()
+    hurt = [f"data/{name}" for name, text in packed.items() if contents(folder / "data").get(name) != text]
+    marker, was = folder / "run.json", (base / "stopped/run.json").read_bytes()
+    hurt += ["run.json"] if not marker.exists() or marker.read_bytes() != was else []
     try:
         run(small_config(base, folder.name, run={"steps": 8, "keep_checkpoints": 3}).resuming(), listener)
     except ValueError as refusal:
-        return Told(done, whole, changed, -1, str(refusal))
-    return Told(done, whole, changed, records(base, folder.name, "start")[-1]["step"], "\n".join(listener.notices))
+        return Told(done, whole, changed, hurt, -1, str(refusal))
+    return Told(
+        done, whole, changed, hurt, records(base, folder.name, "start")[-1]["step"], "\n".join(listener.notices)
+    )
 
 
 def bf16_config(base: Path, name: str) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""The command line: `nsa-dist train CONFIG.yaml [key=value ...]`, `plan`, `config`, `bench`, `doctor`.
+"""The command line: `nsa-dist train CONFIG.yaml [key=value ...]`, `plan`, `config`, `report`, `bench`, `doctor`.
 
 Imports are inside the commands, so that --help and mistakes answer at once.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from nsa_launch import exit_codes
 from nsa_launch.bench import arguments as bench_arguments
-from nsa_launch.commands import config_arguments, plan_arguments
+from nsa_launch.commands import config_arguments, plan_arguments, report_arguments
 from nsa_launch.commands.words import help_words
 
 _OPTIONAL = {"megatron", "psutil", "pydantic", "rich", "tensorboard", "matplotlib", "ray"}  # of pyproject.toml's extras
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
     plan_arguments.register(commands)
     config_arguments.register(commands)
+    report_arguments.register(commands)
     bench_arguments.register(commands)
     doctor = commands.add_parser(
         "doctor",
@@ -94,10 +95,13 @@ def _train(arguments: argparse.Namespace) -> int:
     from nsa_launch.commands import doctor
     from nsa_launch.config import load
     from nsa_launch.on_ray import driver as ray_driver
+    from nsa_launch.processes import check_groups
 
     with ExitStack() as stack:
         try:
             config = load(arguments.config, arguments.overrides)
+            check_groups(config)
+            run_folder.check(config)  # both before torch is imported, which counts GPUs, and takes longer than they do
             plan = ray_driver.plan(config, doctor.machine())
             folder = stack.enter_context(run_folder.claimed(config))
         except Refused as error:

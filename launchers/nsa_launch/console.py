@@ -139,8 +139,23 @@ class Console:
         if pictures:
             self.say(f"plots        {' '.join(pictures)}")
         self.say(f"checkpoints  {output.checkpoints}")
+        self._report()
         if stopped:
             self.say("go on with   the same command and resume=true")
+
+    def _report(self) -> None:
+        """Write the report. No run fails of what is only told about it."""
+        try:
+            from nsa_launch.report import (
+                page,  # not before there is something to draw: what it draws with takes seconds
+            )
+
+            path = page.write(self._folder)
+        except Exception as error:
+            again = f"nsa-dist report {self._folder.path}"
+            self.say(f"report       could not be written ({type(error).__name__}: {error}); {again} tries again")
+        else:
+            self.say(f"report       {path}")
 
     def show_failure(self, failures: Mapping[int, BaseException]) -> None:
         """The ends of the files of ranks that failed for good."""
@@ -149,6 +164,7 @@ class Console:
             path = self._folder.rank_log(rank)
             self.say(f"--- rank {rank}: the end of {path}\n{rank_output.tail(path)}")
         ranks = ", ".join(map(str, sorted(failures)))
+        self._report()
         self.say(f"--- training failed on ranks {ranks}; what every rank wrote is in {self._folder.logs}")
 
 

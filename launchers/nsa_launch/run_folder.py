@@ -4,6 +4,7 @@ config.yaml       the whole configuration, as it was checked; itself a CONFIG.ya
 launches.jsonl    launches, starts, failures and ends, one line each
 topology.json     which rank ran where, under which process id
 logs/rank-*.log   what each rank wrote to stdout and stderr
+report.html       the run on one page, written when it ends (`nsa_launch.report`)
 STOP              its appearance asks for a checkpoint and an end; `touch` it from anywhere
 ray/              Ray Train's own folder, a new one for each launch
 """
@@ -27,7 +28,7 @@ from nsa_dist.train.refused import Refused
 from nsa_launch.config import RunConfig
 
 # What a launched run makes beside what the trainer does. `.lock` stays.
-LAUNCHED = (*MADE, "config.yaml", "launches.jsonl", "topology.json", "logs/rank-*.log", "ray/launch-*")
+LAUNCHED = (*MADE, "config.yaml", "launches.jsonl", "topology.json", "logs/rank-*.log", "ray/launch-*", "report.html")
 _LONGEST_STOP = len("SIGTERM")  # what a launch writes into it
 PROCESS_DIED = "its process died"  # killed, out of memory, or crashed: the reason in a "failure" event
 
@@ -56,6 +57,10 @@ class RunFolder:
         return self.path / "STOP"
 
     @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def ray(self) -> Path:
         return self.path / "ray"
 
@@ -81,6 +86,14 @@ class RunFolder:
         return self.output.checkpointed_step()
 
 
+def check(config: RunConfig) -> RunFolder:
+    """The folder of `config`, as it is. ValueError as `claimed`, but for what only the lock tells."""
+    folder = RunFolder(config.run.output_dir)
+    check_output(config, LAUNCHED)
+    _check_stop(folder)
+    return folder
+
+
 @contextmanager
 def claimed(config: RunConfig) -> Iterator[RunFolder]:
     """The folder of `config`, ready for a launch and locked against a second one while the context lasts.
@@ -88,9 +101,7 @@ def claimed(config: RunConfig) -> Iterator[RunFolder]:
     ValueError when another launch is at work there, when the folder cannot be made, or when the run cannot start there
     (`nsa_dist.train.prepare.check_output`): then nothing in it has changed.
     """
-    folder = RunFolder(config.run.output_dir)
-    check_output(config, LAUNCHED)
-    _check_stop(folder)
+    folder = check(config)
     with _opened_lock(folder) as lock:
         _lock(lock, folder)
         with _refusing(folder):

@@ -45,6 +45,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Refused as error:
             _say(f"nsa-dist: {error}")
             return exit_codes.BAD_CONFIG
+        except Exception as error:
+            if os.environ["LOCAL_RANK"] == "0":
+                print(f"nsa-dist: {_consequence(config, error)}", file=sys.stderr, flush=True)
+            raise
+
+
+def _consequence(config: RunConfig, error: Exception) -> str:
+    """What torchrun will do about a rank's failure, of which it says nothing itself."""
+    lines = str(error).strip().splitlines()
+    reason = lines[-1][:160] if lines else type(error).__name__
+    done, allowed = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    failed = f"rank {os.environ['RANK']} on {socket.gethostname()} failed ({reason})"
+    if done >= allowed:
+        return f"{failed}, and torchrun has no restart left (--max-restarts {allowed}); go on with resume=true"
+    lost = (
+        f"; if one of the {config.launch.nodes} nodes is gone it waits for that in vain: end it on all of them, and "
+        f"start it again with resume=true"
+    )
+    return (
+        f"{failed}; torchrun starts all ranks again from the last checkpoint ({done + 1} of {allowed} times)"
+        f"{lost if config.launch.nodes > 1 else ''}"
+    )
 
 
 def _as_started(config: RunConfig) -> RunConfig:

@@ -109,7 +109,25 @@ def _document(loader: "_Loader", annotation: Any) -> Any:
     if node is None:
         return None
     _settle(node, annotation)
+    _refuse_bases(node, annotation)
     return loader.construct_document(node)
+
+
+def _refuse_bases(root: yaml.Node, model: Any) -> None:
+    """A mapping that only others merge has no place of its own in a configuration: every key there means something."""
+    if not isinstance(root, yaml.MappingNode):
+        return
+    strangers = {id(value): key for key, value in root.value if below(model, str(key.value)) is None}
+    for _, section in root.value if model is not None else ():
+        for key, value in section.value if isinstance(section, yaml.MappingNode) else ():
+            merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for base in merged if key.tag == _TAG + "merge" else ():
+                if stranger := strangers.get(id(base)):
+                    _Loader.fail(
+                        f"{stranger.value!r} is no section, and only there for others to merge; name its mapping where "
+                        f"it is used first, as in run: &base {{steps: 20}}, and merge that one",
+                        stranger,
+                    )
 
 
 def _settle(node: yaml.Node, annotation: Any) -> None:

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 
 from nsa_dist.config import NSAConfig
-from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.cp.formulas.cost import HeadSizes
 from nsa_dist.cp.formulas.work import backward_flops, forward_flops, rank_work
+from nsa_dist.cp.options import FetchOptions
 from nsa_dist.cp.plan import ShardPlan
 
 Mode = Literal["fetch", "whole shard", "all-gather", "shared all-gather"]

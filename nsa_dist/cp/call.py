@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.comm import Comm
-from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.cp.layout import RankLayout
+from nsa_dist.cp.options import FetchOptions
 
 if TYPE_CHECKING:
     from nsa_kernels import Tapes

@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nsa_dist.config import NSAConfig
-from nsa_dist.cp.fetch import FetchOptions
+from nsa_dist.cp.options import FetchOptions
 from nsa_dist.mcore.settings import refuse_settings
 
 
@@ -71,7 +71,7 @@ class NSATransformerConfig(TransformerConfig):
             )
         if not isinstance(self.nsa_fetch, FetchOptions):
             raise ValueError(
-                f"nsa_fetch={self.nsa_fetch!r} must be an nsa_dist.cp.fetch.FetchOptions, which checks its values; "
+                f"nsa_fetch={self.nsa_fetch!r} must be an nsa_dist.cp.options.FetchOptions, which checks its values; "
                 f"pass nsa_fetch=FetchOptions(kv_fetch_budget_bytes=..., keep_pages=...)"
             )
 

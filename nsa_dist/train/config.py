@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from nsa_dist.config import NSAConfig
-from nsa_dist.cp.fetch import FetchOptions
+from nsa_dist.cp.options import FetchOptions
 from nsa_dist.train.files import places
 from nsa_dist.train.refused import Refused
 

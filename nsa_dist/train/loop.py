@@ -1,5 +1,6 @@
 """START HERE: one training run, from configuration to the last checkpoint and the pictures."""
 
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -153,6 +154,7 @@ class _Run:
                 "tokens": position.samples * run.sequence_length,
                 "tokens_per_s": steps * per_step / seconds,
                 "time_s": self.clock.total_s,
+                "memory_bytes": _peak_memory_bytes(self.world.device),
             }
         )
         if self.meter.is_on:
@@ -183,6 +185,13 @@ class _Run:
             plot_losses(train, validation, VOCAB_SIZE, self.output.root / "loss.png")
             where = f"layer {layer + 1}, first head, a validation sequence"
             plot_selection(blocks, self.config.nsa.sizes(), where, self.output.root / "selection.png")
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process has held so far: what torch reserved of a GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class _Clock:

@@ -137,9 +137,9 @@ def _check_unused(
         return
     if "latest.json" in held:
         raise Refused(
-            f"output_dir={output.root} holds a run without {NAME}, made by a version that ordered samples otherwise "
-            f"and wrote down neither what the run was nor what it made, so it can be neither continued nor replaced; "
-            f"take another output_dir, or remove that folder yourself"
+            f"output_dir={output.root} holds a run without {NAME}, which was lost, or its version ordered samples "
+            f"otherwise and wrote down neither what the run was nor what it made, so it can be neither continued nor "
+            f"replaced; put {NAME} back from a copy, take another output_dir, or remove that folder yourself"
         )
     shown = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")
     raise Refused(

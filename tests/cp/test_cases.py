@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cases import SMALL, make_inputs, run
 from cp_cases import CASES, FETCH, LAYOUTS, compare, forced_selection, make_plan
-from nsa_dist.cp.fetch import FetchOptions
+from nsa_dist.cp.options import FetchOptions
 from thread_ranks import run_threads
 
 SIZES = (1, 2, 3, 4, 5, 8)

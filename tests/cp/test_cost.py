@@ -10,9 +10,9 @@ from cases import PAPER, SMALL, make_inputs, run
 from cp_cases import EVERYTHING, LAYOUTS, make_plan
 from nsa_dist import NSAConfig, ShardPlan
 from nsa_dist.cp.comm import Traffic
-from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.cp.formulas import cost, work
 from nsa_dist.cp.layout import rank_layout
+from nsa_dist.cp.options import FetchOptions
 from ranks import groups_up_to, run_ranks
 
 HEADS = cost.HeadSizes(num_q_heads=4, num_kv_heads=2, dim_k=12, dim_v=8, element_bytes=8)

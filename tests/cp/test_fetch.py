@@ -5,8 +5,9 @@ import torch
 
 from cases import SMALL
 from nsa_dist import ShardPlan
-from nsa_dist.cp.fetch import FetchOptions, pack_bits, plan_rounds, post_pages, unpack_bits
+from nsa_dist.cp.fetch import pack_bits, plan_rounds, post_pages, unpack_bits
 from nsa_dist.cp.layout import rank_layout
+from nsa_dist.cp.options import FetchOptions
 from thread_ranks import run_threads
 
 PLAN = ShardPlan.contiguous([0, 256], 2, 16)  # 8 blocks a rank

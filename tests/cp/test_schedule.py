@@ -8,7 +8,7 @@ import pytest
 
 from cases import SMALL, make_inputs, run
 from cp_cases import make_plan
-from nsa_dist.cp.fetch import FetchOptions
+from nsa_dist.cp.options import FetchOptions
 from nsa_dist.cp.trace import Trace
 from thread_ranks import ThreadComm, run_threads
 

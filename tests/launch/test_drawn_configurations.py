@@ -1,127 +1,15 @@
-"""Configurations drawn by seed, mutations of valid ones, through all checks before Ray: accepted, or refused.
-
-A mutation sets a key to something of another type, out of bounds, of another size, or nested; renames, drops or adds a
-key; says it in the file or as a word; or damages the file's own text.
-"""
+"""Configurations drawn by seed through all checks before Ray: accepted, or refused. Some of the accepted train."""
 
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
-from launch_cases import TINY
-from nsa_dist.train.refused import Refused
-from nsa_launch.config import RunConfig, load
-from nsa_launch.on_ray import driver
-from nsa_launch.processes import Machine
-from nsa_launch.run_folder import claimed
+from drawn import accepted_and_small, checked, drawn, train_drawn, world_size_of
+from ranks import run_ranks
 from train_cases import write_texts
 
-KEYS = [(section, name) for section, field in RunConfig.model_fields.items() for name in field.annotation.model_fields]
-INFINITE = float("inf")
-NUMBERS = [0, 1, -1, 2, 3, 7, 64, 4096, 2**31, 2**63, 2**64, 10**26, 1e-320, 1e-9, 0.5, 1.0, 1.5, 1e18, 1e308, INFINITE]
-# No folder of anybody's: what is accepted makes a run there.
-OTHERS = [
-    None, True, False, "", " ", "null", "nan", "020", "1:30", "1_0", "0x10", "yes", "~", "~nosuch/x", "$HOME", "a\0b",
-    "\ud800", "é" * 200, "x" * 5000, ".", "/dev/null", "/proc/self/x", "*", "**", "/etc/*", "[", "a #b", "a: b", [],
-    [1], {}, {"a": 1}, {"a": None}, {"": "x"}, {"a=b": "x"}, [[[[]]]], {"a": {"b": {"c": 1}}},
-]  # fmt: skip
-WORDS = ["", "1", "[", "{", "]", "- a", "a: b", "*a", "&a 1", "!!int 1", "!x 1", "'", '"', "1 # c", "%", "@", "`", "|"]
-
-
-def drawn(rng: random.Random, home: Path) -> tuple[Path, list[str]]:
-    """A file and words: a valid configuration with one to three mutations."""
-    raw: dict[Any, Any] = {section: dict(keys) for section, keys in TINY.items()}
-    raw["run"]["output_dir"] = str(home / "run")
-    raw["data"] = {"folder": str(home / "texts"), "pattern": "*.txt", "validation_fraction": 0.5}
-    words: list[str] = []
-    for _ in range(rng.randint(1, 3)):
-        rng.choice([_near, _near, _near, _near, _drop, _drop, _set, _set, _word, _word, _rename, _add])(rng, raw, words)
-    path = home / "drawn.yaml"
-    text = yaml.dump(raw, allow_unicode=True).encode("utf-8", "surrogatepass")
-    path.write_bytes(_damaged(rng, text) if rng.random() < 0.2 else text)
-    return path, words
-
-
-def _value(rng: random.Random) -> Any:
-    return rng.choice(NUMBERS) if rng.random() < 0.6 else rng.choice(OTHERS)
-
-
-def _section(rng: random.Random, raw: dict) -> tuple[dict, str]:
-    section, name = rng.choice(KEYS)
-    if not isinstance(raw.get(section), dict):
-        raw[section] = {}
-    return raw[section], name
-
-
-def _near(rng: random.Random, raw: dict, words: list[str]) -> None:
-    """To what somebody may want who changes one thing."""
-    keys, name = _section(rng, raw)
-    value = keys.get(name)
-    if isinstance(value, bool):
-        keys[name] = not value
-    elif isinstance(value, int | float):
-        keys[name] = rng.choice([value * 2, value + 1, value // 2, float(value), str(value)])
-    elif name not in keys and name != "resume":
-        words.append(f"{name}={rng.choice([1, 2, 'true', 'null', 'a'])}")
-
-
-def _set(rng: random.Random, raw: dict, words: list[str]) -> None:
-    keys, name = _section(rng, raw)
-    keys[name] = _value(rng)
-
-
-def _word(rng: random.Random, raw: dict, words: list[str]) -> None:
-    section, name = rng.choice(KEYS)
-    dotted = f"{section}.{name}"
-    key = rng.choice([name, dotted, dotted, f"{dotted}.a", f"{dotted}x", "a.b.c"])
-    words.append(f"{key}={rng.choice(WORDS) if rng.random() < 0.4 else _value(rng)}")
-
-
-def _rename(rng: random.Random, raw: dict, words: list[str]) -> None:
-    keys, name = _section(rng, raw)
-    keys[rng.choice([name + "s", name[1:], name.upper(), 1, None, True, 1.5, "", "x" * 2000])] = keys.pop(name, 1)
-
-
-def _drop(rng: random.Random, raw: dict, words: list[str]) -> None:
-    keys, name = _section(rng, raw)
-    keys.pop(name, None)
-    if rng.random() < 0.2:
-        raw[rng.choice(list(raw))] = _value(rng)
-
-
-def _add(rng: random.Random, raw: dict, words: list[str]) -> None:
-    keys, _ = _section(rng, raw)
-    junk: Any = _value(rng)
-    for _ in range(rng.choice([1, 3, 40])):
-        junk = rng.choice([[junk], {"k": junk}, [junk, junk]])
-    keys[rng.choice(["junk", *keys])] = junk
-
-
-def _damaged(rng: random.Random, text: bytes) -> bytes:
-    at = rng.randrange(len(text))
-    kind = rng.choice(["bit", "cut", "zeroes", "twice", "brackets"])
-    if kind == "bit":
-        return text[:at] + bytes([text[at] ^ (1 << rng.randrange(8))]) + text[at + 1 :]
-    return {
-        "cut": text[:at],
-        "zeroes": text[:at] + bytes(64) + text[at + 64 :],
-        "twice": text + text[at:],
-        "brackets": text[:at] + b"[" * 2000 + text[at:],
-    }[kind]
-
-
-def checked(path: Path, words: list[str]) -> str:
-    """All that the command does before Ray: "accepted", or the message of the refusal. Any other exception gets out."""
-    try:
-        config = load(path, words)
-        driver.plan(config, Machine(cores=64, gpus=0))
-        with claimed(config):
-            return "accepted"
-    except Refused as refusal:
-        return str(refusal)
+TRAINED = 30
 
 
 def draw(home: Path, seeds: range, monkeypatch) -> list[str]:
@@ -152,3 +40,21 @@ def test_a_drawn_configuration_is_accepted_or_refused(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_thousand_drawn_configurations_are_accepted_or_refused(tmp_path, monkeypatch):
     judge(draw(tmp_path, range(200, 1200), monkeypatch))
+
+
+@pytest.mark.slow
+def test_what_is_accepted_trains(tmp_path, monkeypatch):
+    """In processes as a launcher would start them, one or two, each through several runs."""
+    write_texts(tmp_path / "texts")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    seeds = accepted_and_small(tmp_path, range(5000, 10_000), TRAINED)
+    assert len(seeds) == TRAINED
+    sizes = {seed: world_size_of(tmp_path, seed) for seed in seeds}
+    for size in sorted(set(sizes.values())):
+        chosen = [seed for seed in seeds if sizes[seed] == size]
+        for rank, outcomes in enumerate(run_ranks(size, train_drawn, tmp_path, chosen)):
+            for seed, outcome in zip(chosen, outcomes, strict=True):
+                assert outcome.end == "trained", f"seed {seed}, rank {rank}: {outcome.end}"
+                assert outcome.steps == 2, seed

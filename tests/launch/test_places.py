@@ -105,17 +105,44 @@ def test_texts_that_cannot_be_a_runs_are_refused_at_once(tmp_path, refusal, name
     assert not (tmp_path / "run").exists()
 
 
-def test_a_refusal_waits_for_neither_ray_nor_megatron(tmp_path):
-    """They take most of the seconds of a start."""
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["stpes=3"],
+        ["lr=.inf"],
+        ["steps=1:30"],
+        ["seed=" + 26 * "9"],
+        ["resume=true", "overwrite=true"],
+        ["output_dir=$USER/run"],
+        ["output_dir=file/run"],
+        ["folder=nowhere"],
+        ["sequence_length=200000000"],
+        ["launch.env.HF_TOKEN=null"],
+        ["head_groups=0"],
+        ["processes_per_node=3"],
+        ["latin.yaml"],
+        ["nested.yaml"],
+    ],
+    ids=lambda words: words[0][:30],
+)
+def test_a_refusal_waits_for_no_library_that_takes_seconds(tmp_path, words):
+    """torch, Megatron-core and Ray take most of a start: which were imported is looked at, not a clock."""
+    (tmp_path / "file").write_text("f")
+    (tmp_path / "latin.yaml").write_bytes("run: {output_dir: é}".encode("latin-1"))
+    (tmp_path / "nested.yaml").write_text("[" * 3000)
     code = (
         "import sys; from nsa_launch.cli import main; code = main(sys.argv[1:]); "
-        "assert not {'ray', 'megatron', 'matplotlib'} & sys.modules.keys(); sys.exit(code)"
+        "late = {'torch', 'triton', 'ray', 'megatron', 'matplotlib', 'tensorboard', 'numpy'} & sys.modules.keys(); "
+        "assert not late, late; sys.exit(code)"
     )
-    for word in (f"folder={tmp_path / 'nowhere'}", "stpes=3"):
-        command = [sys.executable, "-c", code, "train", str(tiny_file(tmp_path)), word]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert ended.returncode == exit_codes.BAD_CONFIG, ended.stderr
-        assert len(ended.stderr.splitlines()) == 1
+    words = words if words[0].endswith(".yaml") else [str(tiny_file(tmp_path)), *words]
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "RAY_ADDRESS")}
+    command = [sys.executable, "-c", code, "train", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path, env=environment)
+    assert ended.returncode == exit_codes.BAD_CONFIG, ended.stderr
+    assert ended.stderr.startswith("nsa-dist: ")
+    assert len(ended.stderr.splitlines()) <= 2
+    assert not (tmp_path / "run").exists()
 
 
 # --- which files are texts ------------------------------------------------------------------------------------------

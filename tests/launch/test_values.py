@@ -194,6 +194,8 @@ NESTED = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join(9 * [f'*a{i - 1}'])
         (b"run: {steps: !!int x, output_dir: x}", r"run\.steps: .*valid integer"),
         (b"run: {output_dir: x, resume: !!bool x}", r"run\.resume: .*valid boolean"),
         (b"run: {<<: 3}", "is not valid YAML: .*merging"),
+        (b"base: &b {steps: 20}\nrun: {<<: *b, output_dir: x}", "line 1.*'base' is no section.*name its mapping where"),
+        (b"x: &x {}\ny: &y {}\nrun: {<<: [*x, *y], output_dir: x}", "'x' is no section.*as in run: &base"),
         (b"run: {output_dir: [a, &b [*b]]}", r"run\.output_dir"),
         (b"run: {output_dir: x}\n" + NESTED.encode(), "a0: no such key(.|\n)*and 10 more"),
         (NESTED.encode() + b"run: {output_dir: x, steps: *a29}", r"run\.steps"),

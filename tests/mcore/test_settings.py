@@ -5,6 +5,7 @@ import dataclasses
 import io
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 
 import pytest
@@ -13,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mcore_cases import make_config
 from nsa_dist import NSAConfig, ShardPlan
-from nsa_dist.cp.fetch import FetchOptions
+from nsa_dist.cp.options import FetchOptions
 from nsa_dist.mcore import NSATransformerConfig, nsa_block_spec, nsa_layer_spec
 from nsa_dist.mcore.arrivals import Arrivals
 from nsa_dist.mcore.settings import HONOURED, IRRELEVANT, REFUSED, decided
@@ -136,6 +137,16 @@ assert arguments.nsa_fetch.keep_pages, arguments
 def test_checkpoints_load_as_weights_only(tmp_path):
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(saved_arguments())
+    subprocess.run([sys.executable, "-c", LOAD, str(path)], check=True)
+
+
+def test_checkpoints_load_by_the_names_of_earlier_versions(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    new, old = b"cnsa_dist.cp.options\n", b"cnsa_dist.cp.fetch\n"
+    with zipfile.ZipFile(io.BytesIO(saved_arguments())) as saved, zipfile.ZipFile(path, "w") as older:
+        assert any(new in saved.read(name) for name in saved.namelist())
+        for name in saved.namelist():
+            older.writestr(name, saved.read(name).replace(new, old))
     subprocess.run([sys.executable, "-c", LOAD, str(path)], check=True)
 
 

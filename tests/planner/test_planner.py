@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from nsa_dist.cp.fetch import FetchOptions
+from nsa_dist.cp.options import FetchOptions
 from nsa_dist.planner import memory
 from nsa_dist.planner.cluster import DEFAULT_CLUSTER, Achieved, Cluster, load_cluster
 from nsa_dist.planner.core.strategies import GIB, Options, Strategy, sent_bytes

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nsa_dist.cp.fetch import FetchOptions
+from nsa_dist.cp.options import FetchOptions
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.config_errors import parse
 

@@ -104,7 +104,20 @@ def test_a_run_of_an_older_version_is_neither_continued_nor_removed(base):
     assert snapshot(base / "run") == users
 
 
-@pytest.mark.parametrize("text", ["{}", "nonsense", '{"format": "nsa-dist run", "version": 2}', "[]"])
+def test_a_marker_that_a_bit_changed_is_refused_and_an_earlier_versions_is_taken(base):
+    prepare_output(config(base))
+    path = base / "run/run.json"
+    written = path.read_text()
+    path.write_text(written.replace('"run.steps": ', '"run.steps": 1'))
+    with pytest.raises(ValueError, match=r"run\.json is not .*its own SHA-256 differ.*put it back from a copy"):
+        prepare_output(config(base, run={"resume": True}))
+    earlier = json.loads(written)
+    del earlier["sha256"]
+    path.write_text(json.dumps(earlier))
+    prepare_output(config(base, run={"resume": True}))
+
+
+@pytest.mark.parametrize("text", ["{}", "nonsense", "[" * 100_000, '{"format": "nsa-dist run", "version": 2}', "[]"])
 def test_a_foreign_marker_vouches_for_nothing(base, text):
     users = put(base / "run", ["metrics.jsonl"])
     (base / "run/run.json").write_text(text)

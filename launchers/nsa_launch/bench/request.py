@@ -9,7 +9,7 @@ import torch
 
 from nsa_dist.bench.sizes import Sizes, sizes_for
 from nsa_dist.bench.world import Place
-from nsa_dist.cp.fetch import FetchOptions
+from nsa_dist.cp.options import FetchOptions
 
 
 @dataclass(frozen=True)

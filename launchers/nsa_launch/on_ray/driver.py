@@ -14,6 +14,7 @@ from nsa_launch import exit_codes
 from nsa_launch.config import RunConfig
 from nsa_launch.console import Console
 from nsa_launch.on_ray import environment, session
+from nsa_launch.on_ray.room import Room
 from nsa_launch.processes import Machine, Processes, check_groups, check_machine, decide
 from nsa_launch.run_folder import RunFolder
 from nsa_launch.stop_signals import StopSignals
@@ -125,18 +126,20 @@ class Launch:
 
         launch_id = f"launch-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}-{number}"
         self.folder.record("launch", id=launch_id, pid=os.getpid(), world_size=self.processes.world_size)
-        missing = session.missing_resources(self.processes)
-        if missing:
-            patience = self.config.launch.resources_timeout_s
-            self.console.say(f"the cluster lacks {missing}; waiting up to {patience:g} s")
+        self._room().look(ranks_are_up=False)
         return Attempt(trainer(self.config, self.processes, launch_id))
+
+    def _room(self, said: str = "") -> Room:
+        patience_s = self.config.launch.resources_timeout_s
+        return Room(self.console.say, lambda: session.missing_resources(self.processes), patience_s, said)
 
     def _watch(self, attempt: Attempt) -> None:
         """Until the attempt ends, a rank refuses, a signal's grace is over, or no rank is there to hear the signal."""
-        deadline = None
+        deadline, room = None, self._room(session.missing_resources(self.processes))
         while attempt.thread.is_alive():
             attempt.thread.join(_POLL_S)
             self.console.update()
+            room.look(self.console.ranks_are_up)
             if self.console.refusal:
                 return
             if self.signals.received is None:

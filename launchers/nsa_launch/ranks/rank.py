@@ -15,6 +15,7 @@ from nsa_launch.processes import Processes
 from nsa_launch.ranks import placement
 from nsa_launch.ranks.placement import RankPlace
 from nsa_launch.run_folder import RunFolder
+from nsa_launch.versions import versions
 
 
 def run(config: RunConfig, processes: Processes, hooks: Hooks, node: str, nvlink_domain: str) -> TrainResult:
@@ -33,7 +34,7 @@ def run(config: RunConfig, processes: Processes, hooks: Hooks, node: str, nvlink
     if not config.launch.allow_split_groups:
         placement.check(places, config.group_size)
     if rank == 0:
-        folder.record("start", world_size=len(places), step=folder.checkpointed_step())
+        folder.record("start", world_size=len(places), step=folder.checkpointed_step(), versions=versions())
     result = train(config.resuming(), hooks, device)
     if rank == 0:
         folder.record("stop" if result.stopped else "end", step=result.step)

@@ -12,8 +12,8 @@ which compresses all of it:
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nsa_dist.cp.fetch import FetchOptions
 from nsa_dist.cp.formulas import cost
+from nsa_dist.cp.options import FetchOptions
 from nsa_dist.planner.core.sizes import Core
 
 How = Literal["fetch", "whole shard", "all-gather", "ring", "raw all-gather", "shared all-gather"]

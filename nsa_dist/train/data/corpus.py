@@ -164,9 +164,12 @@ def check_packed(folder: Path, expected: str) -> bool:
     remedy = "put the files back, or remove that folder: it is packed again if data.folder still has the same texts"
     try:
         written = json.loads(listing.read_text(encoding="utf-8"))
-        digest, files = written["digest"], written["sha256"]
+        digest, files = str(written["digest"]), dict(written["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Refused(f"{listing} does not list the corpus of the run ({type(error).__name__}); {remedy}") from None
+    try:
         found = {name: file_digest(folder / name) for name in PACKED_FILES}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
         raise Refused(f"{folder} does not hold the whole corpus of the run ({error}); {remedy}") from None
     if expected and digest != expected:
         raise Refused(

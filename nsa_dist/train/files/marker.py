@@ -3,6 +3,7 @@
 Only what a marker names is ever removed, so a folder of the user's loses nothing but what a run wrote into it.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -50,27 +51,35 @@ class RunMarker:
             return None
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
+            if raw.pop("sha256", None) not in (None, _digest(raw)):  # None: written before there was one
+                raise ValueError("what it says and its own SHA-256 differ")
             if (raw.pop("format"), raw.pop("version")) != (FORMAT, VERSION):
                 raise ValueError(f"format {FORMAT!r}, version {VERSION}, was expected")
             if not all(_is_below(name) for name in raw["made"]):
                 raise ValueError("it names what lies outside of the folder")
             marker = cls(**raw)
             return replace(marker, made=tuple(marker.made), notices=tuple(marker.notices))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Refused(
                 f"{path} is not the marker of a run that this version can read ({type(error).__name__}: {error}), so "
-                f"nothing says which files here are a run's; take another output_dir, or move that file away"
+                f"nothing says which files here are a run's; if it was damaged, put it back from a copy; else take "
+                f"another output_dir, or move that file away"
             ) from None
 
     def write(self, folder: Path) -> "RunMarker":
         """Replace `run.json` in `folder` at once."""
         raw = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        write_atomically(folder / NAME, json.dumps(raw, indent=1) + "\n")
+        write_atomically(folder / NAME, json.dumps({**raw, "sha256": _digest(raw)}, indent=1) + "\n")
         return self
 
     def changed(self, **values: Any) -> "RunMarker":
         assert values.keys() <= {field.name for field in fields(self)}
         return replace(self, **values)
+
+
+def _digest(raw: Mapping[str, Any]) -> str:
+    """Of all that it says, so that a flipped bit does not make another run of it, or lose one of its checkpoints."""
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
 def holds_run(folder: Path) -> bool:

@@ -5,7 +5,7 @@ over and counted, and so is a record without what every reader of its kind needs
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,16 @@ class MetricsFollower:
 
 def read_metrics(path: Path, kind: str) -> list[dict]:
     """The records of a kind in order of their steps, each step once, as it was written last."""
-    records = [record for record in MetricsFollower(path).poll() if record.get("kind") == kind and _is_whole(record)]
-    by_step = {record["step"]: record for record in records}
-    return [by_step[step] for step in sorted(by_step)]
+    return by_kind(MetricsFollower(path).poll()).get(kind, [])
+
+
+def by_kind(records: Iterable[dict]) -> dict[str, list[dict]]:
+    """Those that are whole, each kind's in order of their steps, each step once, as it was written last."""
+    found: dict[str, dict[int, dict]] = {}
+    for record in records:
+        if isinstance(kind := record.get("kind"), str) and _is_whole(record):
+            found.setdefault(kind, {})[record["step"]] = record
+    return {kind: [by_step[step] for step in sorted(by_step)] for kind, by_step in found.items()}
 
 
 def _parsed(line: bytes) -> dict | None:

@@ -1,0 +1,81 @@
+"""How the selected branch may move blocks between ranks, checked once. Without torch: configurations hold it."""
+
+from dataclasses import dataclass
+
+# How fast an H200 packs what it sends, 32 KiB of K or V at a time: page by page, and shards as they lie
+# (docs/decisions/fetch.md).
+GATHER_BYTES_PER_S, COPY_BYTES_PER_S = 331e9, 980e9
+
+
+@dataclass(frozen=True)
+class FetchOptions:
+    """How the remote blocks of the selected branch are moved. Every rank of a group must use the same.
+
+    Raises ValueError on a budget or a number of groups below 1 or a fraction outside of (0, 1].
+    """
+
+    kv_fetch_budget_bytes: int | None = None  # pages held at once on a rank; None: those of two head groups
+    whole_shard_fraction: float = 1.0  # of an (owner, kv head)'s blocks chosen: from here on all of them are sent
+    keep_pages: bool = False  # keep fetched pages for backward instead of fetching them again
+    head_groups: int = 4  # kv heads travel in so many groups, each under the computation of others; 1: all at once
+
+    def __post_init__(self) -> None:
+        if self.kv_fetch_budget_bytes is not None and self.kv_fetch_budget_bytes < 1:
+            raise ValueError(
+                f"kv_fetch_budget_bytes={self.kv_fetch_budget_bytes} must be positive: a round moves at least one "
+                f"page; pass None for no bound"
+            )
+        if not 0 < self.whole_shard_fraction <= 1:
+            raise ValueError(
+                f"whole_shard_fraction={self.whole_shard_fraction} is a fraction of an owner's blocks and must lie in "
+                f"(0, 1]; 1 sends only what was chosen"
+            )
+        if self.head_groups < 1:
+            raise ValueError(
+                f"head_groups={self.head_groups} must be at least 1: the kv heads travel in so many groups; pass 1 to "
+                f"move all of them at once, with nothing to hide it"
+            )
+
+    @classmethod
+    def for_link(
+        cls,
+        link_bytes_per_s: float,
+        gather_bytes_per_s: float = GATHER_BYTES_PER_S,
+        copy_bytes_per_s: float = COPY_BYTES_PER_S,
+        **others,
+    ) -> "FetchOptions":
+        """Options whose threshold between fetch and whole shard is where both take the same time.
+
+        A byte that was chosen is gathered page by page, 1 / gather, and sent, 1 / link; a byte of a whole shard is
+        copied as it lies, 1 / copy, and sent. So a shard of which the fraction u was chosen is better sent whole from
+
+            u = (1 / link + 1 / copy) / (1 / link + 1 / gather)
+
+        on: 1 where gathering is no slower than copying or where the link is all that counts. link: what one rank sends
+        in a second, to be measured or looked up; the others are an H200's. `others` are further fields of the options.
+        """
+        rates = {"link": link_bytes_per_s, "gather": gather_bytes_per_s, "copy": copy_bytes_per_s}
+        if min(rates.values()) <= 0:
+            raise ValueError(
+                f"rates of {rates} bytes per second must be positive, because times are compared; pass measured ones"
+            )
+        threshold = (1 / link_bytes_per_s + 1 / copy_bytes_per_s) / (1 / link_bytes_per_s + 1 / gather_bytes_per_s)
+        return cls(whole_shard_fraction=min(1.0, threshold), **others)
+
+    def round_pages(self, page_bytes: int) -> int | None:
+        """Pages of one round: half the budget, for the next round travels while this one is in use; None: no bound."""
+        if self.kv_fetch_budget_bytes is None:
+            return None
+        return max(1, self.kv_fetch_budget_bytes // page_bytes // 2)
+
+    def halves_queries(self, num_kv_heads: int) -> bool:
+        """Whether the queries of a rank's only kv head go in two halves, so that one's fetch hides under the other.
+
+        Both halves' pages are held until the end, so not under a budget; pages that are kept are not cut in two.
+        """
+        bounded = self.kv_fetch_budget_bytes is not None or self.keep_pages
+        return num_kv_heads == 1 and self.head_groups > 1 and not bounded
+
+    def fetches_ahead(self, page_bytes: int) -> bool:
+        """Whether two rounds fit in the budget. If not, each is fetched only when the one before is done with."""
+        return self.kv_fetch_budget_bytes is None or self.kv_fetch_budget_bytes >= 2 * page_bytes

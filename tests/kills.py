@@ -1,0 +1,156 @@
+"""A run whose processes are killed at random, drawn by seed, until it ends; what became of it, and what it left behind.
+
+It lives on a host of its own (`two_hosts.Host`: names, processes, shared memory and Ray's folder), so that nothing else
+is hit and whatever is left there is its own.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from nsa_dist.train.files.records import MetricsFollower
+from nsa_launch import exit_codes
+from nsa_launch.run_folder import RunFolder
+from two_hosts import Host
+
+# Whom a process is by the beginning of what it calls itself, or by the name of its program.
+VICTIMS = {
+    "rank": "ray::RayTrainWorker",
+    "controller": "ray::TrainController",
+    "raylet": "raylet",
+    "driver": "python -m nsa_launch",
+}
+KINDS = [*VICTIMS, "two"]
+LONGEST_S = 25.0  # from one kill to the next: a start takes about as long
+_DEAD = {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
+
+
+@dataclass
+class Killed:
+    """One run from its beginning to its end."""
+
+    folder: RunFolder
+    kills: list[str] = field(default_factory=list)
+    exits: list[int] = field(default_factory=list)  # of the commands that it took
+    said: str = ""
+
+    def losses(self) -> list[tuple[int, float, float]]:
+        """As written, steps that were made again included."""
+        records = MetricsFollower(self.folder.output.metrics).poll()
+        return [(r["step"], r["loss"], r["grad_norm"]) for r in records if r.get("kind") == "train"]
+
+
+def processes_on(host: Host) -> list[psutil.Process]:
+    """All that are alive there but for the host's first."""
+    here, found = os.readlink(f"/proc/{host.pid}/ns/pid"), []
+    for process in psutil.process_iter():
+        try:
+            if os.readlink(f"/proc/{process.pid}/ns/pid") == here and process.status() not in _DEAD:
+                found.append(process)
+        except (OSError, psutil.Error):
+            continue
+    return [process for process in found if process.pid != host.pid]
+
+
+def of_kind(host: Host, kind: str) -> list[psutil.Process]:
+    return [process for process in processes_on(host) if _is(process, kind)]
+
+
+def _is(process: psutil.Process, kind: str) -> bool:
+    try:
+        words, program = process.cmdline(), Path(process.exe()).name
+    except (OSError, psutil.Error):
+        return False
+    mark = VICTIMS[kind]
+    if kind == "raylet":
+        return program == mark
+    if kind == "driver":
+        return words[1:3] == mark.split()[1:] and program.startswith("python")
+    return bool(words) and words[0].startswith(mark)
+
+
+def kill(host: Host, kind: str, draw: random.Random) -> str:
+    """Kill one such process with SIGKILL, or two of any kinds; who it was, "" where there is none."""
+    kinds = draw.sample(list(VICTIMS), 2) if kind == "two" else [kind]
+    victims = [(each, draw.choice(there)) for each in kinds if (there := of_kind(host, each))]
+    for _, process in victims:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    return " and ".join(each for each, _ in victims)
+
+
+def run_through(
+    host: Host, config: Path, folder: RunFolder, words: Sequence[str], draw: random.Random, most: int
+) -> Killed:
+    """One run to its end, `most` kills at drawn times on its way; the command is given again when it died of one."""
+    told = Killed(folder)
+    output = host.home / "said"
+    output.unlink(missing_ok=True)
+    while exit_codes.OK not in told.exits:
+        assert len(told.exits) <= most + 1, f"{told.kills} {told.exits}\n{output.read_text()[-5000:]}"
+        again = ["resume=true"] if told.exits else []
+        command = [sys.executable, "-m", "nsa_launch", "train", str(config), *words, *again]
+        running = host.start(command, output)
+        while running.poll() is None:
+            if len(told.kills) == most:
+                running.wait(900)
+                break
+            _wait(running, draw.uniform(0, LONGEST_S))
+            if running.poll() is None and (victim := kill(host, draw.choice(KINDS), draw)):
+                told.kills.append(victim)
+        told.exits.append(running.returncode)
+    told.said = output.read_text()
+    return told
+
+
+def _wait(running: subprocess.Popen, seconds: float) -> None:
+    try:
+        running.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return
+
+
+def left_behind(host: Host, folder: RunFolder, patience_s: float = 180) -> list[str]:
+    """Processes and shared memory that are still there after a while, and files that were only there for a moment."""
+    deadline = time.monotonic() + patience_s
+    while (alive := processes_on(host)) and time.monotonic() < deadline:
+        time.sleep(0.5)  # between two looks: Ray's agents notice by themselves that they are alone
+    found = [f"process {' '.join(process.cmdline()[:4])[:100]}" for process in alive]
+    memory = subprocess.run(host.inside(["ls", "-A", "/dev/shm"]), capture_output=True, text=True, check=True)
+    found += [f"shared memory {name}" for name in memory.stdout.split()]
+    passing = (".draft", ".replaced", ".replacing", "swapped")
+    found += [f"file {path}" for path in folder.path.rglob("*") if any(mark in path.name for mark in passing)]
+    temporary = host.home / "tmp"
+    return found + [f"temporary file {path}" for path in temporary.rglob("*") if path.is_file()]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, the optimizer's included, by its name."""
+    found: dict = {}
+    _load_state_dict(found, FileSystemReader(checkpoint), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return dict(_tensors("", found))
+
+
+def _tensors(name: str, value: object) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _tensors(f"{name}/{key}", inner)
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _tensors(f"{name}/{i}", inner)

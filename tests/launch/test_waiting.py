@@ -1,0 +1,74 @@
+"""What is said while a run waits: for room in a cluster, or for torchrun to start it again."""
+
+import pytest
+
+from launch_cases import tiny
+from nsa_launch import torchrun
+from nsa_launch.on_ray import room
+from nsa_launch.on_ray.room import Room
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_what_a_cluster_lacks_is_said_once_until_it_changes(clock):
+    said: list[str] = []
+    missing = [""]
+    watched = Room(said.append, lambda: missing[0], 120.0, said="")
+    one, none = "2 CPUs, of which it has 1", "2 CPUs, of which it has 0"
+    for text in (one, one, none, "", none):
+        missing[0] = text
+        clock[0] += 10
+        watched.look(ranks_are_up=False)
+    assert said == [
+        "the cluster lacks 2 CPUs, of which it has 1; waiting up to 120 s for a node",
+        "the cluster lacks 2 CPUs, of which it has 0; waiting up to 120 s for a node",
+        "the cluster lacks 2 CPUs, of which it has 0; waiting up to 120 s for a node",
+    ]
+
+
+def test_it_is_not_said_again_and_asked_seldom(clock):
+    said: list[str] = []
+    asked: list[float] = []
+    watched = Room(said.append, lambda: asked.append(clock[0]) or "a GPU", 1.0, said="a GPU")
+    for _ in range(100):
+        clock[0] += 0.2
+        watched.look(ranks_are_up=False)
+    assert not said
+    assert 8 <= len(asked) <= 11
+
+
+def test_ranks_that_are_up_have_room(clock):
+    asked: list[float] = []
+    watched = Room(lambda _: None, lambda: asked.append(clock[0]) or "", 1.0, said="")
+    for _ in range(10):
+        clock[0] += 10
+        watched.look(ranks_are_up=True)
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("nodes", "restarts", "said"),
+    [
+        (
+            2,
+            0,
+            r"\(1 of 3 times\); if one of the 2 nodes is gone .*end it on all of them, and start it again with resume",
+        ),
+        (1, 2, r"again from the last checkpoint \(3 of 3 times\)$"),
+        (2, 3, r"no restart left \(--max-restarts 3\); go on with resume=true"),
+    ],
+)
+def test_torchruns_next_step_is_said_by_the_rank_that_failed(tmp_path, monkeypatch, nodes, restarts, said):
+    for name, value in {"RANK": 1, "TORCHELASTIC_RESTART_COUNT": restarts, "TORCHELASTIC_MAX_RESTARTS": 3}.items():
+        monkeypatch.setenv(name, str(value))
+    config = tiny(tmp_path, f"launch.nodes={nodes}", "allow_split_groups=true")
+    text = torchrun._consequence(config, RuntimeError("first\nConnection closed by peer"))
+    assert text.startswith("rank 1 on ")
+    assert "failed (Connection closed by peer)" in text
+    with pytest.raises(AssertionError, match=said):
+        raise AssertionError(text)
