@@ -12,6 +12,7 @@ from rich.console import Console as Terminal
 
 from nsa_dist.train.files.records import MetricsFollower, Record, read_metrics
 from nsa_launch.config import RunConfig
+from nsa_launch.hangs.watch import HangWatch
 from nsa_launch.progress import TrainProgress
 from nsa_launch.ranks import output as rank_output
 from nsa_launch.run_folder import PROCESS_DIED, RunFolder
@@ -32,6 +33,7 @@ class Console:
         self._events, self._metrics = MetricsFollower(folder.launches), MetricsFollower(folder.output.metrics)
         for follower in (self._events, self._metrics):
             follower.poll()  # what earlier launches wrote is not news
+        self._hangs = HangWatch(config.launch, folder)
         self._num_incomplete = 0  # records that lack what is to be shown of them
         self._num_failures = 0
         self.ranks_are_up = False
@@ -54,6 +56,13 @@ class Console:
             self._show(self._show_event, event)
         for record in self._metrics.poll():
             self._show(self._show_record, record)
+
+    def watch(self) -> None:
+        """Say if the run stands still, and write it down."""
+        standstill = self._hangs.poll() if self.ranks_are_up else None
+        if standstill is not None:
+            self._folder.record("standstill", lines=standstill.lines)
+            self.say("\n".join(standstill.lines))
 
     def _show(self, show: Callable[[Record], None], record: Record) -> None:
         """A spoiled record takes nothing away but its own line: the ranks do not depend on what is shown."""
@@ -94,7 +103,7 @@ class Console:
         elif kind == "failure":
             self.ranks_are_up = False
             self._num_failures += 1
-            self.say(f"{_culprits(event['ranks'])}; {self._consequence()}")
+            self.say(f"{_culprits(event['ranks'], event.get('hung'))}; {self._consequence()}")
         elif kind == "notice":
             self.say(f"note: {event['text']}")
         elif kind == "refused":
@@ -152,8 +161,10 @@ class Console:
         self.say(f"--- training failed on ranks {ranks}; what every rank wrote is in {self._folder.logs}")
 
 
-def _culprits(ranks: Mapping[str, str]) -> str:
-    """The ranks that died, or else the first that raised: the others only lost their partners."""
+def _culprits(ranks: Mapping[str, str], hung: Mapping[str, str] | None = None) -> str:
+    """The ranks that hung or died, or else the first that raised: the others only lost their partners."""
+    if hung:
+        return ", ".join(f"rank {rank} {why}" for rank, why in hung.items())
     dead = [f"rank {rank}" for rank, reason in ranks.items() if reason == PROCESS_DIED]
     if dead:
         return f"{', '.join(dead)} died"

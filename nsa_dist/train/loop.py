@@ -67,6 +67,7 @@ def train(config: TrainConfig, hooks: Hooks, device: torch.device) -> TrainResul
             run.report_start(start, intact)
             result = run.steps_from(start, intact.path)
         if not result.stopped:
+            hooks.on_phase("pictures", result.step)
             run.draw()
         return result
 
@@ -104,6 +105,7 @@ class _Run:
         if step == 0:
             self.validate(0)
         while step < run.steps and not stop:
+            self.hooks.on_phase("step", step + 1)
             with self.clock:
                 result = train_step(self.model, self.cutter, self.datasets.train, samples, self.world, self.meter, ask)
             step, samples, loss = step + 1, samples + run.global_batch_size, result.loss
@@ -114,6 +116,7 @@ class _Run:
             if step % run.eval_interval == 0 or is_last:
                 self.validate(step)
             if step % run.checkpoint_interval == 0 or is_last or stop:
+                self.hooks.on_phase("checkpoint", step)
                 path = checkpoint.save(
                     self.model, self.output, Position(step, samples), run.keep_checkpoints, self.world
                 )
@@ -160,6 +163,7 @@ class _Run:
 
     def validate(self, step: int) -> None:
         """One validation record, over the same sequences every time."""
+        self.hooks.on_phase("validation", step)
         self.validation_loss = evaluate(
             self.model, self.cutter, self.datasets.validation, self.config.run.eval_batches, self.world
         )

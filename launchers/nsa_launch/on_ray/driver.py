@@ -137,6 +137,7 @@ class Launch:
         while attempt.thread.is_alive():
             attempt.thread.join(_POLL_S)
             self.console.update()
+            self.console.watch()
             if self.console.refusal:
                 return
             if self.signals.received is None:
