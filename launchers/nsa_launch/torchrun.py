@@ -26,6 +26,7 @@ from nsa_launch.hangs.among_ranks import RankWatch
 from nsa_launch.processes import Processes, check_groups, decide
 from nsa_launch.ranks import rank
 from nsa_launch.ranks.hooks import FolderHooks
+from nsa_launch.ranks.meeting import store_of_attempt
 from nsa_launch.run_folder import RunFolder, claimed
 from nsa_launch.stop_signals import StopSignals
 
@@ -78,7 +79,9 @@ class _ShownHooks(FolderHooks):
 def _train(config: RunConfig, processes: Processes, folder: RunFolder) -> int:
     timeout = timedelta(seconds=config.launch.rendezvous_timeout_s)
     with StopSignals(lambda _: folder.stop.touch()) as signals, Console(config, folder) as console:
-        dist.init_process_group(processes.backend, timeout=timeout)
+        store, mine, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store = store_of_attempt(store, mine, world_size, timeout)
+        dist.init_process_group(processes.backend, store=store, rank=mine, world_size=world_size, timeout=timeout)
         host = socket.gethostname()
         hooks, watch = _ShownHooks(folder, console), RankWatch(config.launch, folder, dist.get_rank())
         with watch.naming_the_hung():

@@ -112,6 +112,10 @@ def test_ranks_that_wait_in_one_place_are_told_together():
     ]
 
 
+def test_who_has_failed_is_told_as_that():
+    assert described([sign(0), sign(1, state=FAILED), sign(2, state=FAILED)])[0] == "ranks 1, 2 have failed"
+
+
 class Clock:
     def __init__(self) -> None:
         self.s = 0.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from nsa_launch.hangs.signs import ALIVE, Sign, silence_s
 
 _SHOWN = 4  # ranks that are told one by one
+_PLURAL = {"waits": "wait", "is": "are", "has": "have"}
 _PHASES = {
     "start": "starting",
     "step": "in step {}",
@@ -63,10 +64,11 @@ def described(signs: Sequence[Sign]) -> list[str]:
     places: dict[str, list[Sign]] = {}
     for sign in signs:
         if sign.rank not in names:
-            places.setdefault(f"{'waits' if sign.waits else 'is'} {_now(sign)}", []).append(sign)
+            doing = f"{'waits' if sign.waits else 'is'} {_now(sign)}" if sign.state == ALIVE else f"has {sign.state}"
+            places.setdefault(doing, []).append(sign)
     for place, there in sorted(places.items(), key=lambda item: -len(item[1]))[:_SHOWN]:
-        verb = place if len(there) == 1 else place.replace("waits", "wait", 1).replace("is ", "are ", 1)
-        lines.append(f"{_ranks(there)} {verb}")
+        verb, _, rest = place.partition(" ")
+        lines.append(f"{_ranks(there)} {verb if len(there) == 1 else _PLURAL[verb]} {rest}")
     return lines
 
 
