@@ -136,8 +136,8 @@ def bad_steps(rank: int, base: Path) -> dict[str, Told]:
     return found
 
 
-def goes_back(rank: int, base: Path) -> Told:
-    return with_bad_steps(base, "back", LAYOUTS["CP2"], {12, 16}, not_finite="rewind")
+def goes_back_and_is_slow(rank: int, base: Path) -> tuple[Told, list[float]]:
+    return with_bad_steps(base, "back", LAYOUTS["CP2"], {12, 16}, not_finite="rewind"), slow_rank(rank)
 
 
 def _without_clipping(base: Path, bad: set[int]) -> Told:
@@ -256,7 +256,7 @@ def two_ranks(rank: int, base: Path) -> None:
     run(recomputed)
 
 
-def slow_rank(rank: int, base: Path) -> list[float]:
+def slow_rank(rank: int) -> list[float]:
     """Seconds that each rank works in a step in which rank 1 has four times the work."""
     work = Work(torch.device("cpu"))
     x = torch.ones(300, 300)

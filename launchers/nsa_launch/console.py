@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console as Terminal
 
 from nsa_dist.train.files.records import MetricsFollower, Record, read_metrics
+from nsa_dist.train.health.record import SLOW
 from nsa_launch.config import RunConfig
 from nsa_launch.hangs.watch import HangWatch
 from nsa_launch.progress import TrainProgress
@@ -36,6 +37,8 @@ class Console:
         self._hangs = HangWatch(config.launch, folder)
         self._num_incomplete = 0  # records that lack what is to be shown of them
         self._num_failures = 0
+        self._world_size = config.world_size
+        self._slow: set[int] = set()  # ranks that were named as that
         self.ranks_are_up = False
         self.refusal = ""  # what a rank found wrong with the configuration
 
@@ -81,6 +84,10 @@ class Console:
     def _show_record(self, record: Record) -> None:
         if record["kind"] == "start":
             self._show_start(record)
+        elif record["kind"] == "health":
+            self._show_slow(record)
+        elif record["kind"] == "not_finite":
+            self._show_not_finite(record)
         else:
             self._bar().feed(record)
 
@@ -98,16 +105,43 @@ class Console:
         if kind == "launch":
             self.ranks_are_up = False
         elif kind == "start":
-            self.ranks_are_up = True
+            self.ranks_are_up, self._world_size = True, event["world_size"]
             self.say(f"{event['world_size']} ranks are up, training from step {event['step']}")
         elif kind == "failure":
             self.ranks_are_up = False
             self._num_failures += 1
             self.say(f"{_culprits(event['ranks'], event.get('hung'))}; {self._consequence()}")
+        elif kind == "out_of_memory":
+            self._show_shortage(event)
         elif kind == "notice":
             self.say(f"note: {event['text']}")
         elif kind == "refused":
             self.refusal = event["reason"]
+
+    def _show_shortage(self, event: Mapping[str, Any]) -> None:
+        """Of the first rank of an attempt: the others hold as much, or lost their partner."""
+        if self.ranks_are_up:
+            from nsa_launch.memory import shown  # the planner, which other runs do not need
+
+            self.ranks_are_up = False
+            self.say("\n".join(shown.lines(self._config, event, self._world_size)))
+
+    def _show_slow(self, record: Record) -> None:
+        """Once for each rank: a step later it is no news."""
+        rank, ratio = record["slowest_rank"], record["slowest_ratio"]
+        if ratio >= SLOW and rank not in self._slow:
+            self._slow.add(rank)
+            self.say(
+                f"rank {rank} is slow: in step {record['step']} it worked {record['work_s'][rank]:.3g} s, {ratio:.2f} "
+                f"times the median of the ranks (waiting for others left out); topology.json says where it runs"
+            )
+
+    def _show_not_finite(self, record: Record) -> None:
+        done = {"skip": "left out", "rewind": "gone back to the last checkpoint for", "stop": "the end of the run"}
+        self.say(
+            f"step {record['step']} is not finite (loss {record['loss']}, gradient norm {record['grad_norm']}, over "
+            f"samples {record['samples'][0]} to {record['samples'][1]}): {done[record['action']]}"
+        )
 
     def _show_start(self, record: Record) -> None:
         for key, (old, new) in record.get("changed", {}).items():
@@ -133,7 +167,11 @@ class Console:
         self._stack.close()
         output = self._folder.output
         stopped = ended["stopped"]
-        self.say(f"{'stopped after' if stopped else 'finished'} step {ended['step']} of {self._config.run.steps}")
+        failure = ended.get("failure")
+        if failure:
+            self.say(f"the run ended, and starting it again as it is would not help: {failure}")
+        done = "stopped after" if stopped else "failed after" if failure else "finished"
+        self.say(f"{done} step {ended['step']} of {self._config.run.steps}")
         validation = read_metrics(output.metrics, "validation")
         if len(validation) > 1:
             first, last = validation[0], validation[-1]

@@ -89,6 +89,8 @@ def _train(config: RunConfig, processes: Processes, folder: RunFolder) -> int:
         if dist.get_rank() == 0:
             console.finish(asdict(result))
         dist.destroy_process_group()
+    if result.failure:
+        return exit_codes.FAILED
     return exit_codes.stopped_by(signals.received) if signals.received and result.stopped else exit_codes.OK
 
 

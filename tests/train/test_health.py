@@ -6,25 +6,36 @@ from pathlib import Path
 import pytest
 import torch
 
-from health_cases import goes_back, slow_rank
+from health_cases import goes_back_and_is_slow
 from nsa_dist.train.config import RunSection
 from nsa_dist.train.health.attention import entropy
 from nsa_dist.train.health.finite import Patience
+from nsa_dist.train.health.record import work_record
 from nsa_dist.train.health.replicas import differing, hash_of
-from nsa_dist.train.health.work import work_record
 from ranks import run_ranks
 from train_cases import records, write_texts
 
 
-def test_a_run_goes_back_once_and_ends_where_that_does_not_help(tmp_path):
-    write_texts(tmp_path / "texts")
-    for told in run_ranks(2, goes_back, tmp_path):
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("health")
+    write_texts(folder / "texts")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(base) -> list[tuple]:
+    return run_ranks(2, goes_back_and_is_slow, base)
+
+
+def test_a_run_goes_back_once_and_ends_where_that_does_not_help(base, pair):
+    for told, _ in pair:
         assert told.firsts == [0, 4, 8, 12, 8, 16]
         assert told.untouched == [True, True]
         assert "the run has gone back for step 4 before, and left its samples out" in str(told.result.failure)
-        assert told.result.checkpoint == str(tmp_path / "back/checkpoints/step_00000002")
-    assert [r["step"] for r in records(tmp_path, "back")] == [1, 2, 3]
-    assert [r["step"] for r in records(tmp_path, "back", "health")] == [2]
+        assert told.result.checkpoint == str(base / "back/checkpoints/step_00000002")
+    assert [r["step"] for r in records(base, "back")] == [1, 2, 3]
+    assert [r["step"] for r in records(base, "back", "health")] == [2]
 
 
 def patience(**keys) -> Patience:
@@ -82,9 +93,9 @@ def test_a_hash_is_that_of_the_whole_however_it_is_read(monkeypatch):
     assert hash_of(x) == whole
 
 
-def test_waiting_is_no_work():
+def test_waiting_is_no_work(pair):
     """Rank 1 computes eight times as much, and rank 0 waits for it."""
-    first_work, first_wait, second_work, _ = run_ranks(2, slow_rank, Path())[0]
+    first_work, first_wait, second_work, _ = pair[0][1]
     assert first_work < second_work
     assert first_wait > first_work
 

@@ -15,6 +15,7 @@ from nsa_dist.train.hooks import Hooks
 from nsa_dist.train.loop import TrainResult, train
 from nsa_launch.config import RunConfig
 from nsa_launch.hangs.pulse import Pulse
+from nsa_launch.memory.record import out_of_memory_noted
 from nsa_launch.processes import Processes
 from nsa_launch.ranks import placement
 from nsa_launch.ranks.hooks import FolderHooks
@@ -54,9 +55,10 @@ def _run(config: RunConfig, hooks: Hooks, mine: RankPlace, device: torch.device)
         placement.check(places, config.group_size)
     if is_main:
         folder.record("start", world_size=len(places), step=folder.checkpointed_step())
-    result = train(config.resuming(), hooks, device)
+    with out_of_memory_noted(folder, mine.rank, device):
+        result = train(config.resuming(), hooks, device)
     if is_main:
-        folder.record("stop" if result.stopped else "end", step=result.step)
+        folder.record("gave up" if result.failure else "stop" if result.stopped else "end", step=result.step)
     return result
 
 

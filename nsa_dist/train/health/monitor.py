@@ -10,8 +10,9 @@ from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.data.batches import BatchCutter
 from nsa_dist.train.files.records import Record
 from nsa_dist.train.health.attention import AttentionMeter
+from nsa_dist.train.health.record import work_record
 from nsa_dist.train.health.replicas import mismatch
-from nsa_dist.train.health.work import Work, work_record
+from nsa_dist.train.health.work import Work
 from nsa_dist.train.model import Trainable
 from nsa_dist.train.world import World
 

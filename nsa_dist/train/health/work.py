@@ -6,9 +6,8 @@ in `run.health_interval`. On a GPU it is the time that the stream which computes
 events, and not that of the host. A wait contains the transfer itself, which a rank's own work does not.
 """
 
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +15,6 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-
-from nsa_dist.train.files.records import Record
-
-SLOW = 1.3  # times the median: from here on a rank is named
 
 
 @dataclass
@@ -71,14 +66,3 @@ class Work:
     def _finish_device(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def work_record(work_s: Sequence[float]) -> Record:
-    """Of all ranks' seconds, in the order of ranks; `slowest_ratio` is over their median."""
-    slowest = max(range(len(work_s)), key=lambda rank: work_s[rank])
-    median = statistics.median(work_s)
-    return {
-        "work_s": [round(seconds, 6) for seconds in work_s],
-        "slowest_rank": slowest,
-        "slowest_ratio": work_s[slowest] / median if median else 1.0,
-    }
