@@ -12,7 +12,7 @@ import pytest
 from launch_cases import Command, tiny_file
 from nsa_launch.run_folder import RunFolder
 
-STEPS, TIMEOUT_S = 40, 12
+STEPS, TIMEOUT_S = 40, 12.5
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +56,7 @@ def test_a_stopped_rank_is_said_named_removed_and_made_good(command, tmp_path, l
             with suppress(ProcessLookupError):
                 os.kill(hung, signal.SIGKILL)
     (failure,) = command.events("failure")
+    assert "Timed out waiting 12500ms" in failure["ranks"][str(1 - rank)], "of a context-parallel group, by a fraction"
     assert list(failure["hung"]) == [str(rank)]
     assert f"its process {hung} has given no sign" in failure["hung"][str(rank)]
     (standstill, *_) = command.events("standstill")
