@@ -1,6 +1,9 @@
 """What spawned ranks tell of the timeouts of their process groups."""
 
+import time
 from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -9,6 +12,9 @@ from megatron.core import parallel_state
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.groups import collectives_begun, groups_of_this_rank, set_timeout, timeout_of
 from nsa_dist.train.world import entered
+from nsa_launch.hangs.pulse import Pulse
+from nsa_launch.hangs.signs import read_all
+from nsa_launch.hangs.verdict import hung
 
 TIMEOUT_S = 1234.567
 HANG_TIMEOUT_S = 0.5
@@ -28,6 +34,22 @@ def _timeouts(config: TrainConfig) -> dict[str, float]:
         return {name: timeout_of(group).total_seconds() for name, group in groups.items()}
 
 
+class Told(NamedTuple):
+    """By one rank, of the three below."""
+
+    timeouts: dict[str, dict[str, float]]
+    hung: list[str]
+    raised: str
+    begun: dict[str, int]
+
+
+def told(rank: int, configs: dict[str, TrainConfig], folder: Path) -> Told:
+    """All of it in one spawn."""
+    return Told(
+        timeouts(rank, configs), waited_for(rank, configs["context"], folder), *late_rank(rank, configs["context"])
+    )
+
+
 def late_rank(rank: int, config: TrainConfig) -> tuple[str, dict[str, int]]:
     """Rank 0 alone comes to a context-parallel collective: what it was told, and what this rank has begun."""
     set_timeout(dist.group.WORLD, timedelta(seconds=60))
@@ -45,3 +67,15 @@ def late_rank(rank: int, config: TrainConfig) -> tuple[str, dict[str, int]]:
         store.set(f"done {rank}", "")
         store.wait([f"done {1 - rank}"], timedelta(seconds=600))
         return told, begun
+
+
+def waited_for(rank: int, config: TrainConfig, folder: Path) -> list[str]:
+    """Rank 0 waits in a collective, to which rank 1 comes only when the signs of both tell it who is waited for."""
+    with entered(config, torch.device("cpu")), Pulse(folder, rank, 2) as pulse:
+        pulse.begins("step", 1)
+        found: list[str] = []
+        while rank == 1 and not found:
+            time.sleep(0.05)  # between two looks
+            found = [str(each) for each in hung(read_all(folder, range(2)))]
+        dist.all_reduce(torch.ones(1), group=parallel_state.get_context_parallel_group())
+        return found

@@ -18,6 +18,7 @@ from nsa_dist.train.data.samples import Samples
 from nsa_dist.train.health import monitor
 from nsa_dist.train.health.replicas import hashes_of
 from nsa_dist.train.health.work import Work
+from nsa_dist.train.hooks import Hooks
 from nsa_dist.train.loop import TrainResult
 from train_cases import STEPS, StopAfter, run, small_config
 
@@ -104,12 +105,20 @@ def spoiled(is_bad: Callable[[int], bool], told: list, firsts: list[int], by: st
     told.append(hashes_of(seen.model))
 
 
-def with_bad_steps(base: Path, name: str, parallel: dict, bad: set[int], by: str = "gradient", **run_keys) -> Told:
+def with_bad_steps(
+    base: Path,
+    name: str,
+    parallel: dict,
+    bad: set[int],
+    by: str = "gradient",
+    hooks: Hooks | None = None,
+    **run_keys,
+) -> Told:
     """A run in which the batches that begin with these samples are never finite."""
     told: list = []
     firsts: list[int] = []
     with spoiled(lambda first: first in bad, told, firsts, by):
-        result = run(config(base, name, parallel, **run_keys))
+        result = run(config(base, name, parallel, **run_keys), hooks)
     hashes = {weight: int(value) for weight, value in told.pop().items()}
     return Told(result, told, firsts, hashes)
 
@@ -136,8 +145,20 @@ def bad_steps(rank: int, base: Path) -> dict[str, Told]:
     return found
 
 
-def goes_back_and_is_slow(rank: int, base: Path) -> tuple[Told, list[float]]:
-    return with_bad_steps(base, "back", LAYOUTS["CP2"], {12, 16}, not_finite="rewind"), slow_rank(rank)
+class Phases(Hooks):
+    """Remembers what it was told to begin."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, int]] = []
+
+    def on_phase(self, phase: str, step: int) -> None:
+        self.begun.append((phase, step))
+
+
+def goes_back_and_is_slow(rank: int, base: Path) -> tuple[Told, list[tuple[str, int]], list[float]]:
+    hooks = Phases()
+    told = with_bad_steps(base, "back", LAYOUTS["CP2"], {12, 16}, hooks=hooks, not_finite="rewind")
+    return told, hooks.begun, slow_rank(rank)
 
 
 def _without_clipping(base: Path, bad: set[int]) -> Told:

@@ -29,13 +29,19 @@ def pair(base) -> list[tuple]:
 
 
 def test_a_run_goes_back_once_and_ends_where_that_does_not_help(base, pair):
-    for told, _ in pair:
+    for told, _, _ in pair:
         assert told.firsts == [0, 4, 8, 12, 8, 16]
         assert told.untouched == [True, True]
         assert "the run has gone back for step 4 before, and left its samples out" in str(told.result.failure)
         assert told.result.checkpoint == str(base / "back/checkpoints/step_00000002")
     assert [r["step"] for r in records(base, "back")] == [1, 2, 3]
     assert [r["step"] for r in records(base, "back", "health")] == [2]
+
+
+def test_a_launcher_is_told_what_every_rank_begins(pair):
+    until_4 = [("step", 3), ("validation", 3), ("step", 4)]
+    expected = [("validation", 0), ("step", 1), ("step", 2), ("checkpoint", 2), *until_4, ("rewind", 4), *until_4]
+    assert [begun for _, begun, _ in pair] == [expected, expected]
 
 
 def patience(**keys) -> Patience:
@@ -95,7 +101,7 @@ def test_a_hash_is_that_of_the_whole_however_it_is_read(monkeypatch):
 
 def test_waiting_is_no_work(pair):
     """Rank 1 computes eight times as much, and rank 0 waits for it."""
-    first_work, first_wait, second_work, _ = pair[0][1]
+    first_work, first_wait, second_work, _ = pair[0][2]
     assert first_work < second_work
     assert first_wait > first_work
 
