@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from nsa_dist.mcore.groups import collectives_begun, groups_of_this_rank, set_timeout, timeout_of
 from nsa_dist.train.config import TrainConfig
-from nsa_dist.train.groups import collectives_begun, groups_of_this_rank, set_timeout, timeout_of
 from nsa_dist.train.world import entered
 from nsa_launch.hangs.pulse import Pulse
 from nsa_launch.hangs.signs import read_all

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from nsa_dist.cp.comm import Comm
 from nsa_dist.mcore.cpu import megatron_on_cpu
+from nsa_dist.mcore.groups import groups_of_this_rank, set_timeout, timeout_of
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.refused import Refused
-from nsa_dist.train.groups import groups_of_this_rank, set_timeout, timeout_of
 
 
 @dataclass(frozen=True)

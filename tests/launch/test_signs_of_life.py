@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from launch_cases import tiny
-from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.refused import Refused
 from nsa_launch.console import Console
 from nsa_launch.hangs import signs, stack
 from nsa_launch.hangs.among_ranks import RankWatch

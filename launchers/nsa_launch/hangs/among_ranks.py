@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.refused import Refused
 from nsa_launch.config import LaunchSection
 from nsa_launch.hangs import signs
 from nsa_launch.hangs.watch import HangWatch, hung_ranks

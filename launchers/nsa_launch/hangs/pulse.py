@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nsa_dist.train.groups import collectives_begun
+from nsa_dist.mcore.groups import collectives_begun
 from nsa_launch.hangs import stack
 from nsa_launch.hangs.signs import ALIVE, ENDED, FAILED, Sign, write
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from nsa_dist.train.groups import set_timeout
+from nsa_dist.mcore.groups import set_timeout
 from nsa_dist.train.hooks import Hooks
 from nsa_dist.train.loop import TrainResult, train
 from nsa_launch.config import RunConfig

@@ -1,6 +1,6 @@
 """How long process groups wait for a rank, and how many collectives each has begun.
 
-A launcher sets the timeout of the default group; `world.entered` gives the same to all of Megatron's.
+A launcher sets the timeout of the default group; `nsa_dist.train.world.entered` gives the same to all of Megatron's.
 """
 
 from datetime import timedelta
