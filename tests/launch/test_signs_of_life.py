@@ -200,6 +200,12 @@ def test_a_rank_that_works_for_ever_is_named_as_well(folder):
     assert list(hung_ranks(folder, {0: "Timed out"}, 20)) == ["1"]
 
 
+def test_a_rank_that_ray_misses_as_well_is_the_one_that_hung(folder):
+    give(folder, sign(0, state=FAILED), sign(1, written_s=78.0))
+    failed = {0: "Timed out waiting 20000ms", 1: "A worker health check has been hanging for 30 seconds"}
+    assert list(hung_ranks(folder, failed, 20)) == ["1"]
+
+
 def test_over_nccl_the_one_that_waited_dies_and_is_not_named(folder):
     give(folder, sign(0, written_s=100.0), sign(1, written_s=78.0))
     assert list(hung_ranks(folder, {0: PROCESS_DIED}, 20)) == ["1"]
