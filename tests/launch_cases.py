@@ -56,7 +56,19 @@ class Command:
     @contextmanager
     def started(self, *words: str) -> Iterator[subprocess.Popen]:
         """The running command; its whole group is gone when the context ends, whatever happens."""
-        command = [sys.executable, "-m", "nsa_launch", "train", str(self._config), *words]
+        with self._running([sys.executable, "-m", "nsa_launch", "train", str(self._config), *words]) as process:
+            yield process
+
+    @contextmanager
+    def torchrun_started(self, max_restarts: int, *words: str) -> Iterator[subprocess.Popen]:
+        """The same through torchrun."""
+        launcher = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(max_restarts)]
+        module = ["-m", "nsa_launch.torchrun", str(self._config), *words]
+        with self._running([sys.executable, "-m", "torch.distributed.run", *launcher, *module]) as process:
+            yield process
+
+    @contextmanager
+    def _running(self, command: list[str]) -> Iterator[subprocess.Popen]:
         with self._output.open("w") as output:
             self._process = subprocess.Popen(
                 command, env=self._environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True

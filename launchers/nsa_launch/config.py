@@ -45,9 +45,20 @@ class LaunchSection(Section):
 
     max_failures: int = Field(default=3, ge=0, description="times that lost processes are started again")
     process_group_timeout_s: float = Field(default=600, gt=0, description="a collective this late means a hung rank")
+    stall_steps: float = Field(
+        default=10, gt=0, description="a step this many times longer than the last ones is said to stand still"
+    )
+    stall_least_s: float = Field(
+        default=30, gt=0, description="but no sooner than this, or half of process_group_timeout_s if that is less"
+    )
     start_timeout_s: float = Field(default=300, gt=0, description="one attempt to place and start all processes")
     resources_timeout_s: float = Field(default=1800, gt=0, description="waiting for a cluster to have room")
     stop_grace_s: float = Field(default=120, gt=0, description="from a signal to the end, checkpoint included")
+
+    @property
+    def rendezvous_timeout_s(self) -> float:
+        """Of the default group until all ranks have met in it; then it is `process_group_timeout_s`."""
+        return max(self.start_timeout_s, self.process_group_timeout_s)
 
     @field_validator("env", "label_selector")
     @classmethod

@@ -11,7 +11,9 @@ from typing import Any
 from rich.console import Console as Terminal
 
 from nsa_dist.train.files.records import MetricsFollower, Record, read_metrics
+from nsa_dist.train.health.record import SLOW
 from nsa_launch.config import RunConfig
+from nsa_launch.hangs.watch import HangWatch
 from nsa_launch.progress import TrainProgress
 from nsa_launch.ranks import output as rank_output
 from nsa_launch.run_folder import PROCESS_DIED, RunFolder
@@ -32,8 +34,11 @@ class Console:
         self._events, self._metrics = MetricsFollower(folder.launches), MetricsFollower(folder.output.metrics)
         for follower in (self._events, self._metrics):
             follower.poll()  # what earlier launches wrote is not news
+        self._hangs = HangWatch(config.launch, folder)
         self._num_incomplete = 0  # records that lack what is to be shown of them
         self._num_failures = 0
+        self._world_size = config.world_size
+        self._slow: set[int] = set()  # ranks that were named as that
         self.ranks_are_up = False
         self.refusal = ""  # what a rank found wrong with the configuration
 
@@ -55,6 +60,13 @@ class Console:
         for record in self._metrics.poll():
             self._show(self._show_record, record)
 
+    def watch(self) -> None:
+        """Say if the run stands still, and write it down."""
+        standstill = self._hangs.poll() if self.ranks_are_up else None
+        if standstill is not None:
+            self._folder.record("standstill", lines=standstill.lines)
+            self.say("\n".join(standstill.lines))
+
     def _show(self, show: Callable[[Record], None], record: Record) -> None:
         """A spoiled record takes nothing away but its own line: the ranks do not depend on what is shown."""
         try:
@@ -72,6 +84,10 @@ class Console:
     def _show_record(self, record: Record) -> None:
         if record["kind"] == "start":
             self._show_start(record)
+        elif record["kind"] == "health":
+            self._show_slow(record)
+        elif record["kind"] == "not_finite":
+            self._show_not_finite(record)
         else:
             self._bar().feed(record)
 
@@ -89,16 +105,43 @@ class Console:
         if kind == "launch":
             self.ranks_are_up = False
         elif kind == "start":
-            self.ranks_are_up = True
+            self.ranks_are_up, self._world_size = True, event["world_size"]
             self.say(f"{event['world_size']} ranks are up, training from step {event['step']}")
         elif kind == "failure":
             self.ranks_are_up = False
             self._num_failures += 1
-            self.say(f"{_culprits(event['ranks'])}; {self._consequence()}")
+            self.say(f"{_culprits(event['ranks'], event.get('hung'))}; {self._consequence()}")
+        elif kind == "out_of_memory":
+            self._show_shortage(event)
         elif kind == "notice":
             self.say(f"note: {event['text']}")
         elif kind == "refused":
             self.refusal = event["reason"]
+
+    def _show_shortage(self, event: Mapping[str, Any]) -> None:
+        """Of the first rank of an attempt: the others hold as much, or lost their partner."""
+        if self.ranks_are_up:
+            from nsa_launch.memory import shown  # the planner, which other runs do not need
+
+            self.ranks_are_up = False
+            self.say("\n".join(shown.lines(self._config, event, self._world_size)))
+
+    def _show_slow(self, record: Record) -> None:
+        """Once for each rank: a step later it is no news."""
+        rank, ratio = record["slowest_rank"], record["slowest_ratio"]
+        if ratio >= SLOW and rank not in self._slow:
+            self._slow.add(rank)
+            self.say(
+                f"rank {rank} is slow: in step {record['step']} it worked {record['work_s'][rank]:.3g} s, {ratio:.2f} "
+                f"times the median of the ranks (waiting for others left out); topology.json says where it runs"
+            )
+
+    def _show_not_finite(self, record: Record) -> None:
+        done = {"skip": "left out", "rewind": "gone back to the last checkpoint for", "stop": "the end of the run"}
+        self.say(
+            f"step {record['step']} is not finite (loss {record['loss']}, gradient norm {record['grad_norm']}, over "
+            f"samples {record['samples'][0]} to {record['samples'][1]}): {done[record['action']]}"
+        )
 
     def _show_start(self, record: Record) -> None:
         for key, (old, new) in record.get("changed", {}).items():
@@ -124,7 +167,11 @@ class Console:
         self._stack.close()
         output = self._folder.output
         stopped = ended["stopped"]
-        self.say(f"{'stopped after' if stopped else 'finished'} step {ended['step']} of {self._config.run.steps}")
+        failure = ended.get("failure")
+        if failure:
+            self.say(f"the run ended, and starting it again as it is would not help: {failure}")
+        done = "stopped after" if stopped else "failed after" if failure else "finished"
+        self.say(f"{done} step {ended['step']} of {self._config.run.steps}")
         validation = read_metrics(output.metrics, "validation")
         if len(validation) > 1:
             first, last = validation[0], validation[-1]
@@ -168,8 +215,10 @@ class Console:
         self.say(f"--- training failed on ranks {ranks}; what every rank wrote is in {self._folder.logs}")
 
 
-def _culprits(ranks: Mapping[str, str]) -> str:
-    """The ranks that died, or else the first that raised: the others only lost their partners."""
+def _culprits(ranks: Mapping[str, str], hung: Mapping[str, str] | None = None) -> str:
+    """The ranks that hung or died, or else the first that raised: the others only lost their partners."""
+    if hung:
+        return ", ".join(f"rank {rank} {why}" for rank, why in hung.items())
     dead = [f"rank {rank}" for rank, reason in ranks.items() if reason == PROCESS_DIED]
     if dead:
         return f"{', '.join(dead)} died"

@@ -5,6 +5,7 @@ launches.jsonl    launches, starts, failures and ends, one line each
 topology.json     which rank ran where, under which process id
 logs/rank-*.log   what each rank wrote to stdout and stderr
 report.html       the run on one page, written when it ends (`nsa_launch.report`)
+pulses/           the last sign of life of each rank: `nsa_launch.hangs.signs`
 STOP              its appearance asks for a checkpoint and an end; `touch` it from anywhere
 ray/              Ray Train's own folder, a new one for each launch
 """
@@ -28,7 +29,16 @@ from nsa_dist.train.refused import Refused
 from nsa_launch.config import RunConfig
 
 # What a launched run makes beside what the trainer does. `.lock` stays.
-LAUNCHED = (*MADE, "config.yaml", "launches.jsonl", "topology.json", "logs/rank-*.log", "ray/launch-*", "report.html")
+LAUNCHED = (
+    *MADE,
+    "config.yaml",
+    "launches.jsonl",
+    "topology.json",
+    "logs/rank-*.log",
+    "pulses/rank-*.json",
+    "ray/launch-*",
+    "report.html",
+)
 _LONGEST_STOP = len("SIGTERM")  # what a launch writes into it
 PROCESS_DIED = "its process died"  # killed, out of memory, or crashed: the reason in a "failure" event
 
@@ -67,6 +77,17 @@ class RunFolder:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def pulses(self) -> Path:
+        return self.path / "pulses"
+
+    def ranks(self) -> range:
+        """Those of the last start; none before the first."""
+        try:
+            return range(len(json.loads(self.topology.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError):
+            return range(0)
 
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank:04d}.log"
@@ -154,6 +175,9 @@ def _prepare(folder: RunFolder, config: RunConfig) -> None:
     """Take away an old STOP; write down what is about to run, without what was to be done with the folder this time."""
     folder.stop.unlink(missing_ok=True)
     folder.logs.mkdir(exist_ok=True)
+    folder.pulses.mkdir(exist_ok=True)
+    for path in folder.pulses.glob("rank-*.json"):
+        path.unlink()
     written = config.model_dump(mode="json", exclude={"run": {"resume", "overwrite"}})
     mode = 0o600 if config.launch.env else None  # a name may hide a secret from `is_secret`
     write_atomically(folder.path / "config.yaml", yaml.safe_dump(written, sort_keys=False), mode)

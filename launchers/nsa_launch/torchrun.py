@@ -22,9 +22,11 @@ from nsa_launch import exit_codes
 from nsa_launch.commands import doctor
 from nsa_launch.config import RunConfig, load
 from nsa_launch.console import Console
+from nsa_launch.hangs.among_ranks import RankWatch
 from nsa_launch.processes import Processes, check_groups, decide
 from nsa_launch.ranks import rank
 from nsa_launch.ranks.hooks import FolderHooks
+from nsa_launch.ranks.meeting import store_of_attempt
 from nsa_launch.run_folder import RunFolder, claimed
 from nsa_launch.stop_signals import StopSignals
 
@@ -97,14 +99,20 @@ class _ShownHooks(FolderHooks):
 
 
 def _train(config: RunConfig, processes: Processes, folder: RunFolder) -> int:
-    timeout = timedelta(seconds=config.launch.process_group_timeout_s)
+    timeout = timedelta(seconds=config.launch.rendezvous_timeout_s)
     with StopSignals(lambda _: folder.stop.touch()) as signals, Console(config, folder) as console:
-        dist.init_process_group(processes.backend, timeout=timeout)
+        store, mine, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store = store_of_attempt(store, mine, world_size, timeout)
+        dist.init_process_group(processes.backend, store=store, rank=mine, world_size=world_size, timeout=timeout)
         host = socket.gethostname()
-        result = rank.run(config, processes, _ShownHooks(folder, console), node=host, nvlink_domain=host)
+        hooks, watch = _ShownHooks(folder, console), RankWatch(config.launch, folder, dist.get_rank())
+        with watch.naming_the_hung():
+            result = rank.run(config, processes, hooks, host, nvlink_domain=host, on_beat=watch.look)
         if dist.get_rank() == 0:
             console.finish(asdict(result))
         dist.destroy_process_group()
+    if result.failure:
+        return exit_codes.FAILED
     return exit_codes.stopped_by(signals.received) if signals.received and result.stopped else exit_codes.OK
 
 

@@ -1,6 +1,6 @@
 """The core of the layer: from projected q, k, v and gate logits to the attention's output, sample by sample."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -29,6 +29,7 @@ class NSACoreAttention(MegatronModule):
         self.compress_v = _build_compressor(config, config.v_head_dim, pg_collection, None)
         self._recorded: list[Tensor] | None = None
         self._traffic: Traffic | None = None
+        self._observe: Callable[[Tensor, Tensor], None] | None = None
 
     def forward(self, q: Tensor, kv: Tensor, gate_logits: Tensor, rank_plan: RankPlan) -> Tensor:
         """q [T, b, Hq, Dk], kv [T, b, Hkv, pairs * (Dk + Dv)], gate_logits [T, b, Hq, 3] -> [T, b, Hq * Dv]."""
@@ -44,6 +45,15 @@ class NSACoreAttention(MegatronModule):
             yield recorded
         finally:
             self._recorded = None
+
+    @contextmanager
+    def observing(self, observe: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+        """Inside, `observe(gates [T, Hq, 3], block_indices [T, Hkv, n])` is called for every sample."""
+        self._observe = observe
+        try:
+            yield
+        finally:
+            self._observe = None
 
     @property
     def comm(self) -> Comm:
@@ -63,10 +73,11 @@ class NSACoreAttention(MegatronModule):
         plan = rank_plan.plan
         if plan.cp_size == 1:  # pads documents to whole blocks; more ranks were given whole blocks
             q, kv, gate_logits = (plan.shard(x, 0) for x in (q, kv, gate_logits))
+        gates = torch.sigmoid(gate_logits.to(torch.promote_types(gate_logits.dtype, torch.float32)))
         out, block_indices = nsa_attention(
             self._rotate(q, rank_plan),
             self._branches(kv, rank_plan),
-            torch.sigmoid(gate_logits.to(torch.promote_types(gate_logits.dtype, torch.float32))),
+            gates,
             self.config.nsa,
             compress_k=self.compress_k,
             compress_v=self.compress_v,
@@ -79,6 +90,8 @@ class NSACoreAttention(MegatronModule):
         )
         if plan.cp_size == 1:
             out, block_indices = plan.unshard([out]), plan.unshard([block_indices])
+        if self._observe is not None:
+            self._observe(plan.unshard([gates]) if plan.cp_size == 1 else gates, block_indices)
         if self._recorded is not None:
             self._recorded.append(block_indices)
         return out

@@ -66,6 +66,7 @@ def restore(model: Trainable, path: Path) -> Position:
     loaded = dist_checkpointing.load(state, str(path))
     model.bare_model.load_state_dict(loaded["model"])
     _load_optimizer(model, loaded["optimizer"])
+    model.scheduler.num_steps = 0  # Megatron adds what it loads: a run that goes back has made steps already
     model.scheduler.load_state_dict(loaded["scheduler"])
     if "random" in state:
         _set_random_states(loaded["random"])

@@ -252,6 +252,16 @@ class RunSection(Section):
     checkpoint_interval: int = Field(default=100, ge=1, description="steps from one checkpoint to the next")
     keep_checkpoints: int = Field(default=2, ge=1, description="the newest so many; older ones are removed")
     log_interval: int = Field(default=1, ge=1, description="steps from one record of metrics to the next")
+    not_finite: Literal["stop", "skip", "rewind"] = Field(
+        default="stop",
+        description="at a loss or gradient norm that is not finite: end the run; leave the step's samples out; or go "
+        "back to the last checkpoint and leave them out",
+    )
+    not_finite_limit: int = Field(default=10, ge=1, description="steps in a row that are skipped before the run stops")
+    health_interval: int = Field(default=100, ge=1, description="steps from one record of health to the next")
+    replica_check_interval: int = Field(
+        default=100, ge=1, description="steps from one comparison of all replicas' weights to the next"
+    )
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of weights and activations; bf16 keeps fp32 weights in the optimizer"
     )

@@ -23,3 +23,9 @@ class Hooks:
     def on_notice(self, text: str) -> None:
         """Given, on rank 0, what people should read once in a run, such as that Megatron-core drops a part."""
         print(text, file=sys.stderr, flush=True)
+
+    def on_phase(self, phase: str, step: int) -> None:
+        """Told on every rank what it begins; no time to speak of may be spent here.
+
+        "step": to be made. "start", "validation", "checkpoint", "rewind", "pictures": after `step` of them.
+        """

@@ -46,7 +46,8 @@ FIXED: dict[str, str] = {
 # These change nothing that a step computes from the same samples (to rounding), or are meant to be changed on the way.
 FREE = {
     "run.steps", "run.micro_batch_size", "run.global_batch_size", "run.eval_interval", "run.eval_batches",
-    "run.checkpoint_interval", "run.keep_checkpoints", "run.log_interval", "model.recompute_attention",
+    "run.checkpoint_interval", "run.keep_checkpoints", "run.log_interval", "run.not_finite",
+    "run.not_finite_limit", "run.health_interval", "run.replica_check_interval", "model.recompute_attention",
     "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size", "parallel.context_parallel_size",
     "parallel.sequence_parallel", "parallel.layout", "parallel.kv_fetch_budget_bytes", "parallel.whole_shard_fraction",
     "parallel.link_gb_per_s", "parallel.keep_pages", "parallel.head_groups",

@@ -1,7 +1,6 @@
 """START HERE: one training run, from configuration to the last checkpoint and the pictures."""
 
 import resource
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,9 @@ from nsa_dist.train.files.metrics import MetricsLog
 from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.files.plots import plot_losses, plot_selection
 from nsa_dist.train.files.records import Record, read_metrics
+from nsa_dist.train.health.clock import Clock
+from nsa_dist.train.health.finite import Patience
+from nsa_dist.train.health.monitor import Monitor
 from nsa_dist.train.hooks import Hooks
 from nsa_dist.train.model import Trainable, build
 from nsa_dist.train.prepare import note_settings, prepare_output
@@ -38,6 +40,7 @@ class TrainResult:
     train_loss: float | None
     validation_loss: float | None
     checkpoint: str | None
+    failure: str | None = None  # why it ended before its time, where starting again would not help
 
 
 def train(config: TrainConfig, hooks: Hooks, device: torch.device) -> TrainResult:
@@ -63,11 +66,13 @@ def train(config: TrainConfig, hooks: Hooks, device: torch.device) -> TrainResul
                 hooks.on_notice(text)
         start = Position() if intact.path is None else checkpoint.restore(model, intact.path)
         meter = TrafficMeter(config, cutter.plan)
-        run = _Run(config, hooks, output, world, model, cutter, datasets, meter)
+        monitor = Monitor(config, world, model, cutter)
+        run = _Run(config, hooks, output, world, model, cutter, datasets, meter, monitor, Patience(config.run))
         with run.logging(start.step):
             run.report_start(start, intact)
             result = run.steps_from(start, intact.path)
-        if not result.stopped:
+        if not (result.stopped or result.failure):
+            hooks.on_phase("pictures", result.step)
             run.draw()
         return result
 
@@ -84,9 +89,11 @@ class _Run:
     cutter: BatchCutter
     datasets: Datasets
     meter: TrafficMeter
+    monitor: Monitor
+    patience: Patience
     log: MetricsLog | None = None  # on process 0
     validation_loss: float | None = None
-    clock: "_Clock" = field(default_factory=lambda: _Clock())
+    clock: Clock = field(default_factory=Clock)
 
     @contextmanager
     def logging(self, first_step: int) -> Iterator[None]:
@@ -99,27 +106,66 @@ class _Run:
 
     def steps_from(self, start: Position, path: Path | None) -> TrainResult:
         """The steps from `start`, the checkpoint at `path`, to `run.steps`, with what is due between them."""
-        run = self.config.run
-        (step, samples), stop, loss = start, False, None
-        ask = self.hooks.should_stop
-        if step == 0:
+        run, ask = self.config.run, self.hooks.should_stop
+        at, stop, failure, loss = start, False, "", None
+        if at.step == 0:
             self.validate(0)
-        while step < run.steps and not stop:
-            with self.clock:
-                result = train_step(self.model, self.cutter, self.datasets.train, samples, self.world, self.meter, ask)
-            step, samples, loss = step + 1, samples + run.global_batch_size, result.loss
+        while at.step < run.steps and not stop:
+            step, first = at.step + 1, self.patience.first_of(at.samples)
+            self.hooks.on_phase("step", step)
+            with self.clock, self.monitor.watching(step):
+                result = train_step(self.model, self.cutter, self.datasets.train, first, self.world, self.meter, ask)
+            if result.is_finite:
+                self.patience.was_finite()
+                loss = result.loss
+            else:
+                answer, failure = self.answer(Position(step, first), result, path)
+                if answer == "rewind":
+                    at, path = self.gone_back(step)
+                    continue
+            failure = failure or self.monitor.drift(step)
+            if failure:
+                break
+            at = Position(step, first + run.global_batch_size)
             stop = result.stop and step < run.steps
-            is_last = step == run.steps
-            if step % run.log_interval == 0 or is_last:
-                self.report(Position(step, samples), result)
-            if step % run.eval_interval == 0 or is_last:
+            self.report_due(at, result)
+            if step % run.eval_interval == 0 or step == run.steps:
                 self.validate(step)
-            if step % run.checkpoint_interval == 0 or is_last or stop:
-                path = checkpoint.save(
-                    self.model, self.output, Position(step, samples), run.keep_checkpoints, self.world
-                )
+            if step % run.checkpoint_interval == 0 or step == run.steps or stop:
+                self.hooks.on_phase("checkpoint", step)
+                path = checkpoint.save(self.model, self.output, at, run.keep_checkpoints, self.world)
                 self.hooks.on_checkpoint(step, path, self.losses(loss))
-        return TrainResult(step, stop, loss, self.validation_loss, None if path is None else str(path))
+        checkpointed = None if path is None else str(path)
+        return TrainResult(at.step, stop, loss, self.validation_loss, checkpointed, failure or None)
+
+    def answer(self, at: Position, result: StepResult, path: Path | None) -> tuple[str, str]:
+        """What is done about a step that is not finite, over the samples from `at.samples` on, and why the run ends."""
+        answer, last = self.patience.answer(at.step, at.samples, path is not None), self.config.run.global_batch_size
+        samples = [at.samples, at.samples + last - 1]
+        found = {"loss": str(result.loss), "grad_norm": str(result.grad_norm)}  # JSON has no word for them
+        self.write({"kind": "not_finite", "step": at.step, "samples": samples, **found, "action": answer.action})
+        if answer.action != "stop":
+            return answer.action, ""
+        return "stop", (
+            f"step {at.step} is not finite (loss {result.loss:g}, gradient norm {result.grad_norm:g}, over samples "
+            f"{samples[0]} to {samples[1]}): {answer.reason}. No weight was moved by it"
+        )
+
+    def gone_back(self, step: int) -> tuple[Position, Path | None]:
+        """The state of the newest intact checkpoint again, after `step` went wrong."""
+        self.hooks.on_phase("rewind", step)
+        intact = newest_intact(self.output, self.world)
+        if intact.path is None:
+            raise RuntimeError(f"{self.output.root} has lost the checkpoint that the run was to go back to")
+        return checkpoint.restore(self.model, intact.path), intact.path
+
+    def report_due(self, at: Position, result: StepResult) -> None:
+        """The records of a step that are due after it; a step that was left out has none but that."""
+        run = self.config.run
+        if result.is_finite and (at.step % run.log_interval == 0 or at.step == run.steps):
+            self.report(at, result)
+        if self.monitor.is_due(at.step):
+            self.write(self.monitor.record(at.step))
 
     def report_start(self, start: Position, intact: Intact) -> None:
         """The record of where it goes on, what differs from the last start, and how the sequence is shared."""
@@ -162,6 +208,7 @@ class _Run:
 
     def validate(self, step: int) -> None:
         """One validation record, over the same sequences every time."""
+        self.hooks.on_phase("validation", step)
         self.validation_loss = evaluate(
             self.model, self.cutter, self.datasets.validation, self.config.run.eval_batches, self.world
         )
@@ -172,9 +219,9 @@ class _Run:
             self.log.write(record)
             self.hooks.on_metrics(record)
 
-    def losses(self, train_loss: float) -> dict[str, float]:
-        validation = {} if self.validation_loss is None else {"validation_loss": self.validation_loss}
-        return {"train_loss": train_loss, **validation}
+    def losses(self, train_loss: float | None) -> dict[str, float]:
+        known = {"train_loss": train_loss, "validation_loss": self.validation_loss}
+        return {name: loss for name, loss in known.items() if loss is not None}
 
     def draw(self) -> None:
         """`loss.png` and `selection.png`, of the last layer of process 0's stage."""
@@ -192,26 +239,3 @@ def _peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-class _Clock:
-    """Seconds spent inside `with clock:`, in all and since the last lap."""
-
-    def __init__(self) -> None:
-        self.total_s = 0.0
-        self._lap_s, self._laps = 0.0, 0
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *exception: object) -> None:
-        seconds = time.perf_counter() - self._start
-        self.total_s += seconds
-        self._lap_s += seconds
-        self._laps += 1
-
-    def lap(self) -> tuple[int, float]:
-        """(times inside, seconds inside) since the last lap."""
-        steps, seconds = self._laps, self._lap_s
-        self._lap_s, self._laps = 0.0, 0
-        return steps, seconds

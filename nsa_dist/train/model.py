@@ -58,8 +58,9 @@ def build(config: TrainConfig, world: World) -> Trainable:
     if world.device.type == "cuda":
         model.cuda(world.device)
     inner = Float16Module(megatron, model) if megatron.bf16 else model
+    # Gradients that are not finite are found by their norm: `health.finite`. Megatron's own check ends the process.
     module = DistributedDataParallel(
-        megatron, DistributedDataParallelConfig(grad_reduce_in_fp32=True, check_for_nan_in_grad=True), inner
+        megatron, DistributedDataParallelConfig(grad_reduce_in_fp32=True, check_for_nan_in_grad=False), inner
     )
     module.broadcast_params()
     optimizer = get_megatron_optimizer(_optimizer_config(config.optimizer, megatron), [module])

@@ -1,5 +1,6 @@
 """One optimizer step and one evaluation, over Megatron's forward-backward schedules."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -10,19 +11,27 @@ from torch import Tensor
 
 from nsa_dist.train.data.batches import Batch, BatchCutter
 from nsa_dist.train.data.samples import Samples
+from nsa_dist.train.health.finite import asked_before
 from nsa_dist.train.model import Trainable
 from nsa_dist.train.traffic import TrafficMeter
 from nsa_dist.train.world import World
 
 
 class StepResult(NamedTuple):
-    """Of one step over all ranks: mean loss in nats per token, gradient norm before clipping, the rate used."""
+    """Of one step over all ranks: mean loss in nats per token, gradient norm before clipping, the rate used.
+
+    Where loss or norm is not finite, no weight and no state of the optimizer was touched.
+    """
 
     loss: float
     grad_norm: float
     lr: float
     stop: bool
     traffic: list[float]  # the sum of all ranks' tables, for `TrafficMeter.record`
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def train_step(
@@ -36,7 +45,8 @@ def train_step(
 ) -> StepResult:
     """One step over the global batch of samples from number `first` on.
 
-    `should_stop` is asked on process 0 and the answer reaches all of them.
+    `should_stop` is asked on process 0 and the answer reaches all of them. Whether loss and gradient norm are finite is
+    decided from the same sums on every process, before anything moves; the learning rate's schedule moves on even so.
     """
     model.module.train()
     model.module.zero_grad_buffer()
@@ -44,12 +54,21 @@ def train_step(
     with meter.counting(model) as counted:
         totals = _forward_backward(model, cutter, dataset, first, forward_only=False)
     lr = model.optimizer.param_groups[0]["lr"]
-    _, grad_norm, _ = model.optimizer.step()
-    model.scheduler.step(1)
-    asked = torch.tensor([float(world.is_main and should_stop())], dtype=torch.float64, device=world.device)
     sent = meter.pack(model, counted).to(world.device)
-    loss_sum, num_tokens, stop, *traffic = world.sum(torch.cat([totals, asked, sent])).tolist()
-    return StepResult(loss_sum / num_tokens, float(grad_norm or 0.0), lr, stop > 0, traffic)
+    results: list[StepResult] = []
+
+    def may_move(grad_norm: float) -> bool:
+        told = [float(world.is_main and should_stop()), 0.0 if math.isfinite(grad_norm) else 1.0]
+        row = torch.cat([totals, torch.tensor(told, dtype=torch.float64, device=world.device), sent])
+        loss_sum, num_tokens, stop, bad, *traffic = world.sum(row).tolist()
+        shown = grad_norm if not bad or not math.isfinite(grad_norm) else math.nan  # another rank's was not finite
+        results.append(StepResult(loss_sum / num_tokens, shown, lr, stop > 0, traffic))
+        return results[0].is_finite
+
+    with asked_before(model.optimizer, may_move):
+        model.optimizer.step()
+    model.scheduler.step(1)
+    return results[0]
 
 
 @torch.no_grad()

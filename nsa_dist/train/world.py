@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nsa_dist.cp.comm import Comm
 from nsa_dist.mcore.cpu import megatron_on_cpu
+from nsa_dist.mcore.groups import groups_of_this_rank, set_timeout, timeout_of
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.refused import Refused
 
@@ -80,8 +81,9 @@ def _outcome(work: Callable[[], Any]) -> tuple[dict[str, Any], Exception | None]
 def entered(config: TrainConfig, device: torch.device) -> Iterator[World]:
     """Inside, Megatron's process groups and random states are those of `config`; afterwards they are gone.
 
-    ValueError without an initialised torch.distributed, if its processes do not fit the configuration, or if a CPU
-    run is asked of a process that sees a GPU (Megatron would use the GPU).
+    Every group gets the timeout that the default group has. ValueError without an initialised torch.distributed, if
+    its processes do not fit the configuration, or if a CPU run is asked of a process that sees a GPU (Megatron would
+    use the GPU).
     """
     if not dist.is_initialized():
         raise Refused(
@@ -96,13 +98,17 @@ def entered(config: TrainConfig, device: torch.device) -> Iterator[World]:
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    timeout = timeout_of(dist.group.WORLD)
     with megatron_on_cpu():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
             context_parallel_size=config.parallel.context_parallel_size,
+            distributed_timeout_minutes=timeout.total_seconds() / 60,  # a fraction of one, too
         )
         try:
+            for group in groups_of_this_rank():
+                set_timeout(group, timeout)  # Megatron forgets the gloo twin of the experts' replicas
             _seed(config.run.seed)
             yield _this_process(device)
         except BaseException:

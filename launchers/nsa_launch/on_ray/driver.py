@@ -140,6 +140,7 @@ class Launch:
             attempt.thread.join(_POLL_S)
             self.console.update()
             room.look(self.console.ranks_are_up)
+            self.console.watch()
             if self.console.refusal:
                 return
             if self.signals.received is None:
@@ -156,6 +157,8 @@ class Launch:
         if attempt.result is not None:
             ended = attempt.result.return_value
             self.console.finish(ended)
+            if ended["failure"]:
+                return exit_codes.FAILED
             return exit_codes.stopped_by(stopped_by) if stopped_by and ended["stopped"] else exit_codes.OK
         if stopped_by:
             self.console.say("stopped without an answer from the ranks; the last checkpoint is the one to resume from")

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from nsa_launch.config import RunConfig
 from nsa_launch.processes import Processes
 
+_LEAST_PATIENCE_S = 30.0  # with a rank that does not answer Ray: a busy process may take some seconds
+
 
 def ray_settings(config: RunConfig) -> dict[str, str]:
     """Environment of driver, controller and workers."""
@@ -17,9 +19,10 @@ def ray_settings(config: RunConfig) -> dict[str, str]:
         "RAY_TRAIN_V2_ENABLED": "1",
         # How soon a dead rank is noticed, and for how long ray.train.report blocks: 2 s by default.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{launch.start_timeout_s:g}",
-        # Both wait for ever, or half a minute for each hung rank, unless told otherwise.
-        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": f"{launch.process_group_timeout_s:g}",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(launch.start_timeout_s),
+        # These wait for ever, ten minutes, or half a minute for each hung rank, unless told otherwise.
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(launch.process_group_timeout_s),
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(max(launch.process_group_timeout_s, _LEAST_PATIENCE_S)),
         "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
         # Every print would appear twice, every report once per rank, and tracebacks merged line by line.
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",

@@ -8,6 +8,7 @@ import ray.train
 import ray.train.torch
 
 from nsa_launch.config import RunConfig
+from nsa_launch.hangs.watch import hung_ranks
 from nsa_launch.on_ray import worker
 from nsa_launch.on_ray.environment import worker_environment
 from nsa_launch.processes import Processes
@@ -19,11 +20,13 @@ _V2: Any = ray.train  # on import it puts the classes of version 2 under names w
 class FailureLog(ray.train.UserCallback):
     """Writes down which ranks failed, from Ray Train's controller, before it starts them again."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
+    def __init__(self, folder: RunFolder, timeout_s: float) -> None:
+        self._folder, self._timeout_s = folder, timeout_s
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self._folder.record("failure", ranks={str(rank): reason(error) for rank, error in worker_exceptions.items()})
+        reasons = {rank: reason(error) for rank, error in worker_exceptions.items()}
+        hung = hung_ranks(self._folder, reasons, self._timeout_s)
+        self._folder.record("failure", ranks={str(rank): why for rank, why in reasons.items()}, hung=hung)
 
 
 def reason(error: Exception) -> str:
@@ -45,7 +48,8 @@ def trainer(config: RunConfig, processes: Processes, launch_id: str) -> Any:
         partial(worker.run_rank, secrets=config.launch.secrets),
         train_loop_config=worker.payload(config, processes, launch_id),
         torch_config=_V2.torch.TorchConfig(
-            backend=processes.backend, timeout_s=int(config.launch.process_group_timeout_s)
+            backend=processes.backend,
+            timeout_s=config.launch.rendezvous_timeout_s,  # Ray says int, and hands it to timedelta
         ),
         scaling_config=_scaling(config, processes),
         run_config=_V2.RunConfig(
@@ -54,7 +58,7 @@ def trainer(config: RunConfig, processes: Processes, launch_id: str) -> Any:
             failure_config=_patience(config),
             checkpoint_config=_V2.CheckpointConfig(num_to_keep=2),
             logging_config=_V2.LoggingConfig(log_level="ERROR"),
-            callbacks=[FailureLog(folder)],
+            callbacks=[FailureLog(folder, config.launch.process_group_timeout_s)],
             worker_runtime_env={"env_vars": worker_environment(config, processes)},
         ),
     )

@@ -4,9 +4,13 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nsa_dist.train.hooks import Hooks
 from nsa_launch.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from nsa_launch.hangs.pulse import Pulse  # which needs Megatron-core, and the driver imports this file
 
 
 class FolderHooks(Hooks):
@@ -14,6 +18,11 @@ class FolderHooks(Hooks):
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
+        self.pulse: Pulse | None = None
+
+    def on_phase(self, phase: str, step: int) -> None:
+        if self.pulse is not None:
+            self.pulse.begins(phase, step)
 
     def should_stop(self) -> bool:
         return self._folder.stop.exists()

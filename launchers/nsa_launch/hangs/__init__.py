@@ -1,0 +1,1 @@
+"""Ranks that hang: their signs of life, who watches them, and what is said."""
