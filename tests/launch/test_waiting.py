@@ -47,7 +47,7 @@ def test_it_is_asked_seldom_and_by_one_thread_at_a_time(clock):
 
 
 def test_a_cluster_that_does_not_answer_keeps_nobody_waiting(clock):
-    """As Ray's does for a minute when a node has vanished; what it says of the time before is not news."""
+    """As Ray's does while its head is out of reach; what it says of the time before is not news."""
     said: list[str] = []
     answer = threading.Event()
     watched = Room(said.append, lambda: answer.wait() and "a GPU", 1.0)

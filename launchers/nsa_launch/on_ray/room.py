@@ -11,8 +11,8 @@ _INTERVAL_S = 2.0  # from an answer of the cluster to the next question
 class Room:
     """Asks now and then whether the cluster has room for the ranks, while there are none.
 
-    The question is asked in a thread: Ray answers within milliseconds, but not for a minute or more when a node has
-    just vanished, and signals and news of the ranks cannot wait for that.
+    The question is asked in a thread: Ray answers within milliseconds, but not for minutes while its head is out of
+    reach, and signals and news of the ranks cannot wait for that.
 
     missing     what it lacks at this moment, in words; empty when it has everything
     """
