@@ -27,6 +27,7 @@ mount -t tmpfs tmpfs /dev/shm
 mkdir -p /tmp/ray {home}/ray
 mount --bind {home}/ray /tmp/ray
 ip link set lo up
+ip addr add {address}/32 dev lo  # its own also while no cable is in
 trap '' CHLD  # what nobody else waits for leaves no zombie
 echo ready
 exec sleep infinity
@@ -65,7 +66,7 @@ class Host:
     _keeper: subprocess.Popen | None = None
 
     def boot(self, hosts: Path) -> None:
-        script = _READY.format(name=self.name, hosts=hosts, home=self.home)
+        script = _READY.format(name=self.name, hosts=hosts, home=self.home, address=self.address)
         self._keeper = subprocess.Popen(
             ["unshare", *_NAMESPACES, "sh", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -135,7 +136,6 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
 def one_host(folder: Path) -> Iterator[Host]:
     """Alone, without a cable."""
     with _booted(folder, "host-a") as (host,):
-        host.run(["ip", "addr", "add", f"{host.address}/24", "dev", "lo"])
         yield host
 
 

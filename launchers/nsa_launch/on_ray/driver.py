@@ -108,6 +108,11 @@ class Launch:
     folder: RunFolder
     console: Console
     signals: StopSignals
+    room: Room = field(init=False)
+
+    def __post_init__(self) -> None:
+        patience_s = self.config.launch.resources_timeout_s
+        self.room = Room(self.console.say, lambda: session.missing_resources(self.processes), patience_s)
 
     def run(self) -> int:
         """The exit code."""
@@ -126,20 +131,15 @@ class Launch:
 
         launch_id = f"launch-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}-{number}"
         self.folder.record("launch", id=launch_id, pid=os.getpid(), world_size=self.processes.world_size)
-        self._room().look(ranks_are_up=False)
         return Attempt(trainer(self.config, self.processes, launch_id))
-
-    def _room(self, said: str = "") -> Room:
-        patience_s = self.config.launch.resources_timeout_s
-        return Room(self.console.say, lambda: session.missing_resources(self.processes), patience_s, said)
 
     def _watch(self, attempt: Attempt) -> None:
         """Until the attempt ends, a rank refuses, a signal's grace is over, or no rank is there to hear the signal."""
-        deadline, room = None, self._room(session.missing_resources(self.processes))
+        deadline = None
         while attempt.thread.is_alive():
             attempt.thread.join(_POLL_S)
             self.console.update()
-            room.look(self.console.ranks_are_up)
+            self.room.look(self.console.ranks_are_up)
             self.console.watch()
             if self.console.refusal:
                 return
