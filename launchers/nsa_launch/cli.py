@@ -4,6 +4,7 @@ Imports are inside the commands, so that --help and mistakes answer at once.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -104,9 +105,11 @@ def _train(arguments: argparse.Namespace) -> int:
             run_folder.check(config)  # both before torch is imported, which counts GPUs, and takes longer than they do
             plan = ray_driver.plan(config, doctor.machine())
             folder = stack.enter_context(run_folder.claimed(config))
-        except Refused as error:
+        except (Refused, ConnectionError) as error:
             print(f"nsa-dist: {error}", file=sys.stderr)
             return exit_codes.BAD_CONFIG
+        except KeyboardInterrupt:
+            return exit_codes.stopped_by(signal.SIGINT)
         return ray_driver.run(plan, folder)
 
 

@@ -52,9 +52,14 @@ def check_groups(config: RunConfig) -> None:
     )
 
 
-def decide(config: RunConfig, gpus_per_node: int) -> Processes:
-    """Settle device and backend for nodes with that many GPUs. ValueError on what contradicts itself."""
+def decide(config: RunConfig, gpus_per_node: int, may_grow: bool = False) -> Processes:
+    """Settle device and backend for nodes with that many GPUs. ValueError on what contradicts itself.
+
+    may_grow  a cluster without any GPU may get some, so launch.device=cuda waits for them as for any other resource
+    """
     launch, per_node = config.launch, config.processes_per_node
+    if may_grow and launch.device == "cuda":
+        gpus_per_node = gpus_per_node or per_node
     device = _device(launch.device, gpus_per_node)
     if device == "cuda" and per_node > gpus_per_node:
         raise Refused(

@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-import ray.exceptions
 import ray.train
 import ray.train.torch
 
@@ -11,8 +10,9 @@ from nsa_launch.config import RunConfig
 from nsa_launch.hangs.watch import hung_ranks
 from nsa_launch.on_ray import worker
 from nsa_launch.on_ray.environment import worker_environment
+from nsa_launch.on_ray.failures import reason
 from nsa_launch.processes import Processes
-from nsa_launch.run_folder import PROCESS_DIED, RunFolder
+from nsa_launch.run_folder import RunFolder
 
 _V2: Any = ray.train  # on import it puts the classes of version 2 under names which type checkers read as version 1
 
@@ -27,14 +27,6 @@ class FailureLog(ray.train.UserCallback):
         reasons = {rank: reason(error) for rank, error in worker_exceptions.items()}
         hung = hung_ranks(self._folder, reasons, self._timeout_s)
         self._folder.record("failure", ranks={str(rank): why for rank, why in reasons.items()}, hung=hung)
-
-
-def reason(error: Exception) -> str:
-    """Why a rank failed, in one line: PROCESS_DIED, or the last line of its exception."""
-    if isinstance(getattr(error, "health_check_failure", None), ray.exceptions.RayActorError):
-        return PROCESS_DIED
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip()[:160] if lines else type(error).__name__
 
 
 def trainer(config: RunConfig, processes: Processes, launch_id: str) -> Any:
