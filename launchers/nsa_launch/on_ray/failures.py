@@ -6,7 +6,7 @@ from typing import Any
 from nsa_launch.run_folder import OUT_OF_MEMORY, PROCESS_DIED
 
 LONGEST = 160  # characters of a reason in `launches.jsonl` and on the console
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-Z\\-_]")
+_ESCAPES = re.compile(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-Z\\-_]")
 
 
 def plain(text: str, longest: int = LONGEST) -> str:
