@@ -15,6 +15,7 @@ from nsa_launch import exit_codes
 from nsa_launch.bench import arguments as bench_arguments
 from nsa_launch.commands import config_arguments, plan_arguments, report_arguments
 from nsa_launch.commands.words import help_words
+from nsa_launch.jobs import arguments as job_arguments
 
 _OPTIONAL = {"megatron", "psutil", "pydantic", "rich", "tensorboard", "matplotlib", "ray"}  # of pyproject.toml's extras
 
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
     plan_arguments.register(commands)
     config_arguments.register(commands)
-    report_arguments.register(commands)
+    job_arguments.register(commands)
     bench_arguments.register(commands)
     doctor = commands.add_parser(
         "doctor",
