@@ -49,9 +49,6 @@ def described(job: Any) -> str:
     began = datetime.fromtimestamp((job.start_time or 0) / 1000, UTC)
     since = f", since {began:%Y-%m-%d %H:%M:%S} UTC" if job.start_time else ""
     code = f", exit code {job.driver_exit_code}" if job.driver_exit_code is not None else ""
-    began = (
-        f", since {datetime.fromtimestamp(job.start_time / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC" if job.start_time else ""
-    )
     why = f": {' '.join(job.message.split())[:200]}" if _word(job) == "FAILED" and job.message else ""
     return f"{job.submission_id}  {_word(job)}{code}{since}{why}"
 
