@@ -7,7 +7,7 @@ from typing import Any
 
 from nsa_launch.commands.words import help_words
 
-_CLUSTER = "nsa-dist {} configs/long-1m.yaml output_dir=/runs/x --address http://HEAD:8265"
+_CLUSTER = "nsa-dist {} configs/long-1m.yaml output_dir=/runs/x resume=true --address http://HEAD:8265"
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -26,7 +26,7 @@ def _submit(commands: Any) -> None:
         "train on a Ray cluster, as a job of it",
         "Check the configuration here, send it to a Ray cluster, which must have nsa-dist installed, start it there, "
         "and show what it writes. Ctrl-C leaves the job running. Exit codes: those of nsa-dist train.",
-        _CLUSTER.format("submit") + " resume=true",
+        _CLUSTER.format("submit"),
         _CLUSTER.format("submit") + " --no-wait",
     )
     parser.add_argument("--no-wait", action="store_true", help="return as soon as the job is submitted")

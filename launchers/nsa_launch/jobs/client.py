@@ -1,5 +1,6 @@
 """Ray's job server, asked in seconds and refused in one message."""
 
+import logging
 import os
 import socket
 from typing import Any
@@ -9,6 +10,11 @@ from nsa_dist.train.config_errors import Refused
 from nsa_launch.on_ray import tokens
 
 _CONNECT_S = 5.0
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray prefers them to what it is given
 
 
@@ -21,6 +27,8 @@ def connected(address: str | None) -> Any:
     os.environ.update(tokens.of_joined_ray())
     from ray.job_submission import JobSubmissionClient
 
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(url)
     except (ConnectionError, RuntimeError) as error:

@@ -17,6 +17,7 @@ from nsa_launch.config import RunConfig
 from nsa_launch.console import Console
 from nsa_launch.on_ray import autoscaler, environment, reach, session
 from nsa_launch.on_ray.address import Address, find
+from nsa_launch.on_ray.elastic import Elastic
 from nsa_launch.on_ray.failures import controller_died, is_out_of_memory, plain, reason
 from nsa_launch.on_ray.startup import Startup
 from nsa_launch.processes import Machine, Processes, check_groups, check_machine, decide
@@ -132,28 +133,51 @@ class Launch:
     console: Console
     signals: StopSignals
     startup: Startup
+    elastic: Elastic = field(init=False)
+    num_attempts: int = 0
+    stopped_early: bool = False  # by STOP, which only ranks that are up can answer
+
+    def __post_init__(self) -> None:
+        self.elastic = Elastic(self.config)
 
     def run(self) -> int:
         """The exit code."""
         number = 0
         while True:
-            attempt = self._start(number)
+            attempt = self._start()
             self._watch(attempt)
             self.console.update()
             number += 1
+            if attempt.error is not None and self._resize(attempt.error):
+                number = 0
+                continue
             if attempt.error is None or not self._may_launch_again(number, attempt.error):
                 return self._verdict(attempt)
             why = reason(attempt.error)
             self.folder.record("controller", reason=why)
             self.console.say(f"Ray Train's controller: {why}; launching again from the last checkpoint")
 
+    def _resize(self, error: BaseException) -> bool:
+        """Whether an elastic run goes on after `error`; then `processes` are those that it goes on with."""
+        if not self.elastic.is_on or self.signals.received or self.stopped_early or self.console.refusal:
+            return False
+        then = self.elastic.next(self.processes, error, session.whole_nodes(self.processes, self.config.launch))
+        if then is None:
+            return False
+        if then != self.processes:
+            self.console.say(self.elastic.described(self.processes, then))
+            self.folder.record("resized", nodes=then.nodes, world_size=then.world_size)
+        self.processes = then
+        return True
+
     def _may_launch_again(self, number: int, error: BaseException) -> bool:
         return number <= _RELAUNCHES and not self.signals.received and controller_died(error)
 
-    def _start(self, number: int) -> Attempt:
+    def _start(self) -> Attempt:
         from nsa_launch.on_ray.trainer import trainer
 
-        launch_id = f"launch-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}-{number}"
+        launch_id = f"launch-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}-{self.num_attempts}"
+        self.num_attempts += 1
         self.folder.record("launch", id=launch_id, pid=os.getpid(), world_size=self.processes.world_size)
         missing = session.missing_resources(self.processes)
         if missing:
@@ -178,6 +202,9 @@ class Launch:
             if self.console.refusal:
                 return
             if self.signals.received is None:
+                self.stopped_early = self.folder.stop.exists() and not self.console.ranks_are_up
+                if self.stopped_early:
+                    return
                 continue
             deadline = deadline or time.monotonic() + self.config.launch.stop_grace_s
             if self.signals.aborted or not self.console.ranks_are_up or time.monotonic() > deadline:
@@ -207,6 +234,11 @@ class Launch:
             if ended["failure"]:
                 return exit_codes.FAILED
             return exit_codes.stopped_by(stopped_by) if stopped_by and ended["stopped"] else exit_codes.OK
+        if self.stopped_early:
+            self.console.say(
+                f"{self.folder.stop} asks for an end, and no rank is up; the last checkpoint is the one to resume from"
+            )
+            return exit_codes.OK
         if stopped_by:
             self.console.say("stopped without an answer from the ranks; the last checkpoint is the one to resume from")
             return exit_codes.stopped_by(stopped_by)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from nsa_launch.config import RunConfig
-from nsa_launch.on_ray import autoscaler
+from nsa_launch.config import LaunchSection, RunConfig
+from nsa_launch.on_ray import autoscaler, elastic
 from nsa_launch.on_ray.address import Address
 from nsa_launch.on_ray.failures import plain
 from nsa_launch.processes import Processes, decide
@@ -86,6 +86,13 @@ def processes_of_cluster(config: RunConfig, say: Callable[[str], None]) -> Proce
             "nodes with GPUs, as an autoscaler brings up, and launch.device=cpu says that CPUs are meant"
         )
     return decide(config, gpus, may_grow=True)
+
+
+def whole_nodes(processes: Processes, launch: LaunchSection) -> int:
+    """Nodes of the cluster we are in with room for all processes of a node (`elastic.whole_nodes`)."""
+    import ray
+
+    return elastic.whole_nodes(ray.nodes(), processes, launch)
 
 
 def missing_resources(processes: Processes) -> str:
