@@ -117,7 +117,13 @@ def test_a_run_loses_a_node_for_good_and_grows_when_one_comes(tmp_path, monkeypa
         folder.mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    words = ["global_batch_size=2", "steps=100000", "checkpoint_interval=5", "cpus_per_process=0.5"]
+    words = [
+        "global_batch_size=2",
+        "steps=100000",
+        "checkpoint_interval=5",
+        "cpus_per_process=0.5",
+        "schedule=constant",
+    ]
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20})
     node = SimpleNamespace(num_cpus=1, object_store_memory=80 * 2**20)
     try:

@@ -1,5 +1,7 @@
 """What the launcher makes of Ray's exceptions and states, without a Ray."""
 
+import ast
+import inspect
 import json
 import re
 from pathlib import Path
@@ -7,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import ray.exceptions
+from ray._private import worker
 
 from launch_cases import tiny
 from nsa_launch.console import Console
-from nsa_launch.on_ray import autoscaler, failures, prometheus, session
+from nsa_launch.on_ray import autoscaler, failures, messages, prometheus, session
 from nsa_launch.on_ray.startup import Startup
 from nsa_launch.run_folder import OUT_OF_MEMORY, PROCESS_DIED, claimed
 
@@ -25,6 +28,24 @@ def test_a_paragraph_becomes_one_plain_line():
     assert len(line) <= failures.LONGEST
     assert line.isprintable()
     assert failures.plain("\x1b]8;;x\x1b\\short\n text") == "short text"
+
+
+def test_what_ray_says_unasked_is_one_line_and_not_repeated():
+    said: list[str] = []
+    with messages.shortened(said.append):
+        for _ in range(2):
+            worker.print_to_stdstream({"lines": [PARAGRAPH], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    assert len(said) == 1
+    assert said[0].startswith("Ray says: (raylet) A worker died")
+    assert len(said[0]) < 260
+    assert said[0].isprintable()
+    calls = [
+        node.func
+        for node in ast.walk(ast.parse(inspect.getsource(worker.listen_error_messages)))
+        if isinstance(node, ast.Call)
+    ]
+    assert "print_to_stdstream" in [ast.unparse(call) for call in calls]  # it is what Ray calls
+    assert worker.print_to_stdstream.__module__ == "ray._private.worker"  # and not ours any more
 
 
 class HealthCheck(Exception):

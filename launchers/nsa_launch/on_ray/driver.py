@@ -76,14 +76,14 @@ def _enter_ray(plan: Plan, settings: Mapping[str, str], console: Console, stack:
     threading.Thread(target=_import_trainer, name="import-ray-train", daemon=True).start()
     if plan.address is not None:
         console.say(f"joining Ray at {plan.address.text}")
-        stack.enter_context(session.joined(plan.address, settings))
+        stack.enter_context(session.joined(plan.address, settings, console.say))
         return session.processes_of_cluster(plan.config, console.say)
     assert plan.processes is not None
     console.say(f"starting Ray on this machine: {plan.processes.world_size} ranks on {plan.processes.device}")
     missing = session.missing_of_dashboard()
     if missing:
         console.say(f"Ray has no dashboard here, as {missing} is not installed; pip install 'ray[default]' brings it")
-    stack.enter_context(session.own(plan.processes, settings))
+    stack.enter_context(session.own(plan.processes, settings, console.say))
     return plan.processes
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from nsa_launch.config import LaunchSection, RunConfig
-from nsa_launch.on_ray import autoscaler, elastic
+from nsa_launch.on_ray import autoscaler, elastic, messages
 from nsa_launch.on_ray.address import Address
 from nsa_launch.on_ray.failures import plain
 from nsa_launch.processes import Processes, decide
@@ -16,10 +16,11 @@ _OBJECT_STORE_BYTES = 100 * 2**20  # no data goes through it; the default is 30 
 
 
 @contextmanager
-def own(processes: Processes, settings: Mapping[str, str]) -> Iterator[None]:
+def own(processes: Processes, settings: Mapping[str, str], say: Callable[[str], None]) -> Iterator[None]:
     """A private Ray with exactly the room this run needs; it ends with the context."""
     with _initialised(
         settings,
+        say,
         address="local",
         num_cpus=math.ceil(processes.world_size * processes.cpus_each),
         num_gpus=processes.per_node * processes.gpus_each,
@@ -39,14 +40,14 @@ def missing_of_dashboard() -> str:
 
 
 @contextmanager
-def joined(address: Address, settings: Mapping[str, str]) -> Iterator[None]:
+def joined(address: Address, settings: Mapping[str, str], say: Callable[[str], None]) -> Iterator[None]:
     """The cluster at `address`, which answers (`reach`), for the length of the context.
 
     ConnectionError when it does not take this process in, as where no node of it is on this machine.
     """
     with ExitStack() as stack:
         try:
-            stack.enter_context(_initialised(settings, address=address.text))
+            stack.enter_context(_initialised(settings, say, address=address.text))
         except (ConnectionError, RuntimeError) as error:
             why = plain(f"{error} {error.__cause__ or ''}", longest=400)
             raise ConnectionError(
@@ -58,15 +59,16 @@ def joined(address: Address, settings: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _initialised(settings: Mapping[str, str], **options: Any) -> Iterator[None]:
+def _initialised(settings: Mapping[str, str], say: Callable[[str], None], **options: Any) -> Iterator[None]:
     import ray
 
     # log_to_driver: what ranks print is in their own files, and what goes wrong comes back as an exception.
-    ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": dict(settings)})
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with messages.shortened(say):
+        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": dict(settings)})
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def gpus_of_a_node() -> int:
