@@ -76,7 +76,7 @@ def test_the_next_size(elastic):
     assert elastic.next(one, LOST, 4) == four  # they are back
     assert elastic.next(four, LOST, 4) is None  # one failure too many
     said = elastic.described(four, two)
-    assert said.startswith("2 nodes instead of 4: going on from the last checkpoint with 2 of 4 data-parallel replicas")
+    assert said.startswith("nodes: 4 -> 2; going on from the last checkpoint with 2 of 4 data-parallel replicas")
     assert "global batch and the order of samples stay" in said
     assert "later restart" in said
     assert "later restart" not in elastic.described(two, four)
@@ -150,7 +150,7 @@ def test_a_run_loses_a_node_for_good_and_grows_when_one_comes(tmp_path, monkeypa
         cluster.shutdown()
     assert [event["world_size"] for event in command.events("start")] == [4, 2, 4]
     assert [event["nodes"] for event in command.events("resized")] == [1, 2]
-    assert "1 nodes instead of 2: going on from the last checkpoint with 1 of 2" in command.said()
+    assert "nodes: 2 -> 1; going on from the last checkpoint with 1 of 2" in command.said()
 
     records = command.train_records()
     assert all(record["samples"] == 2 * record["step"] for record in records)
