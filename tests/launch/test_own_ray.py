@@ -1,4 +1,4 @@
-"""A run's own Ray: it leaves no token behind, it starts without a dashboard, its memory monitor ends no run in silence."""
+"""A run's own Ray: it leaves no token behind, and wants neither a dashboard nor more memory without a word."""
 
 import os
 
@@ -28,11 +28,10 @@ sys.meta_path.insert(0, Hidden())
 """
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch) -> Command:
+@pytest.fixture(autouse=True)
+def no_settings_of_rays(monkeypatch) -> None:
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
-    return Command(tiny_file(tmp_path), tmp_path)
 
 
 def test_without_the_dashboards_packages(tmp_path, monkeypatch):
@@ -48,9 +47,10 @@ def test_without_the_dashboards_packages(tmp_path, monkeypatch):
     assert not (tmp_path / ".ray").exists()  # where Ray keeps a token that every later Ray would ask for
 
 
-def test_its_memory_monitor_is_survived_or_named(command, monkeypatch):
+def test_its_memory_monitor_is_survived_or_named(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")  # always short of memory
+    command = Command(tiny_file(tmp_path), tmp_path)
     with command.started("steps=3") as launch:
         assert launch.wait(command.patience_s) == exit_codes.FAILED
     said = command.said()

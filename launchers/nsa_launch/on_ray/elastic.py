@@ -47,8 +47,8 @@ class Elastic:
         size, full = (self.config.data_parallel_size(n) for n in (then.world_size, self.config.world_size))
         grows = "" if size == full else "; it takes more at a later restart, once whole nodes are back"
         return (
-            f"nodes: {now.nodes} -> {then.nodes}; going on from the last checkpoint with {size} of {full} data-parallel "
-            f"replicas. The global batch and the order of samples stay, the last bits of losses may "
+            f"nodes: {now.nodes} -> {then.nodes}; going on from the last checkpoint with {size} of {full} "
+            f"data-parallel replicas. The global batch and the order of samples stay, the last bits of losses may "
             f"differ{grows}"
         )
 
