@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.refused import Refused
 from nsa_launch import exit_codes
 from nsa_launch.config import RunConfig
 from nsa_launch.jobs import client as ray_client

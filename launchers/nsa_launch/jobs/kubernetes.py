@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.refused import Refused
 from nsa_launch.config import RunConfig
 from nsa_launch.jobs import remote
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.refused import Refused
 from nsa_launch.config import RunConfig, checked
 from nsa_launch.processes import check_groups
 

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from nsa_dist.train.config_errors import Refused
+from nsa_dist.train.refused import Refused
 
 _AUTO = "auto"
 

@@ -135,6 +135,7 @@ class Launch:
     startup: Startup
     elastic: Elastic = field(init=False)
     num_attempts: int = 0
+    times_are_known: bool = False
     stopped_early: bool = False  # by STOP, which only ranks that are up can answer
 
     def __post_init__(self) -> None:
@@ -214,6 +215,9 @@ class Launch:
         for milestone, stage in _STAGES.items():
             if milestone in self.console.milestones:
                 self.startup.reached(stage)
+        if self.startup.is_over and not self.times_are_known:
+            self.times_are_known = True
+            self.folder.record("first steps", seconds={k: round(s, 2) for k, s in self.startup.seconds.items()})
         self.startup.wait(self._lacking)
 
     def _lacking(self) -> str:

@@ -26,6 +26,11 @@ class Startup:
         self.seconds = {"command": self._lap_s - began_s}
         self._left = list(_STAGES)
 
+    @property
+    def is_over(self) -> bool:
+        """The last stage has been reached."""
+        return not self._left
+
     def reached(self, stage: str) -> None:
         """`stage` is done, and so is all before it; later calls for the same one change nothing."""
         if stage not in self._left:
