@@ -102,9 +102,7 @@ def _train(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         try:
             config = load(arguments.config, arguments.overrides)
-            check_groups(config)
-            run_folder.check(config)  # both before torch is imported, which counts GPUs, and takes longer than they do
-            plan = ray_driver.plan(config, doctor.machine())
+            plan = ray_driver.plan(config, doctor.machine(with_gpus=config.launch.device != "cpu"))
             folder = stack.enter_context(run_folder.claimed(config))
         except (Refused, ConnectionError) as error:
             print(f"nsa-dist: {error}", file=sys.stderr)

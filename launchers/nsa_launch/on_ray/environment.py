@@ -42,9 +42,6 @@ def own_ray_settings() -> dict[str, str]:
         **tokens.of_own_ray(),
         # It may choose Ray Train's controller; the kernel takes the largest process, a rank, which is started again.
         "RAY_memory_monitor_refresh_ms": "0",
-        # Ray would start a process for each core before it knows the environment that ranks need, and use none.
-        "RAY_prestart_worker_first_driver": "0",
-        "RAY_enable_worker_prestart": "0",
     }
 
 
