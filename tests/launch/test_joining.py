@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from launch_cases import tiny
-from nsa_launch.on_ray import address, driver, reach, tokens
-from nsa_launch.on_ray.address import Address
+from nsa_launch.on_ray import driver
+from nsa_launch.on_ray.joining import address, reach, tokens
+from nsa_launch.on_ray.joining.address import Address
 from nsa_launch.processes import Machine, decide
 
 HERE = Address("127.0.0.1:6379", "launch.address=127.0.0.1:6379")

@@ -22,7 +22,7 @@ import pytest
 from launch_cases import tiny_file
 from nsa_dist.train.files.records import MetricsFollower
 from nsa_launch import exit_codes
-from nsa_launch.on_ray import prometheus
+from nsa_launch.on_ray.shown import prometheus
 from nsa_launch.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow

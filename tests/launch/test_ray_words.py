@@ -13,8 +13,9 @@ from ray._private import worker
 
 from launch_cases import tiny
 from nsa_launch.console import Console
-from nsa_launch.on_ray import autoscaler, failures, messages, prometheus, session
-from nsa_launch.on_ray.startup import Startup
+from nsa_launch.on_ray import autoscaler, failures, session
+from nsa_launch.on_ray.shown import messages, prometheus
+from nsa_launch.on_ray.shown.startup import Startup
 from nsa_launch.run_folder import OUT_OF_MEMORY, PROCESS_DIED, claimed
 
 PANELS = Path(__file__).parents[2] / "launchers/grafana/nsa-dist.json"

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nsa_dist.train.refused import Refused
-from nsa_launch.on_ray import tokens
+from nsa_launch.on_ray.joining import tokens
 
 _CONNECT_S = 5.0
 _TALKATIVE = (

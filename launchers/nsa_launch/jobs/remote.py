@@ -39,5 +39,5 @@ def _check_places(config: RunConfig) -> None:
 
 
 def as_yaml(config: RunConfig) -> str:
-    """The file that goes along; it has no secrets."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The file that goes along: what differs from the defaults, and no secrets."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False)

@@ -15,11 +15,12 @@ import psutil
 from nsa_launch import exit_codes
 from nsa_launch.config import RunConfig
 from nsa_launch.console import Console
-from nsa_launch.on_ray import autoscaler, environment, reach, session
-from nsa_launch.on_ray.address import Address, find
+from nsa_launch.on_ray import autoscaler, environment, session
 from nsa_launch.on_ray.elastic import Elastic
 from nsa_launch.on_ray.failures import controller_died, is_out_of_memory, plain, reason
-from nsa_launch.on_ray.startup import Startup
+from nsa_launch.on_ray.joining import reach
+from nsa_launch.on_ray.joining.address import Address, find
+from nsa_launch.on_ray.shown.startup import Startup
 from nsa_launch.processes import Machine, Processes, check_groups, check_machine, decide
 from nsa_launch.run_folder import MORE_MEMORY, OUT_OF_MEMORY, RunFolder
 from nsa_launch.stop_signals import StopSignals

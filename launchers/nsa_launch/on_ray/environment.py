@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 
 from nsa_launch.config import RunConfig
-from nsa_launch.on_ray import tokens
+from nsa_launch.on_ray.joining import tokens
 from nsa_launch.processes import Processes
 
 _LEAST_PATIENCE_S = 30.0  # with a rank that does not answer Ray: a busy process may take some seconds

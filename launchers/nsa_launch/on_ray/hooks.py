@@ -8,7 +8,7 @@ from pathlib import Path
 import ray.train
 
 from nsa_dist.train.files.records import Record
-from nsa_launch.on_ray.prometheus import RunMetrics
+from nsa_launch.on_ray.shown.prometheus import RunMetrics
 from nsa_launch.ranks.hooks import FolderHooks
 from nsa_launch.run_folder import RunFolder
 

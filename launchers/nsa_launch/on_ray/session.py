@@ -7,9 +7,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from nsa_launch.config import LaunchSection, RunConfig
-from nsa_launch.on_ray import autoscaler, elastic, messages
-from nsa_launch.on_ray.address import Address
+from nsa_launch.on_ray import autoscaler, elastic
 from nsa_launch.on_ray.failures import plain
+from nsa_launch.on_ray.joining.address import Address
+from nsa_launch.on_ray.shown import messages
 from nsa_launch.processes import Processes, decide
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # no data goes through it; the default is 30 % of the machine's memory

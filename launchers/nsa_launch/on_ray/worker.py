@@ -16,7 +16,7 @@ import ray.train
 from nsa_dist.train.refused import Refused
 from nsa_launch.config import RunConfig
 from nsa_launch.on_ray.hooks import RayHooks
-from nsa_launch.on_ray.prometheus import MemoryMetrics
+from nsa_launch.on_ray.shown.prometheus import MemoryMetrics
 from nsa_launch.processes import Processes
 from nsa_launch.ranks import output as rank_output
 from nsa_launch.run_folder import RunFolder

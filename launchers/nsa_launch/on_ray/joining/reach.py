@@ -9,8 +9,8 @@ import select
 import subprocess
 import sys
 
-from nsa_launch.on_ray import tokens
-from nsa_launch.on_ray.address import Address
+from nsa_launch.on_ray.joining import tokens
+from nsa_launch.on_ray.joining.address import Address
 
 _CONNECT_S = 5.0  # a host that answers at all does so in much less
 _ANSWER_S = 15.0
