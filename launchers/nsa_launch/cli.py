@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
     plan_arguments.register(commands)
     config_arguments.register(commands)
+    report_arguments.register(commands)
     job_arguments.register(commands)
     bench_arguments.register(commands)
     doctor = commands.add_parser(
@@ -102,6 +103,8 @@ def _train(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         try:
             config = load(arguments.config, arguments.overrides)
+            check_groups(config)
+            run_folder.check(config)  # both before torch is imported, which counts GPUs, and takes longer than they do
             plan = ray_driver.plan(config, doctor.machine(with_gpus=config.launch.device != "cpu"))
             folder = stack.enter_context(run_folder.claimed(config))
         except (Refused, ConnectionError) as error:

@@ -218,8 +218,10 @@ class Console:
         self.say(f"--- training failed on ranks {ranks}; what every rank wrote is in {self._folder.logs}")
 
 
-def _culprits(ranks: Mapping[str, str]) -> str:
-    """The ranks that died, or else the first that raised: the others only lost their partners."""
+def _culprits(ranks: Mapping[str, str], hung: Mapping[str, str] | None = None) -> str:
+    """The ranks that hung or died, or else the first that raised: the others only lost their partners."""
+    if hung:
+        return ", ".join(f"rank {rank} {why}" for rank, why in hung.items())
     killed = [f"rank {rank}" for rank, reason in ranks.items() if reason == OUT_OF_MEMORY]
     if killed:
         return f"{', '.join(killed)}: {OUT_OF_MEMORY}; if it comes again, {MORE_MEMORY}"

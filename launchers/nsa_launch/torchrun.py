@@ -22,6 +22,7 @@ from nsa_launch import exit_codes
 from nsa_launch.commands import doctor
 from nsa_launch.config import RunConfig, load
 from nsa_launch.console import Console
+from nsa_launch.hangs.among_ranks import RankWatch
 from nsa_launch.processes import Processes, check_fixed_size, check_groups, decide
 from nsa_launch.ranks import rank
 from nsa_launch.ranks.hooks import FolderHooks

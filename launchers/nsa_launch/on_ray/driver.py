@@ -20,6 +20,7 @@ from nsa_launch.on_ray.elastic import Elastic
 from nsa_launch.on_ray.failures import controller_died, is_out_of_memory, plain, reason
 from nsa_launch.on_ray.joining import reach
 from nsa_launch.on_ray.joining.address import Address, find
+from nsa_launch.on_ray.room import Room
 from nsa_launch.on_ray.shown.startup import Startup
 from nsa_launch.processes import Machine, Processes, check_groups, check_machine, decide
 from nsa_launch.run_folder import MORE_MEMORY, OUT_OF_MEMORY, RunFolder
@@ -181,13 +182,7 @@ class Launch:
         launch_id = f"launch-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}-{self.num_attempts}"
         self.num_attempts += 1
         self.folder.record("launch", id=launch_id, pid=os.getpid(), world_size=self.processes.world_size)
-        missing = session.missing_resources(self.processes)
-        if missing:
-            patience = self.config.launch.resources_timeout_s
-            self.console.say(
-                f"the cluster lacks {missing}; waiting up to {patience:g} s (launch.resources_timeout_s) for nodes "
-                f"that come by themselves or that its autoscaler brings up"
-            )
+        self._room().look(ranks_are_up=False)
         return Attempt(trainer(self.config, self.processes, launch_id))
 
     def _room(self, said: str = "") -> Room:
@@ -201,6 +196,8 @@ class Launch:
             attempt.thread.join(_POLL_S)
             self.console.update()
             self._watch_startup()
+            room.look(self.console.ranks_are_up)
+            self.console.watch()
             if self.console.refusal:
                 return
             if self.signals.received is None:
@@ -219,14 +216,13 @@ class Launch:
         if self.startup.is_over and not self.times_are_known:
             self.times_are_known = True
             self.folder.record("first steps", seconds={k: round(s, 2) for k, s in self.startup.seconds.items()})
-        self.startup.wait(self._lacking)
+        self.startup.wait(self._growth)
 
-    def _lacking(self) -> str:
-        """While no rank has a process: what the cluster lacks, and what it is doing about it."""
+    def _growth(self) -> str:
+        """While no rank has a process: the nodes that are coming up."""
         if "event processes" in self.console.milestones:
             return ""
-        missing = session.missing_resources(self.processes)
-        return "; ".join(filter(None, [f"the cluster lacks {missing}" if missing else "", autoscaler.growth()]))
+        return autoscaler.growth()
 
     def _verdict(self, attempt: Attempt) -> int:
         stopped_by = self.signals.received

@@ -7,6 +7,7 @@ import ray.train
 import ray.train.torch
 
 from nsa_launch.config import LaunchSection, RunConfig
+from nsa_launch.hangs.watch import hung_ranks
 from nsa_launch.on_ray import worker
 from nsa_launch.on_ray.environment import worker_environment
 from nsa_launch.on_ray.failures import reason

@@ -1,5 +1,7 @@
 """The launcher's answers to the trainer: a STOP file for everyone."""
 
+from typing import TYPE_CHECKING
+
 from nsa_dist.train.hooks import Hooks
 from nsa_launch.run_folder import RunFolder
 
