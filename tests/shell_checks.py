@@ -13,6 +13,7 @@ from torch.distributed.run import get_args_parser
 
 from nsa_launch import cli
 from nsa_launch.config import load
+from nsa_launch.jobs import remote
 
 ROOT = Path(__file__).parents[1]
 Words = list[str]
@@ -33,6 +34,8 @@ def _nsa_dist(words: Words) -> None:
         raise AssertionError(f"nsa-dist does not take {words}") from refusal
     if words[0] in ("train", "plan"):
         _config([str(arguments.config), *arguments.overrides])
+    elif words[0] in ("submit", "status", "logs", "stop", "render"):
+        remote.load(ROOT / arguments.config, arguments.overrides)
 
 
 def _config(words: Words) -> None:
@@ -70,13 +73,13 @@ def _pip(words: Words) -> None:
 def _sbatch(words: Words) -> None:
     script, *rest = words
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
-    _config(rest)
+    assert all("=" in word for word in rest)  # the configuration is inside
 
 
 def _kubectl(words: Words) -> None:
     action, flag, path = words
     assert (action, flag) == ("apply", "-f")
-    assert yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))["kind"]
+    assert all(document["kind"] for document in yaml.safe_load_all((ROOT / path).read_text(encoding="utf-8")))
 
 
 def _ray(words: Words) -> None:

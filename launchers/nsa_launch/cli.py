@@ -4,6 +4,7 @@ Imports are inside the commands, so that --help and mistakes answer at once.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from nsa_launch import exit_codes
 from nsa_launch.bench import arguments as bench_arguments
 from nsa_launch.commands import config_arguments, plan_arguments, report_arguments
 from nsa_launch.commands.words import help_words
+from nsa_launch.jobs import arguments as job_arguments
 
 _OPTIONAL = {"megatron", "psutil", "pydantic", "rich", "tensorboard", "matplotlib", "ray"}  # of pyproject.toml's extras
 
@@ -62,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     plan_arguments.register(commands)
     config_arguments.register(commands)
     report_arguments.register(commands)
+    job_arguments.register(commands)
     bench_arguments.register(commands)
     doctor = commands.add_parser(
         "doctor",
@@ -102,11 +105,13 @@ def _train(arguments: argparse.Namespace) -> int:
             config = load(arguments.config, arguments.overrides)
             check_groups(config)
             run_folder.check(config)  # both before torch is imported, which counts GPUs, and takes longer than they do
-            plan = ray_driver.plan(config, doctor.machine())
+            plan = ray_driver.plan(config, doctor.machine(with_gpus=config.launch.device != "cpu"))
             folder = stack.enter_context(run_folder.claimed(config))
-        except Refused as error:
+        except (Refused, ConnectionError) as error:
             print(f"nsa-dist: {error}", file=sys.stderr)
             return exit_codes.BAD_CONFIG
+        except KeyboardInterrupt:
+            return exit_codes.stopped_by(signal.SIGINT)
         return ray_driver.run(plan, folder)
 
 

@@ -53,6 +53,10 @@ class LaunchSection(Section):
     )
     start_timeout_s: float = Field(default=300, gt=0, description="one attempt to place and start all processes")
     resources_timeout_s: float = Field(default=1800, gt=0, description="waiting for a cluster to have room")
+    min_data_parallel_size: int | None = Field(
+        default=None, ge=1, description="replicas to go on with when nodes are gone for good; null: wait for all nodes"
+    )
+    shrink_after_s: float = Field(default=600, gt=0, description="waiting for lost nodes before fewer replicas go on")
     stop_grace_s: float = Field(default=120, gt=0, description="from a signal to the end, checkpoint included")
 
     @property

@@ -16,7 +16,7 @@ from nsa_launch.config import RunConfig
 from nsa_launch.hangs.watch import HangWatch
 from nsa_launch.progress import TrainProgress
 from nsa_launch.ranks import output as rank_output
-from nsa_launch.run_folder import PROCESS_DIED, RunFolder
+from nsa_launch.run_folder import MORE_MEMORY, OUT_OF_MEMORY, PROCESS_DIED, RunFolder
 
 _RANKS_SHOWN = 2  # of those that failed: one dead rank takes all others with it
 _LINE_INTERVAL_S = 10.0  # between lines of progress, where no bar can be drawn
@@ -40,6 +40,7 @@ class Console:
         self._world_size = config.world_size
         self._slow: set[int] = set()  # ranks that were named as that
         self.ranks_are_up = False
+        self.milestones: set[str] = set()  # "event start", "record train" and so on, of this launch
         self.refusal = ""  # what a rank found wrong with the configuration
 
     def __enter__(self) -> "Console":
@@ -56,8 +57,10 @@ class Console:
     def update(self) -> None:
         """Show what has been written since the last call."""
         for event in self._events.poll():
+            self.milestones.add(f"event {event.get('event')}")
             self._show(self._show_event, event)
         for record in self._metrics.poll():
+            self.milestones.add(f"record {record.get('kind')}")
             self._show(self._show_record, record)
 
     def watch(self) -> None:
@@ -219,6 +222,9 @@ def _culprits(ranks: Mapping[str, str], hung: Mapping[str, str] | None = None) -
     """The ranks that hung or died, or else the first that raised: the others only lost their partners."""
     if hung:
         return ", ".join(f"rank {rank} {why}" for rank, why in hung.items())
+    killed = [f"rank {rank}" for rank, reason in ranks.items() if reason == OUT_OF_MEMORY]
+    if killed:
+        return f"{', '.join(killed)}: {OUT_OF_MEMORY}; if it comes again, {MORE_MEMORY}"
     dead = [f"rank {rank}" for rank, reason in ranks.items() if reason == PROCESS_DIED]
     if dead:
         return f"{', '.join(dead)} died"

@@ -39,6 +39,7 @@ class Processes:
 def check_groups(config: RunConfig) -> None:
     """ValueError unless replicas come out whole and tensor x context parallel groups stay within a node."""
     config.data_parallel_size(config.world_size)
+    allowed_nodes(config)
     group, per_node, launch = config.group_size, config.processes_per_node, config.launch
     if launch.nodes == 1 or launch.allow_split_groups or per_node % group == 0:
         return
@@ -52,9 +53,54 @@ def check_groups(config: RunConfig) -> None:
     )
 
 
-def decide(config: RunConfig, gpus_per_node: int) -> Processes:
-    """Settle device and backend for nodes with that many GPUs. ValueError on what contradicts itself."""
+def allowed_nodes(config: RunConfig) -> list[int]:
+    """The numbers of nodes that a run may have, the most first: all of them, or fewer whole replicas if it is elastic.
+
+    ValueError when `launch.min_data_parallel_size` cannot be had.
+    """
+    launch, least = config.launch, config.launch.min_data_parallel_size
+    if least is None:
+        return [launch.nodes]
+    full = config.data_parallel_size(config.world_size)
+    found = {nodes: _replicas(config, nodes) for nodes in range(launch.nodes, 0, -1)}
+    sizes = {nodes: size for nodes, size in found.items() if size >= least}
+    if least in sizes.values() and len(sizes) > 1:
+        return list(sizes)
+    possible = sorted({size for size in found.values() if 0 < size < full})
+    advice = f"take one of {', '.join(map(str, possible))}" if possible else "leave it out"
+    raise Refused(
+        f"launch.min_data_parallel_size={least} is not what fewer whole nodes than launch.nodes={launch.nodes} of "
+        f"{config.processes_per_node} processes can make of {full} replicas with global_batch_size="
+        f"{config.run.global_batch_size} shared evenly; {advice}"
+    )
+
+
+def check_fixed_size(config: RunConfig) -> None:
+    """ValueError for an elastic run where something else decides about the number of processes."""
+    least = config.launch.min_data_parallel_size
+    if least is not None:
+        raise Refused(
+            f"launch.min_data_parallel_size={least} is for runs through Ray, as torchrun decides by itself how many "
+            f"processes there are; give launch.min_data_parallel_size=null, and torchrun --nnodes MIN:MAX"
+        )
+
+
+def _replicas(config: RunConfig, nodes: int) -> int:
+    """Of so many nodes; 0 where they are not whole, or the global batch does not divide."""
+    try:
+        return config.data_parallel_size(nodes * config.processes_per_node)
+    except Refused:
+        return 0
+
+
+def decide(config: RunConfig, gpus_per_node: int, may_grow: bool = False) -> Processes:
+    """Settle device and backend for nodes with that many GPUs. ValueError on what contradicts itself.
+
+    may_grow  a cluster without any GPU may get some, so launch.device=cuda waits for them as for any other resource
+    """
     launch, per_node = config.launch, config.processes_per_node
+    if may_grow and launch.device == "cuda":
+        gpus_per_node = gpus_per_node or per_node
     device = _device(launch.device, gpus_per_node)
     if device == "cuda" and per_node > gpus_per_node:
         raise Refused(

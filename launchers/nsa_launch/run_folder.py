@@ -40,7 +40,13 @@ LAUNCHED = (
     "report.html",
 )
 _LONGEST_STOP = len("SIGTERM")  # what a launch writes into it
-PROCESS_DIED = "its process died"  # killed, out of memory, or crashed: the reason in a "failure" event
+# Reasons in a "failure" event; the first also of a process that the kernel killed for its memory.
+PROCESS_DIED = "its process died"
+OUT_OF_MEMORY = "Ray's memory monitor killed it, as its node was short of memory"
+MORE_MEMORY = (
+    "start fewer ranks on a node (launch.processes_per_node), give the nodes more memory, or start Ray with "
+    "RAY_memory_monitor_refresh_ms=0, which leaves the choice of what dies to the machine"
+)
 
 
 @dataclass(frozen=True)

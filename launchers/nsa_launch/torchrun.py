@@ -23,7 +23,7 @@ from nsa_launch.commands import doctor
 from nsa_launch.config import RunConfig, load
 from nsa_launch.console import Console
 from nsa_launch.hangs.among_ranks import RankWatch
-from nsa_launch.processes import Processes, check_groups, decide
+from nsa_launch.processes import Processes, check_fixed_size, check_groups, decide
 from nsa_launch.ranks import rank
 from nsa_launch.ranks.hooks import FolderHooks
 from nsa_launch.ranks.meeting import store_of_attempt
@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     path, *overrides = sys.argv[1:] if argv is None else argv
     with ExitStack() as stack:
         try:
-            config = _as_started(load(Path(path), overrides))
+            config = load(Path(path), overrides)
+            check_fixed_size(config)
+            config = _as_started(config)
             os.environ.update(config.launch.public_env | config.launch.secrets)
             if config.launch.device == "cpu":
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Megatron-core uses a GPU that it sees

@@ -46,6 +46,7 @@ PARSERS = {parser.prog: parser for parser in parsers(cli.parser())}
 
 def test_there_are_all_the_commands():
     names = ("train", "plan", "config", "report", "bench", "bench cp", "bench kernels", "doctor")
+    names += ("submit", "status", "logs", "stop", "render")
     assert PARSERS.keys() == {"nsa-dist", *(f"nsa-dist {name}" for name in names)}
 
 
@@ -58,7 +59,7 @@ def test_every_help_ends_with_examples_that_parse(prog):
         assert " ".join(command).startswith(prog), words
         arguments = cli.parser().parse_args(command[1:])
         assert callable(arguments.command)
-        assert not shell or command[1] == "config"
+        assert not shell or command[1] in ("config", "render")
 
 
 def test_the_kernels_script_has_examples_that_parse():
@@ -100,7 +101,7 @@ def test_a_package_that_is_not_installed_is_named():
         (["processes_per_node=3"], "start 4 processes"),
         (["processes_per_node=4000", "global_batch_size=2000"], "start fewer processes"),
         (["nodes=2", "processes_per_node=2", "global_batch_size=2"], "or take launch.nodes=1"),
-        (["address=ray://head:10001"], "ray job submit"),
+        (["address=ray://head:10001"], "nsa-dist submit CONFIG.yaml --address"),
     ],
 )
 def test_what_cannot_run_is_refused(tmp_path, capsys, monkeypatch, words, remedy):

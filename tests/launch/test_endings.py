@@ -56,10 +56,13 @@ def test_a_second_signal_does_not_wait_for_the_ranks(command, tmp_path):
     assert "stopped without an answer from the ranks" in command.said()
 
 
-def test_a_stop_before_the_ranks_are_up_is_immediate(command, tmp_path):
+@pytest.mark.parametrize("by_file", [False, True])
+def test_a_stop_before_the_ranks_are_up_is_immediate(command, tmp_path, by_file):
     folder = RunFolder(tmp_path / "run")
     with command.started() as launch:
         command.wait_until(lambda: bool(command.events("launch")))
-        launch.terminate()
-        assert launch.wait(command.patience_s) == exit_codes.stopped_by(signal.SIGTERM)
+        folder.stop.touch() if by_file else launch.terminate()
+        ended = exit_codes.OK if by_file else exit_codes.stopped_by(signal.SIGTERM)
+        assert launch.wait(command.patience_s) == ended
     assert not folder.output.metrics.exists()
+    assert not by_file or "asks for an end, and no rank is up" in command.said()

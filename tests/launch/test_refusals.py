@@ -49,7 +49,9 @@ def answer(tmp_path, monkeypatch):
             pass
         with pytest.raises(type(error)):
             worker.run_rank(worker.payload(config, decide(config, 0), "launch"), {"A_KEY": "a secret"})
-        return MetricsFollower(folder.launches).poll()
+        begun, *events = MetricsFollower(folder.launches).poll()
+        assert begun["event"] == "processes"
+        return events
 
     return raising
 

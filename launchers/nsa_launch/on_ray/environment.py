@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 
 from nsa_launch.config import RunConfig
+from nsa_launch.on_ray.joining import tokens
 from nsa_launch.processes import Processes
 
 _LEAST_PATIENCE_S = 30.0  # with a rank that does not answer Ray: a busy process may take some seconds
@@ -28,6 +29,19 @@ def ray_settings(config: RunConfig) -> dict[str, str]:
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
         "RAY_DEDUP_LOGS": "0",
+        # The dashboard's Train page is empty without it.
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+        # A process more for notices of nodes about to go, which nobody here acts upon.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    }
+
+
+def own_ray_settings() -> dict[str, str]:
+    """Environment of a Ray of our own, on top of `ray_settings`."""
+    return {
+        **tokens.of_own_ray(),
+        # It may choose Ray Train's controller; the kernel takes the largest process, a rank, which is started again.
+        "RAY_memory_monitor_refresh_ms": "0",
     }
 
 
@@ -51,10 +65,3 @@ def prepare_driver(settings: Mapping[str, str]) -> None:
     """Set what the driver's own import of Ray reads. What the user has set stays."""
     for name, value in {**settings, "RAY_USAGE_STATS_ENABLED": "0"}.items():
         os.environ.setdefault(name, value)
-
-
-def cluster_address(configured: str) -> str | None:
-    """Where to join a cluster, or None to start a Ray of one's own. `ray job submit` sets RAY_ADDRESS."""
-    if configured == "local":
-        return None
-    return os.environ.get("RAY_ADDRESS") or None if configured == "auto" else configured

@@ -2,69 +2,100 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from nsa_dist.train.refused import Refused
-from nsa_launch.processes import Processes
+from nsa_launch.config import LaunchSection, RunConfig
+from nsa_launch.on_ray import autoscaler, elastic
+from nsa_launch.on_ray.failures import plain
+from nsa_launch.on_ray.joining.address import Address
+from nsa_launch.on_ray.shown import messages
+from nsa_launch.processes import Processes, decide
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # no data goes through it; the default is 30 % of the machine's memory
 
 
-def check_address(address: str) -> None:
-    """ValueError for a way of joining a cluster that cannot carry a training run."""
-    if address.startswith("ray://"):
-        raise Refused(
-            f"launch.address={address} is a Ray Client, and the run would end with its connection; submit the command "
-            f"to the cluster instead: ray job submit -- nsa-dist train ..."
-        )
-
-
 @contextmanager
-def own(processes: Processes, settings: Mapping[str, str]) -> Iterator[None]:
+def own(processes: Processes, settings: Mapping[str, str], say: Callable[[str], None]) -> Iterator[None]:
     """A private Ray with exactly the room this run needs; it ends with the context."""
     with _initialised(
         settings,
+        say,
         address="local",
         num_cpus=math.ceil(processes.world_size * processes.cpus_each),
         num_gpus=processes.per_node * processes.gpus_each,
         object_store_memory=_OBJECT_STORE_BYTES,
-        include_dashboard=True,  # Ray Train asks it about its actors, and complains every second without it
+        include_dashboard=not missing_of_dashboard(),
     ):
         yield
 
 
-@contextmanager
-def joined(address: str, settings: Mapping[str, str]) -> Iterator[None]:
-    """The cluster at `address`, for the length of the context. ConnectionError when nothing answers there."""
+def missing_of_dashboard() -> str:
+    """The package for want of which Ray has no dashboard (`ray[default]` brings it), or nothing."""
     try:
-        with _initialised(settings, address=address):
-            yield
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"no Ray answers at {address} ({error}); start one with `ray start --head`, or take launch.address=local "
-            f"to run on this machine alone"
-        ) from None
+        import ray.dashboard.optional_deps  # noqa: F401
+    except ImportError as error:
+        return error.name or str(error)
+    return ""
 
 
 @contextmanager
-def _initialised(settings: Mapping[str, str], **options: Any) -> Iterator[None]:
+def joined(address: Address, settings: Mapping[str, str], say: Callable[[str], None]) -> Iterator[None]:
+    """The cluster at `address`, which answers (`reach`), for the length of the context.
+
+    ConnectionError when it does not take this process in, as where no node of it is on this machine.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_initialised(settings, say, address=address.text))
+        except (ConnectionError, RuntimeError) as error:
+            why = plain(f"{error} {error.__cause__ or ''}", longest=400)
+            raise ConnectionError(
+                f"the Ray at {address.text} ({address.origin}) answers, but this machine cannot join it: {why}; run "
+                f"the command on one of its nodes, under the same Python and Ray, or submit it: nsa-dist submit "
+                f"CONFIG.yaml --address http://HEAD:8265"
+            ) from None
+        yield
+
+
+@contextmanager
+def _initialised(settings: Mapping[str, str], say: Callable[[str], None], **options: Any) -> Iterator[None]:
     import ray
 
     # log_to_driver: what ranks print is in their own files, and what goes wrong comes back as an exception.
-    ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": dict(settings)})
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with messages.shortened(say):
+        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": dict(settings)})
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def gpus_of_a_node() -> int:
-    """GPUs of the best-equipped node of the cluster we are in."""
+    """GPUs of the best-equipped node that the cluster we are in has, or that its autoscaler says it may bring up."""
     import ray
 
-    return max((int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
+    present = (node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
+    return int(max(autoscaler.promised("GPU"), *present))
+
+
+def processes_of_cluster(config: RunConfig, say: Callable[[str], None]) -> Processes:
+    """The processes of a run on the cluster we are in; `device=auto` without a GPU there is said, not just done."""
+    gpus = gpus_of_a_node()
+    if not gpus and config.launch.device == "auto":
+        say(
+            "no node of the cluster has a GPU now, so launch.device=auto takes CPUs; launch.device=cuda waits for "
+            "nodes with GPUs, as an autoscaler brings up, and launch.device=cpu says that CPUs are meant"
+        )
+    return decide(config, gpus, may_grow=True)
+
+
+def whole_nodes(processes: Processes, launch: LaunchSection) -> int:
+    """Nodes of the cluster we are in with room for all processes of a node (`elastic.whole_nodes`)."""
+    import ray
+
+    return elastic.whole_nodes(ray.nodes(), processes, launch)
 
 
 def missing_resources(processes: Processes) -> str:

@@ -3,16 +3,16 @@
 from functools import partial
 from typing import Any
 
-import ray.exceptions
 import ray.train
 import ray.train.torch
 
-from nsa_launch.config import RunConfig
+from nsa_launch.config import LaunchSection, RunConfig
 from nsa_launch.hangs.watch import hung_ranks
 from nsa_launch.on_ray import worker
 from nsa_launch.on_ray.environment import worker_environment
+from nsa_launch.on_ray.failures import reason
 from nsa_launch.processes import Processes
-from nsa_launch.run_folder import PROCESS_DIED, RunFolder
+from nsa_launch.run_folder import RunFolder
 
 _V2: Any = ray.train  # on import it puts the classes of version 2 under names which type checkers read as version 1
 
@@ -27,14 +27,6 @@ class FailureLog(ray.train.UserCallback):
         reasons = {rank: reason(error) for rank, error in worker_exceptions.items()}
         hung = hung_ranks(self._folder, reasons, self._timeout_s)
         self._folder.record("failure", ranks={str(rank): why for rank, why in reasons.items()}, hung=hung)
-
-
-def reason(error: Exception) -> str:
-    """Why a rank failed, in one line: PROCESS_DIED, or the last line of its exception."""
-    if isinstance(getattr(error, "health_check_failure", None), ray.exceptions.RayActorError):
-        return PROCESS_DIED
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip()[:160] if lines else type(error).__name__
 
 
 def trainer(config: RunConfig, processes: Processes, launch_id: str) -> Any:
@@ -55,7 +47,7 @@ def trainer(config: RunConfig, processes: Processes, launch_id: str) -> Any:
         run_config=_V2.RunConfig(
             name=launch_id,
             storage_path=str(folder.ray),
-            failure_config=_patience(config),
+            failure_config=_patience(config.launch),
             checkpoint_config=_V2.CheckpointConfig(num_to_keep=2),
             logging_config=_V2.LoggingConfig(log_level="ERROR"),
             callbacks=[FailureLog(folder, config.launch.process_group_timeout_s)],
@@ -82,8 +74,14 @@ def _scaling(config: RunConfig, processes: Processes) -> Any:
     )
 
 
-def _patience(config: RunConfig) -> Any:
-    """Restarts after lost ranks, and how many attempts to find room before giving up; Ray's default is for ever."""
-    launch = config.launch
-    attempts = max(1, round(launch.resources_timeout_s / launch.start_timeout_s))
-    return _V2.FailureConfig(max_failures=launch.max_failures, controller_failure_limit=attempts)
+def _patience(launch: LaunchSection) -> Any:
+    """Restarts after lost ranks, and how many attempts to find room before giving up; Ray's default is for ever.
+
+    An elastic run is started again by the driver, which may take another number of ranks (`elastic`).
+    """
+    is_elastic = launch.min_data_parallel_size is not None
+    patience_s = launch.shrink_after_s if is_elastic else launch.resources_timeout_s
+    return _V2.FailureConfig(
+        max_failures=0 if is_elastic else launch.max_failures,
+        controller_failure_limit=max(1, round(patience_s / launch.start_timeout_s)) - is_elastic,
+    )

@@ -15,9 +15,10 @@ import ray.train
 
 from nsa_dist.train.refused import Refused
 from nsa_launch.config import RunConfig
+from nsa_launch.on_ray.hooks import RayHooks
+from nsa_launch.on_ray.shown.prometheus import MemoryMetrics
 from nsa_launch.processes import Processes
 from nsa_launch.ranks import output as rank_output
-from nsa_launch.ranks.hooks import RayHooks
 from nsa_launch.run_folder import RunFolder
 
 
@@ -37,13 +38,16 @@ def run_rank(sent: Mapping[str, Any], secrets: Mapping[str, str]) -> dict[str, A
     folder = RunFolder(config.run.output_dir)
     my_rank = ray.train.get_context().get_world_rank()
     rank_output.redirect(folder.rank_log(my_rank), f"rank {my_rank}, {sent['launch_id']}")
+    if my_rank == 0:
+        folder.record("processes", id=sent["launch_id"])
     from nsa_launch.ranks import rank  # only ranks pay for importing Megatron-core, and its warnings go to their files
 
     here = ray.get_runtime_context()
     node = str(here.get_node_id())
     domain = str(here.get_node_labels().get(config.launch.nvlink_label or "", node))
     try:
-        return asdict(rank.run(config, processes, RayHooks(folder, my_rank), node, domain))
+        with MemoryMetrics(folder.path.name, my_rank):
+            return asdict(rank.run(config, processes, RayHooks(folder, my_rank), node, domain))
     except Refused as refusal:
         # A caller's mistake: starting again cannot help, and Ray Train has no word for that.
         folder.record("refused", reason=str(refusal))
