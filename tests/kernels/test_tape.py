@@ -146,6 +146,22 @@ def test_gradients_are_never_taped():
     assert not tapes._tapes
 
 
+def test_nothing_is_recorded_while_a_graph_is_captured(monkeypatch):
+    """Or the graph would hold the recording's work as well; what was recorded before is repeated into it."""
+    tapes, calls = Tapes(), []
+
+    def body(inputs: list[Tensor]) -> list[Tensor]:
+        calls.append(1)
+        return [inputs[0] + 1]
+
+    with torch.no_grad():
+        for captures in (False, True, True, False, True):
+            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda captures=captures: captures)
+            (found,) = tapes.run(body, [torch.ones(8)])
+            assert torch.equal(found, torch.full((8,), 2.0))
+    assert len(calls) == 4  # first, twice into the graph, recorded; then repeated
+
+
 def test_inputs_may_share_memory():
     """A fused projection's K and V are views of one tensor, wherever they lie in it."""
 

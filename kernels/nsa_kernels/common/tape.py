@@ -54,6 +54,8 @@ class Tapes:
             return body(inputs)
         tape = self._tapes[key]
         if tape is None:
+            if torch.cuda.is_current_stream_capturing():  # a CUDA graph would hold what is done with copies, too
+                return body(inputs)
             tape = self._tapes[key] = Tape.of(body, inputs)
         return tape(body, inputs, driver.active.get_current_stream(device))
 
