@@ -54,7 +54,7 @@ class Tapes:
             return body(inputs)
         tape = self._tapes[key]
         if tape is None:
-            if torch.cuda.is_current_stream_capturing():  # a CUDA graph would hold what is done with copies, too
+            if _is_captured(inputs[0]):  # a CUDA graph would hold what is done with copies, too
                 return body(inputs)
             tape = self._tapes[key] = Tape.of(body, inputs)
         return tape(body, inputs, driver.active.get_current_stream(device))
@@ -274,6 +274,10 @@ class _Recording(TorchDispatchMode, Listener):
         self._slot_at[storage.data_ptr()] = slot
         self._alive[slot] = StorageWeakRef(storage)
         return slot
+
+
+def _is_captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _is_view(function) -> bool:
