@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -47,8 +46,11 @@ class Work:
             with self._wait():
                 return wait(work, *arguments)
 
-        with patch.object(dist.Work, "wait", timed):
+        setattr(dist.Work, "wait", timed)  # noqa: B010 - a class of C++
+        try:
             yield
+        finally:
+            setattr(dist.Work, "wait", wait)  # noqa: B010
 
     @contextmanager
     def _wait(self) -> Iterator[None]:
