@@ -91,7 +91,7 @@ def nsa_attention(
 
     Raises ValueError if shapes, plan, cu_seqlens and group disagree; also if ranks' plans, configs or options differ.
     """
-    _check_inputs(q, kv, gates, softmax_scale)
+    check_inputs(q, kv, gates, softmax_scale)
     comm = cp_group if isinstance(cp_group, Comm) else Comm(cp_group)
     comm = replace(comm, traffic=traffic or comm.traffic, trace=trace or comm.trace)
     if plan is None:
@@ -214,7 +214,8 @@ class Tiles(NamedTuple):
         return cls(ops.WHOLE_TILES.compressed_rows, {"aligned": True})
 
 
-def _check_inputs(q: Tensor, kv: BranchKV, gates: Tensor, softmax_scale: float | None) -> None:
+def check_inputs(q: Tensor, kv: BranchKV, gates: Tensor, softmax_scale: float | None) -> None:
+    """ValueError unless shapes, dtypes and devices of packed tokens fit together."""
     if q.dim() != 3 or kv.k_cmp.dim() != 3 or kv.v_cmp.dim() != 3:
         raise ValueError(
             f"q {tuple(q.shape)}, kv.k_cmp {tuple(kv.k_cmp.shape)} and kv.v_cmp {tuple(kv.v_cmp.shape)} must each be "

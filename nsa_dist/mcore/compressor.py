@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nsa_dist.compress import CompressMLP
 from nsa_dist.mcore.config import NSATransformerConfig, parameter_device
-from nsa_dist.mcore.rope import rotate
+from nsa_dist.rope import rotate
 from nsa_kernels import reference
 
 

@@ -14,7 +14,7 @@ from nsa_dist.cp.comm import Comm, Traffic
 from nsa_dist.mcore.compressor import MeanCompress, ParallelCompressMLP
 from nsa_dist.mcore.config import NSATransformerConfig
 from nsa_dist.mcore.plans import RankPlan
-from nsa_dist.mcore.rope import rotate
+from nsa_dist.rope import rotate
 
 
 class NSACoreAttention(MegatronModule):
