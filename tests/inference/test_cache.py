@@ -14,9 +14,12 @@ from nsa_kernels import cpu, reference
 
 
 def snapshot(cache: NSACache) -> list:
-    storage = cache.storage
-    tensors = [x.clone() for pair in (storage.slc, storage.cmp, storage.win, storage.raw) for x in pair]
-    return [cache.num_free_pages, {s: cache.length(s) for s in sorted(cache._sequences)}, *tensors]
+    """Free pages, lengths, and all that sequences hold."""
+    storage, states = cache.storage, cache._sequences
+    held = torch.cat([state.pages for state in states.values()])
+    tensors = [x[held] for pair in (storage.slc, storage.cmp) for x in pair]
+    tensors += [x.clone() for pair in (storage.win, storage.raw) for x in pair]
+    return [cache.num_free_pages, {seq: state.length for seq, state in states.items()}, *tensors]
 
 
 def same(a: list, b: list) -> bool:
