@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nsa_dist.rope import rotate
 from nsa_kernels import reference
 
 # phi: ([M, l, Hkv, D], in-document start of each block [M]) -> [M, Hkv, D]
@@ -125,3 +126,38 @@ class CompressMLP(nn.Module):
         if type(self).forward is not CompressMLP.forward or any(hooks):
             return None
         return self.pos_emb, self.w1, self.w2
+
+
+class TurnedCompressMLP(CompressMLP):
+    """`CompressMLP` whose result is turned to the position of each block's first token: compressed before RoPE."""
+
+    def __init__(self, *sizes: Any, rotary_base: float | None, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.rotary_base = rotary_base  # None: not turned
+
+    def forward(
+        self,
+        x: Tensor,
+        block_start: Tensor,
+        block_rows: Tensor | None = None,
+        ops: ModuleType = reference,
+    ) -> Tensor:
+        """As `CompressMLP.forward`, then turned."""
+        compressed = super().forward(x, block_start, block_rows, ops)
+        return compressed if self.rotary_base is None else rotate(compressed, block_start, self.rotary_base)
+
+
+class MeanCompress(nn.Module):
+    """The parameter-free phi, the mean of a block; turns what it compressed if `rotary_base` is given."""
+
+    takes_rows = True
+
+    def __init__(self, block_len: int, rotary_base: float | None = None) -> None:
+        super().__init__()
+        self.block_len = block_len
+        self.rotary_base = rotary_base
+
+    def forward(self, x: Tensor, block_start: Tensor, block_rows: Tensor, ops: ModuleType) -> Tensor:
+        """Rows [R, Hkv, D], the first row of each block [M] and its position [M] -> [M, Hkv, D]."""
+        compressed = ops.compress_mean(x, block_rows, self.block_len)
+        return compressed if self.rotary_base is None else rotate(compressed, block_start, self.rotary_base)
