@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_dist.inference.model import GPT
+from nsa_dist.inference.model import GPT, ModelCache
 
 PREFILL_CHUNK = 4096  # tokens of a prompt at once: bounds memory
 
@@ -74,7 +74,7 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     return int(tokens[torch.multinomial(ordered * kept, 1, generator=generator)])
 
 
-def _read(model: GPT, prompt: list[int], cache, seq: int, device: torch.device) -> Tensor:
+def _read(model: GPT, prompt: Sequence[int], cache: ModelCache, seq: int, device: torch.device) -> Tensor:
     """Prefill in chunks; the logits [vocab] behind the last token."""
     for start in range(0, len(prompt), PREFILL_CHUNK):
         chunk = torch.tensor(prompt[start : start + PREFILL_CHUNK], device=device)

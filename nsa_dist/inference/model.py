@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +85,14 @@ class GPT(nn.Module):
         if not config.tie_embeddings:
             self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **where)
 
+    @property
+    def layers(self) -> list["Block"]:
+        return cast(list[Block], list(self.blocks))
+
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | Sequence[int] | None = None) -> Tensor:
         """tokens [T], packed documents, or [B, T] -> logits [..., vocab]."""
         x = self.embedding(tokens)
-        for block in self.blocks:
+        for block in self.layers:
             x = x + block.attention(block.attention_norm(x), cu_seqlens=cu_seqlens)
             x = x + block.mlp(block.mlp_norm(x))
         return self._logits(x)
@@ -96,7 +100,7 @@ class GPT(nn.Module):
     def make_cache(self, num_tokens: int, num_sequences: int = 1) -> "ModelCache":
         """For `num_sequences` sequences at once, of `num_tokens` tokens at most each."""
         pages = num_sequences * -(-num_tokens // self.config.nsa.slc_block_len)
-        return ModelCache([block.attention.make_cache(pages, num_sequences) for block in self.blocks])
+        return ModelCache([block.attention.make_cache(pages, num_sequences) for block in self.layers])
 
     @torch.no_grad()
     def prefill(
@@ -104,7 +108,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The next chunk of each sequence, packed: tokens [T] -> logits [T, vocab]."""
         x = self.embedding(tokens)
-        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
+        for block, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = x + block.attention.prefill(block.attention_norm(x), layer_cache, seqs, cu_seqlens)
             x = x + block.mlp(block.mlp_norm(x))
         return self._logits(x)
@@ -113,7 +117,7 @@ class GPT(nn.Module):
     def decode(self, tokens: Tensor, cache: "ModelCache", seqs: Sequence[int]) -> Tensor:
         """1 to 8 new tokens of each sequence: tokens [B, new] -> logits [B, new, vocab]."""
         x = self.embedding(tokens)
-        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
+        for block, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = x + block.attention.decode(block.attention_norm(x), layer_cache, seqs)
             x = x + block.mlp(block.mlp_norm(x))
         return self._logits(x)

@@ -3,7 +3,7 @@
     8 bytes     N, little-endian        N bytes     JSON {name: {dtype, shape, data_offsets: [begin, end]}}
     then        the tensors, C order, little-endian, one behind the other
 
-The format is these lines, and so the package of that name is not asked for: an exported folder is read with torch alone.
+The format is these lines, so the package of that name is not asked for: an exported folder is read with torch alone.
 """
 
 import json
