@@ -1,4 +1,5 @@
-"""The command line: `nsa-dist train CONFIG.yaml [key=value ...]`, `plan`, `config`, `report`, `bench`, `doctor`.
+"""The command line: `nsa-dist train CONFIG.yaml [key=value ...]`, `plan`, `config`, `report`,
+`export`, `generate`, `bench`, `doctor`.
 
 Imports are inside the commands, so that --help and mistakes answer at once.
 """
@@ -12,7 +13,7 @@ from typing import Any
 
 from nsa_launch import exit_codes
 from nsa_launch.bench import arguments as bench_arguments
-from nsa_launch.commands import config_arguments, plan_arguments, report_arguments
+from nsa_launch.commands import config_arguments, export_arguments, plan_arguments, report_arguments
 from nsa_launch.commands.words import help_words
 
 _OPTIONAL = {"megatron", "psutil", "pydantic", "rich", "tensorboard", "matplotlib", "ray"}  # of pyproject.toml's extras
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     plan_arguments.register(commands)
     config_arguments.register(commands)
     report_arguments.register(commands)
+    export_arguments.register(commands)
     bench_arguments.register(commands)
     doctor = commands.add_parser(
         "doctor",
