@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import nsa_dist.saved  # noqa: F401
-from nsa_dist.branches import BranchKV, Compress, attend
+from nsa_dist.branches import BranchKV, attend
+from nsa_dist.compress import Compress
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.call import Call
 from nsa_dist.cp.comm import Comm, Traffic
@@ -90,7 +91,7 @@ def nsa_attention(
 
     Raises ValueError if shapes, plan, cu_seqlens and group disagree; also if ranks' plans, configs or options differ.
     """
-    _check_inputs(q, kv, gates, softmax_scale)
+    check_inputs(q, kv, gates, softmax_scale)
     comm = cp_group if isinstance(cp_group, Comm) else Comm(cp_group)
     comm = replace(comm, traffic=traffic or comm.traffic, trace=trace or comm.trace)
     if plan is None:
@@ -108,7 +109,7 @@ def nsa_attention(
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     fetch, ops = fetch or FetchOptions(), ops or default_ops(q)
-    tiles = _Tiles.of(ops, q, kv, cfg, local_plan)
+    tiles = Tiles.of(ops, q.shape[1] // kv.k_cmp.shape[1], cfg, local_plan.num_documents)
     layout = _agreed_layout(local_plan, cfg, q, kv, comm, fetch, tiles.key_alignment)
     tapes = _tapes(local_plan, q, ops, comm, (cfg, softmax_scale, *tiles.options.items()))
     call = Call(cfg, layout, comm, ops, fetch, softmax_scale, tiles.options, tapes)
@@ -193,27 +194,28 @@ def _tapes(plan: ShardPlan, q: Tensor, ops: ModuleType, comm: Comm, key: tuple) 
     return plan.memo(("tapes", q.device, *key), lambda: {part: ops.Tapes() for part in parts})
 
 
-class _Tiles(NamedTuple):
+class Tiles(NamedTuple):
     """How documents are kept out of each other's tiles, so that NaN in one reaches no other."""
 
     key_alignment: int  # of the compressed rows of each document
     options: dict[str, bool]  # of the attention of intervals
 
     @classmethod
-    def of(cls, ops: ModuleType, q: Tensor, kv: BranchKV, cfg: NSAConfig, plan: ShardPlan) -> "_Tiles":
+    def of(cls, ops: ModuleType, group: int, cfg: NSAConfig, num_documents: int) -> "Tiles":
         """`ops.WHOLE_TILES` says where its kernels want documents to begin, if they want them anywhere."""
         if not hasattr(ops, "WHOLE_TILES"):
             return cls(1, {})
-        if plan.num_documents == 1:
+        if num_documents == 1:
             return cls(1, {"aligned": True})
         # In queries and in rows of the window, documents begin at multiples of a selection block.
-        query_rows = cfg.slc_block_len * (q.shape[1] // kv.k_cmp.shape[1])
+        query_rows = cfg.slc_block_len * group
         if query_rows % ops.WHOLE_TILES.query_rows or cfg.slc_block_len % ops.WHOLE_TILES.key_rows:
             return cls(1, {"aligned": False})
         return cls(ops.WHOLE_TILES.compressed_rows, {"aligned": True})
 
 
-def _check_inputs(q: Tensor, kv: BranchKV, gates: Tensor, softmax_scale: float | None) -> None:
+def check_inputs(q: Tensor, kv: BranchKV, gates: Tensor, softmax_scale: float | None) -> None:
+    """ValueError unless shapes, dtypes and devices of packed tokens fit together."""
     if q.dim() != 3 or kv.k_cmp.dim() != 3 or kv.v_cmp.dim() != 3:
         raise ValueError(
             f"q {tuple(q.shape)}, kv.k_cmp {tuple(kv.k_cmp.shape)} and kv.v_cmp {tuple(kv.v_cmp.shape)} must each be "

@@ -11,22 +11,20 @@ A stage is a part of the heads (`cp.call`); a group of one rank has one stage an
 sums, so outputs and dQ have the same bits for any number of ranks as long as no rounds are merged.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nsa_dist.compress import BlockPlaces, Compress, compress_both
 from nsa_dist.cp.call import Call, Stage, forward_stages, head_groups
 from nsa_dist.cp.gather import CompressedGather, CompressedReturn
 from nsa_dist.cp.halo import extended, post_halos
 from nsa_dist.cp.selected import SelectedForward
 from nsa_dist.cp.selected_backward import SelectedBackward
 from nsa_dist.cp.window import WindowBackward, WindowForward
-
-# phi: ([M, l, Hkv, D], in-document start of each block [M]) -> [M, Hkv, D]
-Compress = Callable[..., Tensor]
 
 
 class BranchKV(NamedTuple):
@@ -59,46 +57,9 @@ def attend(
     if comm.size > 1:
         k_rows, v_rows = extended([k_rows, v_rows], layout.cmp_halo, received[:2], comm)
     with comm.computing("phi", "phi"):
-        k_cmp, v_cmp = _compress_both(compress, (k_rows, v_rows), call)
+        places = BlockPlaces(layout.cmp_rows, layout.cmp_block_start, call.cfg.cmp_block_len)
+        k_cmp, v_cmp = compress_both(compress, (k_rows, v_rows), places, call.ops, call.tapes)
     return _Branches.apply(q, k_cmp, v_cmp, kv.k_slc, kv.v_slc, kv.k_win, kv.v_win, gates, window, call)
-
-
-def _compress_both(
-    phis: tuple[Compress | None, Compress | None], rows: tuple[Tensor, Tensor], call: Call
-) -> tuple[Tensor, Tensor]:
-    weights = [getattr(phi, "mlp_weights", lambda: None)() for phi in phis]
-    if None not in weights:
-        options = {"tapes": call.tapes} if call.tapes else {}
-        pair = call.ops.compress_mlp_pair(*rows, call.layout.cmp_rows, *weights, **options)
-    else:
-        pair = _compress(phis[0], rows[0], call), _compress(phis[1], rows[1], call)
-    names = ("compress_k", "compress_v")
-    k, v = (_checked(name, y, x, call) for name, y, x in zip(names, pair, rows, strict=True))
-    return k, v
-
-
-def _checked(name: str, compressed: Tensor, rows: Tensor, call: Call) -> Tensor:
-    """What a phi returned, in the dtype of its rows. ValueError if it is not one vector for each block and head."""
-    expected = (len(call.layout.cmp_rows), *rows.shape[1:])
-    shape = tuple(compressed.shape) if isinstance(compressed, Tensor) else type(compressed).__name__
-    if shape != expected or not compressed.is_floating_point() or compressed.device != rows.device:
-        given = f"{compressed.dtype} {shape} on {compressed.device}" if isinstance(compressed, Tensor) else shape
-        raise ValueError(
-            f"{name} returned {given}, but must return a floating-point {expected} on {rows.device}: one compressed "
-            f"vector for each of the {expected[0]} blocks it was given and each kv head; return [M, Hkv, D]"
-        )
-    return compressed.to(rows.dtype)
-
-
-def _compress(phi: Compress | None, rows: Tensor, call: Call) -> Tensor:
-    layout, block_len = call.layout, call.cfg.cmp_block_len
-    if phi is None:
-        return call.ops.compress_mean(rows, layout.cmp_rows, block_len)
-    if getattr(phi, "takes_rows", False):
-        return phi(rows, layout.cmp_block_start, block_rows=layout.cmp_rows, ops=call.ops)
-    index = layout.cmp_rows.long()[:, None] + torch.arange(block_len, device=rows.device)
-    blocks = rows.index_select(0, index.flatten()).unflatten(0, index.shape)  # [own, l, Hkv, D]
-    return phi(blocks, layout.cmp_block_start)
 
 
 class _Branches(torch.autograd.Function):

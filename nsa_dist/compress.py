@@ -1,12 +1,71 @@
 """The learnable block compression phi (arXiv 2502.11089, eq. 7)."""
 
 import math
+from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nsa_dist.rope import rotate
 from nsa_kernels import reference
+
+# phi: ([M, l, Hkv, D], in-document start of each block [M]) -> [M, Hkv, D]
+Compress = Callable[..., Tensor]
+
+
+class BlockPlaces(NamedTuple):
+    """Which blocks phi is to compress: M of them, each `block_len` rows of what it is given."""
+
+    rows: Tensor  # int32 [M]: where each begins
+    start: Tensor  # int64 [M]: position of its first token in its document
+    block_len: int
+
+
+def compress_both(
+    phis: tuple[Compress | None, Compress | None],
+    rows: tuple[Tensor, Tensor],
+    places: BlockPlaces,
+    ops: ModuleType,
+    tapes: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The compressed keys [M, Hkv, Dk] and values [M, Hkv, Dv] of rows [R, Hkv, Dk], [R, Hkv, Dv].
+
+    ValueError if a phi does not return one vector for each block and head.
+    """
+    weights = [getattr(phi, "mlp_weights", lambda: None)() for phi in phis]
+    if None not in weights:
+        options = {"tapes": tapes} if tapes else {}
+        pair = ops.compress_mlp_pair(*rows, places.rows, *weights, **options)
+    else:
+        pair = _compress(phis[0], rows[0], places, ops), _compress(phis[1], rows[1], places, ops)
+    names = ("compress_k", "compress_v")
+    k, v = (_checked(name, y, x, places) for name, y, x in zip(names, pair, rows, strict=True))
+    return k, v
+
+
+def _checked(name: str, compressed: Tensor, rows: Tensor, places: BlockPlaces) -> Tensor:
+    """What a phi returned, in the dtype of its rows. ValueError if it is not one vector for each block and head."""
+    expected = (len(places.rows), *rows.shape[1:])
+    shape = tuple(compressed.shape) if isinstance(compressed, Tensor) else type(compressed).__name__
+    if shape != expected or not compressed.is_floating_point() or compressed.device != rows.device:
+        given = f"{compressed.dtype} {shape} on {compressed.device}" if isinstance(compressed, Tensor) else shape
+        raise ValueError(
+            f"{name} returned {given}, but must return a floating-point {expected} on {rows.device}: one compressed "
+            f"vector for each of the {expected[0]} blocks it was given and each kv head; return [M, Hkv, D]"
+        )
+    return compressed.to(rows.dtype)
+
+
+def _compress(phi: Compress | None, rows: Tensor, places: BlockPlaces, ops: ModuleType) -> Tensor:
+    if phi is None:
+        return ops.compress_mean(rows, places.rows, places.block_len)
+    if getattr(phi, "takes_rows", False):
+        return phi(rows, places.start, block_rows=places.rows, ops=ops)
+    index = places.rows.long()[:, None] + torch.arange(places.block_len, device=rows.device)
+    blocks = rows.index_select(0, index.flatten()).unflatten(0, index.shape)  # [M, l, Hkv, D]
+    return phi(blocks, places.start)
 
 
 class CompressMLP(nn.Module):
@@ -67,3 +126,38 @@ class CompressMLP(nn.Module):
         if type(self).forward is not CompressMLP.forward or any(hooks):
             return None
         return self.pos_emb, self.w1, self.w2
+
+
+class TurnedCompressMLP(CompressMLP):
+    """`CompressMLP` whose result is turned to the position of each block's first token: compressed before RoPE."""
+
+    def __init__(self, *sizes: Any, rotary_base: float | None, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.rotary_base = rotary_base  # None: not turned
+
+    def forward(
+        self,
+        x: Tensor,
+        block_start: Tensor,
+        block_rows: Tensor | None = None,
+        ops: ModuleType = reference,
+    ) -> Tensor:
+        """As `CompressMLP.forward`, then turned."""
+        compressed = super().forward(x, block_start, block_rows, ops)
+        return compressed if self.rotary_base is None else rotate(compressed, block_start, self.rotary_base)
+
+
+class MeanCompress(nn.Module):
+    """The parameter-free phi, the mean of a block; turns what it compressed if `rotary_base` is given."""
+
+    takes_rows = True
+
+    def __init__(self, block_len: int, rotary_base: float | None = None) -> None:
+        super().__init__()
+        self.block_len = block_len
+        self.rotary_base = rotary_base
+
+    def forward(self, x: Tensor, block_start: Tensor, block_rows: Tensor, ops: ModuleType) -> Tensor:
+        """Rows [R, Hkv, D], the first row of each block [M] and its position [M] -> [M, Hkv, D]."""
+        compressed = ops.compress_mean(x, block_rows, self.block_len)
+        return compressed if self.rotary_base is None else rotate(compressed, block_start, self.rotary_base)

@@ -12,13 +12,14 @@ MOST_MODULES = 14
 THIRD_PARTY = {"torch", "triton", "megatron", "ray", "pydantic", "yaml", "rich", "matplotlib", "tensorboard", "numpy"}
 KERNELS = {"torch", "triton", "nsa_kernels"}
 CP = {"torch", "nsa_kernels", "nsa_dist.cp", "nsa_dist.config"}
-BRANCHES = CP | {"nsa_dist.branches"}
-ATTENTION = BRANCHES | {"nsa_dist.attention", "nsa_dist.compress", "nsa_dist.saved"}
-MCORE = ATTENTION | {"nsa_dist", "nsa_dist.mcore", "megatron"}
-TRAIN = MCORE | {"nsa_dist.train", "pydantic", "yaml", "rich", "matplotlib", "numpy"}
+BRANCHES = CP | {"nsa_dist.branches", "nsa_dist.compress"}
+ATTENTION = BRANCHES | {"nsa_dist.attention", "nsa_dist.saved"}
+INFERENCE = ATTENTION | {"nsa_dist", "nsa_dist.layer", "nsa_dist.inference", "nsa_dist.rope"}
+MCORE = ATTENTION | {"nsa_dist", "nsa_dist.rope", "nsa_dist.mcore", "megatron"}
+TRAIN = MCORE | INFERENCE | {"nsa_dist.train", "pydantic", "yaml", "rich", "matplotlib", "numpy"}
 PLANNER = TRAIN | {"nsa_dist.planner"}
 BENCH = PLANNER | {"nsa_dist.bench"}
-LAUNCH = BENCH | {"nsa_launch", "ray"}
+LAUNCH = BENCH | INFERENCE | {"nsa_launch", "ray"}
 
 # From the bottom of the house to its top: what each storey may import beyond the standard library.
 STOREYS = {
@@ -26,11 +27,14 @@ STOREYS = {
     "kernels/nsa_kernels/bench": KERNELS | {"nsa_dist"},  # times the layer as users call it; nothing imports it back
     "nsa_dist/config.py": set(),
     "nsa_dist/cp": CP,
-    "nsa_dist/compress.py": CP,
+    "nsa_dist/compress.py": CP | {"nsa_dist.rope"},
     "nsa_dist/branches.py": BRANCHES,
     "nsa_dist/saved.py": CP,
     "nsa_dist/attention.py": ATTENTION,
     "nsa_dist/__init__.py": ATTENTION,
+    "nsa_dist/rope.py": CP,
+    "nsa_dist/layer.py": INFERENCE,
+    "nsa_dist/inference": INFERENCE,
     "nsa_dist/mcore": MCORE,
     "nsa_dist/train": TRAIN,
     "nsa_dist/planner": PLANNER,

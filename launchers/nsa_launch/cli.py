@@ -1,4 +1,5 @@
-"""The command line: `nsa-dist train CONFIG.yaml [key=value ...]`, `plan`, `config`, `report`, `bench`, `doctor`.
+"""The command line: `nsa-dist train CONFIG.yaml [key=value ...]`, `plan`, `config`, `report`,
+`export`, `generate`, `bench`, `doctor`.
 
 Imports are inside the commands, so that --help and mistakes answer at once.
 """
@@ -13,7 +14,7 @@ from typing import Any
 
 from nsa_launch import exit_codes
 from nsa_launch.bench import arguments as bench_arguments
-from nsa_launch.commands import config_arguments, plan_arguments, report_arguments
+from nsa_launch.commands import config_arguments, export_arguments, plan_arguments, report_arguments
 from nsa_launch.commands.words import help_words
 from nsa_launch.jobs import arguments as job_arguments
 
@@ -65,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     config_arguments.register(commands)
     report_arguments.register(commands)
     job_arguments.register(commands)
+    export_arguments.register(commands)
     bench_arguments.register(commands)
     doctor = commands.add_parser(
         "doctor",

@@ -1,23 +1,18 @@
 """The block compression phi inside a Megatron model: sharded by key/value head over tensor-parallel ranks."""
 
-from types import ModuleType
-
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_pg_rank, get_pg_size
-from torch import Tensor, nn
 
-from nsa_dist.compress import CompressMLP
+from nsa_dist.compress import CompressMLP, TurnedCompressMLP
 from nsa_dist.mcore.config import NSATransformerConfig, parameter_device
-from nsa_dist.mcore.rope import rotate
-from nsa_kernels import reference
 
 
-class ParallelCompressMLP(CompressMLP):
-    """`CompressMLP` of this tensor-parallel rank's heads; turns what it compressed if `rotary_base` is given.
+class ParallelCompressMLP(TurnedCompressMLP):
+    """`TurnedCompressMLP` of this tensor-parallel rank's heads.
 
     Every parameter has the head as its first axis, so tensor parallelism cuts axis 0 and nothing is replicated: no
     gradient needs a sum over tensor-parallel ranks. On a CPU every rank draws the whole model's values and keeps its
@@ -35,13 +30,12 @@ class ParallelCompressMLP(CompressMLP):
         sizes = (head_dim, config.nsa.cmp_block_len, None, parameter_device(config), config.params_dtype)
         if config.use_cpu_initialization:
             with torch.random.fork_rng(devices=[]):  # what the local heads draw is thrown away
-                super().__init__(local_heads, *sizes)
+                super().__init__(local_heads, *sizes, rotary_base=rotary_base)
             self._take_heads(CompressMLP(config.num_query_groups, *sizes), get_pg_rank(pg_collection.tp))
         else:
             with get_cuda_rng_tracker().fork():
-                super().__init__(local_heads, *sizes)
+                super().__init__(local_heads, *sizes, rotary_base=rotary_base)
         self.tp_group = pg_collection.tp
-        self.rotary_base = rotary_base
         for parameter in self.parameters():
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
 
@@ -50,17 +44,6 @@ class ParallelCompressMLP(CompressMLP):
         for mine, all_heads in zip(self.parameters(), whole.parameters(), strict=True):
             heads = mine.shape[0]
             mine.copy_(all_heads[tp_rank * heads : (tp_rank + 1) * heads])
-
-    def forward(
-        self,
-        x: Tensor,
-        block_start: Tensor,
-        block_rows: Tensor | None = None,
-        ops: ModuleType = reference,
-    ) -> Tensor:
-        """As `CompressMLP.forward`, then turned to the position of each block's first token."""
-        compressed = super().forward(x, block_start, block_rows, ops)
-        return compressed if self.rotary_base is None else rotate(compressed, block_start, self.rotary_base)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Megatron's checkpoint entries: the head axis is cut over tensor-parallel ranks."""
@@ -73,19 +56,3 @@ class ParallelCompressMLP(CompressMLP):
             tp_group=self.tp_group,
             dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         )
-
-
-class MeanCompress(nn.Module):
-    """The parameter-free phi, the mean of a block; turns what it compressed if `rotary_base` is given."""
-
-    takes_rows = True
-
-    def __init__(self, block_len: int, rotary_base: float | None = None) -> None:
-        super().__init__()
-        self.block_len = block_len
-        self.rotary_base = rotary_base
-
-    def forward(self, x: Tensor, block_start: Tensor, block_rows: Tensor, ops: ModuleType) -> Tensor:
-        """Rows [R, Hkv, D], the first row of each block [M] and its position [M] -> [M, Hkv, D]."""
-        compressed = ops.compress_mean(x, block_rows, self.block_len)
-        return compressed if self.rotary_base is None else rotate(compressed, block_start, self.rotary_base)

@@ -10,11 +10,12 @@ from megatron.core.utils import get_pg_size
 from torch import Tensor
 
 from nsa_dist.attention import BranchKV, nsa_attention
+from nsa_dist.compress import MeanCompress
 from nsa_dist.cp.comm import Comm, Traffic
-from nsa_dist.mcore.compressor import MeanCompress, ParallelCompressMLP
+from nsa_dist.mcore.compressor import ParallelCompressMLP
 from nsa_dist.mcore.config import NSATransformerConfig
 from nsa_dist.mcore.plans import RankPlan
-from nsa_dist.mcore.rope import rotate
+from nsa_dist.rope import rotate
 
 
 class NSACoreAttention(MegatronModule):

@@ -42,6 +42,21 @@ class Trainable:
 
 def build(config: TrainConfig, world: World) -> Trainable:
     """Called inside `world.entered`, on every process."""
+    megatron, model = bare_model(config, world)
+    inner = Float16Module(megatron, model) if megatron.bf16 else model
+    # Gradients that are not finite are found by their norm: `health.finite`. Megatron's own check ends the process.
+    module = DistributedDataParallel(
+        megatron, DistributedDataParallelConfig(grad_reduce_in_fp32=True, check_for_nan_in_grad=False), inner
+    )
+    module.broadcast_params()
+    optimizer = get_megatron_optimizer(_optimizer_config(config.optimizer, megatron), [module])
+    megatron.finalize_model_grads_func = finalize_model_grads
+    megatron.grad_scale_func = optimizer.scale_loss
+    return Trainable(megatron, module, optimizer, _schedule(config, optimizer))
+
+
+def bare_model(config: TrainConfig, world: World) -> tuple[NSATransformerConfig, GPTModel]:
+    """This stage's part of the model on its device, without wrappers, and Megatron's configuration of it."""
     megatron, spec = _layers(config, world)
     model = GPTModel(
         config=megatron,
@@ -57,16 +72,7 @@ def build(config: TrainConfig, world: World) -> Trainable:
     model.model_type = ModelType.encoder_or_decoder
     if world.device.type == "cuda":
         model.cuda(world.device)
-    inner = Float16Module(megatron, model) if megatron.bf16 else model
-    # Gradients that are not finite are found by their norm: `health.finite`. Megatron's own check ends the process.
-    module = DistributedDataParallel(
-        megatron, DistributedDataParallelConfig(grad_reduce_in_fp32=True, check_for_nan_in_grad=False), inner
-    )
-    module.broadcast_params()
-    optimizer = get_megatron_optimizer(_optimizer_config(config.optimizer, megatron), [module])
-    megatron.finalize_model_grads_func = finalize_model_grads
-    megatron.grad_scale_func = optimizer.scale_loss
-    return Trainable(megatron, module, optimizer, _schedule(config, optimizer))
+    return megatron, model
 
 
 def _layers(config: TrainConfig, world: World) -> tuple[NSATransformerConfig, Any]:

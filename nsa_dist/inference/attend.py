@@ -1,0 +1,282 @@
+"""New tokens of many sequences attend to the cache, with the operators of training.
+
+    k_slc, v_slc --> pages          k_cmp, v_cmp --ring, new--> phi, where a block has become whole --> pages
+    compressed attention --softmax_lse--> selection --> selected attention, from the chosen pages
+    k_win, v_win --ring, new--> window attention                    and at the end the rings take what is new
+
+`nsa_prefill` cuts tiles where training does; `nsa_decode` takes a row for each token. Nothing else differs.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_dist.attention import Tiles, check_inputs, default_ops
+from nsa_dist.branches import BranchKV
+from nsa_dist.compress import BlockPlaces, compress_both
+from nsa_dist.cp.plan import as_bounds
+from nsa_dist.inference.cache import NSACache
+from nsa_dist.inference.places import Extended, Places, places
+from nsa_dist.inference.storage import MOST_BACK, Pair
+
+EMPTY_SLOT = -1
+
+
+def nsa_prefill(
+    q: Tensor,
+    kv: BranchKV,
+    gates: Tensor,
+    cache: NSACache,
+    seqs: Sequence[int],
+    *,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    plan: Any = None,
+    cp_group: Any = None,
+    ops: ModuleType | None = None,
+    softmax_scale: float | None = None,
+    return_block_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Append the next chunk of each sequence, packed, and attend to all that the cache has of it.
+
+    q, kv, gates    as `nsa_attention` takes them, T tokens; RoPE applied at the position in the sequence, which begins
+                    at `cache.length(seq)`
+    seqs            ids of distinct sequences
+    cu_seqlens      [len(seqs) + 1], where chunks begin and end in the pack; None: one sequence. A chunk may be empty
+    ops, softmax_scale      as `nsa_attention`
+    returns         out [T, Hq, Dv]; with return_block_indices also int32 [T, Hkv, n], blocks of each sequence from 0
+
+    Whatever the chunks, results are those of `nsa_attention` on the whole sequence: of whole sequences and first chunks
+    bit for bit, and of later ones as far as the operators give a query the same bits in any company. No gradient.
+
+    Raises ValueError for what does not fit together, for unknown or freed ids, and for `plan` or `cp_group`: a cache
+    over ranks is not there yet. `CacheFullError` before anything is written.
+    """
+    _refuse_ranks(plan, cp_group)
+    check_inputs(q, kv, gates, softmax_scale)
+    _check_cache(q, kv, cache)
+    bounds = as_bounds([0, len(q)] if cu_seqlens is None else cu_seqlens)
+    added = [stop - start for start, stop in pairwise(bounds)]
+    if len(added) != len(seqs) or bounds[0] != 0 or bounds[-1] != len(q) or min(added, default=0) < 0:
+        raise ValueError(
+            f"cu_seqlens={list(bounds)} must rise from 0 to the {len(q)} tokens of q, with one chunk for each of the "
+            f"{len(seqs)} sequences; pass [0, length of the first chunk, ...], {len(seqs) + 1} numbers"
+        )
+    _check_distinct(seqs)
+    out, block_indices = _append(q, kv, gates, cache, seqs, added, ops, softmax_scale, is_prefill=True)
+    return (out, block_indices) if return_block_indices else out
+
+
+def nsa_decode(
+    q: Tensor,
+    kv: BranchKV,
+    gates: Tensor,
+    cache: NSACache,
+    seqs: Sequence[int],
+    *,
+    plan: Any = None,
+    cp_group: Any = None,
+    ops: ModuleType | None = None,
+    softmax_scale: float | None = None,
+    return_block_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Append 1 to 8 new tokens to each of B sequences of any lengths, and attend to all that the cache has of each.
+
+    q               [B, new, Hq, Dk]; kv six of [B, new, Hkv, Dk or Dv]; gates [B, new, Hq, 3]; otherwise as
+                    `nsa_prefill`. New token i of a sequence is at position `cache.length(seq) + i`
+    seqs            B ids of distinct sequences; -1: an empty slot, whose output is 0 and whose blocks are -1
+    returns         out [B, new, Hq, Dv]; with return_block_indices also int32 [B, new, Hkv, n]
+
+    Raises as `nsa_prefill`.
+    """
+    _refuse_ranks(plan, cp_group)
+    _check_batch(q, kv, gates, seqs)
+    batch, new = q.shape[:2]
+    packed = [x.flatten(0, 1) for x in (q, *kv, gates)]
+    check_inputs(packed[0], BranchKV(*packed[1:7]), packed[7], softmax_scale)
+    _check_cache(packed[0], BranchKV(*packed[1:7]), cache)
+    used = [slot for slot, seq in enumerate(seqs) if seq != EMPTY_SLOT]
+    taken = [seqs[slot] for slot in used]
+    _check_distinct(taken)
+    if len(used) < batch:
+        slots = torch.tensor(used, dtype=torch.int64, device=q.device)
+        packed = [x.index_select(0, slots).flatten(0, 1) for x in (q, *kv, gates)]
+    results = _append(
+        packed[0], BranchKV(*packed[1:7]), packed[7], cache, taken, [new] * len(taken), ops, softmax_scale,
+        is_prefill=False,
+    )  # fmt: skip
+    out, block_indices = (x.unflatten(0, (len(used), new)) for x in results)
+    if len(used) < batch:
+        out = out.new_zeros(batch, *out.shape[1:]).index_copy_(0, slots, out)
+        block_indices = block_indices.new_full((batch, *block_indices.shape[1:]), -1).index_copy_(
+            0, slots, block_indices
+        )
+    return (out, block_indices) if return_block_indices else out
+
+
+@torch.no_grad()
+def _append(
+    q: Tensor, kv: BranchKV, gates: Tensor, cache: NSACache, seqs: Sequence[int], added: Sequence[int],
+    ops: ModuleType | None, softmax_scale: float | None, *, is_prefill: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out [T, Hq, Dv] and block_indices [T, Hkv, n] of packed new tokens."""
+    shape, storage = cache.shape, cache.storage
+    ops = ops or default_ops(q)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if not len(q):
+        for seq in seqs:
+            cache.state(seq)
+        return q.new_zeros(0, q.shape[1], shape.head_dim_v), _no_blocks(q, cache)
+    with cache.appending(seqs, added) as states, torch.autocast(q.device.type, enabled=False):
+        tiles = _tiles(ops, q, cache, len(seqs), is_prefill)
+        at = places(states, added, shape, q.device, aligned=is_prefill, key_alignment=tiles.key_alignment)
+        storage.slc.write(at.new_slots, Pair(kv.k_slc, kv.v_slc))
+        _compress(Pair(kv.k_cmp, kv.v_cmp), cache, at, ops)
+        window = _extended(Pair(kv.k_win, kv.v_win), storage.win, at.win)
+        queries, weights = _padded(q, at), _padded(gates, at)
+        out, block_indices = _attend(queries, weights, window, cache, at, ops, scale, tiles)
+        if at.token_rows is not None:
+            out, block_indices = (x.index_select(0, at.token_rows) for x in (out, block_indices))
+        for ring, new, kept in (
+            (storage.win, Pair(kv.k_win, kv.v_win), at.win),
+            (storage.raw, Pair(kv.k_cmp, kv.v_cmp), at.raw),
+        ):
+            ring.write(kept.kept_to, Pair(*(x.index_select(0, kept.kept) for x in new)))
+    return out, block_indices.to(torch.int32)
+
+
+def _attend(
+    q: Tensor, gates: Tensor, window: Pair, cache: NSACache, at: Places, ops: ModuleType, scale: float, tiles: Tiles
+) -> tuple[Tensor, Tensor]:
+    """Of all query rows [Q]: the gated sum of the branches, and the chosen blocks of each sequence from 0."""
+    cfg = cache.cfg
+    compressed, seen = _compressed(cache, at), (at.cmp_begin, at.cmp_end)
+    out_cmp, lse = ops.compressed_attention(q, *compressed, *seen, softmax_scale=scale, **tiles.options)
+    block_indices = ops.select_blocks(
+        q, compressed.k, lse, *seen, at.position, at.doc_start, softmax_scale=scale,
+        cmp_block_len=cfg.cmp_block_len, cmp_stride=cfg.cmp_stride, slc_block_len=cfg.slc_block_len,
+        num_slc_blocks=cfg.num_slc_blocks, num_init_blocks=cfg.num_init_blocks, num_local_blocks=cfg.num_local_blocks,
+    )  # fmt: skip
+    pages, block_table = _pages(cache, at, block_indices)
+    out_slc, _ = ops.selected_attention(
+        q, *pages, block_indices, block_table, at.position, slc_block_len=cfg.slc_block_len, softmax_scale=scale
+    )
+    out_win, _ = ops.window_attention(q, *window, at.win_begin, at.win_end, softmax_scale=scale, **tiles.options)
+    out = ops.combine(gates, out_cmp, out_slc, out_win)
+    first = torch.div(at.doc_start, cfg.slc_block_len, rounding_mode="floor")[:, None, None]
+    return out, torch.where(block_indices >= 0, block_indices - first, -1)
+
+
+def _compress(new: Pair, cache: NSACache, at: Places, ops: ModuleType) -> None:
+    """phi of the blocks that have become whole, into their pages."""
+    if len(at.fresh_slots):
+        rows = _extended(new, cache.storage.raw, at.raw)
+        block_places = BlockPlaces(at.fresh_rows, at.fresh_start, cache.cfg.cmp_block_len)
+        compressed = compress_both((cache.compress_k, cache.compress_v), (rows.k, rows.v), block_places, ops)
+        cache.storage.cmp.write(at.fresh_slots, Pair(*compressed))
+
+
+def _extended(new: Pair, rings: Pair, at: Extended) -> Pair:
+    """The rows that `at` describes; those that are no token's are zero."""
+    if at.num_rows == len(new.k):
+        return new
+    old = rings.read(at.ring_rows)
+
+    def put(x: Tensor, before: Tensor) -> Tensor:
+        rows = x.new_zeros(at.num_rows, *x.shape[1:])
+        return rows.index_copy_(0, at.ring_to, before).index_copy_(0, at.new_to, x)
+
+    return Pair(put(new.k, old.k), put(new.v, old.v))
+
+
+def _compressed(cache: NSACache, at: Places) -> Pair:
+    """All compressed keys and values of the sequences, [M, Hkv, D]."""
+    found = cache.storage.cmp.read(at.cmp_slots)
+    if at.cmp_to is None:
+        return found
+    return Pair(*(x.new_zeros(at.num_cmp_rows, *x.shape[1:]).index_copy_(0, at.cmp_to, x) for x in found))
+
+
+def _pages(cache: NSACache, at: Places, block_indices: Tensor) -> tuple[Pair, Tensor]:
+    """Rows that hold the chosen blocks, whole pages, and the table from a block of the stream to its page there.
+
+    On a GPU the whole pool, as it lies. The operators for CPUs look at all the rows that they are given, so they are
+    given the chosen pages only.
+    """
+    if block_indices.is_cuda:
+        pages, table = cache.storage.slc.flat(), at.block_page
+    else:
+        chosen = block_indices.unique()
+        chosen = chosen[chosen >= 0].long()
+        index = at.block_page[chosen]
+        pages = Pair(*(x.index_select(0, index).flatten(0, 1) for x in cache.storage.slc))
+        table = torch.full_like(at.block_page, -1).index_copy_(0, chosen, torch.arange(len(chosen)))
+    return pages, table.to(torch.int32).expand(cache.shape.num_kv_heads, -1).contiguous()
+
+
+def _padded(x: Tensor, at: Places) -> Tensor:
+    if at.token_rows is None:
+        return x
+    return x.new_zeros(at.num_rows, *x.shape[1:]).index_copy_(0, at.token_rows, x)
+
+
+def _tiles(ops: ModuleType, q: Tensor, cache: NSACache, num_sequences: int, is_prefill: bool) -> Tiles:
+    tiles = Tiles.of(ops, q.shape[1] // cache.shape.num_kv_heads, cache.cfg, num_sequences)
+    if is_prefill or num_sequences == 1 or not tiles.options:
+        return tiles
+    return Tiles(1, {"aligned": False})  # a tile of decoding queries holds several sequences
+
+
+def _no_blocks(q: Tensor, cache: NSACache) -> Tensor:
+    sizes = (0, cache.shape.num_kv_heads, cache.cfg.num_slc_blocks)
+    return torch.empty(sizes, dtype=torch.int32, device=q.device)
+
+
+def _refuse_ranks(plan: Any, cp_group: Any) -> None:
+    given = [name for name, value in (("plan", plan), ("cp_group", cp_group)) if value is not None]
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)} was given, but a cache cannot be cut over ranks yet: each rank would hold and "
+            f"choose from a part of the keys only; leave {' and '.join(given)} out and keep the whole cache on one rank"
+        )
+
+
+def _check_cache(q: Tensor, kv: BranchKV, cache: NSACache) -> None:
+    shape, storage = cache.shape, cache.storage
+    given = kv.k_cmp.shape[1], q.shape[-1], kv.v_cmp.shape[-1]
+    held = shape.num_kv_heads, shape.head_dim_k, shape.head_dim_v
+    if given != held:
+        raise ValueError(
+            f"kv has Hkv, Dk, Dv = {given}, but the cache was made for {held}: it holds one layer's keys and values as "
+            f"they are; pass that layer's, or make an NSACache of these sizes"
+        )
+    if q.dtype != storage.dtype or q.device.type != storage.device.type:
+        raise ValueError(
+            f"q and kv are {q.dtype} on {q.device}, but the cache {storage.dtype} on {storage.device}: what is kept is "
+            f"multiplied as it is; pass .to(cache's), or make the NSACache with dtype={q.dtype}, device='{q.device}'"
+        )
+
+
+def _check_batch(q: Tensor, kv: BranchKV, gates: Tensor, seqs: Sequence[int]) -> None:
+    if any(x.dim() != 4 or x.shape[:2] != q.shape[:2] for x in (q, *kv, gates)) or len(q) != len(seqs):
+        shapes = [tuple(x.shape) for x in (q, *kv, gates)]
+        raise ValueError(
+            f"q, kv and gates have shapes {shapes}, and there are {len(seqs)} sequences: each must be "
+            f"[B, new, heads, ...] with B = {len(seqs)}, as every sequence gets as many new tokens; unsqueeze(1) for "
+            f"one new token, or use nsa_prefill for chunks of different lengths"
+        )
+    if not 1 <= q.shape[1] <= MOST_BACK:
+        raise ValueError(
+            f"q has {q.shape[1]} new tokens a sequence, but nsa_decode takes 1 to {MOST_BACK}, which can be taken "
+            f"back again; append longer chunks with nsa_prefill"
+        )
+
+
+def _check_distinct(seqs: Sequence[int]) -> None:
+    if len(set(seqs)) < len(seqs):
+        raise ValueError(
+            f"seqs={list(seqs)} has a sequence twice, and which of its chunks comes first is unknown; pass each id once"
+        )

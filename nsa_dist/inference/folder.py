@@ -1,0 +1,43 @@
+"""An exported model: a folder with `config.json` and `model.safetensors`. Its tokens are bytes."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from nsa_dist.inference.model import GPT, GPTConfig
+from nsa_dist.inference.tensors import read_tensors, write_tensors
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save_model(model: GPT, folder: Path) -> None:
+    """Write both files into `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(model.config.as_json(), indent=2) + "\n", encoding="utf-8")
+
+
+def load_model(folder: Path | str, device: torch.device | str = "cpu") -> GPT:
+    """The model of an exported folder, for evaluation. ValueError for files that are missing, cut or of other sizes."""
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"{folder} has no {name}, so it is no exported model; write one with nsa-dist export RUN --to {folder}"
+            )
+    try:
+        config = GPTConfig.of_json(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from error
+    model, weights = GPT(config, "meta"), read_tensors(folder / WEIGHTS)
+    expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    found = {name: tuple(x.shape) for name, x in weights.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise ValueError(
+            f"{folder / WEIGHTS} does not hold the model of {CONFIG}: {', '.join(wrong[:4])} "
+            f"{'and others ' if len(wrong) > 4 else ''}differ; export the run again, both files belong together"
+        )
+    model.load_state_dict({name: x.to(device, config.torch_dtype) for name, x in weights.items()}, assign=True)
+    return model.requires_grad_(False).eval()

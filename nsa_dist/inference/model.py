@@ -1,0 +1,185 @@
+"""A GPT of NSA layers in plain PyTorch, as `nsa_dist.train` trains it: what an exported folder holds."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nsa_dist.config import NSAConfig
+from nsa_dist.inference.cache import NSACache
+from nsa_dist.layer import NSALayer
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of the model; `config.json` of an exported folder has these names."""
+
+    num_layers: int
+    hidden_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_hidden_size: int
+    nsa: NSAConfig
+    vocab_size: int = 256
+    v_head_dim: int | None = None  # None: head_dim
+    shared_kv: bool = False
+    compression: Literal["mlp", "mean"] = "mlp"
+    compress_before_rope: bool = True
+    rotary_base: float = 10_000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    tokenizer: Literal["bytes"] = "bytes"  # a token is a byte
+    end_of_document: int = 0
+    sequence_length: int | None = None  # with which it was trained
+
+    def as_json(self) -> dict[str, Any]:
+        return {"model_type": "nsa_gpt", **asdict(self)}
+
+    @classmethod
+    def of_json(cls, raw: Any) -> "GPTConfig":
+        """ValueError for what is no such configuration, and for keys that mean nothing here."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(raw, dict) or raw.get("model_type") != "nsa_gpt":
+            kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
+            raise ValueError(
+                f"model_type is {kind!r}, but this model is 'nsa_gpt': others have other layers; give a folder that "
+                f"nsa-dist export wrote"
+            )
+        values = {name: value for name, value in raw.items() if name != "model_type"}
+        if unknown := sorted(values.keys() - names):
+            raise ValueError(
+                f"{', '.join(unknown)} is no key of this version, and what is not known cannot be honoured; export the "
+                f"run again with this version, or take the version that wrote it"
+            )
+        if values.get("tokenizer", "bytes") != "bytes" or values.get("dtype", "fp32") not in ("fp32", "bf16"):
+            raise ValueError(
+                f"tokenizer={values.get('tokenizer')!r} and dtype={values.get('dtype')!r} must be 'bytes' and 'fp32' "
+                f"or 'bf16', which is what runs are trained with; export the run again"
+            )
+        try:
+            return cls(**{**values, "nsa": NSAConfig(**values["nsa"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"sizes are missing or are none ({error}); export the run again") from error
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+
+class GPT(nn.Module):
+    """Embedding, `num_layers` blocks, norm, output; `forward` is training's, `prefill` and `decode` take a cache."""
+
+    def __init__(self, config: GPTConfig, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        where: dict[str, Any] = {"device": device, "dtype": config.torch_dtype}
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, **where)
+        self.blocks = nn.ModuleList(Block(config, where) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps, **where)
+        self.output = None
+        if not config.tie_embeddings:
+            self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **where)
+
+    @property
+    def layers(self) -> list["Block"]:
+        return cast(list[Block], list(self.blocks))
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | Sequence[int] | None = None) -> Tensor:
+        """tokens [T], packed documents, or [B, T] -> logits [..., vocab]."""
+        x = self.embedding(tokens)
+        for block in self.layers:
+            x = x + block.attention(block.attention_norm(x), cu_seqlens=cu_seqlens)
+            x = x + block.mlp(block.mlp_norm(x))
+        return self._logits(x)
+
+    def make_cache(self, num_tokens: int, num_sequences: int = 1) -> "ModelCache":
+        """For `num_sequences` sequences at once, of `num_tokens` tokens at most each."""
+        pages = num_sequences * -(-num_tokens // self.config.nsa.slc_block_len)
+        return ModelCache([block.attention.make_cache(pages, num_sequences) for block in self.layers])
+
+    @torch.no_grad()
+    def prefill(
+        self, tokens: Tensor, cache: "ModelCache", seqs: Sequence[int], cu_seqlens: Tensor | Sequence[int] | None = None
+    ) -> Tensor:
+        """The next chunk of each sequence, packed: tokens [T] -> logits [T, vocab]."""
+        x = self.embedding(tokens)
+        for block, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x = x + block.attention.prefill(block.attention_norm(x), layer_cache, seqs, cu_seqlens)
+            x = x + block.mlp(block.mlp_norm(x))
+        return self._logits(x)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: "ModelCache", seqs: Sequence[int]) -> Tensor:
+        """1 to 8 new tokens of each sequence: tokens [B, new] -> logits [B, new, vocab]."""
+        x = self.embedding(tokens)
+        for block, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x = x + block.attention.decode(block.attention_norm(x), layer_cache, seqs)
+            x = x + block.mlp(block.mlp_norm(x))
+        return self._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        weight = self.embedding.weight if self.output is None else self.output.weight
+        return functional.linear(self.norm(x), weight)
+
+
+class Block(nn.Module):
+    """Attention and a gated MLP, each behind its norm."""
+
+    def __init__(self, config: GPTConfig, where: dict[str, Any]) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, config.norm_eps, **where)
+        self.attention = NSALayer(
+            config.hidden_size, config.num_q_heads, config.num_kv_heads, config.head_dim, config.nsa,
+            v_head_dim=config.v_head_dim, shared_kv=config.shared_kv, compression=config.compression,
+            compress_before_rope=config.compress_before_rope, rotary_base=config.rotary_base, **where,
+        )  # fmt: skip
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.norm_eps, **where)
+        self.mlp = GatedMLP(config, where)
+
+
+class GatedMLP(nn.Module):
+    """silu(gate) * up, from one projection [gate | up]."""
+
+    def __init__(self, config: GPTConfig, where: dict[str, Any]) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=False, **where)
+        self.down = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False, **where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(x).chunk(2, -1)
+        return self.down(functional.silu(gate) * up)
+
+
+class ModelCache:
+    """The caches of all layers, in which a sequence has one id."""
+
+    def __init__(self, layers: Sequence[NSACache]) -> None:
+        self.layers = list(layers)
+
+    def new_sequence(self) -> int:
+        return self._all("new_sequence")
+
+    def fork(self, seq: int) -> int:
+        return self._all("fork", seq)
+
+    def truncate(self, seq: int, length: int) -> None:
+        self._all("truncate", seq, length)
+
+    def free(self, seq: int) -> None:
+        self._all("free", seq)
+
+    def length(self, seq: int) -> int:
+        return self._all("length", seq)
+
+    def num_bytes(self) -> int:
+        return sum(layer.num_bytes() for layer in self.layers)
+
+    def _all(self, method: str, *arguments: int) -> Any:
+        answers = [getattr(layer, method)(*arguments) for layer in self.layers]
+        assert len(set(answers)) == 1
+        return answers[0]

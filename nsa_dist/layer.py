@@ -1,0 +1,194 @@
+"""The attention layer as a plain `nn.Module`: projections, gates, phi and rotary positions, for anyone's model.
+
+It trains as it is, over data-parallel ranks with whatever wraps modules, over context-parallel ones with a group and a
+plan; and it appends to a cache. Needs torch and nsa_kernels; no Megatron, no Ray.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nsa_dist.attention import nsa_attention
+from nsa_dist.branches import BranchKV
+from nsa_dist.compress import MeanCompress, TurnedCompressMLP
+from nsa_dist.config import NSAConfig
+from nsa_dist.cp.comm import Comm
+from nsa_dist.cp.device import put_on
+from nsa_dist.cp.options import FetchOptions
+from nsa_dist.cp.plan import ShardPlan, as_bounds, runs
+from nsa_dist.inference.attend import EMPTY_SLOT, nsa_decode, nsa_prefill
+from nsa_dist.inference.cache import NSACache
+from nsa_dist.rope import rotate
+
+
+class NSALayer(nn.Module):
+    """Self-attention of a transformer layer by Native Sparse Attention, between its norm and its residual.
+
+    hidden_size, num_q_heads, num_kv_heads, head_dim
+    cfg                     sizes of the branches
+    v_head_dim              of values; None: head_dim
+    shared_kv               one key and value for the three branches instead of one each
+    compression             phi: "mlp", one for keys and one for values, or "mean", without parameters
+    compress_before_rope    and turn the compressed key at its block's first position; else compress turned keys
+    rotary_base             pair i of a head turns by position / base ** (2i / head_dim)
+    bias                    of the two projections
+
+    One `qkv` projects everything, interleaved by key/value head, with G = query heads per key/value head:
+
+        [ q: G * Dk | k_cmp v_cmp k_slc v_slc k_win v_win: 3 * (Dk + Dv), or one pair if shared | gate: 3 * G ]
+
+    as `nsa_dist.mcore.NSASelfAttention` does, whose weights it takes. Raises ValueError for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        cfg: NSAConfig | None = None,
+        *,
+        v_head_dim: int | None = None,
+        shared_kv: bool = False,
+        compression: Literal["mlp", "mean"] = "mlp",
+        compress_before_rope: bool = True,
+        rotary_base: float = 10_000.0,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_sizes(num_q_heads, num_kv_heads, head_dim, compression)
+        self.cfg = cfg or NSAConfig()
+        self.num_q_heads, self.num_kv_heads = num_q_heads, num_kv_heads
+        self.head_dim, self.v_head_dim = head_dim, v_head_dim or head_dim
+        self.shared_kv, self.rotary_base, self.compress_before_rope = shared_kv, rotary_base, compress_before_rope
+        group, pair = num_q_heads // num_kv_heads, head_dim + self.v_head_dim
+        self.group_widths = [group * head_dim, pair if shared_kv else 3 * pair, group * 3]
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.qkv = nn.Linear(hidden_size, num_kv_heads * sum(self.group_widths), bias=bias, **where)
+        self.proj = nn.Linear(num_q_heads * self.v_head_dim, hidden_size, bias=bias, **where)
+        key_base = rotary_base if compress_before_rope else None
+        self.compress_k = self._compressor(compression, head_dim, key_base, where)
+        self.compress_v = self._compressor(compression, self.v_head_dim, None, where)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        plan: ShardPlan | None = None,
+        cp_group: dist.ProcessGroup | Comm | None = None,
+        fetch: FetchOptions | None = None,
+        ops: ModuleType | None = None,
+    ) -> Tensor:
+        """x [T, hidden], packed documents, or [B, T, hidden], B documents -> the same shape.
+
+        cu_seqlens          of a pack; None: one document, or the plan's
+        plan, cp_group      both given: x is `plan.shard(..., rank)` of this rank
+        fetch, ops          as `nsa_attention` takes them
+        """
+        if x.dim() == 3:
+            if cu_seqlens is not None or plan is not None:
+                raise ValueError(
+                    f"x {tuple(x.shape)} is a batch, and cu_seqlens or plan was given, which bound documents of one "
+                    f"packed row; pass x.flatten(0, 1) and the bounds of its documents"
+                )
+            cu_seqlens = range(0, x.shape[0] * x.shape[1] + 1, x.shape[1]) if x.shape[1] else [0]
+            return self(x.flatten(0, 1), cu_seqlens=cu_seqlens, fetch=fetch, ops=ops).view(x.shape)
+        bounds = None
+        if plan is None:
+            bounds = torch.tensor(as_bounds([0, len(x)] if cu_seqlens is None else cu_seqlens), dtype=torch.int32)
+            position = runs(torch.zeros(len(bounds) - 1, dtype=torch.int64), bounds.diff().long())
+        else:
+            position = plan.document_positions(cp_group.rank if isinstance(cp_group, Comm) else Comm(cp_group).rank)
+        q, kv, gates = self.project(x, put_on(x.device, position))
+        out = nsa_attention(
+            q, kv, gates, self.cfg, compress_k=self.compress_k, compress_v=self.compress_v, cu_seqlens=bounds,
+            plan=plan, cp_group=cp_group, fetch=fetch, ops=ops,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return self.proj(out.flatten(1))
+
+    def make_cache(self, num_pages: int, max_sequences: int = 0) -> NSACache:
+        """For this layer, of its weights' dtype and device; `NSACache` says what pages are."""
+        weight = self.qkv.weight
+        return NSACache(
+            self.cfg, self.num_kv_heads, self.head_dim, self.v_head_dim, num_pages, dtype=weight.dtype,
+            device=weight.device, compress_k=self.compress_k, compress_v=self.compress_v, max_sequences=max_sequences,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def prefill(
+        self, x: Tensor, cache: NSACache, seqs: Sequence[int], cu_seqlens: Tensor | Sequence[int] | None = None
+    ) -> Tensor:
+        """The next chunk of each sequence, packed: x [T, hidden] -> [T, hidden]. As `nsa_prefill`."""
+        bounds = torch.tensor(as_bounds([0, len(x)] if cu_seqlens is None else cu_seqlens), dtype=torch.int64)
+        start = torch.tensor([cache.length(seq) for seq in seqs], dtype=torch.int64)
+        fits = len(start) == len(bounds) - 1  # else nsa_prefill says what is wrong
+        position = runs(start, bounds.diff()) if fits else torch.zeros(len(x), dtype=torch.int64)
+        projected = self.project(x, put_on(x.device, position))
+        out = nsa_prefill(*projected, cache, seqs, cu_seqlens=bounds)
+        assert isinstance(out, Tensor)
+        return self.proj(out.flatten(1))
+
+    @torch.no_grad()
+    def decode(self, x: Tensor, cache: NSACache, seqs: Sequence[int]) -> Tensor:
+        """1 to 8 new tokens of each sequence: x [B, new, hidden] -> [B, new, hidden]. As `nsa_decode`."""
+        new = x.shape[1]
+        start = torch.tensor([0 if seq == EMPTY_SLOT else cache.length(seq) for seq in seqs], dtype=torch.int64)
+        position = (start[:, None] + torch.arange(new)).flatten()
+        q, kv, gates = self.project(x.flatten(0, 1), put_on(x.device, position))
+        q, gates, *pairs = (y.unflatten(0, (len(seqs), new)) for y in (q, gates, *kv))
+        out = nsa_decode(q, BranchKV(*pairs), gates, cache, seqs)
+        assert isinstance(out, Tensor)
+        return self.proj(out.flatten(2))
+
+    def project(self, x: Tensor, position: Tensor) -> tuple[Tensor, BranchKV, Tensor]:
+        """x [T, hidden] and positions in documents [T] -> what `nsa_attention` takes: q, kv, gates."""
+        if x.dim() != 2 or len(x) != len(position):
+            raise ValueError(
+                f"x {tuple(x.shape)} must be [T, hidden] with T = {len(position)}, as cu_seqlens or plan says; pass "
+                f"that many rows"
+            )
+        mixed = self.qkv(x).unflatten(-1, (self.num_kv_heads, sum(self.group_widths)))
+        q, kv, logits = mixed.split(self.group_widths, -1)
+        gates = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        q = q.unflatten(-1, (-1, self.head_dim)).flatten(1, 2)
+        pairs = kv.split([self.head_dim, self.v_head_dim] * (1 if self.shared_kv else 3), -1)
+        k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = pairs * 3 if self.shared_kv else pairs
+        turning = [q, k_slc] if self.shared_kv else [q, k_slc, k_win]
+        if not self.shared_kv and not self.compress_before_rope:
+            turning.append(k_cmp)
+        turned = rotate(torch.cat(turning, 1), position, self.rotary_base).split([y.shape[1] for y in turning], 1)
+        q, k_slc = turned[:2]
+        k_win = k_slc if self.shared_kv else turned[2]
+        if not self.compress_before_rope:
+            k_cmp = turned[-1]
+        return q, BranchKV(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win), gates.flatten(1).unflatten(1, (-1, 3))
+
+    def _compressor(self, kind: str, head_dim: int, base: float | None, where: dict[str, Any]) -> nn.Module:
+        block_len = self.cfg.cmp_block_len
+        if kind == "mean":
+            return MeanCompress(block_len, base)
+        return TurnedCompressMLP(self.num_kv_heads, head_dim, block_len, rotary_base=base, **where)
+
+
+def _check_sizes(num_q_heads: int, num_kv_heads: int, head_dim: int, compression: str) -> None:
+    if num_kv_heads < 1 or num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"num_q_heads={num_q_heads} must be a multiple of num_kv_heads={num_kv_heads}, as each of those serves "
+            f"equally many query heads; choose a divisor of {num_q_heads}"
+        )
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(
+            f"head_dim={head_dim} must be even, because rotary positions turn pairs of it; take {head_dim + 1}"
+        )
+    if compression not in ("mlp", "mean"):
+        raise ValueError(
+            f"compression={compression!r} must be 'mlp' or 'mean', as those are the phi there are; take one"
+        )

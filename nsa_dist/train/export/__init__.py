@@ -1,0 +1,1 @@
+"""From a run's checkpoint to a model in plain PyTorch."""

@@ -1,0 +1,66 @@
+"""What Megatron-core calls the weights of a model, and what `nsa_dist.inference.model.GPT` calls them."""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from nsa_dist.inference.model import GPTConfig
+from nsa_dist.train.config import VOCAB_SIZE, TrainConfig
+
+_WHOLE = {
+    "embedding.word_embeddings.weight": "embedding.weight",
+    "decoder.final_layernorm.weight": "norm.weight",
+    "output_layer.weight": "output.weight",
+}
+_OF_LAYER = {
+    "input_layernorm.weight": "attention_norm.weight",
+    "self_attention.linear_qkv.weight": "attention.qkv.weight",
+    "self_attention.linear_proj.weight": "attention.proj.weight",
+    "self_attention.core_attention.compress_k": "attention.compress_k",
+    "self_attention.core_attention.compress_v": "attention.compress_v",
+    "pre_mlp_layernorm.weight": "mlp_norm.weight",
+    "mlp.linear_fc1.weight": "mlp.up.weight",
+    "mlp.linear_fc2.weight": "mlp.down.weight",
+}
+
+
+def plain_config(config: TrainConfig) -> GPTConfig:
+    """The sizes of a run's model."""
+    model, nsa = config.model, config.nsa
+    return GPTConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_q_heads=model.num_attention_heads,
+        num_kv_heads=model.num_query_groups,
+        head_dim=model.head_dim,
+        ffn_hidden_size=model.ffn_hidden_size,
+        nsa=nsa.sizes(),
+        vocab_size=VOCAB_SIZE,
+        shared_kv=nsa.shared_kv,
+        compression=nsa.compression,
+        compress_before_rope=nsa.compress_before_rope,
+        rotary_base=nsa.rotary_base,
+        tie_embeddings=model.tie_embeddings,
+        dtype=config.run.dtype,
+        sequence_length=config.run.sequence_length,
+    )
+
+
+def plain_weights(megatron: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A whole Megatron model's weights by our names. ValueError for one that has no place here."""
+    return {_renamed(name): x for name, x in megatron.items() if isinstance(x, Tensor)}
+
+
+def _renamed(name: str) -> str:
+    if name in _WHOLE:
+        return _WHOLE[name]
+    found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    if found:
+        for theirs, ours in _OF_LAYER.items():
+            if found[2] == theirs or found[2].startswith(f"{theirs}."):
+                return f"blocks.{found[1]}.{ours}{found[2][len(theirs) :]}"
+    raise ValueError(
+        f"the weight {name} has no place in the plain model, which is that of nsa_dist.train: RMSNorm, a gated MLP, no "
+        f"biases; export a run of nsa-dist train"
+    )

@@ -1,0 +1,51 @@
+"""Runs in several layouts, what is exported of them, and Megatron's logits: importable, as spawned processes need."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nsa_dist.mcore.cpu import megatron_on_cpu
+from nsa_dist.train.export.run import choose, megatron_model, plain_model
+from nsa_dist.train.files.output import OutputDir
+from train_cases import run, small_config
+
+LAYOUTS: dict[str, dict] = {
+    "TP2": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+    "PP2": {"parallel": {"pipeline_model_parallel_size": 2}, "model": {"tie_embeddings": False}},
+    "CP2": {"parallel": {"context_parallel_size": 2}, "nsa": {"compression": "mean", "shared_kv": True}},
+}
+
+
+class Logits(NamedTuple):
+    """Of the same tokens."""
+
+    megatron: Tensor
+    exported: Tensor
+    cached: Tensor  # exported as well, through a cache
+
+
+def trained(_rank: int, base: Path) -> None:
+    """Two steps in each layout."""
+    for name, sections in LAYOUTS.items():
+        run(small_config(base, name, **sections, run={"steps": 2}, optimizer={"warmup_steps": 0}))
+        dist.barrier()
+
+
+def compared(base: Path) -> dict[str, Logits]:
+    """In a process without groups."""
+    tokens = torch.arange(200) * 7 % 256
+    found = {}
+    for name in LAYOUTS:
+        step = choose(OutputDir(base / name)).step
+        with megatron_on_cpu(), megatron_model(base / name, step) as (_, model), torch.no_grad():
+            megatron = model(tokens[None], torch.arange(200)[None], None)[0]
+        plain, _ = plain_model(base / name)
+        cache = plain.make_cache(200)
+        seq = cache.new_sequence()
+        parts = [plain.prefill(tokens[:150], cache, [seq])]
+        parts += [plain.decode(tokens[None, i : i + 5], cache, [seq])[0] for i in range(150, 200, 5)]
+        found[name] = Logits(megatron.float(), plain(tokens), torch.cat(parts))
+    return found

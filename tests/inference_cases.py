@@ -1,0 +1,185 @@
+"""Cases drawn by seed: what is done to the sequences of a cache, and what training's forward says of each."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from cases import SMALL, Inputs, make_inputs
+from nsa_dist import BranchKV, NSAConfig, nsa_attention
+from nsa_dist.compress import Compress, CompressMLP
+from nsa_dist.inference import NSACache, nsa_decode, nsa_prefill
+from nsa_dist.rope import rotate
+
+CONFIGS = (SMALL, NSAConfig(4, 4, 8, 4, 0, 1, 5), NSAConfig(16, 4, 8, 6, 2, 2, 33), NSAConfig(8, 8, 32, 3, 1, 1, 1))
+
+
+class Turned(CompressMLP):
+    """A phi that depends on where its block begins, so is no plain MLP to `nsa_attention`."""
+
+    def forward(self, x, block_start, block_rows=None, **options):
+        return rotate(super().forward(x, block_start, block_rows, **options), block_start, 100.0)
+
+
+def last_token(x: Tensor, block_start: Tensor) -> Tensor:
+    """A phi that is any callable."""
+    return x[:, -1] * (1 + block_start[:, None, None] % 5)
+
+
+@dataclass
+class Case:
+    """Tokens to draw from, and a cache; `kinds`: "mlp", "turned", "mean" or "callable"."""
+
+    inputs: Inputs
+    cfg: NSAConfig
+    kind: str
+    phis: tuple[Compress | None, Compress | None]
+
+    @classmethod
+    def of(cls, num_tokens: int, cfg: NSAConfig, kind: str, shared_kv: bool, seed: int, heads=(4, 2, 8, 6)) -> "Case":
+        inputs = make_inputs(num_tokens, *heads, cfg=cfg, seed=seed)
+        if shared_kv:
+            inputs.kv = BranchKV(*inputs.kv[:2] * 3)
+        phi_k = inputs.phi_k
+        if kind == "turned":
+            phi_k = Turned(heads[1], heads[2], cfg.cmp_block_len, 2 * heads[2], dtype=torch.float64)
+            phi_k.load_state_dict(inputs.phi_k.state_dict())
+        phis = {"mean": (None, None), "callable": (last_token, None)}.get(kind, (phi_k, inputs.phi_v))
+        return cls(inputs, cfg, kind, phis)
+
+    def cache(self, num_pages: int, dtype=torch.float64) -> NSACache:
+        heads, dim_k, dim_v = self.inputs.kv.k_cmp.shape[1], self.inputs.q.shape[-1], self.inputs.kv.v_cmp.shape[-1]
+        return NSACache(
+            self.cfg, heads, dim_k, dim_v, num_pages, dtype=dtype, compress_k=self.phis[0], compress_v=self.phis[1]
+        )
+
+    def rows(self, tokens: Sequence[int]) -> tuple[Tensor, BranchKV, Tensor]:
+        """q, kv, gates of these tokens."""
+        index = torch.tensor(tokens, dtype=torch.int64)
+        q, *kv, gates = (x.detach().index_select(0, index) for x in self.inputs.leaves())
+        return q, BranchKV(*kv), gates
+
+    def batch(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, BranchKV, Tensor]:
+        """The same as [B, new, ...]."""
+        q, kv, gates = self.rows([token for row in tokens for token in row])
+        shape = len(tokens), len(tokens[0])
+        return q.unflatten(0, shape), BranchKV(*(x.unflatten(0, shape) for x in kv)), gates.unflatten(0, shape)
+
+    def trained(self, tokens: Sequence[int], ops: ModuleType | None = None) -> tuple[Tensor, Tensor]:
+        """out and block_indices of training's forward."""
+        with torch.no_grad():
+            return nsa_attention(
+                *self.rows(tokens), self.cfg, compress_k=self.phis[0], compress_v=self.phis[1], ops=ops,
+                return_block_indices=True,
+            )  # fmt: skip
+
+
+@dataclass
+class Told:
+    """What the cache was given of a sequence, and what it answered."""
+
+    tokens: list[int] = field(default_factory=list)
+    outs: list[Tensor] = field(default_factory=list)
+    blocks: list[Tensor] = field(default_factory=list)
+    longest: int = 0
+
+    def add(self, tokens: Sequence[int], out: Tensor, blocks: Tensor) -> None:
+        self.tokens += tokens
+        self.outs += out
+        self.blocks += blocks
+        self.longest = max(self.longest, len(self.tokens))
+
+    def cut(self, length: int) -> "Told":
+        return Told(self.tokens[:length], self.outs[:length], self.blocks[:length], self.longest)
+
+    def check(self, case: Case) -> None:
+        if self.tokens:
+            out, blocks = case.trained(self.tokens)
+            assert torch.equal(torch.stack(self.blocks), blocks)
+            torch.testing.assert_close(torch.stack(self.outs), out, rtol=0, atol=1e-10)
+
+
+class Play:
+    """One drawn case: `steps` things done to a few sequences of at most `most` tokens."""
+
+    def __init__(self, seed: int, most: int, steps: int) -> None:
+        self.rng = rng = random.Random(seed)
+        self.case = Case.of(
+            most, rng.choice(CONFIGS), rng.choice(["mlp", "turned", "mean", "callable"]), rng.random() < 0.3, seed,
+            rng.choice([(4, 2, 8, 6), (3, 1, 4, 8), (2, 2, 6, 6)]),
+        )  # fmt: skip
+        self.most, self.steps = most, steps
+        self.cache = self.case.cache(7 * -(-most // self.case.cfg.slc_block_len))
+        self.told: dict[int, Told] = {}
+
+    def run(self) -> None:
+        for _ in range(self.steps):
+            if not self.told or (len(self.told) < 6 and self.rng.random() < 0.3):
+                self.told[self.cache.new_sequence()] = Told()
+            self.rng.choice([self.prefill, self.prefill, self.decode, self.decode, self.fork, self.back, self.free])()
+            assert {seq: self.cache.length(seq) for seq in self.told} == {
+                s: len(t.tokens) for s, t in self.told.items()
+            }
+        for told in self.told.values():
+            told.check(self.case)
+        for seq in self.told:
+            self.cache.free(seq)
+        assert self.cache.num_free_pages == 7 * -(-self.most // self.case.cfg.slc_block_len)
+
+    def some(self) -> list[int]:
+        return self.rng.sample(sorted(self.told), self.rng.randint(1, len(self.told)))
+
+    def draw(self, count: int) -> list[int]:
+        return [self.rng.randrange(self.most) for _ in range(count)]
+
+    def room(self, seq: int) -> int:
+        return self.most - len(self.told[seq].tokens)
+
+    def prefill(self) -> None:
+        seqs = self.some()
+        chunks = [self.draw(self.rng.randint(0, self.room(seq)) // self.rng.choice([1, 2, 8])) for seq in seqs]
+        bounds = [0]
+        for chunk in chunks:
+            bounds.append(bounds[-1] + len(chunk))
+        rows = self.case.rows([token for chunk in chunks for token in chunk])
+        out, blocks = nsa_prefill(*rows, self.cache, seqs, cu_seqlens=bounds, return_block_indices=True)
+        for seq, chunk, start, stop in zip(seqs, chunks, bounds, bounds[1:], strict=False):
+            self.told[seq].add(chunk, out[start:stop], blocks[start:stop])
+
+    def decode(self) -> None:
+        for _ in range(self.rng.randint(1, 6)):
+            new = self.rng.randint(1, 8)
+            seqs = [seq for seq in self.some() if self.room(seq) >= new]
+            if not seqs:
+                return
+            seqs += [-1] * self.rng.randint(0, 2)
+            self.rng.shuffle(seqs)
+            tokens = [self.draw(new) for _ in seqs]
+            out, blocks = nsa_decode(*self.case.batch(tokens), self.cache, seqs, return_block_indices=True)
+            for slot, seq in enumerate(seqs):
+                if seq == -1:
+                    assert not out[slot].any()
+                    assert (blocks[slot] == -1).all()
+                else:
+                    self.told[seq].add(tokens[slot], out[slot], blocks[slot])
+
+    def fork(self) -> None:
+        if len(self.told) < 6:
+            seq = self.rng.choice(sorted(self.told))
+            told = self.told[seq]
+            self.told[self.cache.fork(seq)] = replace(told.cut(len(told.tokens)))
+
+    def back(self) -> None:
+        seq = self.rng.choice(sorted(self.told))
+        told = self.told[seq]
+        length = self.rng.randint(min(len(told.tokens), max(0, told.longest - 8)), len(told.tokens))
+        self.cache.truncate(seq, length)
+        self.told[seq] = told.cut(length)
+
+    def free(self) -> None:
+        seq = self.rng.choice(sorted(self.told))
+        self.told.pop(seq).check(self.case)
+        self.cache.free(seq)
