@@ -1,5 +1,4 @@
-"""The command line: `nsa-dist train CONFIG.yaml [key=value ...]`, `plan`, `config`, `report`,
-`export`, `generate`, `bench`, `doctor`.
+"""The command line: `nsa-dist train CONFIG.yaml [key=value ...]`, `data`, `plan`, `report`, `export`, `generate` and more.
 
 Imports are inside the commands, so that --help and mistakes answer at once.
 """
@@ -14,7 +13,7 @@ from typing import Any
 
 from nsa_launch import exit_codes
 from nsa_launch.bench import arguments as bench_arguments
-from nsa_launch.commands import config_arguments, export_arguments, plan_arguments, report_arguments
+from nsa_launch.commands import config_arguments, data_arguments, export_arguments, plan_arguments, report_arguments
 from nsa_launch.commands.words import help_words
 from nsa_launch.jobs import arguments as job_arguments
 
@@ -62,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path, metavar="CONFIG.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="for example resume=true or run.steps=100")
     train.set_defaults(command=_train)
+    data_arguments.register(commands)
     plan_arguments.register(commands)
     config_arguments.register(commands)
     report_arguments.register(commands)
