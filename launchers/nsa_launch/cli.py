@@ -1,4 +1,4 @@
-"""The command line: `nsa-dist train CONFIG.yaml [key=value ...]`, `data`, `plan`, `report`, `export`, `generate` and more.
+"""The command line: `nsa-dist train CONFIG.yaml [key=value ...]`, `data`, `plan`, `report`, `generate` and more.
 
 Imports are inside the commands, so that --help and mistakes answer at once.
 """
