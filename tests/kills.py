@@ -129,13 +129,21 @@ def left_behind(host: Host, folder: RunFolder, patience_s: float = 180) -> list[
     deadline = time.monotonic() + patience_s
     while (alive := processes_on(host)) and time.monotonic() < deadline:
         time.sleep(0.5)  # between two looks: Ray's agents notice by themselves that they are alone
-    found = [f"process {' '.join(process.cmdline()[:4])[:100]}" for process in alive]
+    found = [text for process in alive if (text := _described(process))]
     memory = subprocess.run(host.inside(["ls", "-A", "/dev/shm"]), capture_output=True, text=True, check=True)
     found += [f"shared memory {name}" for name in memory.stdout.split()]
     passing = (".draft", ".replaced", ".replacing", "swapped")
     found += [f"file {path}" for path in folder.path.rglob("*") if any(mark in path.name for mark in passing)]
     temporary = host.home / "tmp"
     return found + [f"temporary file {path}" for path in temporary.rglob("*") if path.is_file()]
+
+
+def _described(process: psutil.Process) -> str:
+    try:
+        age_s, words = time.time() - process.create_time(), " ".join(process.cmdline()).strip()
+        return f"process {process.pid} of {process.ppid()}, {process.status()}, {age_s:.0f} s old: {words[-100:]}"
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -63,5 +63,6 @@ def test_kills_change_nothing_and_leave_nothing(tmp_path, host: Host, undisturbe
     assert len(mine) > 10
     assert all(torch.equal(mine[name], theirs[name]) for name in mine), run.kills
 
-    assert not left_behind(host, run.folder), run.kills
+    left = left_behind(host, run.folder)
+    assert not left, "\n".join([f"seed {seed}: {run.kills} {run.exits}", *left])
     shutil.rmtree(run.folder.path)
