@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,8 +33,7 @@ VICTIMS = {
     "raylet": "raylet",
     "driver": "python -m nsa_launch",
 }
-KINDS = [*VICTIMS, "two"]
-LONGEST_S = 25.0  # from one kill to the next: a start takes about as long
+LONGEST_S = 10.0  # from when a victim is there to its end
 _DEAD = {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
 
 
@@ -81,22 +81,18 @@ def _is(process: psutil.Process, kind: str) -> bool:
     return bool(words) and words[0].startswith(mark)
 
 
-def kill(host: Host, kind: str, draw: random.Random) -> str:
-    """Kill one such process with SIGKILL, or two of any kinds; who it was, "" where there is none."""
-    kinds = draw.sample(list(VICTIMS), 2) if kind == "two" else [kind]
-    victims = [(each, draw.choice(there)) for each in kinds if (there := of_kind(host, each))]
-    for _, process in victims:
+def kill(victims: Sequence[psutil.Process]) -> None:
+    for process in victims:
         try:
             process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
+        except psutil.NoSuchProcess:  # it died by itself since it was looked for
             continue
-    return " and ".join(each for each, _ in victims)
 
 
 def run_through(
     host: Host, config: Path, folder: RunFolder, words: Sequence[str], draw: random.Random, most: int
 ) -> Killed:
-    """One run to its end, `most` kills at drawn times on its way; the command is given again when it died of one."""
+    """One run to its end, with `most` kills at most at drawn times; the command is given again if it died of one."""
     told = Killed(folder)
     output = host.home / "said"
     output.unlink(missing_ok=True)
@@ -109,19 +105,26 @@ def run_through(
             if len(told.kills) == most:
                 running.wait(900)
                 break
-            _wait(running, draw.uniform(0, LONGEST_S))
-            if running.poll() is None and (victim := kill(host, draw.choice(KINDS), draw)):
-                told.kills.append(victim)
+            kinds = draw.sample(list(VICTIMS), draw.choice([1, 1, 1, 1, 2]))
+            victims = _when_there(host, running, kinds, draw)
+            if victims:
+                kill(victims)
+                told.kills.append(" and ".join(kinds))
         told.exits.append(running.returncode)
     told.said = output.read_text()
     return told
 
 
-def _wait(running: subprocess.Popen, seconds: float) -> None:
-    try:
-        running.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return
+def _when_there(
+    host: Host, running: subprocess.Popen, kinds: Sequence[str], draw: random.Random
+) -> list[psutil.Process]:
+    """One process of each kind, a drawn while after there was one of each; none if the command ended before."""
+    while running.poll() is None and not all(of_kind(host, kind) for kind in kinds):
+        time.sleep(0.1)  # between two looks
+    with suppress(subprocess.TimeoutExpired):
+        running.wait(draw.uniform(0, LONGEST_S))
+    there = [of_kind(host, kind) for kind in kinds] if running.poll() is None else []
+    return [draw.choice(processes) for processes in there if processes]
 
 
 def left_behind(host: Host, folder: RunFolder, patience_s: float = 180) -> list[str]:
@@ -129,13 +132,21 @@ def left_behind(host: Host, folder: RunFolder, patience_s: float = 180) -> list[
     deadline = time.monotonic() + patience_s
     while (alive := processes_on(host)) and time.monotonic() < deadline:
         time.sleep(0.5)  # between two looks: Ray's agents notice by themselves that they are alone
-    found = [f"process {' '.join(process.cmdline()[:4])[:100]}" for process in alive]
+    found = [text for process in alive if (text := _described(process))]
     memory = subprocess.run(host.inside(["ls", "-A", "/dev/shm"]), capture_output=True, text=True, check=True)
     found += [f"shared memory {name}" for name in memory.stdout.split()]
     passing = (".draft", ".replaced", ".replacing", "swapped")
     found += [f"file {path}" for path in folder.path.rglob("*") if any(mark in path.name for mark in passing)]
     temporary = host.home / "tmp"
     return found + [f"temporary file {path}" for path in temporary.rglob("*") if path.is_file()]
+
+
+def _described(process: psutil.Process) -> str:
+    try:
+        age_s, words = time.time() - process.create_time(), " ".join(process.cmdline()).strip()
+        return f"process {process.pid} of {process.ppid()}, {process.status()}, {age_s:.0f} s old: {words[-100:]}"
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -28,9 +28,15 @@ mkdir -p /tmp/ray {home}/ray
 mount --bind {home}/ray /tmp/ray
 ip link set lo up
 ip addr add {address}/32 dev lo  # its own also while no cable is in
-trap '' CHLD  # what nobody else waits for leaves no zombie
-echo ready
-exec sleep infinity
+exec {python} -c '{init}'
+"""
+# The first process of a host. What nobody waits for becomes its child, and must leave no zombie: to Ray that is alive.
+_INIT = """
+import signal
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+print("ready", flush=True)
+while True:
+    signal.pause()
 """
 
 
@@ -66,7 +72,9 @@ class Host:
     _keeper: subprocess.Popen | None = None
 
     def boot(self, hosts: Path) -> None:
-        script = _READY.format(name=self.name, hosts=hosts, home=self.home, address=self.address)
+        script = _READY.format(
+            name=self.name, hosts=hosts, home=self.home, address=self.address, python=sys.executable, init=_INIT
+        )
         self._keeper = subprocess.Popen(
             ["unshare", *_NAMESPACES, "sh", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
         )
