@@ -7,6 +7,7 @@
 #   make docs                           build the documentation into build/docs; warnings are errors
 #   make constraints                    write constraints.txt anew from the newest packages that fit
 #
+# SAMPLE       of make train: the tiny model goes on with this text at the end; empty: it does not
 # PYTHON       a Python 3.11 or newer; it is only used to make VENV
 # VENV         the virtual environment, .venv unless named here
 # CONSTRAINTS  exact versions to install, constraints.txt unless named here; empty: whatever pyproject.toml allows
@@ -24,6 +25,7 @@ PIP_ARGS    ?=
 CONFIG      ?= configs/tiny-cpu.yaml
 OUTPUT_DIR  ?= runs/$(basename $(notdir $(CONFIG)))-$(shell date -u +%Y%m%d-%H%M%S)
 ARGS        ?=
+SAMPLE      ?= $(if $(filter configs/tiny-cpu.yaml,$(CONFIG)),$(if $(findstring output_dir=,$(ARGS)),,import os))
 PYTEST_ARGS ?=
 TEST_JOBS   ?= 2
 
@@ -54,7 +56,9 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 train: $(STAMP)
-	@$(BIN)/nsa-dist train $(CONFIG) output_dir=$(OUTPUT_DIR) $(ARGS)
+	@folder=$(OUTPUT_DIR) && $(BIN)/nsa-dist train $(CONFIG) output_dir=$$folder $(ARGS) $(if $(SAMPLE),&& \
+	  echo "what it has learnt to write (nsa-dist generate $$folder --prompt ...):" && \
+	  $(BIN)/nsa-dist generate $$folder --max-new-tokens 240 --prompt '$(SAMPLE)')
 
 # Tests of a file stay together: some share processes that take seconds to start.
 PYTEST = $(BIN)/python -m pytest -p no:cacheprovider -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder

@@ -9,6 +9,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import index
 from types import ModuleType
 from typing import Any
 
@@ -65,6 +66,7 @@ def nsa_prefill(
             f"cu_seqlens={list(bounds)} must rise from 0 to the {len(q)} tokens of q, with one chunk for each of the "
             f"{len(seqs)} sequences; pass [0, length of the first chunk, ...], {len(seqs) + 1} numbers"
         )
+    seqs = [index(seq) for seq in seqs]
     _check_distinct(seqs)
     out, block_indices = _append(q, kv, gates, cache, seqs, added, ops, softmax_scale, is_prefill=True)
     return (out, block_indices) if return_block_indices else out
@@ -98,6 +100,7 @@ def nsa_decode(
     packed = [x.flatten(0, 1) for x in (q, *kv, gates)]
     check_inputs(packed[0], BranchKV(*packed[1:7]), packed[7], softmax_scale)
     _check_cache(packed[0], BranchKV(*packed[1:7]), cache)
+    seqs = [index(seq) for seq in seqs]
     used = [slot for slot, seq in enumerate(seqs) if seq != EMPTY_SLOT]
     taken = [seqs[slot] for slot in used]
     _check_distinct(taken)

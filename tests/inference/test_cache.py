@@ -32,7 +32,7 @@ def test_token_by_token_is_training(kind, shared_kv):
     case = Case.of(70, SMALL, kind, shared_kv, seed=3)
     cache = case.cache(5)
     seq = cache.new_sequence()
-    steps = [nsa_decode(*case.batch([[t]]), cache, [seq], return_block_indices=True) for t in range(70)]
+    steps = [nsa_decode(*case.batch([[t]]), cache, torch.tensor([seq]), return_block_indices=True) for t in range(70)]
     out, blocks = (torch.cat([step[i][0] for step in steps]) for i in (0, 1))
     expected, expected_blocks = case.trained(range(70))
     assert torch.equal(blocks, expected_blocks)

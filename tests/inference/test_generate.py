@@ -1,7 +1,10 @@
 """Generation: the cache's tokens are those of the whole forward, and what is drawn depends on its prompt alone."""
 
 import io
+import os
 import struct
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from nsa_launch import cli, exit_codes
 from nsa_launch.commands import generate as command
 
 CONFIG = GPTConfig(2, 32, 4, 2, 8, 48, NSAConfig(8, 4, 16, 4, 1, 2, 20), rotary_base=100.0)
+ROOT = Path(__file__).parents[2]
 PROMPTS = [b"def main(", b"", b"x" * 70, "h\u00e9".encode()]
 
 
@@ -126,3 +130,18 @@ def test_tensors_come_back(tmp_path):
     assert all(torch.equal(found[name], x) and found[name].dtype == x.dtype for name, x in tensors.items())
     size = struct.unpack("<Q", (tmp_path / "x").read_bytes()[:8])[0]
     assert size % 8 == 0
+
+
+@pytest.mark.parametrize(("words", "writes"), [
+    ([], True), (["ARGS=run.steps=2"], True), (["SAMPLE="], False), (["ARGS=output_dir=elsewhere"], False),
+    (["CONFIG=configs/long-1m.yaml"], False),
+])  # fmt: skip
+def test_make_train_ends_with_a_text_of_its_own_run(words, writes):
+    """Read from what make would do: one folder, in both commands; none where another model or folder is asked for."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    told = subprocess.run(
+        ["make", "-n", "train", *words], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+    ).stdout.replace("\\\n", "")
+    line = next(line for line in told.splitlines() if "nsa-dist train" in line)
+    assert ("&& .venv/bin/nsa-dist generate $folder" in " ".join(line.split())) == writes
+    assert line.count("folder=") == 1
