@@ -37,7 +37,7 @@ def prepare_output(config: TrainConfig, made: Sequence[str] = MADE) -> None:
         _check_unused(output, [*made, ANY_CHECKPOINT])  # what a crash left is out of the way by now
         RunMarker.new(made, identity(config), settings(config)).write(output.root)
     else:
-        if _never_ran(output, marker) and differences(marker.identity, config):
+        if _never_ran(output, marker) and (config.data.token_sets or differences(marker.identity, config)):
             marker = _become(output, marker, config)
         _check_corpus(output, marker, config)
         marker.changed(made=tuple(dict.fromkeys([*marker.made, *made]))).write(output.root)

@@ -120,6 +120,8 @@ def test_a_run_goes_on_with_its_tokens_wherever_they_lie_and_with_no_others(base
     config = config_of(base, "run")
     prepare_output(config)
     output = OutputDir(base / "run")
+    output.marker().changed(corpus="of tokens that were built anew before the first step").write(output.root)
+    prepare_output(config)
     output.marker().changed(corpus=sets.digest_of(config.data)).write(output.root)
     output.metrics.write_text('{"kind": "train", "step": 1}\n')
 
