@@ -50,6 +50,10 @@ def _name(annotation: Any) -> str:
     if get_origin(annotation) is dict:
         key, value = get_args(annotation)
         return f"mapping of {_name(key)} to {_name(value)}"
+    if get_origin(annotation) is list:
+        return f"list of {_name(get_args(annotation)[0])}"
+    if get_origin(annotation) is tuple:
+        return f"[{', '.join(map(_name, get_args(annotation)))}]"
     choices = get_args(annotation)
     if NoneType in choices:
         return ", ".join(_name(choice) for choice in choices if choice is not NoneType) + ", or null"

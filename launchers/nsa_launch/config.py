@@ -116,10 +116,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     as null comes from this process's environment.
     """
     config = checked(path, overrides)
-    folder = config.data.folder
     places = {
         "run": config.run.model_copy(update={"output_dir": expanded("output_dir", config.run.output_dir)}),
-        "data": config.data.model_copy(update={"folder": folder and expanded("data.folder", folder)}),
+        "data": config.data.moved(expanded),
         "launch": config.launch.model_copy(update={"env": _filled(config.launch.env, path)}),
     }
     config = config.model_copy(update=places)

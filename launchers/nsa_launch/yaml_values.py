@@ -26,7 +26,8 @@ def read(text: str, annotation: Any = None) -> Any:
 
 def read_word(text: str, annotation: Any = None) -> Any:
     """The value of a command line's word: no comment in it, and where a text is wanted no YAML but its quotes."""
-    if not _is_text(annotation):
+    is_list = text.lstrip().startswith("[") and any(get_origin(part) is list for part in alternatives(annotation))
+    if is_list or not _is_text(annotation):
         value = read(text, annotation)
         _refuse_comment(text)
         return value

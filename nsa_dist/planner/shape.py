@@ -6,8 +6,9 @@ from functools import cached_property
 from nsa_dist.cp.formulas.cost import HeadSizes
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.planner.core.sizes import Core
-from nsa_dist.train.config import VOCAB_SIZE, TrainConfig
+from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.heads import local_heads
+from nsa_dist.train.tokens.sets import padded_vocab_size
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,9 @@ class Shape:
     def local_ffn(self) -> int:
         return self.config.model.ffn_hidden_size // self.tensor_size
 
-    @property
+    @cached_property
     def local_vocab(self) -> int:
-        return VOCAB_SIZE // self.tensor_size
+        return padded_vocab_size(self.config) // self.tensor_size
 
     # --- parameters of one rank ------------------------------------------------------------------------------
 

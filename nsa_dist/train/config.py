@@ -4,6 +4,7 @@ A field's name occurs in one section only, so a launcher may accept `resume=true
 sections are checked here as well; what depends on the number of processes is `TrainConfig.data_parallel_size`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -53,7 +54,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """A GPT decoder over bytes: RMSNorm, SwiGLU, no biases, no dropout."""
+    """A GPT decoder over bytes, or the vocabulary of `data.tokens`: RMSNorm, SwiGLU, no biases, no dropout."""
 
     num_layers: int = Field(default=2, ge=1, description="decoder layers")
     hidden_size: int = Field(default=128, ge=1, description="width of what goes from layer to layer")
@@ -181,17 +182,22 @@ class ParallelSection(Section):
 
 
 class DataSection(Section):
-    """Text files read as bytes; none given means the running interpreter's own standard library."""
+    """Text files read as bytes, or token sets; neither given: the running interpreter's own standard library."""
 
     folder: Path | None = Field(
         default=None, description="of the texts, subfolders too but no run's; null: the standard library of this Python"
     )
     pattern: str = Field(default="*", description="of the file names below folder; the standard library has its own")
     validation_fraction: float = Field(
-        default=0.05, gt=0, lt=1, description="share of the files that is for evaluation"
+        default=0.05, gt=0, lt=1, description="share of the files that is for evaluation; of documents in data.tokens"
     )
     max_file_bytes: int = Field(
         default=1_000_000, ge=1, description="bytes; longer files are left out: they are tables"
+    )
+    tokens: Path | list[tuple[float, Path]] | None = Field(
+        default=None,
+        description="instead of folder: PREFIX of a token set of `nsa-dist data build`, or [[weight, PREFIX], ...], "
+        "blended by samples in the order of their weights",
     )
 
     @field_validator("folder", mode="before")
@@ -209,6 +215,52 @@ class DataSection(Section):
                 f"has ** beside other characters; name the folder in data.folder, and here a pattern such as *.txt"
             )
         return pattern
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _check_tokens(cls, tokens: Any) -> Any:
+        if not isinstance(tokens, list | tuple):
+            return _named(tokens)
+        for pair in tokens or [None]:
+            _check_pair(pair)
+        prefixes = [str(prefix) for _, prefix in tokens]
+        if len(set(prefixes)) < len(prefixes):
+            raise ValueError("a PREFIX is given twice, and both would give the same samples; add up their weights")
+        return tokens
+
+    @model_validator(mode="after")
+    def _check_one_source(self) -> "DataSection":
+        if self.tokens is None:
+            return self
+        given = [
+            name for name in ("folder", "pattern", "max_file_bytes") if getattr(self, name) != _default(self, name)
+        ]
+        if given:
+            raise ValueError(
+                f"tokens and {', '.join(given)} are both given, and a token set was made of its files long before; "
+                f"leave tokens out, or {', '.join(given)}"
+            )
+        return self
+
+    @property
+    def token_sets(self) -> tuple[tuple[float, Path], ...]:
+        """(weight, prefix) of each; none where the texts are read as bytes."""
+        if self.tokens is None:
+            return ()
+        return tuple(self.tokens) if isinstance(self.tokens, list) else ((1.0, self.tokens),)
+
+    @property
+    def places(self) -> dict[str, Path]:
+        """{what names it: path} of all that is read from elsewhere."""
+        folder = {} if self.folder is None else {"data.folder": self.folder}
+        return folder | {f"data.tokens {prefix}": prefix for _, prefix in self.token_sets}
+
+    def moved(self, place: Callable[[str, Path], Path]) -> "DataSection":
+        """A copy with `place(key, path)` for every path."""
+        folder = None if self.folder is None else place("data.folder", self.folder)
+        tokens = [(weight, place("data.tokens", prefix)) for weight, prefix in self.token_sets]
+        one = tokens[0][1] if isinstance(self.tokens, Path) else tokens or None
+        return self.model_copy(update={"folder": folder, "tokens": one})
 
 
 class OptimizerSection(Section):
@@ -241,7 +293,9 @@ class RunSection(Section):
 
     output_dir: Path = Field(description="folder of all that the run writes", examples=["runs/my-run"])
     steps: int = Field(default=300, ge=1, description="optimizer steps of the whole run")
-    sequence_length: int = Field(default=4096, ge=1, description="tokens of a sample; a token is a byte")
+    sequence_length: int = Field(
+        default=4096, ge=1, description="tokens of a sample; a token is a byte, or as data.tokens has them"
+    )
     micro_batch_size: int = Field(default=1, ge=1, description="samples in one forward of one replica")
     global_batch_size: int = Field(default=1, ge=1, description="samples of a step, over all replicas")
     seed: int = Field(default=1234, ge=0, description="of the initial weights and of the order of samples")
@@ -374,6 +428,22 @@ def _named(place: Any) -> Any:
     if isinstance(place, str | Path):
         places.check_name(place)
     return place
+
+
+def _check_pair(pair: Any) -> None:
+    """ValueError unless it is a weight and a place."""
+    weight, prefix = pair if isinstance(pair, list | tuple) and len(pair) == 2 else (None, None)
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not isinstance(prefix, str | Path):
+        raise ValueError(
+            "a blend is a list of pairs of a number and a text; write it as [[0.7, tokens/web], [0.3, tokens/code]]"
+        )
+    if not 1e-9 <= weight <= 1e9:
+        raise ValueError(f"the weight {weight!r} of {prefix} is no share of the samples; give 1e-9 to 1e9")
+    _named(prefix)
+
+
+def _default(section: BaseModel, name: str) -> Any:
+    return type(section).model_fields[name].default
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:

@@ -37,10 +37,11 @@ FIXED: dict[str, str] = {
     "nsa.compression": _ATTENTION,
     "nsa.compress_before_rope": _ATTENTION,
     "nsa.rotary_base": _ATTENTION,
-    "data.folder": _CORPUS,  # these four may, if the same texts come of it: `prepare`
+    "data.folder": _CORPUS,  # these may, if the same texts come of it: `prepare`
     "data.pattern": _CORPUS,
     "data.validation_fraction": _CORPUS,
     "data.max_file_bytes": _CORPUS,
+    "data.tokens": "the run was begun on these tokens",  # elsewhere they may lie
 }
 
 # These change nothing that a step computes from the same samples (to rounding), or are meant to be changed on the way.
@@ -59,11 +60,10 @@ INSTRUCTIONS = {"run.output_dir", "run.resume", "run.overwrite"}  # what to do w
 
 
 def keys_of(config: TrainConfig) -> dict[str, Any]:
-    """{"section.key": value} in JSON's types, the folder of the texts absolute."""
-    raw = config.model_dump(mode="json")
-    flat = {f"{section}.{key}": value for section, keys in raw.items() for key, value in keys.items()}
-    folder = config.data.folder
-    return {**flat, "data.folder": None if folder is None else str(folder.expanduser().absolute())}
+    """{"section.key": value} in JSON's types, the places of texts and tokens absolute."""
+    data = config.data.moved(lambda _, path: path.expanduser().absolute())
+    raw = config.model_copy(update={"data": data}).model_dump(mode="json")
+    return {f"{section}.{key}": value for section, keys in raw.items() for key, value in keys.items()}
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

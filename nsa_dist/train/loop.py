@@ -11,7 +11,7 @@ from megatron.core.models.gpt import GPTModel
 
 from nsa_dist.train import checkpoint
 from nsa_dist.train.checkpoint import Position
-from nsa_dist.train.config import VOCAB_SIZE, TrainConfig
+from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.data.batches import BatchCutter, Datasets, build_datasets, sequence_plan
 from nsa_dist.train.files import notices
 from nsa_dist.train.files.intact import Intact, newest_intact
@@ -27,6 +27,7 @@ from nsa_dist.train.model import Trainable, build
 from nsa_dist.train.prepare import note_settings, prepare_output
 from nsa_dist.train.selection import selected_blocks
 from nsa_dist.train.step import StepResult, evaluate, train_step
+from nsa_dist.train.tokens.sets import vocab_size
 from nsa_dist.train.traffic import TrafficMeter
 from nsa_dist.train.world import World, entered
 
@@ -229,7 +230,7 @@ class _Run:
         blocks = selected_blocks(self.model, self.cutter, self.datasets.validation, layer, self.world)
         if self.world.is_main:
             train, validation = (read_metrics(self.output.metrics, kind) for kind in ("train", "validation"))
-            plot_losses(train, validation, VOCAB_SIZE, self.output.root / "loss.png")
+            plot_losses(train, validation, vocab_size(self.config), self.output.root / "loss.png")
             where = f"layer {layer + 1}, first head, a validation sequence"
             plot_selection(blocks, self.config.nsa.sizes(), where, self.output.root / "selection.png")
 

@@ -14,8 +14,9 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module
 
 from nsa_dist.mcore import NSASelfAttention, NSATransformerConfig, nsa_block_spec
-from nsa_dist.train.config import VOCAB_SIZE, OptimizerSection, TrainConfig
+from nsa_dist.train.config import OptimizerSection, TrainConfig
 from nsa_dist.train.refused import Refused
+from nsa_dist.train.tokens.sets import padded_vocab_size
 from nsa_dist.train.world import World
 
 
@@ -61,7 +62,7 @@ def bare_model(config: TrainConfig, world: World) -> tuple[NSATransformerConfig,
     model = GPTModel(
         config=megatron,
         transformer_layer_spec=spec,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=padded_vocab_size(config),
         max_sequence_length=config.run.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),

@@ -17,6 +17,7 @@ from nsa_dist.train.files.output import MADE, OutputDir
 from nsa_dist.train.files.places import check_writable, expanded, is_folder
 from nsa_dist.train.identity import FIXED, changes, differences, identity, settings
 from nsa_dist.train.refused import Refused
+from nsa_dist.train.tokens import sets
 
 
 def prepare_output(config: TrainConfig, made: Sequence[str] = MADE) -> None:
@@ -36,7 +37,7 @@ def prepare_output(config: TrainConfig, made: Sequence[str] = MADE) -> None:
         _check_unused(output, [*made, ANY_CHECKPOINT])  # what a crash left is out of the way by now
         RunMarker.new(made, identity(config), settings(config)).write(output.root)
     else:
-        if _never_ran(output, marker) and differences(marker.identity, config):
+        if _never_ran(output, marker) and (config.data.token_sets or differences(marker.identity, config)):
             marker = _become(output, marker, config)
         _check_corpus(output, marker, config)
         marker.changed(made=tuple(dict.fromkeys([*marker.made, *made]))).write(output.root)
@@ -150,6 +151,10 @@ def _check_unused(
 
 def _check_texts(config: TrainConfig) -> None:
     data = config.data
+    if data.token_sets:
+        sets.check(data, config.run.sequence_length)
+        sets.padded_vocab_size(config)
+        return
     if data.folder is not None:
         folder = expanded("data.folder", data.folder)
         if not is_folder(folder):
@@ -177,12 +182,22 @@ def _check_same_run(output: OutputDir, marker: RunMarker, config: TrainConfig) -
 def _same_texts(marker: RunMarker, config: TrainConfig) -> bool:
     """Whether the texts that `config` names would make the corpus that the run has."""
     try:
+        if config.data.token_sets:
+            return sets.digest_of(config.data) == marker.corpus
         return digest_of(splits_of(config.data, but_not=config.run.output_dir)) == marker.corpus
     except Refused:  # no two files: no corpus at all
         return False
 
 
 def _check_corpus(output: OutputDir, marker: RunMarker, config: TrainConfig) -> None:
+    if config.data.token_sets:
+        sets.padded_vocab_size(config)
+        if marker.corpus and sets.digest_of(config.data) != marker.corpus:
+            raise Refused(
+                f"data.tokens={config.data.tokens} holds other tokens than those that the run in {output.root} was "
+                f"begun with, so other samples would follow; put them back, or start a new run in another output_dir"
+            )
+        return
     if marker.corpus and not check_packed(output.data, marker.corpus) and not _same_texts(marker, config):
         raise Refused(
             f"{output.data} no longer holds the corpus of the run, and data.folder={config.data.folder} has other "

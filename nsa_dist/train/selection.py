@@ -3,13 +3,13 @@
 from torch import Tensor
 
 from nsa_dist.train.data.batches import BatchCutter
-from nsa_dist.train.data.samples import Samples
+from nsa_dist.train.data.samples import SampleSource
 from nsa_dist.train.model import Trainable
 from nsa_dist.train.step import evaluate
 from nsa_dist.train.world import World
 
 
-def selected_blocks(model: Trainable, cutter: BatchCutter, dataset: Samples, layer: int, world: World) -> Tensor:
+def selected_blocks(model: Trainable, cutter: BatchCutter, dataset: SampleSource, layer: int, world: World) -> Tensor:
     """int32 [N, n]: the block ids (-1 for none) of the first head in this stage's `layer`, by token of the sequence.
 
     Runs the first batch of `dataset` through the model, on every process.

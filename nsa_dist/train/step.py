@@ -10,7 +10,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from nsa_dist.train.data.batches import Batch, BatchCutter
-from nsa_dist.train.data.samples import Samples
+from nsa_dist.train.data.samples import SampleSource
 from nsa_dist.train.health.finite import asked_before
 from nsa_dist.train.model import Trainable
 from nsa_dist.train.traffic import TrafficMeter
@@ -37,7 +37,7 @@ class StepResult(NamedTuple):
 def train_step(
     model: Trainable,
     cutter: BatchCutter,
-    dataset: Samples,
+    dataset: SampleSource,
     first: int,
     world: World,
     meter: TrafficMeter,
@@ -72,7 +72,7 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(model: Trainable, cutter: BatchCutter, dataset: Samples, num_batches: int, world: World) -> float:
+def evaluate(model: Trainable, cutter: BatchCutter, dataset: SampleSource, num_batches: int, world: World) -> float:
     """Mean loss in nats per token over the first `num_batches` global batches of `dataset`."""
     model.module.eval()
     size = cutter.config.run.global_batch_size
@@ -82,7 +82,7 @@ def evaluate(model: Trainable, cutter: BatchCutter, dataset: Samples, num_batche
 
 
 def _forward_backward(
-    model: Trainable, cutter: BatchCutter, dataset: Samples, first: int, forward_only: bool
+    model: Trainable, cutter: BatchCutter, dataset: SampleSource, first: int, forward_only: bool
 ) -> Tensor:
     """[loss sum, tokens] of this process, fp64; zeros where the pipeline stage computes no loss."""
     micro_losses = get_forward_backward_func()(

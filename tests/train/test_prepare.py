@@ -316,12 +316,13 @@ def test_what_may_not_change_is_refused_with_both_values(base, key):
     output = begun(base)
     before = snapshot(output.root)
     section, name = key.split(".")
-    value = base / "nowhere" if key == "data.folder" else OTHER[key]
-    changed = config(base, **{section: {name: value}}).resuming()
+    value = base / "nowhere" if key in ("data.folder", "data.tokens") else OTHER[key]
+    beside = {"folder": None} if key == "data.tokens" else {}
+    changed = config(base, **{section: {**beside, name: value}}).resuming()
     was, now = (getattr(getattr(c, section), name) for c in (config(base), changed))
     with pytest.raises(ValueError, match=r"another run under its name.*(?s:.)*give the old values") as caught:
         prepare_output(changed)
-    shown = [str(v).lower() if isinstance(v, bool) else str(v) for v in (was, now)]
+    shown = ["null" if v is None else str(v).lower() if isinstance(v, bool) else str(v) for v in (was, now)]
     assert f"{key}: the run has {shown[0]}, given is {shown[1]}; {FIXED[key]}" in str(caught.value)
     assert snapshot(output.root) == before
 

@@ -68,4 +68,8 @@ def _word(part: Any) -> str:
     if get_origin(part) is dict:
         of, to = (" | ".join(map(_word, alternatives(argument))) for argument in get_args(part))
         return f"{{{of}: {to}}}"
+    if get_origin(part) is list:
+        return f"[{_word(get_args(part)[0])}, ...]"
+    if get_origin(part) is tuple:
+        return f"[{', '.join(map(_word, get_args(part)))}]"
     return _NAMES[part]

@@ -29,8 +29,8 @@ def rendered(config: RunConfig, asked: argparse.Namespace) -> str:
 
 
 def _check_mounted(config: RunConfig, mount: str) -> None:
-    for key, place in (("output_dir", config.run.output_dir), ("data.folder", config.data.folder)):
-        if place is not None and not place.is_relative_to(mount):
+    for key, place in {"output_dir": config.run.output_dir, **config.data.places}.items():
+        if not place.is_relative_to(mount):
             raise Refused(
                 f"{key}={place} is not below {mount}, where every pod mounts the shared storage, and would be lost "
                 f"with its pod; take {key}={mount.rstrip('/')}/{place.name}, or give another --mount"

@@ -30,8 +30,8 @@ def load(path: Path, words: Sequence[str]) -> RunConfig:
 
 
 def _check_places(config: RunConfig) -> None:
-    for key, place in (("output_dir", config.run.output_dir), ("data.folder", config.data.folder)):
-        if place is not None and not place.is_absolute():
+    for key, place in {"output_dir": config.run.output_dir, **config.data.places}.items():
+        if not place.is_absolute():
             raise Refused(
                 f"{key}={place} is relative to a folder of this machine, and the run starts on another one; give an "
                 f"absolute path on storage that every node mounts, such as {key}=/runs/{place.name}"

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.train.config import TrainConfig
+from nsa_dist.train.data.blend import Blend
 from nsa_dist.train.data.corpus import SPLITS, check_length
 from nsa_dist.train.data.packing import write_corpus
-from nsa_dist.train.data.samples import Samples
+from nsa_dist.train.data.samples import Samples, SampleSource, split_documents
 from nsa_dist.train.files.output import OutputDir
+from nsa_dist.train.refused import Refused
+from nsa_dist.train.tokens import listing, sets
 from nsa_dist.train.world import World
 
 Batch = dict[str, Tensor]
@@ -23,21 +26,53 @@ Batch = dict[str, Tensor]
 class Datasets:
     """The samples of one run, each of `sequence_length` consecutive tokens of shuffled files."""
 
-    train: Samples
-    validation: Samples
+    train: SampleSource
+    validation: SampleSource
 
 
 def build_datasets(config: TrainConfig, output: OutputDir, world: World) -> Datasets:
     """Read `output.data`; process 0 packs the corpus there first if it is not there yet. Called on every process.
 
-    Refused on all of them if the corpus there is shorter than a sequence, or not the one that the run was begun with.
+    Of a run on token sets these are read where they are. Refused on all processes if there is less than a sequence to
+    train on, or something else than what the run was begun with.
     """
+    if config.data.token_sets:
+        world.agreed(lambda: _note_sets(config, output))
+        return _of_sets(config)
     world.agreed(lambda: _pack(config, output))
     train, validation = (
         Samples(_opened(output.data / split), config.run.sequence_length, config.run.seed) for split in SPLITS
     )
     check_length(train.num_tokens, config.run.sequence_length)
     return Datasets(train, validation)
+
+
+def _note_sets(config: TrainConfig, output: OutputDir) -> None:
+    """The run's marker has their digest from now on; the index, by which all else is read, is compared whole."""
+    marker, digest = output.marker(), sets.digest_of(config.data)
+    if marker.corpus not in ("", digest):
+        raise Refused(
+            f"data.tokens holds other tokens than those that the run in {output.root} was begun with, so other samples "
+            f"would follow; put them back, or start another run in another output_dir"
+        )
+    for _, prefix in config.data.token_sets:
+        listing.check_files(prefix, ("idx",))
+    if not marker.corpus:
+        marker.changed(corpus=digest).write(output.root)
+
+
+def _of_sets(config: TrainConfig) -> Datasets:
+    """A part of each set's documents validates; both splits are blended by the same weights."""
+    weights, splits = [], {split: [] for split in SPLITS}  # type: tuple[list[float], dict[str, list[Samples]]]
+    for (weight, prefix), made in zip(config.data.token_sets, sets.read_all(config.data), strict=True):
+        weights.append(weight)
+        documents = IndexedDataset(str(prefix))
+        for split, chosen in split_documents(
+            len(documents), config.data.validation_fraction, f"tokens {made.sha256['idx']}"
+        ).items():
+            splits[split].append(Samples(documents, config.run.sequence_length, config.run.seed, chosen))
+        check_length(splits["train"][-1].num_tokens, config.run.sequence_length)
+    return Datasets(*(Blend(splits[split], weights) for split in ("train", "validation")))
 
 
 def _opened(prefix: Path) -> IndexedDataset:
@@ -76,7 +111,7 @@ class BatchCutter:
     def num_micro_batches(self) -> int:
         return self.config.run.global_batch_size // (self.config.run.micro_batch_size * self.world.dp_size)
 
-    def micro_batches(self, samples: Samples, first: int) -> Iterator[Batch]:
+    def micro_batches(self, samples: SampleSource, first: int) -> Iterator[Batch]:
         """This rank's [micro_batch_size, tokens_per_rank] of the global batch of samples from number `first` on."""
         size = self.config.run.micro_batch_size
         for micro in range(self.num_micro_batches):

@@ -8,7 +8,7 @@ so the number of samples consumed is the whole position in the data, whatever ba
 
 import hashlib
 from functools import cached_property, lru_cache
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -16,16 +16,26 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
 
+class SampleSource(Protocol):
+    """What batches are cut from: `Samples`, or several of them blended."""
+
+    def __getitem__(self, n: int, /) -> dict[str, Tensor]: ...
+
+
 class Samples:
     """`samples[n]` for n = 0, 1, 2, ... without an end: mappings of `names`, tensors [sequence_length]."""
 
     names: ClassVar = ("tokens", "labels", "loss_mask", "position_ids")
 
-    def __init__(self, documents: IndexedDataset, sequence_length: int, seed: int) -> None:
+    def __init__(
+        self, documents: IndexedDataset, sequence_length: int, seed: int, chosen: np.ndarray | None = None
+    ) -> None:
+        """`chosen` are the numbers of the documents to take; None: all."""
         self._documents = documents
         self._length = sequence_length
         self._seed = seed
-        self._shuffled = _permutation(len(documents), f"documents of seed {seed}")
+        chosen = np.arange(len(documents)) if chosen is None else chosen
+        self._shuffled = chosen[_permutation(len(chosen), f"documents of seed {seed}")]
         lengths = np.asarray(documents.sequence_lengths, dtype=np.int64)[self._shuffled]
         self._ends = np.cumsum(lengths)  # in the stream, of each document
         self._order_of_epoch = lru_cache(maxsize=2)(self._order)  # a batch may lie in two of them
@@ -67,6 +77,13 @@ class Samples:
             if index == len(self._ends):
                 position, index = 0, 0
         return np.concatenate(parts).astype(np.int64)
+
+
+def split_documents(number: int, validation_fraction: float, name: str) -> dict[str, np.ndarray]:
+    """{"train", "validation"}: sorted numbers of documents, one at least, none in both, drawn by `name`."""
+    drawn = _permutation(number, f"split of {name}")
+    num_validation = min(max(1, round(validation_fraction * number)), number - 1)
+    return {"train": np.sort(drawn[num_validation:]), "validation": np.sort(drawn[:num_validation])}
 
 
 def _permutation(size: int, name: str) -> np.ndarray:
