@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from nsa_dist.inference.generate import Sampling
 from nsa_dist.planner.shape import Shape
 from nsa_dist.train.config import DataSection, TrainConfig
 from nsa_dist.train.data.blend import Blend
 from nsa_dist.train.data.samples import Samples, split_documents
+from nsa_dist.train.export.run import plain_model
 from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.prepare import prepare_output
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.tokens import sets
 from nsa_dist.train.tokens.listing import file_of
+from nsa_launch.commands import generate
 from nsa_launch.config import checked
 from nsa_launch.yaml_values import read_word
 from ranks import run_ranks
@@ -179,4 +182,8 @@ def test_a_run_on_tokens_goes_on_as_if_it_had_not_stopped_over_other_ranks(base)
     assert whole[0] == pytest.approx(np.log(384), rel=0.05)  # of the padded vocabulary
     assert OutputDir(base / "whole").marker().corpus == sets.digest_of(config_of(base, "whole").data)
     assert not (base / "whole/data").exists()
+    model, _ = plain_model(base / "whole")
+    assert model.config.vocab_size == len(model.embedding.weight) == 384
+    with pytest.raises(Refused, match="the tokenizer's numbers"):
+        generate.run(generate.Request(base / "whole", ["1"], 1, Sampling(), "cpu"))
     assert len(records(base, "whole", "validation")) > 0

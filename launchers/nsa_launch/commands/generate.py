@@ -13,6 +13,7 @@ import torch
 from nsa_dist.inference.folder import CONFIG, load_model
 from nsa_dist.inference.generate import Piece, Sampling, generate
 from nsa_dist.inference.model import GPT
+from nsa_dist.train.config import VOCAB_SIZE
 from nsa_dist.train.files.marker import NAME
 from nsa_dist.train.refused import Refused
 from nsa_launch.commands.export import quiet
@@ -39,6 +40,7 @@ def run(request: Request) -> None:
     """Print what the model says, and how fast it was to standard error."""
     request.sampling.check()
     model = _load(request.model, _device(request.device))
+    _check_bytes(model)
     prompts = [list(prompt.encode("utf-8", "surrogateescape")) for prompt in request.prompts]
     started = time.perf_counter()
     pieces = generate(model, prompts, request.max_new_tokens, request.sampling)
@@ -87,6 +89,14 @@ def _load(folder: Path, device: torch.device) -> GPT:
     for notice in chosen.notices:
         print(f"nsa-dist: {notice}", file=sys.stderr)
     return model.to(device)
+
+
+def _check_bytes(model: GPT) -> None:
+    if (size := model.config.vocab_size) != VOCAB_SIZE:
+        raise Refused(
+            f"the model has a vocabulary of {size}, a tokenizer's, and texts are read and written here as "
+            f"bytes; export it, and give nsa_dist.inference.generate.generate the tokenizer's numbers"
+        )
 
 
 def _device(name: str) -> torch.device:

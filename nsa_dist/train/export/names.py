@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from nsa_dist.inference.model import GPTConfig
-from nsa_dist.train.config import VOCAB_SIZE, TrainConfig
+from nsa_dist.train.config import TrainConfig
+from nsa_dist.train.tokens.sets import padded_vocab_size
 
 _WHOLE = {
     "embedding.word_embeddings.weight": "embedding.weight",
@@ -26,7 +27,7 @@ _OF_LAYER = {
 
 
 def plain_config(config: TrainConfig) -> GPTConfig:
-    """The sizes of a run's model."""
+    """The sizes of a run's model. Refused where the token sets that its vocabulary is of are gone."""
     model, nsa = config.model, config.nsa
     return GPTConfig(
         num_layers=model.num_layers,
@@ -36,7 +37,7 @@ def plain_config(config: TrainConfig) -> GPTConfig:
         head_dim=model.head_dim,
         ffn_hidden_size=model.ffn_hidden_size,
         nsa=nsa.sizes(),
-        vocab_size=VOCAB_SIZE,
+        vocab_size=padded_vocab_size(config),
         shared_kv=nsa.shared_kv,
         compression=nsa.compression,
         compress_before_rope=nsa.compress_before_rope,

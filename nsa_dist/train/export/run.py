@@ -97,7 +97,7 @@ def _config(output: OutputDir) -> TrainConfig:
     raw: dict[str, dict] = {"run": {"output_dir": str(output.root)}}
     for key, value in output.marker().identity.items():
         section, _, name = key.partition(".")
-        if section != "data":
+        if section != "data" or (name == "tokens" and value is not None):  # the vocabulary is theirs
             raw.setdefault(section, {})[name] = value
     return parse(TrainConfig, raw, str(output.root / "run.json"))
 
