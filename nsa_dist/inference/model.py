@@ -33,7 +33,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     dtype: Literal["fp32", "bf16"] = "fp32"
-    tokenizer: Literal["bytes"] = "bytes"  # a token is a byte
+    tokenizer: Literal["bytes", "huggingface"] = "bytes"  # a token is a byte, or one of a tokenizer of your own
     end_of_document: int = 0
     sequence_length: int | None = None  # with which it was trained
 
@@ -56,10 +56,11 @@ class GPTConfig:
                 f"{', '.join(unknown)} is no key of this version, and what is not known cannot be honoured; export the "
                 f"run again with this version, or take the version that wrote it"
             )
-        if values.get("tokenizer", "bytes") != "bytes" or values.get("dtype", "fp32") not in ("fp32", "bf16"):
+        kinds = ("bytes", "huggingface")
+        if values.get("tokenizer", "bytes") not in kinds or values.get("dtype", "fp32") not in ("fp32", "bf16"):
             raise ValueError(
-                f"tokenizer={values.get('tokenizer')!r} and dtype={values.get('dtype')!r} must be 'bytes' and 'fp32' "
-                f"or 'bf16', which is what runs are trained with; export the run again"
+                f"tokenizer={values.get('tokenizer')!r} must be one of {', '.join(kinds)} and "
+                f"dtype={values.get('dtype')!r} fp32 or bf16, which is what runs are trained with; export the run again"
             )
         try:
             return cls(**{**values, "nsa": NSAConfig(**values["nsa"])})

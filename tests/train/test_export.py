@@ -74,7 +74,7 @@ def test_a_folder_that_is_none_is_refused(base, tmp_path):
         ({"unknown": 1}, "unknown is no key"),
         ({"hidden_size": 8}, "does not hold the model"),
         ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"tokenizer": "bpe"}, "must be 'bytes'"),
+        ({"tokenizer": "bpe"}, "must be one of bytes"),
     ]:
         config.write_text(json.dumps({**raw, **change}))
         with pytest.raises(ValueError, match=match):

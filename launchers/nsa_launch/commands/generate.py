@@ -13,7 +13,6 @@ import torch
 from nsa_dist.inference.folder import CONFIG, load_model
 from nsa_dist.inference.generate import Piece, Sampling, generate
 from nsa_dist.inference.model import GPT
-from nsa_dist.train.config import VOCAB_SIZE
 from nsa_dist.train.files.marker import NAME
 from nsa_dist.train.refused import Refused
 from nsa_launch.commands.export import quiet
@@ -92,10 +91,11 @@ def _load(folder: Path, device: torch.device) -> GPT:
 
 
 def _check_bytes(model: GPT) -> None:
-    if (size := model.config.vocab_size) != VOCAB_SIZE:
+    if model.config.tokenizer != "bytes":
         raise Refused(
-            f"the model has a vocabulary of {size}, a tokenizer's, and texts are read and written here as "
-            f"bytes; export it, and give nsa_dist.inference.generate.generate the tokenizer's numbers"
+            f"the model's {model.config.vocab_size} tokens are a tokenizer's (tokenizer={model.config.tokenizer}), and "
+            f"texts are read and written here as bytes; export it, and give nsa_dist.inference.generate.generate the "
+            f"tokenizer's numbers"
         )
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from nsa_dist.inference.model import GPTConfig
 from nsa_dist.train.config import TrainConfig
-from nsa_dist.train.tokens.sets import padded_vocab_size
+from nsa_dist.train.data.packing import END_OF_DOCUMENT
+from nsa_dist.train.tokens.sets import padded_vocab_size, read_all
 
 _WHOLE = {
     "embedding.word_embeddings.weight": "embedding.weight",
@@ -29,6 +30,7 @@ _OF_LAYER = {
 def plain_config(config: TrainConfig) -> GPTConfig:
     """The sizes of a run's model. Refused where the token sets that its vocabulary is of are gone."""
     model, nsa = config.model, config.nsa
+    tokens = read_all(config.data)[0] if config.data.token_sets else None
     return GPTConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -44,6 +46,8 @@ def plain_config(config: TrainConfig) -> GPTConfig:
         rotary_base=nsa.rotary_base,
         tie_embeddings=model.tie_embeddings,
         dtype=config.run.dtype,
+        tokenizer="bytes" if tokens is None else tokens.tokenizer["kind"],
+        end_of_document=END_OF_DOCUMENT if tokens is None else tokens.end_of_document,
         sequence_length=config.run.sequence_length,
     )
 
