@@ -101,9 +101,7 @@ def test_what_a_dead_controller_reserved_is_released_and_nobody_elses(monkeypatc
 
     monkeypatch.setattr(ray, "get_runtime_context", Context)
     monkeypatch.setattr(ray.util, "placement_group_table", lambda: table)
-    monkeypatch.setattr(
-        ray.util.placement_group, "remove_placement_group", lambda group: removed.append(group.id.hex())
-    )
+    monkeypatch.setattr(ray.util, "remove_placement_group", lambda group: removed.append(group.id.hex()))
     assert session.release_placement() == 1
     assert removed == [ours]
 
