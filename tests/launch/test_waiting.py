@@ -3,10 +3,12 @@
 import threading
 
 import pytest
+import ray
+import ray.util
 
 from launch_cases import tiny
 from nsa_launch import torchrun
-from nsa_launch.on_ray import room
+from nsa_launch.on_ray import room, session
 from nsa_launch.on_ray.room import Room
 
 
@@ -86,6 +88,22 @@ def test_ranks_that_are_up_have_room(clock):
         clock[0] += 10
         watched.look(ranks_are_up=True)
     assert not asked
+
+
+def test_what_a_dead_controller_reserved_is_released_and_nobody_elses(monkeypatch):
+    ours, theirs = (unique * 14 + job for unique, job in (("ab", "01000000"), ("cd", "02000000")))
+    table = {ours: {"state": "CREATED"}, "ef" * 14 + "01000000": {"state": "REMOVED"}, theirs: {"state": "CREATED"}}
+    removed: list[str] = []
+
+    class Context:
+        def get_job_id(self) -> str:
+            return "01000000"
+
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
+    monkeypatch.setattr(ray.util, "placement_group_table", lambda: table)
+    monkeypatch.setattr(ray.util, "remove_placement_group", lambda group: removed.append(group.id.hex()))
+    assert session.release_placement() == 1
+    assert removed == [ours]
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,7 @@ class Launch:
             why = reason(attempt.error)
             self.folder.record("controller", reason=why)
             self.console.say(f"Ray Train's controller: {why}; launching again from the last checkpoint")
+            session.release_placement()
 
     def _resize(self, error: BaseException) -> bool:
         """Whether an elastic run goes on after `error`; then `processes` are those that it goes on with."""

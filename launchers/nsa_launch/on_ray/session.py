@@ -110,3 +110,20 @@ def missing_resources(processes: Processes) -> str:
         if each * processes.world_size > has.get(kind, 0)
     ]
     return " and ".join(lacking)
+
+
+def release_placement() -> int:
+    """Remove what this command's earlier attempts still reserve in the cluster; how many reservations that were.
+
+    A controller that is killed while it starts its workers leaves its placement group behind: Ray Train's cleaner does
+    not know of it yet, and a Ray of one's own has no room for a second one.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup
+
+    job = ray.get_runtime_context().get_job_id()  # with which the id of a group ends that it made
+    table = ray.util.placement_group_table()
+    held = [name for name, group in table.items() if name.endswith(job) and group["state"] != "REMOVED"]
+    for name in held:
+        ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
+    return len(held)
