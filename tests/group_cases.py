@@ -76,6 +76,8 @@ def waited_for(rank: int, config: TrainConfig, folder: Path) -> list[str]:
         found: list[str] = []
         while rank == 1 and not found:
             time.sleep(0.05)  # between two looks
-            found = [str(each) for each in hung(read_all(folder, range(2)))]
+            signs = read_all(folder, range(2))
+            if [sign.phase for sign in signs] == ["step", "step"]:  # not those of the start, a beat ago
+                found = [str(each) for each in hung(signs)]
         dist.all_reduce(torch.ones(1), group=parallel_state.get_context_parallel_group())
         return found
