@@ -10,7 +10,6 @@ STOP              its appearance asks for a checkpoint and an end; `touch` it fr
 ray/              Ray Train's own folder, a new one for each launch
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from typing import Any, TextIO
 import yaml
 
 from nsa_dist.train.files.atomic import write_atomically
+from nsa_dist.train.files.lock import lock as hold
 from nsa_dist.train.files.output import MADE, OutputDir
 from nsa_dist.train.prepare import check_output, prepare_output
 from nsa_dist.train.refused import Refused
@@ -167,13 +167,13 @@ def _refusing(folder: RunFolder) -> Iterator[None]:
 
 def _lock(lock: TextIO, folder: RunFolder) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        error = hold(lock)
     except BlockingIOError:
         raise Refused(
             f"another launch is at work in {folder.path}, and two would overwrite each other's checkpoints; "
             f"stop it (touch {folder.stop}) or take another output_dir"
         ) from None
-    except OSError as error:  # some network file systems have no locks, and are fit for runs all the same
+    if error is not None:  # a file system without locks is fit for runs all the same
         print(f"{folder.path} cannot be locked ({error.strerror}): mind that no second launch starts there", flush=True)
 
 

@@ -1,6 +1,5 @@
 """The page: what `sections` say, one below the other, in a file that needs no network."""
 
-import fcntl
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from nsa_dist import __version__
 from nsa_dist.train.files.atomic import write_atomically
+from nsa_dist.train.files.lock import lock as hold
 from nsa_dist.train.files.marker import RunMarker
 from nsa_dist.train.refused import Refused
 from nsa_launch.report import attention, sections
@@ -86,13 +86,11 @@ def _claim_name(folder: RunFolder, marker: RunMarker) -> None:
         )
     with (folder.path / ".lock").open("a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(lock)
         except BlockingIOError:
             raise Refused(
                 f"a launch of an earlier version is at work in {folder.path}, and its run.json does not know of "
                 f"{name}; name another file with --out"
             ) from None
-        except OSError:  # a file system without locks
-            pass
         current = RunMarker.read(folder.path) or marker
         current.changed(made=(*current.made, name)).write(folder.path)

@@ -22,6 +22,12 @@ def write_atomically(path: Path, text: str, mode: int | None = None) -> None:
     sync_folder(path.parent)
 
 
+def sync(path: Path) -> None:
+    """Put a file's bytes on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Put the names in `folder` on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

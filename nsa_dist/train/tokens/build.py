@@ -4,7 +4,6 @@ A part that an earlier call finished is not written again. Nothing counts at `pr
 comes last.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nsa_dist.train.data.corpus import file_digest
-from nsa_dist.train.files.atomic import sync_folder
+from nsa_dist.train.files.atomic import sync, sync_folder
+from nsa_dist.train.files.lock import lock as hold
 from nsa_dist.train.files.places import check_name, check_writable
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.tokens import listing, sources, workers
 from nsa_dist.train.tokens.listing import KINDS, TokenSet, file_of
-from nsa_dist.train.tokens.parts import Part, Task, begin_file, sync, write
+from nsa_dist.train.tokens.parts import Part, Task, begin_file, write
 from nsa_dist.train.tokens.tokenizers import BYTES, Tokenizer, opened
 
 TEXT_BYTES = 2**26  # the longest text that is read, whole, by one process
@@ -179,7 +179,7 @@ def _locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(lock)
         except BlockingIOError:
             raise Refused(
                 f"another nsa-dist data build is at work in {folder}; wait for it, or take another --out"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nsa_dist.train.files.atomic import write_atomically
+from nsa_dist.train.files.atomic import sync, write_atomically
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.tokens.sources import Piece, Source, documents
 from nsa_dist.train.tokens.tokenizers import Unfit, opened
@@ -109,12 +109,6 @@ def begin_file(path: Path, vocab_size: int) -> "IndexedDatasetBuilder":
         warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
     return IndexedDatasetBuilder(str(path), dtype=DType.optimal_dtype(vocab_size))
-
-
-def sync(path: Path) -> None:
-    """Put a file's bytes on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _texts(task: Task) -> Iterator[tuple[Source, bytes | Unfit]]:
