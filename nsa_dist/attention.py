@@ -191,7 +191,7 @@ def _tapes(plan: ShardPlan, q: Tensor, ops: ModuleType, comm: Comm, key: tuple) 
     if not hasattr(ops, "Tapes"):
         return {}
     parts = "window", "phi", "forward", "backward", "phi backward"
-    return plan.memo(("tapes", q.device, *key), lambda: {part: ops.Tapes() for part in parts})
+    return plan.memo(("tapes", ops, q.device, *key), lambda: {part: ops.Tapes() for part in parts})
 
 
 class Tiles(NamedTuple):

@@ -58,7 +58,7 @@ def attend(
         k_rows, v_rows = extended([k_rows, v_rows], layout.cmp_halo, received[:2], comm)
     with comm.computing("phi", "phi"):
         places = BlockPlaces(layout.cmp_rows, layout.cmp_block_start, call.cfg.cmp_block_len)
-        k_cmp, v_cmp = compress_both(compress, (k_rows, v_rows), places, call.ops, call.tapes)
+        k_cmp, v_cmp = compress_both(compress, (k_rows, v_rows), places, call.ops, call.run if call.tapes else None)
     return _Branches.apply(q, k_cmp, v_cmp, kv.k_slc, kv.v_slc, kv.k_win, kv.v_win, gates, window, call)
 
 

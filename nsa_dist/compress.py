@@ -1,7 +1,7 @@
 """The learnable block compression phi (arXiv 2502.11089, eq. 7)."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -28,15 +28,17 @@ def compress_both(
     rows: tuple[Tensor, Tensor],
     places: BlockPlaces,
     ops: ModuleType,
-    tapes: Mapping[str, Any] | None = None,
+    run: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The compressed keys [M, Hkv, Dk] and values [M, Hkv, Dv] of rows [R, Hkv, Dk], [R, Hkv, Dv].
+
+    run         of `Call`, for kernels that keep tapes of their launches
 
     ValueError if a phi does not return one vector for each block and head.
     """
     weights = [getattr(phi, "mlp_weights", lambda: None)() for phi in phis]
     if None not in weights:
-        options = {"tapes": tapes} if tapes else {}
+        options = {"run": run} if run else {}
         pair = ops.compress_mlp_pair(*rows, places.rows, *weights, **options)
     else:
         pair = _compress(phis[0], rows[0], places, ops), _compress(phis[1], rows[1], places, ops)

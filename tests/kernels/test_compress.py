@@ -145,13 +145,21 @@ def test_a_pair_has_the_bits_of_each_alone(block_rows, width, device):
     grads = (grad, grad[:, :1].expand_as(grad))
     leaves = [[t.requires_grad_() for t in tensors] for tensors in pair]
     alone = [compress_mlp(x, block_rows, *params) for x, *params in leaves]
-    together = compress_mlp_pair(leaves[0][0], leaves[1][0], block_rows, leaves[0][1:], leaves[1][1:])
+    parts = []
+
+    def noted(part, body, inputs):
+        parts.append(part)
+        return body(inputs)
+
+    together = compress_mlp_pair(leaves[0][0], leaves[1][0], block_rows, leaves[0][1:], leaves[1][1:], run=noted)
     for a, b in zip(alone, together, strict=True):
         assert torch.equal(a, b)
     of_each = [g for y, of, d in zip(alone, leaves, grads, strict=True) for g in torch.autograd.grad(y, of, d)]
     of_both = torch.autograd.grad(together, [*leaves[0], *leaves[1]], grads)
     for a, b in zip(of_each, of_both, strict=True):
         assert torch.equal(a, b)
+    launches = 1 if width == 20 else 2
+    assert parts == ["phi"] * launches + ["phi backward"] * launches
 
 
 def test_two_runs_give_the_same_bits(device):

@@ -15,9 +15,7 @@ Numerics    fp32 accumulation; hidden values enter the second product in the dty
 Reference   nsa_kernels.reference.compress_mean, compress_mlp, compress_mlp_pair
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,18 +26,16 @@ from nsa_kernels.common.rows import unit_stride
 from nsa_kernels.phi.mean import CompressMean
 from nsa_kernels.phi.mlp import mlp_backward, mlp_forward
 
-if TYPE_CHECKING:
-    from nsa_kernels.common.tape import Tapes
+Body = Callable[[list[Tensor]], Sequence[Tensor]]
+Run = Callable[[str, Body, list[Tensor]], Sequence[Tensor]]  # (part, body, inputs) -> body(inputs)
 
 
 class _CompressMLP(torch.autograd.Function):
     """`tensors` are x, pos_emb, w1, w2 of one tensor, or each of both, in the same order."""
 
     @staticmethod
-    def forward(ctx, tapes, block_rows, *tensors):
-        ctx.num, ctx.tapes = len(tensors) // 4, tapes
-
-        num = ctx.num
+    def forward(ctx, run, block_rows, *tensors):
+        num = len(tensors) // 4
 
         def body(inputs: list[Tensor]) -> tuple[Tensor, ...]:
             block_rows, *tensors = inputs
@@ -47,7 +43,8 @@ class _CompressMLP(torch.autograd.Function):
             y, pre, hidden = mlp_forward(xs, block_rows, pos_embs, w1s, w2s)
             return *y, pre, hidden
 
-        *ys, pre, hidden = _run(tapes, "phi", body, [block_rows, *tensors])
+        *ys, pre, hidden = run("phi", body, [block_rows, *tensors])
+        ctx.num, ctx.run = num, run
         ctx.save_for_backward(block_rows, pre, hidden, *tensors)
         return tuple(ys)
 
@@ -66,14 +63,12 @@ class _CompressMLP(torch.autograd.Function):
             return [grad for of_both in grads for grad in of_both]
 
         block_rows, pre, hidden, *tensors = ctx.saved_tensors
-        grads = _run(ctx.tapes, "phi backward", body, [block_rows, pre, hidden, *grad_ys, *tensors])
+        grads = ctx.run("phi backward", body, [block_rows, pre, hidden, *grad_ys, *tensors])
         return None, None, *grads
 
 
-def _run(
-    tapes: Mapping[str, "Tapes"], part: str, body: Callable[[list[Tensor]], Sequence[Tensor]], inputs: list[Tensor]
-) -> Sequence[Tensor]:
-    return tapes[part].run(body, inputs) if part in tapes else body(inputs)
+def _run(part: str, body: Body, inputs: list[Tensor]) -> Sequence[Tensor]:
+    return body(inputs)
 
 
 def _in_turn(tensors: Sequence[Tensor], num: int) -> list[Sequence[Tensor]]:
@@ -94,7 +89,7 @@ def compress_mlp(x: Tensor, block_rows: Tensor, pos_emb: Tensor, w1: Tensor, w2:
     returns     [M, Hkv, D]         dtype of x
     raises ValueError on shapes and dtypes that do not fit together
     """
-    return _CompressMLP.apply({}, block_rows.contiguous(), *_mlp_tensors(x, pos_emb, w1, w2))[0]
+    return _CompressMLP.apply(_run, block_rows.contiguous(), *_mlp_tensors(x, pos_emb, w1, w2))[0]
 
 
 def compress_mlp_pair(
@@ -104,19 +99,19 @@ def compress_mlp_pair(
     phi_k: tuple[Tensor, ...],
     phi_v: tuple[Tensor, ...],
     *,
-    tapes: Mapping[str, "Tapes"] = MappingProxyType({}),
+    run: Run = _run,
 ) -> tuple[Tensor, Tensor]:
     """`compress_mlp` of k and of v, each phi its (pos_emb, w1, w2): the same bits, in half the launches.
 
     That is where k and v, and their phis, have the same shapes and strides; else it is one after the other.
 
-    tapes       for "phi" and "phi backward", an option of these kernels: launches are then repeated (`common.tape`)
+    run         an option of these kernels: runs the parts "phi" and "phi backward", as from their tapes (`common.tape`)
     """
     pairs = list(zip(_mlp_tensors(k, *phi_k), _mlp_tensors(v, *phi_v), strict=True))
     block_rows = block_rows.contiguous()
     if all((a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype) for a, b in pairs):
-        return _CompressMLP.apply(tapes, block_rows, *(t for pair in pairs for t in pair))
-    k, v = (_CompressMLP.apply(tapes, block_rows, *tensors)[0] for tensors in zip(*pairs, strict=True))
+        return _CompressMLP.apply(run, block_rows, *(t for pair in pairs for t in pair))
+    k, v = (_CompressMLP.apply(run, block_rows, *tensors)[0] for tensors in zip(*pairs, strict=True))
     return k, v
 
 
