@@ -180,7 +180,7 @@ class Console:
             first, last = validation[0], validation[-1]
             self.say(
                 f"validation loss {first['loss']:.4f} (step {first['step']}) -> {last['loss']:.4f} "
-                f"(step {last['step']}), nats per byte"
+                f"(step {last['step']}), {self._config.data.loss_unit}"
             )
         for record in read_metrics(output.metrics, "traffic")[-1:]:
             self._show(lambda traffic: self.say(f"traffic      {_traffic(traffic)}"), record)

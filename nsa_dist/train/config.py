@@ -250,6 +250,11 @@ class DataSection(Section):
         return tuple(self.tokens) if isinstance(self.tokens, list) else ((1.0, self.tokens),)
 
     @property
+    def loss_unit(self) -> str:
+        """Of every loss of the run."""
+        return "nats per token" if self.token_sets else "nats per byte"
+
+    @property
     def places(self) -> dict[str, Path]:
         """{what names it: path} of all that is read from elsewhere."""
         folder = {} if self.folder is None else {"data.folder": self.folder}

@@ -230,7 +230,8 @@ class _Run:
         blocks = selected_blocks(self.model, self.cutter, self.datasets.validation, layer, self.world)
         if self.world.is_main:
             train, validation = (read_metrics(self.output.metrics, kind) for kind in ("train", "validation"))
-            plot_losses(train, validation, vocab_size(self.config), self.output.root / "loss.png")
+            unit = self.config.data.loss_unit
+            plot_losses(train, validation, vocab_size(self.config), unit, self.output.root / "loss.png")
             where = f"layer {layer + 1}, first head, a validation sequence"
             plot_selection(blocks, self.config.nsa.sizes(), where, self.output.root / "selection.png")
 

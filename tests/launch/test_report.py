@@ -7,6 +7,7 @@ import os
 import re
 
 import pytest
+import yaml
 
 from launch_cases import tiny
 from nsa_dist.train.files.marker import RunMarker
@@ -160,6 +161,23 @@ def test_its_figures_are_those_of_the_run(folder):
     assert "step_00000024" in seen["Where everything is"]
 
 
+def test_what_is_nested_in_an_event_is_said_in_words(folder):
+    folder.record("failure", ranks={"0": "Timed out"}, hung={"1": "does not answer"})
+    folder.record("first steps", seconds={"Ray": 5.3, "processes": 9.8})
+    said = read(folder).sections["Launches and failures"]
+    assert "rank 0: Timed out; rank 1 does not answer" in said
+    assert "seconds Ray 5.3, processes 9.8" in said
+
+
+def test_losses_of_a_tokenizers_tokens_are_by_token(folder):
+    path = folder.path / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["data"] = {**config.get("data", {}), "tokens": "/somewhere/else"}
+    path.write_text(yaml.safe_dump(config))
+    seen = read(lived(folder)).sections
+    assert "2.5000 (step 24), nats per token" in seen["Summary"]
+
+
 def test_it_has_no_secret_even_where_the_configuration_has(folder):
     path = folder.path / "config.yaml"
     path.write_text(path.read_text().replace("HF_TOKEN: null", f"HF_TOKEN: {SECRET}"))
@@ -177,6 +195,7 @@ def test_it_has_no_secret_even_where_the_configuration_has(folder):
         ([], "prepared, never launched"),
         ([("launch", {}), ("start", {"step": 0})], "not at its end"),
         ([("start", {"step": 0}), ("stop", {"step": 3})], "stopped after step 3 of 24; resume=true goes on with it"),
+        ([("start", {"step": 0}), ("gave up", {"step": 3})], "ended by itself after step 3 of 24"),
         ([("launch", {}), ("refused", {"reason": "too few <texts>"})], "refused: too few <texts>"),
     ],
 )

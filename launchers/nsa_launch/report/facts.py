@@ -40,6 +40,11 @@ class Facts:
         return steps if isinstance(steps, int) else None
 
     @property
+    def loss_unit(self) -> str:
+        data = self.config.get("data") if isinstance(self.config, dict) else None
+        return "nats per token" if isinstance(data, dict) and data.get("tokens") else "nats per byte"
+
+    @property
     def last_step(self) -> int:
         """The last that was recorded."""
         return max((record["step"] for record in self.records.get("train", ())), default=0)

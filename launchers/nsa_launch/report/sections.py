@@ -13,6 +13,7 @@ from nsa_launch.report.tables import table
 
 _KNOWN = ("start", "train", "validation", "traffic")  # kinds of records with a section of their own
 _GIB = 2**30
+_ENDS = ("launch", "start", "stop", "end", "gave up", "refused")  # events that end a launch or begin one
 
 
 def summary(facts: Facts) -> str:
@@ -23,7 +24,8 @@ def summary(facts: Facts) -> str:
         rows.append(("training loss", f"{train[0]['loss']:.4f} (step {train[0]['step']}) → {_loss(train[-1])}"))
     if validation:
         first, last = validation[0], validation[-1]
-        rows.append(("validation loss", f"{first['loss']:.4f} (step {first['step']}) → {_loss(last)}, nats per byte"))
+        way = f"{first['loss']:.4f} (step {first['step']}) → {_loss(last)}"
+        rows.append(("validation loss", f"{way}, {facts.loss_unit}"))
     speeds = [r["tokens_per_s"] for r in train if isinstance(r.get("tokens_per_s"), int | float)]
     if speeds:
         rows.append(("tokens/s", f"{sorted(speeds)[len(speeds) // 2]:,.0f}, the median of {len(speeds)} records"))
@@ -39,12 +41,14 @@ def summary(facts: Facts) -> str:
 def state(facts: Facts) -> str:
     """In words, from the last event that ends a launch or begins one."""
     of = f" of {facts.steps_wanted}" if facts.steps_wanted else ""
-    ends = [event for event in facts.events if event.get("event") in ("launch", "start", "stop", "end", "refused")]
+    ends = [event for event in facts.events if event.get("event") in _ENDS]
     last = ends[-1].get("event") if ends else None
     if last == "end":
         return f"finished after step {facts.last_step}{of}"
     if last == "stop":
         return f"stopped after step {facts.last_step}{of}; resume=true goes on with it"
+    if last == "gave up":
+        return f"ended by itself after step {facts.last_step}{of}: see the records of health, and the ranks' logs"
     if last == "refused":
         return f"refused: {ends[-1].get('reason')}"
     if last is None:
@@ -63,7 +67,7 @@ def losses(facts: Facts) -> str:
     note = '<p class="note">Dotted lines: the steps at which it was started again.</p>' if marks else ""
     others = [("grad_norm", "gradient norm", True), ("lr", "learning rate", False)]
     return (
-        charts.lines({k: v for k, v in both.items() if v}, "loss (nats per byte)", marks, dots=["validation"])
+        charts.lines({k: v for k, v in both.items() if v}, f"loss ({facts.loss_unit})", marks, dots=["validation"])
         + note
         + "".join(charts.lines(_renamed(train, name, label), label, marks, log=log) for name, label, log in others)
     )
@@ -121,9 +125,18 @@ def events(facts: Facts) -> str:
 def _detail(event: Mapping[str, Any]) -> str:
     ranks = event.get("ranks")
     if event.get("event") == "failure" and isinstance(ranks, dict):
-        return "; ".join(f"rank {rank}: {reason}" for rank, reason in ranks.items())
+        hung = event.get("hung")
+        held_up = {f"rank {rank}": why for rank, why in hung.items()} if isinstance(hung, dict) else {}
+        return "; ".join([*(f"rank {rank}: {why}" for rank, why in ranks.items()), *map(" ".join, held_up.items())])
     rest = {name: value for name, value in event.items() if name not in ("event", "time", "versions")}
-    return ", ".join(f"{name} {value}" for name, value in rest.items())
+    return ", ".join(f"{name} {_plain(value)}" for name, value in rest.items())
+
+
+def _plain(value: Any) -> str:
+    """Without the brackets of what is nested one deep."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {inner}" for name, inner in value.items())
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def settings(facts: Facts) -> str:

@@ -20,8 +20,8 @@ _LABELS = ("after the query", "visible, not selected", "selected by importance",
 _MAX_PIXELS = 1024  # rows and columns of the map; longer sequences are thinned out
 
 
-def plot_losses(train: Sequence[Record], validation: Sequence[Record], vocab_size: int, path: Path) -> None:
-    """Training and validation loss by step, with the loss of guessing uniformly for scale."""
+def plot_losses(train: Sequence[Record], validation: Sequence[Record], vocab_size: int, unit: str, path: Path) -> None:
+    """Training and validation loss by step in `unit`, with the loss of guessing uniformly for scale."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot([r["step"] for r in train], [r["loss"] for r in train], lw=0.8, color="#8fb3d9", label="training")
@@ -33,7 +33,7 @@ def plot_losses(train: Sequence[Record], validation: Sequence[Record], vocab_siz
         last = validation[-1]
         axes.annotate(f"{last['loss']:.3f}", (last["step"], last["loss"]), xytext=(0, -30),
                       textcoords="offset points", ha="right", color="#d1495b")  # fmt: skip
-    axes.set(xlabel="step", ylabel="loss (nats per byte)", title="Training and validation loss", ylim=(0, None))
+    axes.set(xlabel="step", ylabel=f"loss ({unit})", title="Training and validation loss", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

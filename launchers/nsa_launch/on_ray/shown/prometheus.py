@@ -15,12 +15,12 @@ from nsa_dist.train.files.records import Record
 # Of rank 0: the name, the record's kind and key, and what it is.
 SCALARS = (
     ("nsa_step", "train", "step", "optimizer steps done"),
-    ("nsa_loss", "train", "loss", "training loss of the last step, nats per byte"),
+    ("nsa_loss", "train", "loss", "training loss of the last step, nats per token"),
     ("nsa_grad_norm", "train", "grad_norm", "norm of all gradients before clipping"),
     ("nsa_learning_rate", "train", "lr", "learning rate of the last step"),
     ("nsa_tokens_per_second", "train", "tokens_per_s", "tokens trained on in a second, over all ranks"),
     ("nsa_tokens", "train", "tokens", "tokens trained on so far"),
-    ("nsa_validation_loss", "validation", "loss", "loss of the last evaluation, nats per byte"),
+    ("nsa_validation_loss", "validation", "loss", "loss of the last evaluation, nats per token"),
     ("nsa_union_fraction", "traffic", "union_fraction", "of the remote blocks, those that some query chose"),
     ("nsa_load_imbalance", "traffic", "load_imbalance", "largest share of attention's work on a rank, over the mean"),
 )
