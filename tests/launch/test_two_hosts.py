@@ -67,6 +67,18 @@ def a_run(home: Path) -> Iterator[tuple[Run, Host, Host]]:
         yield Run(config, RunFolder(home / "run"), home), first, second
 
 
+def cable_is_out_for_a_while(run: Run, host: Host, steps: int, launch: subprocess.Popen, said: Path) -> None:
+    """Until no step is made any more; then so many more are made, and nobody has noticed."""
+    host.set_link("down")
+    stood = [run.step(), -1]
+    while stood[-1] != stood[-2]:
+        subprocess.run(["sleep", "2"], check=True)
+        stood.append(run.step())
+    host.set_link("up")
+    wait_for("steps after the cable is back", lambda: run.step() > stood[-1] + steps, launch, said)
+    assert len(run.events("start")) == 1
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> list[tuple[int, float]]:
     home = tmp_path_factory.mktemp("undisturbed")
@@ -94,14 +106,7 @@ def test_without_ray(tmp_path, undisturbed):
         torchrun(run, second)
         wait_for("steps over both", lambda: run.step() >= 3, launch, said)
 
-        second.set_link("down")
-        stood = [run.step(), -1]
-        while stood[-1] != stood[-2]:  # until no step is made any more
-            subprocess.run(["sleep", "2"], check=True)
-            stood.append(run.step())
-        second.set_link("up")
-        wait_for("steps after the cable is back", lambda: run.step() > stood[-1] + 10, launch, said)
-        assert len(run.events("start")) == 1  # nobody noticed
+        cable_is_out_for_a_while(run, second, 10, launch, said)
 
         second.lose()
         wait_for("the failure to be said", lambda: "torchrun starts all ranks again" in run.said(), launch, said)
@@ -143,14 +148,7 @@ def test_with_ray(tmp_path, undisturbed):
         node = ray_node(run, second, is_head=False)
         wait_for("steps over both", lambda: run.step() >= 3, launch, said)
 
-        second.set_link("down")
-        stood = [run.step(), -1]
-        while stood[-1] != stood[-2]:  # until no step is made any more
-            subprocess.run(["sleep", "2"], check=True)
-            stood.append(run.step())
-        second.set_link("up")
-        wait_for("steps after the cable is back", lambda: run.step() > stood[-1] + 5, launch, said)
-        assert len(run.events("start")) == 1  # nobody noticed
+        cable_is_out_for_a_while(run, second, 5, launch, said)
 
         second.set_link("down")
         wait_for("the failure to be said", lambda: run.events("failure"), launch, said)
