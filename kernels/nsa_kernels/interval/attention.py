@@ -14,7 +14,7 @@ gate, so that no gate_b * dO is ever written. It may be negative, or None for 1.
 | | plain Triton | Hopper GPUs, where `common.hopper` takes it |
 |---|---|---|
 | forward of cmp, of win | `cmp_forward`, `win_forward` | `hopper_forward` |
-| dQ of cmp, of win | `cmp_grad_q`, `win_grad_q` | `hopper_grad_q` of cmp |
+| dQ of cmp, of win | `cmp_grad_q`, `win_grad_q` | `hopper_grad_q` |
 | dK, dV of both | `grad_kv` | `hopper_grad_kv` |
 
 Shapes      `contracts.interval_attention`; bf16, fp16 or fp32, Dv a power of two of at least 16, Dk too or the sum of
@@ -102,7 +102,7 @@ class _Branch(NamedTuple):
     attend: Callable[..., None]  # (call, out, lse, apart)
     attend_on_hopper: Callable[..., None]  # (call, out, lse)
     grad_q: Callable[..., Tensor]  # (call, statistics, grad_out, apart)
-    grad_q_on_hopper: Callable[..., Tensor]
+    grad_q_on_hopper: Callable[..., Tensor]  # (call, statistics, grad_out)
 
 
 def _attend_window_on_hopper(
@@ -112,12 +112,15 @@ def _attend_window_on_hopper(
     hopper_forward.attend(q, k, v, begin, end, out, lse, softmax_scale, key_tile=KEY_TILE, unseen=unseen)
 
 
-def _grad_q_on_hopper(*arguments, apart: bool) -> Tensor:
-    return hopper_grad_q.grad_q(*arguments)
+def _window_grad_q_on_hopper(
+    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, statistics: Tensor, grad_out: Tensor, softmax_scale
+) -> Tensor:  # fmt: skip
+    unseen = unseen_tiles(begin, end, k.shape[0], KEY_TILE)
+    return hopper_grad_q.grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale, unseen=unseen)
 
 
-_CMP = _Branch(cmp_forward.attend, hopper_forward.attend, cmp_grad_q.grad_q, _grad_q_on_hopper)
-_WIN = _Branch(win_forward.attend, _attend_window_on_hopper, win_grad_q.grad_q, win_grad_q.grad_q)
+_CMP = _Branch(cmp_forward.attend, hopper_forward.attend, cmp_grad_q.grad_q, hopper_grad_q.grad_q)
+_WIN = _Branch(win_forward.attend, _attend_window_on_hopper, win_grad_q.grad_q, _window_grad_q_on_hopper)
 
 
 def _attend(branch: _Branch, call: IntervalCall, aligned: bool | None) -> tuple[Tensor, Tensor]:
@@ -174,14 +177,14 @@ def _gradients(
     _, gate, delta, softmax_lse = upstream
     statistics = row_statistics(softmax_lse, delta, gate, begin, end, k.shape[1])
     arguments = (q, k, v, begin, end, statistics, grad_out, softmax_scale)
-    apart = aligned is not True
     if _on_hopper(q, k, v, aligned):
-        return branch.grad_q_on_hopper(*arguments, apart=apart), *hopper_grad_kv.grad_kv(*arguments, kv_dtype)
+        return branch.grad_q_on_hopper(*arguments), *hopper_grad_kv.grad_kv(*arguments, kv_dtype)
+    apart = aligned is not True
     return branch.grad_q(*arguments, apart=apart), *grad_kv.grad_kv(*arguments, kv_dtype, apart=apart)
 
 
 def _on_hopper(q: Tensor, k: Tensor, v: Tensor, aligned: bool | None) -> bool:
-    return hopper_takes(q, k, aligned) and q.shape[2] == v.shape[2]
+    return hopper_takes(q, k, aligned) and v.shape[2] in (64, 128)
 
 
 def _dense_bounds(call: IntervalCall) -> IntervalCall:

@@ -5,7 +5,7 @@ four warps own 64 rows each, and while the products P V of one key tile run, com
 
     issue S[i + 1] = Q K[i + 1]^T;   issue O += P[i] V[i];   P[i + 1] = softmax(S[i + 1]);   O *= alpha
 
-Shapes      as `cmp_forward`; D = Dk = Dv of 64 or 128, 64 a multiple of G, 16-bit inputs
+Shapes      as `cmp_forward`; Dk of 64, 128 or 192, Dv of 64 or 128, 64 a multiple of G, 16-bit inputs
 Numerics    as `cmp_forward`, with key tiles of BLOCK_N: the bits of a row depend on the row and its keys alone
 Source      Shah et al. 2024, arXiv:2407.08608 (FlashAttention-3), section 3.2
 """
@@ -22,9 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_kernels.common.device import num_multiprocessors
-from nsa_kernels.common.hopper import ceil_div, descriptor, new_barriers
+from nsa_kernels.common.hopper import ceil_div, copy_rows, descriptor, descriptors, dot, new_barriers, tile
 from nsa_kernels.common.launch import launchable
-from nsa_kernels.common.sizes import cdiv
+from nsa_kernels.common.sizes import cdiv, split_head_dim
 
 GROUP_ROWS = gl.constexpr(64)  # rows of four warps
 BLOCK_M = gl.constexpr(128)
@@ -35,30 +35,36 @@ LN_2 = gl.constexpr(0.6931471805599453)
 @launchable
 @gluon.jit
 def _forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, begin_ptr, end_ptr, unseen_ptr, lse_ptr,
+    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, out_desc, begin_ptr, end_ptr, unseen_ptr, lse_ptr,
     num_rows, num_heads_kv, num_items, softmax_scale,
-    NUM_STAGES: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
+    SLOTS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BLOCK_N: gl.constexpr,
+    G: gl.constexpr, DK: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [4, GROUP_ROWS // G, G, D], q_desc.layout)
-    out_smem = gl.allocate_shared_memory(dtype, [2, GROUP_ROWS // G, G, D], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [NUM_STAGES, BLOCK_N, 1, D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [NUM_STAGES, BLOCK_N, 1, D], v_desc.layout)
-    q_full = new_barriers(2, 1)
-    q_empty = new_barriers(2, 2)
-    k_full = new_barriers(NUM_STAGES, 1)
-    k_empty = new_barriers(NUM_STAGES, 2)
-    v_full = new_barriers(NUM_STAGES, 1)
-    v_empty = new_barriers(NUM_STAGES, 2)
+    LAYOUT: gl.constexpr = q_desc.layout
+    q_smem = gl.allocate_shared_memory(dtype, [2 * SLOTS, GROUP_ROWS // G, G, DK], LAYOUT)
+    k_smem = gl.allocate_shared_memory(dtype, [K_STAGES, BLOCK_N, 1, DK], LAYOUT)
+    q_tail_smem, k_tail_smem = q_smem, k_smem  # not read where there is no tail
+    if DK_TAIL > 0:
+        q_tail_smem = gl.allocate_shared_memory(dtype, [2 * SLOTS, GROUP_ROWS // G, G, DK_TAIL], LAYOUT)
+        k_tail_smem = gl.allocate_shared_memory(dtype, [K_STAGES, BLOCK_N, 1, DK_TAIL], LAYOUT)
+    v_smem = gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, 1, DV], LAYOUT)
+    out_smem = gl.allocate_shared_memory(dtype, [2, GROUP_ROWS // G, G, DV], LAYOUT)
+    q_full = new_barriers(SLOTS, 1)
+    q_empty = new_barriers(SLOTS, 2)
+    k_full = new_barriers(K_STAGES, 1)
+    k_empty = new_barriers(K_STAGES, 2)
+    v_full = new_barriers(V_STAGES, 1)
+    v_empty = new_barriers(V_STAGES, 2)
 
-    buffers = (q_smem, out_smem, k_smem, v_smem)
+    buffers = (q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, out_smem)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     sizes = (num_rows, num_heads_kv, num_items)
     gl.warp_specialize(
         [
             (_attend, (0, buffers, barriers, out_desc, begin_ptr, end_ptr, unseen_ptr, lse_ptr, sizes, softmax_scale)),
             (_attend, (1, buffers, barriers, out_desc, begin_ptr, end_ptr, unseen_ptr, lse_ptr, sizes, softmax_scale)),
-            (_copy, (q_desc, k_desc, v_desc, buffers, barriers, begin_ptr, end_ptr, sizes)),
+            (_copy, (q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, buffers, barriers, begin_ptr, end_ptr, sizes)),
         ],
         [4, 1],
         [240, 24],
@@ -87,31 +93,36 @@ def place(item, begin_ptr, end_ptr, sizes, G: gl.constexpr, BLOCK_N: gl.constexp
 
 
 @gluon.jit
-def _copy(q_desc, k_desc, v_desc, buffers, barriers, begin_ptr, end_ptr, sizes):
+def _copy(q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, buffers, barriers, begin_ptr, end_ptr, sizes):
     """Queries of each item, and keys and values of each of its tiles."""
-    q_smem, _out_smem, k_smem, v_smem = buffers
+    q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, _out_smem = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    NUM_STAGES: gl.constexpr = k_smem.shape[0]
+    SLOTS: gl.constexpr = q_full.shape[0]
+    K_STAGES: gl.constexpr = k_smem.shape[0]
+    V_STAGES: gl.constexpr = v_smem.shape[0]
     BLOCK_N: gl.constexpr = k_smem.shape[1]
     G: gl.constexpr = q_smem.shape[2]
+    Q_TAIL_BYTES: gl.constexpr = 0 if q_tail_desc is None else q_tail_desc.block_type.nbytes
+    K_TAIL_BYTES: gl.constexpr = 0 if k_tail_desc is None else k_tail_desc.block_type.nbytes
     step = 0
     for item in range(gl.program_id(0), sizes[2], gl.num_programs(0)):
         turn = item // gl.num_programs(0)
         head, row, first_key, num_tiles, _begun, _ended = place(item, begin_ptr, end_ptr, sizes, G, BLOCK_N)
-        here = q_full.index(turn % 2)
-        mbarrier.wait(q_empty.index(turn % 2), (turn // 2 & 1) ^ 1)
-        mbarrier.expect(here, 2 * q_desc.block_type.nbytes)
+        slot = turn % SLOTS
+        mbarrier.wait(q_empty.index(slot), (turn // SLOTS & 1) ^ 1)
+        mbarrier.expect(q_full.index(slot), 2 * (q_desc.block_type.nbytes + Q_TAIL_BYTES))
         for half in gl.static_range(2):
             at = (row + half * GROUP_ROWS) // G
-            tma.async_copy_global_to_shared(q_desc, [at, head * G, 0], here, q_smem.index(turn % 2 * 2 + half))
+            copy_rows(q_desc, q_tail_desc, at, head * G, q_full.index(slot), q_smem, q_tail_smem, slot * 2 + half)
         for i in range(num_tiles):
-            stage = step % NUM_STAGES
-            phase = (step // NUM_STAGES & 1) ^ 1
             key = first_key + i * BLOCK_N
-            mbarrier.wait(k_empty.index(stage), phase)
-            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, [key, head, 0], k_full.index(stage), k_smem.index(stage))
-            mbarrier.wait(v_empty.index(stage), phase)
+            stage = step % K_STAGES
+            ready = k_full.index(stage)
+            mbarrier.wait(k_empty.index(stage), (step // K_STAGES & 1) ^ 1)
+            mbarrier.expect(ready, k_desc.block_type.nbytes + K_TAIL_BYTES)
+            copy_rows(k_desc, k_tail_desc, key, head, ready, k_smem, k_tail_smem, stage)
+            stage = step % V_STAGES
+            mbarrier.wait(v_empty.index(stage), (step // V_STAGES & 1) ^ 1)
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(v_desc, [key, head, 0], v_full.index(stage), v_smem.index(stage))
             step += 1
@@ -150,19 +161,23 @@ def _attend(
     WHICH: gl.constexpr, buffers, barriers, out_desc, begin_ptr, end_ptr, unseen_ptr, lse_ptr, sizes, softmax_scale
 ):
     """out and lse of GROUP_ROWS rows of every item."""
-    q_smem, out_smem, k_smem, v_smem = buffers
+    q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, out_smem = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     num_rows, num_heads_kv, num_items = sizes
-    NUM_STAGES: gl.constexpr = k_smem.shape[0]
+    SLOTS: gl.constexpr = q_full.shape[0]
+    K_STAGES: gl.constexpr = k_smem.shape[0]
+    V_STAGES: gl.constexpr = v_smem.shape[0]
     BLOCK_N: gl.constexpr = k_smem.shape[1]
     G: gl.constexpr = q_smem.shape[2]
-    D: gl.constexpr = q_smem.shape[3]
+    DV: gl.constexpr = v_smem.shape[3]
+    dtype: gl.constexpr = q_smem.dtype
+    TAIL: gl.constexpr = q_tail_smem.shape[3] < q_smem.shape[3]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     nothing = gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, SCORES)
-    out = out_smem.index(WHICH).reshape([GROUP_ROWS, D])
+    out = out_smem.index(WHICH).reshape([GROUP_ROWS, DV])
     scale = softmax_scale * LOG2_E
     step = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
@@ -176,32 +191,32 @@ def _attend(
         end = gl.load(end_ptr + query)
         top = gl.full([GROUP_ROWS], float("-inf"), gl.float32, ROWS)  # the largest score so far, before scaling
         total = gl.zeros([GROUP_ROWS], gl.float32, ROWS)
-        acc = gl.zeros([GROUP_ROWS, D], gl.float32, SUMS)
+        acc = gl.zeros([GROUP_ROWS, DV], gl.float32, SUMS)
 
         lowest = gl.load(begin_ptr + first_row // G)
         highest = gl.load(end_ptr + gl.minimum(first_row + BLOCK_M, num_rows) // G - 1)
-        q = q_smem.index(turn % 2 * 2 + WHICH).reshape([GROUP_ROWS, D])
-        mbarrier.wait(q_full.index(turn % 2), turn // 2 & 1)
+        slot = turn % SLOTS
+        q = tile(q_smem, slot * 2 + WHICH, GROUP_ROWS)
+        q_tail = tile(q_tail_smem, slot * 2 + WHICH, GROUP_ROWS)
+        mbarrier.wait(q_full.index(slot), turn // SLOTS & 1)
         if num_tiles > 0:
-            stage = step % NUM_STAGES
-            mbarrier.wait(k_full.index(stage), step // NUM_STAGES & 1)
-            k = k_smem.index(stage).reshape([BLOCK_N, D])
-            s = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            stage = step % K_STAGES
+            mbarrier.wait(k_full.index(stage), step // K_STAGES & 1)
+            s = dot(q, q_tail, tile(k_smem, stage, BLOCK_N), tile(k_tail_smem, stage, BLOCK_N), nothing, TAIL)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(stage))
             masked = (first_key < all_begun) | (first_key + BLOCK_N > none_ended)
             p, alpha, top, total = _probabilities(s, top, total, scale, first_key, begin, end, masked)
-            p = gl.convert_layout(p.to(q.dtype), OPERAND)
+            p = gl.convert_layout(p.to(dtype), OPERAND)
             for i in range(1, num_tiles):
-                last = step % NUM_STAGES
-                last_phase = step // NUM_STAGES & 1
+                last = step % V_STAGES
+                last_phase = step // V_STAGES & 1
                 step += 1
-                stage = step % NUM_STAGES
+                stage = step % K_STAGES
                 key = first_key + i * BLOCK_N
-                k = k_smem.index(stage).reshape([BLOCK_N, D])
-                v = v_smem.index(last).reshape([BLOCK_N, D])
-                mbarrier.wait(k_full.index(stage), step // NUM_STAGES & 1)
-                s = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                v = tile(v_smem, last, BLOCK_N)
+                mbarrier.wait(k_full.index(stage), step // K_STAGES & 1)
+                s = dot(q, q_tail, tile(k_smem, stage, BLOCK_N), tile(k_tail_smem, stage, BLOCK_N), nothing, TAIL)
                 mbarrier.wait(v_full.index(last), last_phase)
                 blank_unseen(v, key - BLOCK_N, lowest, highest, unseen_ptr)
                 product = warpgroup_mma(p, v, acc, is_async=True)
@@ -212,21 +227,23 @@ def _attend(
                 acc = warpgroup_mma_wait(0, deps=[product])
                 mbarrier.arrive(v_empty.index(last))
                 acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, SUMS)), 1)
-                p = gl.convert_layout(next_p.to(q.dtype), OPERAND)
-            stage = step % NUM_STAGES
-            mbarrier.wait(v_full.index(stage), step // NUM_STAGES & 1)
-            v = v_smem.index(stage).reshape([BLOCK_N, D])
+                p = gl.convert_layout(next_p.to(dtype), OPERAND)
+            mbarrier.arrive(q_empty.index(slot))
+            stage = step % V_STAGES
+            mbarrier.wait(v_full.index(stage), step // V_STAGES & 1)
+            v = tile(v_smem, stage, BLOCK_N)
             blank_unseen(v, first_key + (num_tiles - 1) * BLOCK_N, lowest, highest, unseen_ptr)
             product = warpgroup_mma(p, v, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[product])
             mbarrier.arrive(v_empty.index(stage))
             step += 1
-        mbarrier.arrive(q_empty.index(turn % 2))
+        else:
+            mbarrier.arrive(q_empty.index(slot))
 
         seen = total > 0
         norm = gl.convert_layout(1.0 / gl.where(seen, total, 1.0), gl.SliceLayout(1, SUMS))
         tma.store_wait(0)
-        out.store((acc * gl.expand_dims(norm, 1)).to(q.dtype))
+        out.store((acc * gl.expand_dims(norm, 1)).to(dtype))
         fence_async_shared()
         at = (first_row + WHICH * GROUP_ROWS) // G
         tma.async_copy_shared_to_global(out_desc, [at, head * G, 0], out_smem.index(WHICH))
@@ -254,13 +271,23 @@ def attend(
     H200, bf16, 65,536 tokens, D 128, Hq 64, Hkv 4: 6.5 ms (674 TFLOP/s) alone, 7.5 sustained at the card's power limit,
     where the kernel of `cmp_forward` takes 8.6 and 9.3; 8,192 tokens: 0.19 and 0.26.
     """
-    num_queries, num_q_heads, head_dim = q.shape
-    num_kv_heads = k.shape[1]
+    num_queries, num_q_heads, dim_k = q.shape
+    num_kv_heads, dim_v = v.shape[1:]
     group = num_q_heads // num_kv_heads
     num_items = cdiv(num_queries * group, BLOCK_M.value) * num_kv_heads
-    rows, keys = (GROUP_ROWS.value // group, group, head_dim), (key_tile, 1, head_dim)
+    buffers = _buffers(dim_k, key_tile)
+    rows, keys = (GROUP_ROWS.value // group, group), (buffers["BLOCK_N"], 1)
+    dk, dk_tail = split_head_dim(dim_k)
     _forward_kernel[(min(num_items, num_multiprocessors(q)),)](
-        descriptor(q, rows), descriptor(k, keys), descriptor(v, keys), descriptor(out, rows), begin, end, unseen, lse,
+        *descriptors(q, rows), *descriptors(k, keys), descriptor(v, (*keys, dim_v)), descriptor(out, (*rows, dim_v)),
+        begin, end, unseen, lse,
         num_queries * group, num_kv_heads, num_items, softmax_scale,
-        NUM_STAGES=256 // key_tile, G=group, D=head_dim, BLOCK_N=key_tile, num_warps=4,
+        **buffers, G=group, DK=dk, DK_TAIL=dk_tail, DV=dim_v, num_warps=4,
     )  # fmt: skip
+
+
+def _buffers(dim_k: int, key_tile: int) -> dict[str, int]:
+    """Keys of a tile; slots for queries, and stages for keys and for values, in shared memory (227 KB)."""
+    if dim_k <= 128:
+        return {"BLOCK_N": key_tile, "SLOTS": 2, "K_STAGES": 256 // key_tile, "V_STAGES": 256 // key_tile}
+    return {"BLOCK_N": 64, "SLOTS": 2, "K_STAGES": 2, "V_STAGES": 2}

@@ -1,13 +1,13 @@
-"""dQ of compressed attention on Hopper, in Gluon: the sums of `cmp_grad_q`, with the roles of warps apart.
+"""dQ of compressed attention and of the window on Hopper, in Gluon: the sums of `cmp_grad_q` and `win_grad_q`.
 
-Every multiprocessor takes tiles of 128 rows in turn. One warp copies their queries, dO, keys and values in; two groups
+Roles of warps are apart. Every multiprocessor takes tiles of 128 rows in turn. One warp copies their queries, dO, keys and values in; two groups
 of four warps own 64 rows each:
 
     S = Q K^T          dP = dO V^T          dQ += dS K          dS from the registers in which it was made
 
 While one group takes exponentials, the products of the other run.
 
-Shapes      as `cmp_grad_q`; D = Dk = Dv of 64 or 128, G divides 64, 16-bit inputs
+Shapes      as `cmp_grad_q`; Dk of 64, 128 or 192, Dv of 64 or 128, G divides 64, 16-bit inputs
 Reference   nsa_kernels.reference.compressed_attention_backward
 Source      Shah et al. 2024, arXiv:2407.08608 (FlashAttention-3)
 """
@@ -25,9 +25,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_kernels.common.device import num_multiprocessors
-from nsa_kernels.common.hopper import ceil_div, descriptor, new_barriers
+from nsa_kernels.common.hopper import ceil_div, copy_rows, descriptor, descriptors, dot, new_barriers, tile
 from nsa_kernels.common.launch import launchable
-from nsa_kernels.common.sizes import cdiv
+from nsa_kernels.common.sizes import cdiv, split_head_dim
+from nsa_kernels.interval.hopper_forward import blank_unseen
 
 GROUP_ROWS = gl.constexpr(64)  # rows of four warps
 BLOCK_M = gl.constexpr(128)
@@ -38,30 +39,40 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 @launchable
 @gluon.jit
 def _grad_q_kernel(
-    q_desc, grad_out_desc, k_desc, v_desc, grad_q_desc, statistics_ptr, begin_ptr, end_ptr,
+    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, grad_out_desc, grad_q_desc, grad_q_tail_desc,
+    statistics_ptr, begin_ptr, end_ptr, unseen_ptr,
     num_rows, num_padded_rows, num_heads_kv, num_items, softmax_scale,
-    NUM_STAGES: gl.constexpr, G: gl.constexpr, D: gl.constexpr,
+    SLOTS: gl.constexpr, STAGES: gl.constexpr,
+    G: gl.constexpr, DK: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [4, GROUP_ROWS // G, G, D], q_desc.layout)
-    grad_out_smem = gl.allocate_shared_memory(dtype, [4, GROUP_ROWS // G, G, D], q_desc.layout)
-    grad_q_smem = gl.allocate_shared_memory(dtype, [2, GROUP_ROWS // G, G, D], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [NUM_STAGES, BLOCK_N, 1, D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [NUM_STAGES, BLOCK_N, 1, D], v_desc.layout)
-    q_full = new_barriers(2, 1)
-    q_empty = new_barriers(2, 2)
-    full = new_barriers(NUM_STAGES, 1)
-    empty = new_barriers(NUM_STAGES, 2)
+    LAYOUT: gl.constexpr = q_desc.layout
+    q_smem = gl.allocate_shared_memory(dtype, [2 * SLOTS, GROUP_ROWS // G, G, DK], LAYOUT)
+    grad_out_smem = gl.allocate_shared_memory(dtype, [2 * SLOTS, GROUP_ROWS // G, G, DV], LAYOUT)
+    grad_q_smem = gl.allocate_shared_memory(dtype, [2, GROUP_ROWS // G, G, DK], LAYOUT)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, 1, DK], LAYOUT)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, 1, DV], LAYOUT)
+    q_tail_smem, k_tail_smem, grad_q_tail_smem = q_smem, k_smem, grad_q_smem  # not read without a tail
+    if DK_TAIL > 0:
+        q_tail_smem = gl.allocate_shared_memory(dtype, [2 * SLOTS, GROUP_ROWS // G, G, DK_TAIL], LAYOUT)
+        k_tail_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, 1, DK_TAIL], LAYOUT)
+        grad_q_tail_smem = gl.allocate_shared_memory(dtype, [2, GROUP_ROWS // G, G, DK_TAIL], LAYOUT)
+    q_full = new_barriers(SLOTS, 1)
+    q_empty = new_barriers(SLOTS, 2)
+    full = new_barriers(STAGES, 1)
+    empty = new_barriers(STAGES, 2)
 
-    buffers = (q_smem, grad_out_smem, grad_q_smem, k_smem, v_smem)
+    descs = (q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, grad_out_desc)
+    results = (grad_q_desc, grad_q_tail_desc, grad_q_smem, grad_q_tail_smem)
+    buffers = (q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, grad_out_smem)
     barriers = (q_full, q_empty, full, empty)
     pointers = (statistics_ptr, begin_ptr, end_ptr)
     sizes = (num_rows, num_padded_rows, num_heads_kv, num_items)
     gl.warp_specialize(
         [
-            (_sum_up, (0, buffers, barriers, grad_q_desc, pointers, sizes, softmax_scale)),
-            (_sum_up, (1, buffers, barriers, grad_q_desc, pointers, sizes, softmax_scale)),
-            (_copy, (q_desc, grad_out_desc, k_desc, v_desc, buffers, barriers, pointers, sizes)),
+            (_sum_up, (0, buffers, barriers, results, pointers, unseen_ptr, sizes, softmax_scale)),
+            (_sum_up, (1, buffers, barriers, results, pointers, unseen_ptr, sizes, softmax_scale)),
+            (_copy, (descs, buffers, barriers, pointers, sizes)),
         ],
         [4, 1],
         [240, 24],
@@ -87,47 +98,57 @@ def _place(item, pointers, sizes, G: gl.constexpr):
 
 
 @gluon.jit
-def _copy(q_desc, grad_out_desc, k_desc, v_desc, buffers, barriers, pointers, sizes):
+def _copy(descs, buffers, barriers, pointers, sizes):
     """Queries and dO of each item, and keys and values of each of its tiles."""
-    q_smem, grad_out_smem, _grad_q_smem, k_smem, v_smem = buffers
+    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, grad_out_desc = descs
+    q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, grad_out_smem = buffers
     q_full, q_empty, full, empty = barriers
-    NUM_STAGES: gl.constexpr = k_smem.shape[0]
+    SLOTS: gl.constexpr = q_full.shape[0]
+    STAGES: gl.constexpr = k_smem.shape[0]
     G: gl.constexpr = q_smem.shape[2]
+    Q_TAIL_BYTES: gl.constexpr = 0 if q_tail_desc is None else q_tail_desc.block_type.nbytes
+    K_TAIL_BYTES: gl.constexpr = 0 if k_tail_desc is None else k_tail_desc.block_type.nbytes
     step = 0
     for item in range(gl.program_id(0), sizes[3], gl.num_programs(0)):
         turn = item // gl.num_programs(0)
         head, row, first_key, num_tiles, _begun, _ended = _place(item, pointers, sizes, G)
-        here = q_full.index(turn % 2)
-        mbarrier.wait(q_empty.index(turn % 2), (turn // 2 & 1) ^ 1)
-        mbarrier.expect(here, 4 * q_desc.block_type.nbytes)
+        slot = turn % SLOTS
+        here = q_full.index(slot)
+        mbarrier.wait(q_empty.index(slot), (turn // SLOTS & 1) ^ 1)
+        mbarrier.expect(here, 2 * (q_desc.block_type.nbytes + Q_TAIL_BYTES + grad_out_desc.block_type.nbytes))
         for half in gl.static_range(2):
             query = (row + half * GROUP_ROWS) // G
-            slot = turn % 2 * 2 + half
-            tma.async_copy_global_to_shared(q_desc, [query, head * G, 0], here, q_smem.index(slot))
-            tma.async_copy_global_to_shared(grad_out_desc, [query, head * G, 0], here, grad_out_smem.index(slot))
+            copy_rows(q_desc, q_tail_desc, query, head * G, here, q_smem, q_tail_smem, slot * 2 + half)
+            grad_out = grad_out_smem.index(slot * 2 + half)
+            tma.async_copy_global_to_shared(grad_out_desc, [query, head * G, 0], here, grad_out)
         for i in range(num_tiles):
-            stage = step % NUM_STAGES
+            stage = step % STAGES
             key = first_key + i * BLOCK_N
             ready = full.index(stage)
-            mbarrier.wait(empty.index(stage), (step // NUM_STAGES & 1) ^ 1)
-            mbarrier.expect(ready, 2 * k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, [key, head, 0], ready, k_smem.index(stage))
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(ready, k_desc.block_type.nbytes + K_TAIL_BYTES + v_desc.block_type.nbytes)
+            copy_rows(k_desc, k_tail_desc, key, head, ready, k_smem, k_tail_smem, stage)
             tma.async_copy_global_to_shared(v_desc, [key, head, 0], ready, v_smem.index(stage))
             step += 1
 
 
 @gluon.jit
-def _sum_up(WHICH: gl.constexpr, buffers, barriers, grad_q_desc, pointers, sizes, softmax_scale):
+def _sum_up(WHICH: gl.constexpr, buffers, barriers, results, pointers, unseen_ptr, sizes, softmax_scale):
     """dQ of GROUP_ROWS rows of every item."""
-    q_smem, grad_out_smem, grad_q_smem, k_smem, v_smem = buffers
+    q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, grad_out_smem = buffers
+    grad_q_desc, grad_q_tail_desc, grad_q_smem, grad_q_tail_smem = results
     q_full, q_empty, full, empty = barriers
     statistics_ptr, begin_ptr, end_ptr = pointers
     num_rows, num_padded_rows, num_heads_kv, num_items = sizes
-    NUM_STAGES: gl.constexpr = k_smem.shape[0]
+    SLOTS: gl.constexpr = q_full.shape[0]
+    STAGES: gl.constexpr = k_smem.shape[0]
     G: gl.constexpr = q_smem.shape[2]
-    D: gl.constexpr = q_smem.shape[3]
+    DK: gl.constexpr = q_smem.shape[3]
+    dtype: gl.constexpr = q_smem.dtype
+    TAIL: gl.constexpr = grad_q_tail_desc is not None
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
+    TAIL_SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     nothing = gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, SCORES)
@@ -146,58 +167,80 @@ def _sum_up(WHICH: gl.constexpr, buffers, barriers, grad_q_desc, pointers, sizes
         base = -gl.expand_dims(gl.load(statistics), 1)
         delta = gl.expand_dims(gl.load(statistics + plane), 1)
         gate = gl.load(statistics + 2 * plane)
-        grad_q = gl.zeros([GROUP_ROWS, D], gl.float32, SUMS)
+        grad_q = gl.zeros([GROUP_ROWS, DK], gl.float32, SUMS)
+        grad_q_tail = gl.zeros([GROUP_ROWS, 64], gl.float32, TAIL_SUMS)  # unused without a tail
 
-        q = q_smem.index(turn % 2 * 2 + WHICH).reshape([GROUP_ROWS, D])
-        grad_out = grad_out_smem.index(turn % 2 * 2 + WHICH).reshape([GROUP_ROWS, D])
-        mbarrier.wait(q_full.index(turn % 2), turn // 2 & 1)
+        lowest = gl.load(begin_ptr + first_row // G)
+        highest = gl.load(end_ptr + gl.minimum(first_row + BLOCK_M, num_rows) // G - 1)
+        slot = turn % SLOTS
+        q = tile(q_smem, slot * 2 + WHICH, GROUP_ROWS)
+        q_tail = tile(q_tail_smem, slot * 2 + WHICH, GROUP_ROWS)
+        grad_out = tile(grad_out_smem, slot * 2 + WHICH, GROUP_ROWS)
+        mbarrier.wait(q_full.index(slot), turn // SLOTS & 1)
         for i in range(num_tiles):
-            stage = step % NUM_STAGES
-            mbarrier.wait(full.index(stage), step // NUM_STAGES & 1)
-            k = k_smem.index(stage).reshape([BLOCK_N, D])
-            v = v_smem.index(stage).reshape([BLOCK_N, D])
-            s = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), step // STAGES & 1)
+            k = tile(k_smem, stage, BLOCK_N)
+            k_tail = tile(k_tail_smem, stage, BLOCK_N)
+            v = tile(v_smem, stage, BLOCK_N)
+            key = first_key + i * BLOCK_N
+            blank_unseen(k, key, lowest, highest, unseen_ptr)
+            if TAIL:
+                blank_unseen(k_tail, key, lowest, highest, unseen_ptr)
+            blank_unseen(v, key, lowest, highest, unseen_ptr)
+            s = dot(q, q_tail, k, k_tail, nothing, TAIL)
             grad_p = warpgroup_mma(grad_out, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
-            key = first_key + i * BLOCK_N
             if (key < all_begun) | (key + BLOCK_N > none_ended):
                 s = gl.where((key + column >= begin) & (key + column < end), s, float("-inf"))
             p = gl.exp2(gl.fma(s, scale, base))
             grad_p = warpgroup_mma_wait(0, deps=[grad_p])
-            grad_s = gl.convert_layout((p * (grad_p - delta)).to(q.dtype), OPERAND)
+            mbarrier.arrive(q_empty.index(slot), pred=i == num_tiles - 1)
+            grad_s = gl.convert_layout((p * (grad_p - delta)).to(dtype), OPERAND)
             grad_q = warpgroup_mma(grad_s, k, grad_q, is_async=True)
-            grad_q = warpgroup_mma_wait(0, deps=[grad_q])
+            if TAIL:
+                grad_q_tail = warpgroup_mma(grad_s, k_tail, grad_q_tail, is_async=True)
+                grad_q, grad_q_tail = warpgroup_mma_wait(0, deps=[grad_q, grad_q_tail])
+            else:
+                grad_q = warpgroup_mma_wait(0, deps=[grad_q])
             mbarrier.arrive(empty.index(stage))
             step += 1
-        mbarrier.arrive(q_empty.index(turn % 2))
+        mbarrier.arrive(q_empty.index(slot), pred=num_tiles == 0)
 
         factor = gl.expand_dims(gl.convert_layout(gate * softmax_scale, gl.SliceLayout(1, SUMS)), 1)
-        tma.store_wait(0)
-        grad_q_smem.index(WHICH).reshape([GROUP_ROWS, D]).store((grad_q * factor).to(q.dtype))
-        fence_async_shared()
         at = (first_row + WHICH * GROUP_ROWS) // G
+        tma.store_wait(0)
+        grad_q_smem.index(WHICH).reshape([GROUP_ROWS, DK]).store((grad_q * factor).to(dtype))
+        if TAIL:
+            factor = gl.expand_dims(gl.convert_layout(gate * softmax_scale, gl.SliceLayout(1, TAIL_SUMS)), 1)
+            grad_q_tail_smem.index(WHICH).reshape([GROUP_ROWS, 64]).store((grad_q_tail * factor).to(dtype))
+        fence_async_shared()
         tma.async_copy_shared_to_global(grad_q_desc, [at, head * G, 0], grad_q_smem.index(WHICH))
+        if TAIL:
+            tma.async_copy_shared_to_global(grad_q_tail_desc, [at, head * G, DK], grad_q_tail_smem.index(WHICH))
     tma.store_wait(0)
 
 
 def grad_q(
-    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, statistics: Tensor, grad_out: Tensor, softmax_scale
+    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, statistics: Tensor, grad_out: Tensor, softmax_scale,
+    *, unseen: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """dQ [T, Hq, D] in the dtype of q.
+    """dQ [T, Hq, Dk] in the dtype of q; `unseen` as in `hopper_forward.attend`.
 
     H200, bf16, 65,536 tokens, D 128, Hq 64, Hkv 4: 8.7 ms (760 TFLOP/s) alone, 9.8 sustained at the card's power limit,
     where `cmp_grad_q` takes 10.4 and 11.8; 8,192 tokens: 0.23 and 0.32.
     """
-    num_queries, num_q_heads, head_dim = q.shape
-    num_kv_heads = k.shape[1]
+    num_queries, num_q_heads, dim_k = q.shape
+    num_kv_heads, dim_v = v.shape[1:]
     group = num_q_heads // num_kv_heads
     num_items = cdiv(num_queries * group, BLOCK_M.value) * num_kv_heads
-    rows, keys = (GROUP_ROWS.value // group, group, head_dim), (BLOCK_N.value, 1, head_dim)
+    rows, keys = (GROUP_ROWS.value // group, group), (BLOCK_N.value, 1)
+    dk, dk_tail = split_head_dim(dim_k)
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _grad_q_kernel[(min(num_items, num_multiprocessors(q)),)](
-        descriptor(q, rows), descriptor(grad_out, rows), descriptor(k, keys), descriptor(v, keys),
-        descriptor(result, rows), statistics, begin, end,
+        *descriptors(q, rows), *descriptors(k, keys), descriptor(v, (*keys, dim_v)),
+        descriptor(grad_out, (*rows, dim_v)), *descriptors(result, rows), statistics, begin, end, unseen,
         num_queries * group, statistics.shape[2], num_kv_heads, num_items, softmax_scale,
-        NUM_STAGES=2, G=group, D=head_dim, num_warps=4,
+        SLOTS=1 if dk_tail else 2, STAGES=2, G=group, DK=dk, DK_TAIL=dk_tail, DV=dim_v, num_warps=4,
     )  # fmt: skip
     return result

@@ -30,7 +30,7 @@ from torch import Tensor
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, split_head_dim
 from nsa_kernels.contracts import SelectedCall
-from nsa_kernels.selected import backward_items, hopper_backward_items
+from nsa_kernels.selected import backward_items, hopper_backward_items, hopper_backward_roles
 from nsa_kernels.selected.index import BlockIndex
 from nsa_kernels.selected.parts import sum_parts
 from nsa_kernels.selected.tiles import backward_tiles, hopper_takes
@@ -163,7 +163,10 @@ def differentiate_chunk(
         index.max_items, slc_block_len, head_dim_k + head_dim_v, dtype=torch.float32, device=q.device
     )
     on_hopper = hopper_takes(q, k, v, block_indices, slc_block_len, (q, grad_out))
-    (hopper_backward_items if on_hopper else backward_items).launch_items(
+    items = backward_items
+    if on_hopper:
+        items = hopper_backward_roles if head_dim_k > 128 else hopper_backward_items
+    items.launch_items(
         q, k, v, k_remote, v_remote, grad_out, rows, block_table, index, dq_part, dq_scale, dkv_part,
         head_start=head_start, softmax_scale=softmax_scale,
     )  # fmt: skip

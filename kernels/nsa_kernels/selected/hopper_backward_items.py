@@ -25,7 +25,7 @@ from nsa_kernels.selected.pages import page_strides
 
 
 @gluon.jit
-def _copy_stats(
+def copy_stats(
     stats, stage, entries, first, end, rows, q_head, num_q_heads, stride_plane,
     SLOTS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -62,7 +62,7 @@ def _work_on_tiles(
     no_dq = gl.zeros([ROWS, WIDTH], gl.float32, wide_layout)
     dk = gl.zeros([64, WIDTH], gl.float32, wide_layout)
     dv = gl.zeros([64, WIDTH], gl.float32, wide_layout)
-    _copy_stats(stats_tile, 0, entries, begin, end, rows, q_head, num_q_heads, stride_plane, SLOTS, GROUP)
+    copy_stats(stats_tile, 0, entries, begin, end, rows, q_head, num_q_heads, stride_plane, SLOTS, GROUP)
     for number in range(gl.cdiv(end - begin, QUERIES)):
         first = begin + number * QUERIES
         stage = number % 2
@@ -72,7 +72,7 @@ def _work_on_tiles(
         mbarrier.wait(ready.index(stage), (number // 2) % 2)
         scores = warpgroup_mma(key_tile, q_tile.permute((1, 0)), no_scores, use_acc=False, is_async=True)
         dp = warpgroup_mma(value_tile, do_tile.permute((1, 0)), no_scores, use_acc=False, is_async=True)
-        _copy_stats(
+        copy_stats(
             stats_tile, 1 - stage, entries, first + QUERIES, end, rows, q_head, num_q_heads, stride_plane, SLOTS, GROUP
         )
 
@@ -157,9 +157,9 @@ def _items_kernel(
 
     page = gl.load(block_table + kv_head * stride_table + block)
     load_pages(
-        key_tile, value_tile, k, v, k_remote, v_remote, page, kv_head, num_local_pages,
+        key_tile, key_tile, value_tile, k, v, k_remote, v_remote, page, kv_head, num_local_pages,
         stride_kr, stride_kh, stride_kp, stride_kpr, stride_vr, stride_vh, stride_vp, stride_vpr,
-        WIDTH, HAS_REMOTE,
+        False, HAS_REMOTE,
     )  # fmt: skip
 
     part_base = head * num_queries * SLOTS
@@ -172,9 +172,9 @@ def _items_kernel(
                 SLOTS, GROUP, WIDTH,
             )),
             (copy_tiles, (
-                q, grad_out, dq_part, entries, begin, end, q_head, part_base, q_boxes, do_boxes, part_boxes,
-                ready, done,
-                SLOTS, GROUP, 2, 0,
+                q, grad_out, dq_part, entries, begin, end, q_head, part_base,
+                q_boxes, q_boxes, do_boxes, part_boxes, part_boxes, ready, done,
+                SLOTS, GROUP, 2, 0, False, False,
             )),
         ],
         [1],

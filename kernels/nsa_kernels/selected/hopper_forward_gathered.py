@@ -1,7 +1,8 @@
 """Parts of the forward of selected attention on Hopper GPUs: as `forward_gathered`, with the copies of `hopper_pages`.
 
-Products of a tile's 64 rows and a block's 64 keys, D = 128: S = Q K^T and O = P V with P from registers. S of the next
-tile is issued before the softmax of this one. Two programs share a multiprocessor: 97 KB and half the registers each.
+Products of a tile's 64 rows and a block's 64 keys: S = Q K^T and O = P V with P from registers. S of the next tile is
+issued before the softmax of this one. Two programs share a multiprocessor: 97 KB (Dk 128, four stages) or 112 KB (Dk
+192, three) and half the registers each.
 """
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa_kernels.common.hopper import thread_barrier
+from nsa_kernels.common.hopper import dot, thread_barrier
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.selected.hopper_pages import HALF, ROWS, boxes, copy_tiles, load_pages, place
 from nsa_kernels.selected.index import BlockIndex
@@ -24,11 +25,12 @@ from nsa_kernels.selected.pages import page_strides
 @gluon.jit
 def _attend_tiles(
     begin, end, part_base, entries, scale, part_lse, scale_log2,
-    key_tile, value_tile, q_tiles, part_tiles, ready, done,
-    SLOTS: gl.constexpr, GROUP: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
+    key_tile, key_tail_tile, value_tile, q_tiles, q_tail_tiles, part_tiles, ready, done,
+    SLOTS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """The warps with the tensor cores: a part of the output for every tile."""
     QUERIES: gl.constexpr = ROWS // GROUP
+    WIDTH: gl.constexpr = value_tile.shape[1]
     dtype: gl.constexpr = key_tile.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     wide_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
@@ -38,12 +40,13 @@ def _attend_tiles(
     no_out = gl.zeros([ROWS, WIDTH], gl.float32, wide_layout)
     # The next tile's scores are on their way while this one is worked on.
     mbarrier.wait(ready.index(0), 0)
-    scores = warpgroup_mma(q_tiles.index(0), key_tile.permute((1, 0)), no_scores, use_acc=False)
+    scores = dot(q_tiles.index(0), q_tail_tiles.index(0), key_tile, key_tail_tile, no_scores, TAIL)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
     for number in range(gl.cdiv(end - begin, QUERIES)):
         stage, following = number % STAGES, number + 1
         mbarrier.wait(ready.index(following % STAGES), (following // STAGES) % 2)
-        q_tile = q_tiles.index(following % STAGES)
-        next_scores = warpgroup_mma(q_tile, key_tile.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        q_tile, q_tail_tile = q_tiles.index(following % STAGES), q_tail_tiles.index(following % STAGES)
+        next_scores = dot(q_tile, q_tail_tile, key_tile, key_tail_tile, no_scores, TAIL)
         at = begin + number * QUERIES + row // GROUP
         entry = gl.load(entries + gl.minimum(at, end - 1))
         top = gl.max(scores, 1) * scale_log2
@@ -69,7 +72,7 @@ def _gathered_kernel(
     scale, part_lse,
     scale_log2, num_queries, num_heads, num_lists, num_blocks, head_start, num_local_pages, stride_table,
     stride_kr, stride_kh, stride_kp, stride_kpr, stride_vr, stride_vh, stride_vp, stride_vpr,
-    SLOTS: gl.constexpr, GROUP: gl.constexpr, WIDTH: gl.constexpr, HAS_REMOTE: gl.constexpr,
+    SLOTS: gl.constexpr, GROUP: gl.constexpr, WIDTH: gl.constexpr, TAIL: gl.constexpr, HAS_REMOTE: gl.constexpr,
     ITEM_QUERIES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One work item: a block against some of the queries that chose it."""
@@ -88,6 +91,11 @@ def _gathered_kernel(
     q_tiles = q_boxes._reinterpret(dtype, [STAGES, ROWS, WIDTH], tile_layout)
     part_tiles = q_boxes._reinterpret(gl.float16, [STAGES, ROWS, WIDTH], tile_layout)
     key_tile = gl.allocate_shared_memory(dtype, [64, WIDTH], tile_layout)
+    q_tail_boxes, q_tail_tiles, key_tail_tile = q_boxes, q_tiles, key_tile  # not read without a tail
+    if TAIL:
+        q_tail_boxes = gl.allocate_shared_memory(dtype, [STAGES * QUERIES, 1, GROUP, HALF], q.layout)
+        q_tail_tiles = q_tail_boxes._reinterpret(dtype, [STAGES, ROWS, HALF], tile_layout)
+        key_tail_tile = gl.allocate_shared_memory(dtype, [64, HALF], tile_layout)
     value_tile = gl.allocate_shared_memory(dtype, [64, WIDTH], tile_layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -96,9 +104,9 @@ def _gathered_kernel(
         mbarrier.init(done.index(i), count=1)
     page = gl.load(block_table + kv_head * stride_table + block)
     load_pages(
-        key_tile, value_tile, k, v, k_remote, v_remote, page, kv_head, num_local_pages,
+        key_tile, key_tail_tile, value_tile, k, v, k_remote, v_remote, page, kv_head, num_local_pages,
         stride_kr, stride_kh, stride_kp, stride_kpr, stride_vr, stride_vh, stride_vp, stride_vpr,
-        WIDTH, HAS_REMOTE,
+        TAIL, HAS_REMOTE,
     )  # fmt: skip
 
     part_base = head * num_queries * SLOTS
@@ -106,13 +114,13 @@ def _gathered_kernel(
         [
             (_attend_tiles, (
                 begin, end, part_base, entries, scale, part_lse, scale_log2,
-                key_tile, value_tile, q_tiles, part_tiles, ready, done,
-                SLOTS, GROUP, WIDTH, STAGES,
+                key_tile, key_tail_tile, value_tile, q_tiles, q_tail_tiles, part_tiles, ready, done,
+                SLOTS, GROUP, STAGES, TAIL,
             )),
             (copy_tiles, (
-                q, None, part, entries, begin, end, kv_head * GROUP, part_base, q_boxes, None, part_boxes,
-                ready, done,
-                SLOTS, GROUP, STAGES, 1,
+                q, None, part, entries, begin, end, kv_head * GROUP, part_base,
+                q_boxes, q_tail_boxes, None, part_boxes, part_boxes, ready, done,
+                SLOTS, GROUP, STAGES, 1, TAIL, False,
             )),
         ],
         [1],
@@ -137,14 +145,15 @@ def attend_gathered(
     scale_log2: float,
 ) -> None:
     """As `forward_gathered.attend_gathered`, for what `tiles.hopper_takes`."""
-    num_heads, num_queries, num_slots, group, head_dim = part.shape
+    num_heads, num_queries, num_slots, group, dim_v = part.shape
+    tail = q.shape[2] > 2 * HALF.value
     _gathered_kernel[(index.max_items,)](
-        boxes(q, group), boxes(part.view(-1, group, head_dim), group), k, v, k_remote, v_remote,
+        boxes(q, group), boxes(part.view(-1, group, dim_v), group), k, v, k_remote, v_remote,
         block_table, index.entries, index.offsets, index.item_offsets, index.item_list,
         scale, part_lse,
         scale_log2, num_queries, num_heads, index.num_lists, block_table.shape[1], head_start,
         k.shape[0] // slc_block_len, block_table.stride(0), *page_strides(k, k_remote), *page_strides(v, v_remote),
-        SLOTS=num_slots, GROUP=group, WIDTH=head_dim, HAS_REMOTE=k_remote is not None,
+        SLOTS=num_slots, GROUP=group, WIDTH=dim_v, TAIL=tail, HAS_REMOTE=k_remote is not None,
         ITEM_QUERIES=index.item_queries,
-        STAGES=4, num_warps=4, maxnreg=128,
+        STAGES=3 if tail else 4, num_warps=4, maxnreg=128,
     )  # fmt: skip

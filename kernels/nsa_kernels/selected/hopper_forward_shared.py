@@ -3,7 +3,7 @@
 A tile of consecutive queries attends to the blocks its neighbours choose too (first, own, the one before), as the
 `shared` kernel of `forward` does, while the copying warp already brings the tile's parts, slot after slot. The
 shared blocks' result never leaves the registers: the parts are added to it there.
-Two programs share a multiprocessor: 101 KB and half the registers each.
+Two programs share a multiprocessor: 101 KB (Dk 128, three stages of parts; Dk 192, two) and half the registers each.
 """
 
 from torch import Tensor
@@ -14,9 +14,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_wait,
 )
 
-from nsa_kernels.common.hopper import descriptor, thread_barrier
+from nsa_kernels.common.hopper import descriptor, dot, thread_barrier
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.selected.hopper_pages import HALF, ROWS, boxes, load_pages
@@ -48,16 +49,20 @@ def _load_ids(
 @gluon.jit
 def _copy_parts(
     q, part, block_indices, position, first, head, kv_head, num_queries, stride_bt, stride_bh, stride_bn,
-    q_boxes, part_boxes, q_ready, ready, free,
-    SLOTS: gl.constexpr, SLOTS_P2: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    q_boxes, q_tail_boxes, part_boxes, q_ready, ready, free,
+    SLOTS: gl.constexpr, SLOTS_P2: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: the tile's queries, then its parts, slot after slot."""
     QUERIES: gl.constexpr = ROWS // GROUP
-    mbarrier.expect(q_ready, 4 * ROWS * HALF)
+    mbarrier.expect(q_ready, (6 if TAIL else 4) * ROWS * HALF)
     for half in gl.static_range(2):
         for i in gl.static_range(QUERIES):
             at = [first + i, kv_head * GROUP, half * HALF]
             tma.async_copy_global_to_shared(q, at, q_ready, q_boxes.index(half * QUERIES + i))
+    if TAIL:
+        for i in gl.static_range(QUERIES):
+            rest = [first + i, kv_head * GROUP, 2 * HALF]
+            tma.async_copy_global_to_shared(q, rest, q_ready, q_tail_boxes.index(i))
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [32 // SLOTS_P2, SLOTS_P2], [1, 1], [1, 0])
     t = first + gl.arange(0, QUERIES, gl.SliceLayout(1, layout))
     ids, pos, slot = _load_ids(
@@ -81,12 +86,13 @@ def _attend_and_add(
     scale_log2, first, head, kv_head, num_queries, num_local_pages, stride_table,
     stride_bt, stride_bh, stride_bn, stride_lt,
     stride_kr, stride_kh, stride_kp, stride_kpr, stride_vr, stride_vh, stride_vp, stride_vpr,
-    q_tile, out_boxes, key_tile, value_tile, part_tiles, weights, q_ready, ready, free,
-    SLOTS: gl.constexpr, SLOTS_P2: gl.constexpr, GROUP: gl.constexpr, WIDTH: gl.constexpr,
-    HAS_REMOTE: gl.constexpr, STAGES: gl.constexpr,
+    q_tile, q_tail_tile, out_boxes, key_tile, key_tail_tile, value_tile, part_tiles, weights, q_ready, ready, free,
+    SLOTS: gl.constexpr, SLOTS_P2: gl.constexpr, GROUP: gl.constexpr,
+    HAS_REMOTE: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """The warps with the tensor cores: the shared blocks, every part's weight, the sum."""
     QUERIES: gl.constexpr = ROWS // GROUP
+    WIDTH: gl.constexpr = value_tile.shape[1]
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     wide_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, wide_layout, 2)
@@ -129,11 +135,12 @@ def _attend_and_add(
     while block < NO_BLOCK:
         page = gl.load(block_table + kv_head * stride_table + block)
         load_pages(
-            key_tile, value_tile, k, v, k_remote, v_remote, page, kv_head, num_local_pages,
+            key_tile, key_tail_tile, value_tile, k, v, k_remote, v_remote, page, kv_head, num_local_pages,
             stride_kr, stride_kh, stride_kp, stride_kpr, stride_vr, stride_vh, stride_vp, stride_vpr,
-            WIDTH, HAS_REMOTE,
+            TAIL, HAS_REMOTE,
         )  # fmt: skip
-        scores = warpgroup_mma(q_tile, key_tile.permute((1, 0)), no_scores, use_acc=False)
+        scores = dot(q_tile, q_tail_tile, key_tile, key_tail_tile, no_scores, TAIL)
+        scores = warpgroup_mma_wait(0, deps=(scores,))
         # The last key that each row sees here; -1 where the row did not choose the block.
         chosen = (first_block == block) | (before == block) | (last == block)
         last_key = gl.where(chosen, pos - block * 64, -1)
@@ -195,7 +202,7 @@ def _shared_and_sum_kernel(
     scale_log2, num_queries, head_start, num_local_pages, stride_table,
     stride_bt, stride_bh, stride_bn, stride_lt,
     stride_kr, stride_kh, stride_kp, stride_kpr, stride_vr, stride_vh, stride_vp, stride_vpr,
-    SLOTS: gl.constexpr, SLOTS_P2: gl.constexpr, GROUP: gl.constexpr, WIDTH: gl.constexpr,
+    SLOTS: gl.constexpr, SLOTS_P2: gl.constexpr, GROUP: gl.constexpr, WIDTH: gl.constexpr, TAIL: gl.constexpr,
     HAS_REMOTE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     QUERIES: gl.constexpr = ROWS // GROUP
@@ -209,6 +216,11 @@ def _shared_and_sum_kernel(
     part_boxes = gl.allocate_shared_memory(gl.float16, [STAGES * 2, QUERIES, 1, GROUP, HALF], part.layout)
     part_tiles = part_boxes._reinterpret(gl.float16, [STAGES, ROWS, WIDTH], tile_layout)
     key_tile = gl.allocate_shared_memory(dtype, [64, WIDTH], tile_layout)
+    q_tail_boxes, q_tail_tile, key_tail_tile = q_boxes, q_tile, key_tile  # not read without a tail
+    if TAIL:
+        q_tail_boxes = gl.allocate_shared_memory(dtype, [QUERIES, 1, GROUP, HALF], q.layout)
+        q_tail_tile = q_tail_boxes._reinterpret(dtype, [ROWS, HALF], tile_layout)
+        key_tail_tile = gl.allocate_shared_memory(dtype, [64, HALF], tile_layout)
     value_tile = gl.allocate_shared_memory(dtype, [64, WIDTH], tile_layout)
     weights = gl.allocate_shared_memory(gl.float32, [SLOTS_P2, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -226,13 +238,14 @@ def _shared_and_sum_kernel(
                 scale_log2, first, head, kv_head, num_queries, num_local_pages, stride_table,
                 stride_bt, stride_bh, stride_bn, stride_lt,
                 stride_kr, stride_kh, stride_kp, stride_kpr, stride_vr, stride_vh, stride_vp, stride_vpr,
-                q_tile, out_boxes, key_tile, value_tile, part_tiles, weights, q_ready, ready, free,
-                SLOTS, SLOTS_P2, GROUP, WIDTH, HAS_REMOTE, STAGES,
+                q_tile, q_tail_tile, out_boxes, key_tile, key_tail_tile, value_tile, part_tiles, weights,
+                q_ready, ready, free,
+                SLOTS, SLOTS_P2, GROUP, HAS_REMOTE, STAGES, TAIL,
             )),
             (_copy_parts, (
                 q, part, block_indices, position, first, head, kv_head, num_queries, stride_bt, stride_bh, stride_bn,
-                q_boxes, part_boxes, q_ready, ready, free,
-                SLOTS, SLOTS_P2, GROUP, STAGES,
+                q_boxes, q_tail_boxes, part_boxes, q_ready, ready, free,
+                SLOTS, SLOTS_P2, GROUP, STAGES, TAIL,
             )),
         ],
         [1],
@@ -260,7 +273,8 @@ def attend_shared_and_sum(
     scale_log2: float,
 ) -> None:
     """As `forward_shared.attend_shared_and_sum`, for what `tiles.hopper_takes`."""
-    num_heads, num_queries, num_slots, group, head_dim = part.shape
+    num_heads, num_queries, num_slots, group, dim_v = part.shape
+    tail = q.shape[2] > 2 * HALF.value
     queries = ROWS.value // group
     parts = descriptor(part.view(-1, *part.shape[2:]), (queries, 1, group, HALF.value))
     _shared_and_sum_kernel[(cdiv(num_queries, queries), num_heads)](
@@ -268,7 +282,7 @@ def attend_shared_and_sum(
         scale, part_lse, lse,
         scale_log2, num_queries, head_start, k.shape[0] // slc_block_len, block_table.stride(0),
         *block_indices.stride(), lse.stride(0), *page_strides(k, k_remote), *page_strides(v, v_remote),
-        SLOTS=num_slots, SLOTS_P2=next_power_of_2(num_slots), GROUP=group, WIDTH=head_dim,
-        HAS_REMOTE=k_remote is not None, STAGES=3,
+        SLOTS=num_slots, SLOTS_P2=next_power_of_2(num_slots), GROUP=group, WIDTH=dim_v,
+        TAIL=tail, HAS_REMOTE=k_remote is not None, STAGES=2 if tail else 3,
         num_warps=4, maxnreg=128,
     )  # fmt: skip

@@ -2,8 +2,9 @@
 
 The G heads of a query are G contiguous rows of q, so a tile of 64 (query, head) rows is 64 / G boxes [1, G, 64] for
 each half of its 128 columns. Laid out by half and by query, the boxes of a stage are also one swizzled [64, 128] tile,
-which the tensor cores read. Of a program's warps one runs `copy_tiles`, so that no other holds an address or waits for
-a row. While a tile is worked on, the next are on their way; what comes of a tile leaves from the stage it came in.
+which the tensor cores read; the last 64 columns of 192 are a tile of their own, the tail. Of a program's warps one runs
+`copy_tiles`, so that no other holds an address or waits for a row. While a tile is worked on, the next are on their
+way; what comes of a tile leaves from the stage it came in.
 """
 
 from torch import Tensor
@@ -44,15 +45,18 @@ def load_entries(entries, first, end, QUERIES: gl.constexpr):
 
 @gluon.jit
 def copy_tiles(
-    q, grad_out, parts, entries, begin, end, q_head, part_base, q_boxes, do_boxes, part_boxes, ready, done,
+    q, grad_out, parts, entries, begin, end, q_head, part_base,
+    q_boxes, q_tail_boxes, do_boxes, part_boxes, part_tail_boxes, ready, done,
     SLOTS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
+    TAIL: gl.constexpr, PART_TAIL: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: brings tile after tile into the stages, and sends off the parts that came of them.
 
     A tile is ROWS / GROUP entries of q and, unless it is None, of grad_out. AHEAD tiles more than there are come in,
-    the last entry again, for those who read so far ahead.
+    the last entry again, for those who read so far ahead. TAIL and PART_TAIL: q and parts have 192 columns.
     """
     QUERIES: gl.constexpr = ROWS // GROUP
+    BYTES: gl.constexpr = 2 * ROWS * HALF * (2 + (1 if TAIL else 0) + (0 if grad_out is None else 2))
     tiles = gl.cdiv(end - begin, QUERIES)
     for number in range(tiles + STAGES):
         stage = number % STAGES
@@ -68,9 +72,13 @@ def copy_tiles(
                         tma.async_copy_shared_to_global(
                             parts, [part_base + leaving[i], 0, half * HALF], part_boxes.index(box)
                         )
+                    if PART_TAIL:
+                        tma.async_copy_shared_to_global(
+                            parts, [part_base + leaving[i], 0, 2 * HALF], part_tail_boxes.index(stage * QUERIES + i)
+                        )
             tma.store_wait(0)
         if number < tiles + AHEAD:
-            mbarrier.expect(ready.index(stage), (4 if grad_out is None else 8) * ROWS * HALF)
+            mbarrier.expect(ready.index(stage), BYTES)
             for half in gl.static_range(2):
                 for i in gl.static_range(QUERIES):
                     t = arriving[i] // SLOTS
@@ -79,22 +87,32 @@ def copy_tiles(
                     tma.async_copy_global_to_shared(q, at, ready.index(stage), q_boxes.index(box))
                     if grad_out is not None:
                         tma.async_copy_global_to_shared(grad_out, at, ready.index(stage), do_boxes.index(box))
+            if TAIL:
+                for i in gl.static_range(QUERIES):
+                    rest = [arriving[i] // SLOTS, q_head, 2 * HALF]
+                    box = q_tail_boxes.index(stage * QUERIES + i)
+                    tma.async_copy_global_to_shared(q, rest, ready.index(stage), box)
 
 
 @gluon.jit
 def load_pages(
-    key_tile, value_tile, k, v, k_remote, v_remote, page, head, num_local_pages,
+    key_tile, key_tail_tile, value_tile, k, v, k_remote, v_remote, page, head, num_local_pages,
     stride_kr, stride_kh, stride_kp, stride_kpr, stride_vr, stride_vh, stride_vp, stride_vpr,
-    WIDTH: gl.constexpr, HAS_REMOTE: gl.constexpr,
+    TAIL: gl.constexpr, HAS_REMOTE: gl.constexpr,
 ):  # fmt: skip
     """A page of keys and of values of `head` into shared memory, where products may read them."""
     _load_page(
         key_tile, k, k_remote, page, head, num_local_pages, stride_kr, stride_kh, stride_kp, stride_kpr,
-        WIDTH, HAS_REMOTE,
+        0, HAS_REMOTE,
     )  # fmt: skip
+    if TAIL:
+        _load_page(
+            key_tail_tile, k, k_remote, page, head, num_local_pages, stride_kr, stride_kh, stride_kp, stride_kpr,
+            2 * HALF, HAS_REMOTE,
+        )  # fmt: skip
     _load_page(
         value_tile, v, v_remote, page, head, num_local_pages, stride_vr, stride_vh, stride_vp, stride_vpr,
-        WIDTH, HAS_REMOTE,
+        0, HAS_REMOTE,
     )  # fmt: skip
     fence_async_shared()
 
@@ -102,12 +120,12 @@ def load_pages(
 @gluon.jit
 def _load_page(
     page_buffer, local, remote, page, head, num_local_pages, stride_row, stride_head, stride_page, stride_page_row,
-    WIDTH: gl.constexpr, HAS_REMOTE: gl.constexpr,
+    FIRST: gl.constexpr, HAS_REMOTE: gl.constexpr,
 ):  # fmt: skip
-    """A page of `head`, in the dtype of `local`, into shared memory."""
+    """A page of `head`, in the dtype of `local`, into shared memory: its columns from FIRST on."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     row = gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
-    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
+    column = FIRST + gl.arange(0, page_buffer.shape[1], gl.SliceLayout(0, layout))[None, :]
     if HAS_REMOTE:
         if page >= num_local_pages:
             from_remote = remote + (page - num_local_pages).to(gl.int64) * stride_page

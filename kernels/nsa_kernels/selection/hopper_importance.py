@@ -7,19 +7,19 @@ take exponentials and add up.
 Keys of a tile lie in shared memory by residue slowly and block fast, so that the S keys of a block are in one thread's
 registers: a copy of a [S, tile / S] box of the overlapping view k[residue + S * block].
 
-Shapes      as `select`; G of 8, 16, 32 or 64, Dk of 64 or 128, S = l' / d a power of two, 16-bit inputs
+Shapes      as `select`; G of 8, 16, 32 or 64, Dk of 64, 128 or 192, S = l' / d a power of two, 16-bit inputs
 """
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
 from nsa_kernels.common.device import num_multiprocessors
-from nsa_kernels.common.hopper import descriptor, new_barriers, uniform
+from nsa_kernels.common.hopper import copy_rows, descriptors, dot, new_barriers, tile, uniform
 from nsa_kernels.common.launch import launchable
-from nsa_kernels.common.sizes import cdiv
+from nsa_kernels.common.sizes import cdiv, split_head_dim
 
 GROUP_ROWS = gl.constexpr(64)  # rows of four warps
 NUM_GROUPS = gl.constexpr(4)
@@ -31,22 +31,27 @@ FAR = gl.constexpr(2**31 - 1)
 @launchable
 @gluon.jit
 def _importance_kernel(
-    q_desc, k_desc, lse_ptr, begin_ptr, end_ptr,
+    q_desc, q_tail_desc, k_desc, k_tail_desc, lse_ptr, begin_ptr, end_ptr,
     imp_ptr,
     first_query, last_query, chunk_len, num_heads_kv, num_blocks, num_items, softmax_scale, stride_lt, stride_lh,
-    CELLS_CMP: gl.constexpr, CELLS_SLC: gl.constexpr, NUM_LAYERS: gl.constexpr, NUM_STAGES: gl.constexpr,
-    G: gl.constexpr, D: gl.constexpr,
+    CELLS_CMP: gl.constexpr, CELLS_SLC: gl.constexpr, NUM_LAYERS: gl.constexpr, SLOTS: gl.constexpr,
+    STAGES: gl.constexpr, G: gl.constexpr, DK: gl.constexpr, DK_TAIL: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [2 * NUM_GROUPS, GROUP_ROWS // G, G, D], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [NUM_STAGES, CELLS_SLC, BLOCK_N // CELLS_SLC, 1, D], k_desc.layout)
-    q_full = new_barriers(2, 1)
-    q_empty = new_barriers(2, NUM_GROUPS)
-    k_full = new_barriers(NUM_STAGES, 1)
-    k_empty = new_barriers(NUM_STAGES, NUM_GROUPS)
+    BLOCKS: gl.constexpr = BLOCK_N // CELLS_SLC
+    q_smem = gl.allocate_shared_memory(dtype, [SLOTS * NUM_GROUPS, GROUP_ROWS // G, G, DK], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, CELLS_SLC, BLOCKS, 1, DK], k_desc.layout)
+    q_tail_smem, k_tail_smem = q_smem, k_smem  # not read without a tail
+    if DK_TAIL > 0:
+        q_tail_smem = gl.allocate_shared_memory(dtype, [SLOTS * NUM_GROUPS, GROUP_ROWS // G, G, DK_TAIL], q_desc.layout)
+        k_tail_smem = gl.allocate_shared_memory(dtype, [STAGES, CELLS_SLC, BLOCKS, 1, DK_TAIL], k_desc.layout)
+    q_full = new_barriers(SLOTS, 1)
+    q_empty = new_barriers(SLOTS, NUM_GROUPS)
+    k_full = new_barriers(STAGES, 1)
+    k_empty = new_barriers(STAGES, NUM_GROUPS)
     turns = new_barriers(NUM_GROUPS, 1)
 
-    buffers = (q_smem, k_smem)
+    buffers = (q_smem, q_tail_smem, k_smem, k_tail_smem)
     barriers = (q_full, q_empty, k_full, k_empty, turns)
     pointers = (lse_ptr, begin_ptr, end_ptr, imp_ptr)
     sizes = (first_query, last_query, chunk_len, num_heads_kv, num_blocks, num_items, stride_lt, stride_lh)
@@ -56,7 +61,7 @@ def _importance_kernel(
             (_score, (1, buffers, barriers, pointers, sizes, softmax_scale, CELLS_CMP, NUM_LAYERS)),
             (_score, (2, buffers, barriers, pointers, sizes, softmax_scale, CELLS_CMP, NUM_LAYERS)),
             (_score, (3, buffers, barriers, pointers, sizes, softmax_scale, CELLS_CMP, NUM_LAYERS)),
-            (_copy, (q_desc, k_desc, buffers, barriers, begin_ptr, end_ptr, sizes)),
+            (_copy, (q_desc, q_tail_desc, k_desc, k_tail_desc, buffers, barriers, begin_ptr, end_ptr, sizes)),
         ],
         [4, 4, 4, 1],
         [112, 112, 112, 24],
@@ -78,37 +83,44 @@ def _next_document(begin, num_seen, after):
 
 
 @gluon.jit
-def _copy(q_desc, k_desc, buffers, barriers, begin_ptr, end_ptr, sizes):
-    q_smem, k_smem = buffers
+def _copy(q_desc, q_tail_desc, k_desc, k_tail_desc, buffers, barriers, begin_ptr, end_ptr, sizes):
+    q_smem, q_tail_smem, k_smem, k_tail_smem = buffers
     q_full, q_empty, k_full, k_empty, _turns = barriers
     first_query, last_query, _chunk_len, num_heads_kv, _num_blocks, num_items, _stride_t, _stride_h = sizes
-    NUM_STAGES: gl.constexpr = k_smem.shape[0]
+    SLOTS: gl.constexpr = q_full.shape[0]
+    STAGES: gl.constexpr = k_smem.shape[0]
     CELLS_SLC: gl.constexpr = k_smem.shape[1]
     G: gl.constexpr = q_smem.shape[2]
     QUERIES: gl.constexpr = NUM_GROUPS * GROUP_ROWS // G
+    Q_TAIL_BYTES: gl.constexpr = 0 if q_tail_desc is None else q_tail_desc.block_type.nbytes
+    K_TAIL_BYTES: gl.constexpr = 0 if k_tail_desc is None else k_tail_desc.block_type.nbytes
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     step = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         turn = item // gl.num_programs(0)
         head = item % num_heads_kv
         query = first_query + item // num_heads_kv * QUERIES
-        here = q_full.index(turn % 2)
-        mbarrier.wait(q_empty.index(turn % 2), (turn // 2 & 1) ^ 1)
-        mbarrier.expect(here, NUM_GROUPS * q_desc.block_type.nbytes)
+        slot = turn % SLOTS
+        here = q_full.index(slot)
+        mbarrier.wait(q_empty.index(slot), (turn // SLOTS & 1) ^ 1)
+        mbarrier.expect(here, NUM_GROUPS * (q_desc.block_type.nbytes + Q_TAIL_BYTES))
         for i in gl.static_range(NUM_GROUPS):
             at = query + i * (GROUP_ROWS // G)
-            tma.async_copy_global_to_shared(q_desc, [at, head * G, 0], here, q_smem.index(turn % 2 * NUM_GROUPS + i))
+            copy_rows(q_desc, q_tail_desc, at, head * G, here, q_smem, q_tail_smem, slot * NUM_GROUPS + i)
         begin, num_seen = _intervals(begin_ptr, end_ptr, query + gl.arange(0, QUERIES, LANES), last_query)
         doc = _next_document(begin, num_seen, -1)
         while doc < FAR:
             most = gl.max(gl.where(begin == doc, num_seen, 0), 0)
             for key in range(doc, doc + most, BLOCK_N):
-                stage = step % NUM_STAGES
-                mbarrier.wait(k_empty.index(stage), (step // NUM_STAGES & 1) ^ 1)
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    k_desc, [key % CELLS_SLC, key // CELLS_SLC, head, 0], k_full.index(stage), k_smem.index(stage)
-                )
+                stage = step % STAGES
+                ready = k_full.index(stage)
+                mbarrier.wait(k_empty.index(stage), (step // STAGES & 1) ^ 1)
+                mbarrier.expect(ready, k_desc.block_type.nbytes + K_TAIL_BYTES)
+                residue, block = key % CELLS_SLC, key // CELLS_SLC
+                tma.async_copy_global_to_shared(k_desc, [residue, block, head, 0], ready, k_smem.index(stage))
+                if k_tail_desc is not None:
+                    rest = [residue, block, head, k_smem.shape[4]]
+                    tma.async_copy_global_to_shared(k_tail_desc, rest, ready, k_tail_smem.index(stage))
                 step += 1
             doc = _next_document(begin, num_seen, doc)
 
@@ -143,14 +155,15 @@ def _score(
     CELLS_CMP: gl.constexpr, NUM_LAYERS: gl.constexpr,
 ):  # fmt: skip
     """buffer[h, query of the chunk, layer, j] for the queries of GROUP_ROWS rows and each block with a key they see."""
-    q_smem, k_smem = buffers
+    q_smem, q_tail_smem, k_smem, k_tail_smem = buffers
     q_full, q_empty, k_full, k_empty, turns = barriers
     lse_ptr, begin_ptr, end_ptr, imp_ptr = pointers
     first_query, last_query, chunk_len, num_heads_kv, num_blocks, num_items, stride_lt, stride_lh = sizes
-    NUM_STAGES: gl.constexpr = k_smem.shape[0]
+    SLOTS: gl.constexpr = q_full.shape[0]
+    STAGES: gl.constexpr = k_smem.shape[0]
     CELLS_SLC: gl.constexpr = k_smem.shape[1]
     G: gl.constexpr = q_smem.shape[2]
-    D: gl.constexpr = q_smem.shape[3]
+    TAIL: gl.constexpr = q_tail_smem.shape[3] < q_smem.shape[3]
     QUERIES: gl.constexpr = NUM_GROUPS * GROUP_ROWS // G
     BLOCKS: gl.constexpr = BLOCK_N // CELLS_SLC
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -179,8 +192,10 @@ def _score(
         imp_tile = imp_ptr + (head.to(gl.int64) * chunk_len + query - first_query) * NUM_LAYERS * num_blocks
         imp_at = imp_tile + (gl.expand_dims(i * (NUM_LAYERS * num_blocks), 1) + block)
 
-        q = q_smem.index(uniform(turn % 2) * NUM_GROUPS + WHICH).reshape([GROUP_ROWS, D])
-        mbarrier.wait(q_full.index(turn % 2), turn // 2 & 1)
+        slot = uniform(turn % SLOTS)
+        q = tile(q_smem, slot * NUM_GROUPS + WHICH, GROUP_ROWS)
+        q_tail = tile(q_tail_smem, slot * NUM_GROUPS + WHICH, GROUP_ROWS)
+        mbarrier.wait(q_full.index(slot), turn // SLOTS & 1)
         doc = _next_document(tile_begin, tile_seen, -1)
         while doc < FAR:
             most = gl.max(gl.where(tile_begin == doc, tile_seen, 0), 0)
@@ -188,11 +203,11 @@ def _score(
             least = gl.min(seen, 0)
             stored = gl.expand_dims((share_begin == doc) & (share_seen > 0), 1)
             for first_key in range(0, most, BLOCK_N):
-                stage = uniform(step % NUM_STAGES)
-                mbarrier.wait(k_full.index(stage), step // NUM_STAGES & 1)
-                k = k_smem.index(stage).reshape([BLOCK_N, D])
+                stage = uniform(step % STAGES)
+                mbarrier.wait(k_full.index(stage), step // STAGES & 1)
+                k, k_tail = tile(k_smem, stage, BLOCK_N), tile(k_tail_smem, stage, BLOCK_N)
                 mbarrier.wait(turns.index(WHICH), (step & 1) ^ (WHICH == 0))
-                s = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                s = dot(q, q_tail, k, k_tail, nothing, TAIL)
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(turns.index((WHICH + 1) % NUM_GROUPS))
                 mbarrier.arrive(k_empty.index(stage))
@@ -208,7 +223,7 @@ def _score(
                         mask=stored & (first_block + block < num_blocks),
                     )
             doc = _next_document(tile_begin, tile_seen, doc)
-        mbarrier.arrive(q_empty.index(turn % 2))
+        mbarrier.arrive(q_empty.index(slot))
 
 
 def boxes_of_blocks(k: Tensor, cells_slc: int) -> Tensor:
@@ -228,16 +243,17 @@ def importance(
     *, softmax_scale: float, cells_cmp: int, cells_slc: int,
 ) -> None:  # fmt: skip
     """Writes out [Hkv, queries of a chunk, layers, blocks] fp32 for the queries [first, last)."""
-    num_kv_heads, head_dim = boxes.shape[2:]
+    num_kv_heads, dim_k = boxes.shape[2:]
     group = q.shape[1] // num_kv_heads
     queries = NUM_GROUPS.value * GROUP_ROWS.value // group
     num_items = cdiv(last - first, queries) * num_kv_heads
+    dk, dk_tail = split_head_dim(dim_k)
     _importance_kernel[(min(num_items, num_multiprocessors(q)),)](
-        descriptor(q, (GROUP_ROWS.value // group, group, head_dim)),
-        descriptor(boxes, (cells_slc, BLOCK_N.value // cells_slc, 1, head_dim)),
+        *descriptors(q, (GROUP_ROWS.value // group, group)),
+        *descriptors(boxes, (cells_slc, BLOCK_N.value // cells_slc, 1)),
         lse, begin, end,
         out,
         first, last, out.shape[1], num_kv_heads, out.shape[3], num_items, softmax_scale, *lse.stride(),
-        CELLS_CMP=cells_cmp, CELLS_SLC=cells_slc, NUM_LAYERS=out.shape[2], NUM_STAGES=2, G=group, D=head_dim,
-        num_warps=4,
+        CELLS_CMP=cells_cmp, CELLS_SLC=cells_slc, NUM_LAYERS=out.shape[2], SLOTS=1 if dk_tail else 2, STAGES=2,
+        G=group, DK=dk, DK_TAIL=dk_tail, num_warps=4,
     )  # fmt: skip
