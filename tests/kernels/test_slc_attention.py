@@ -168,18 +168,22 @@ def test_head_dims_of_models(group, dims, device):
 
 
 @pytest.mark.parametrize(
-    ("group", "num_kv_heads", "dtype"),
+    ("group", "num_kv_heads", "dim_k", "dtype"),
     [
-        (8, 2, DTYPES[1]),
-        pytest.param(16, 2, DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
-        pytest.param(64, 1, DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
+        (8, 2, 128, DTYPES[1]),
+        pytest.param(16, 2, 128, DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
+        pytest.param(64, 1, 128, DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
+        pytest.param(8, 2, 192, DTYPES[1], marks=SLOW_WITHOUT_A_GPU),
+        pytest.param(16, 2, 192, DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
+        pytest.param(32, 1, 192, DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
+        pytest.param(64, 1, 192, DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
     ],
 )
-def test_sizes_of_the_hopper_kernels(group, num_kv_heads, dtype, device):
-    """What they take: blocks of 64, D 128, wide groups. Padding rows, remote pages, q as a part of a wider tensor."""
+def test_sizes_of_the_hopper_kernels(group, num_kv_heads, dim_k, dtype, device):
+    """What they take: blocks of 64, wide groups. Padding rows, remote pages, q as a part of a wider tensor."""
     position = torch.cat([torch.arange(6 * 64 + 30, 7 * 64 + 9), torch.full((3,), -1)])
     case = make_case(
-        position, None, group=group, num_kv_heads=num_kv_heads, dims=(128, 128), dtype=dtype, device=device,
+        position, None, group=group, num_kv_heads=num_kv_heads, dims=(dim_k, 128), dtype=dtype, device=device,
         local_blocks=[2, 6, 7], block_len=64,
     )  # fmt: skip
     check(

@@ -138,7 +138,8 @@ def _sum_up(WHICH: gl.constexpr, buffers, barriers, place, mask, sizes, sums, so
     TAIL: gl.constexpr = q_tail_smem.shape[3] < DK
     WIDTH: gl.constexpr = DK + 64 if TAIL else DK
     dtype: gl.constexpr = q_smem.dtype
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    ROWS: gl.constexpr = 32 if TAIL else BLOCK_M  # at a time: S and dP of more do not fit beside the sums
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     K_SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
     TAIL_SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     V_SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
@@ -154,7 +155,7 @@ def _sum_up(WHICH: gl.constexpr, buffers, barriers, place, mask, sizes, sums, so
     full_from = gl.load(ranges + 2 * num_groups) * G  # rows in [full_from, full_to) see all keys of this group
     full_to = gl.load(ranges + 3 * num_groups) * G
     mask = (begin_ptr, end_ptr, full_from, full_to, num_queries)
-    nothing = gl.zeros([GROUP_KEYS, BLOCK_M], gl.float32, SCORES)
+    nothing = gl.zeros([GROUP_KEYS, ROWS], gl.float32, SCORES)
     grad_k = gl.zeros([GROUP_KEYS, DK], gl.float32, K_SUMS)
     grad_k_tail = gl.zeros([GROUP_KEYS, 64], gl.float32, TAIL_SUMS)  # unused without a tail
     grad_v = gl.zeros([GROUP_KEYS, DV], gl.float32, V_SUMS)
@@ -169,36 +170,26 @@ def _sum_up(WHICH: gl.constexpr, buffers, barriers, place, mask, sizes, sums, so
         q_tail = tile(q_tail_smem, stage, BLOCK_M)
         grad_out = tile(grad_out_smem, stage, BLOCK_M)
         row = first + step * BLOCK_M
-        if TAIL:
-            # dP would not fit beside S: it is made once P is there, in the operands' 16 bits. Products begin with what
-            # would be subtracted from them, so that it takes no registers of its own.
-            s = _spread(_statistic(statistics_smem, stage * 3, SCORES) * (-1 / scale), nothing)
-            s = warpgroup_mma(k, q.permute((1, 0)), s, is_async=True)
-            s = warpgroup_mma(k_tail, q_tail.permute((1, 0)), s, is_async=True)
-            s = warpgroup_mma_wait(0, deps=[s])
-            p = gl.exp2(s * scale)
-            p = _masked(p, row, first_key, mask, G, 0.0)
-            p = (p * _statistic(statistics_smem, stage * 3 + 2, SCORES)).to(dtype)
-            grad_v = warpgroup_mma(gl.convert_layout(p, OPERAND), grad_out, grad_v, is_async=True)
-            grad_p = _spread(-_statistic(statistics_smem, stage * 3 + 1, SCORES), nothing)
-            grad_p = warpgroup_mma(v, grad_out.permute((1, 0)), grad_p, is_async=True)
-            grad_p, grad_v = warpgroup_mma_wait(0, deps=[grad_p, grad_v])
-            grad_s = gl.convert_layout((p.to(gl.float32) * grad_p).to(dtype), OPERAND)
-            grad_k = warpgroup_mma(grad_s, q, grad_k, is_async=True)
-            grad_k_tail = warpgroup_mma(grad_s, q_tail, grad_k_tail, is_async=True)
-            grad_k, grad_k_tail = warpgroup_mma_wait(0, deps=[grad_k, grad_k_tail])
-        else:
-            s = dot(k, k_tail, q, q_tail, nothing, TAIL)
-            grad_p = warpgroup_mma(v, grad_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        for piece in gl.static_range(BLOCK_M // ROWS):
+            q_rows = q.slice(piece * ROWS, ROWS)
+            q_tail_rows = q_tail.slice(piece * ROWS, ROWS)
+            grad_out_rows = grad_out.slice(piece * ROWS, ROWS)
+            s = dot(k, k_tail, q_rows, q_tail_rows, nothing, TAIL)  # [GROUP_KEYS, ROWS]
+            grad_p = warpgroup_mma(v, grad_out_rows.permute((1, 0)), nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
-            p = gl.exp2(gl.fma(s, scale, -_statistic(statistics_smem, stage * 3, SCORES)))
-            p = _masked(p, row, first_key, mask, G, 0.0)
-            p = p * _statistic(statistics_smem, stage * 3 + 2, SCORES)
-            grad_v = warpgroup_mma(gl.convert_layout(p.to(dtype), OPERAND), grad_out, grad_v, is_async=True)
+            p = gl.exp2(gl.fma(s, scale, -_statistic(statistics_smem, stage * 3, piece * ROWS, SCORES)))
+            p = _masked(p, row + piece * ROWS, first_key, mask, G)
+            p = p * _statistic(statistics_smem, stage * 3 + 2, piece * ROWS, SCORES)
+            grad_v = warpgroup_mma(gl.convert_layout(p.to(dtype), OPERAND), grad_out_rows, grad_v, is_async=True)
             grad_p = warpgroup_mma_wait(1, deps=[grad_p])
-            grad_s = p * (grad_p - _statistic(statistics_smem, stage * 3 + 1, SCORES))
-            grad_k = warpgroup_mma(gl.convert_layout(grad_s.to(dtype), OPERAND), q, grad_k, is_async=True)
-            grad_k, grad_v = warpgroup_mma_wait(0, deps=[grad_k, grad_v])
+            grad_s = p * (grad_p - _statistic(statistics_smem, stage * 3 + 1, piece * ROWS, SCORES))
+            grad_s = gl.convert_layout(grad_s.to(dtype), OPERAND)
+            grad_k = warpgroup_mma(grad_s, q_rows, grad_k, is_async=True)
+            if TAIL:
+                grad_k_tail = warpgroup_mma(grad_s, q_tail_rows, grad_k_tail, is_async=True)
+                grad_k, grad_k_tail, grad_v = warpgroup_mma_wait(0, deps=[grad_k, grad_k_tail, grad_v])
+            else:
+                grad_k, grad_v = warpgroup_mma_wait(0, deps=[grad_k, grad_v])
         mbarrier.arrive(empty.index(stage))
     _pass_over(stop_step, num_steps, full, empty)
 
@@ -229,28 +220,24 @@ def _pass_over(start, stop, full, empty):
 
 
 @gluon.jit
-def _statistic(statistics_smem, index, SCORES: gl.constexpr):
-    """One number per row, [1, BLOCK_M]; loaded just before it is needed, for registers are scarce."""
-    return gl.expand_dims(statistics_smem.index(index).load(gl.SliceLayout(0, SCORES)), 0)
+def _statistic(statistics_smem, index, FIRST: gl.constexpr, SCORES: gl.constexpr):
+    """One number per row from row FIRST on, [1, ROWS]; loaded just before it is needed, for registers are scarce."""
+    rows = statistics_smem.index(index).slice(FIRST, SCORES.instr_shape[1])
+    return gl.expand_dims(rows.load(gl.SliceLayout(0, SCORES)), 0)
 
 
 @gluon.jit
-def _spread(row, like):
-    """`row` [1, BLOCK_M] in every row of a tile, where products may be added to it."""
-    return gl.broadcast(row, like)[0]
-
-
-@gluon.jit
-def _masked(p, first_row, first_key, mask, G: gl.constexpr, UNSEEN: gl.constexpr):
-    """`p` [keys, rows], UNSEEN where the row does not see the key."""
+def _masked(p, first_row, first_key, mask, G: gl.constexpr):
+    """`p` [keys, rows], 0 where the row does not see the key."""
     begin_ptr, end_ptr, full_from, full_to, num_queries = mask
-    if (first_row < full_from) | (first_row + BLOCK_M > full_to):
-        row = first_row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, p.type.layout))
+    ROWS: gl.constexpr = p.shape[1]
+    if (first_row < full_from) | (first_row + ROWS > full_to):
+        row = first_row + gl.arange(0, ROWS, gl.SliceLayout(0, p.type.layout))
         query = gl.minimum(row // G, num_queries - 1)
         begin = gl.expand_dims(gl.load(begin_ptr + query), 0)
         end = gl.expand_dims(gl.load(end_ptr + query), 0)
         key = gl.expand_dims(first_key + gl.arange(0, GROUP_KEYS, gl.SliceLayout(1, p.type.layout)), 1)
-        p = gl.where((key >= begin) & (key < end), p, UNSEEN)
+        p = gl.where((key >= begin) & (key < end), p, 0.0)
     return p
 
 
