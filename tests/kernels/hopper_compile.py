@@ -4,6 +4,7 @@ A launch compiles and does not run: the driver is a stand-in, and tensors are on
 tests beside it run in triton's interpreter.
 """
 
+import sys
 from types import SimpleNamespace
 
 import torch
@@ -40,50 +41,55 @@ def _compile(kernel: JITFunction, grid):
     return launch
 
 
-def compile_all(group: int, remote: bool) -> None:
+def compile_all(group: int, remote: bool, dim_k: int, dim_v: int) -> None:
     from nsa_kernels.interval import hopper_forward, hopper_grad_kv, hopper_grad_q
-    from nsa_kernels.selected.hopper_backward_items import launch_items
+    from nsa_kernels.selected import hopper_backward_items, hopper_backward_roles
     from nsa_kernels.selected.hopper_forward_gathered import attend_gathered
     from nsa_kernels.selected.hopper_forward_shared import attend_shared_and_sum
     from nsa_kernels.selected.index import build_block_index
     from nsa_kernels.selection import hopper_importance
 
     num_tokens, heads, num_slots = 256, 2, 16
-    q = torch.zeros(num_tokens, heads * group, 128, dtype=torch.bfloat16)
-    k = q[:, :heads].contiguous()
+    q = torch.zeros(num_tokens, heads * group, dim_k, dtype=torch.bfloat16)
+    k, v = q[:, :heads].contiguous(), q[:, :heads, :dim_v].contiguous()
     begin = torch.zeros(num_tokens, dtype=torch.int32)
-    end, lse, out = begin + 1, q[..., 0].float(), torch.empty_like(q)
+    end, lse, out = begin + 1, q[..., 0].float(), q[..., :dim_v].contiguous()
     statistics = torch.zeros(3, heads, num_tokens * group)
-    hopper_forward.attend(q, k, k, begin, end, out, lse, 0.1)
-    hopper_forward.attend(q, k, k, begin, end, out, lse, 0.1, key_tile=64, unseen=begin[:4])
-    hopper_grad_q.grad_q(q, k, k, begin, end, statistics, q, 0.1)
-    hopper_grad_kv.grad_kv(q, k, k, begin, end, statistics, q, 0.1)
+    hopper_forward.attend(q, k, v, begin, end, out, lse, 0.1)
+    hopper_forward.attend(q, k, v, begin, end, out, lse, 0.1, key_tile=64, unseen=begin[:4])
+    hopper_grad_q.grad_q(q, k, v, begin, end, statistics, out, 0.1)
+    hopper_grad_q.grad_q(q, k, v, begin, end, statistics, out, 0.1, unseen=begin[:4])
+    hopper_grad_kv.grad_kv(q, k, v, begin, end, statistics, out, 0.1)
     boxes, buffer = hopper_importance.boxes_of_blocks(k[:15], 4), torch.zeros(heads, num_tokens, 2, 4)
     hopper_importance.importance(
         q, boxes, lse, begin, end, buffer, 0, num_tokens, softmax_scale=0.1, cells_cmp=2, cells_slc=4
     )
 
-    pages = torch.zeros(2, 64, 128, dtype=torch.bfloat16) if remote else None
+    k_pages, v_pages = (torch.zeros(2, 64, dim, dtype=torch.bfloat16) if remote else None for dim in (dim_k, dim_v))
     table, ids = torch.zeros(heads, 4, dtype=torch.int32), torch.zeros(num_tokens, heads, num_slots, dtype=torch.int32)
     position = torch.arange(num_tokens)
     index = build_block_index(
         ids, position, num_blocks=4, slc_block_len=64, item_queries=16, segment_queries=256, gather_all=False
     )
-    part = torch.zeros(heads, num_tokens, num_slots, group, 128, dtype=torch.float16)
+    part = torch.zeros(heads, num_tokens, num_slots, group, dim_v, dtype=torch.float16)
     scale, part_lse = part[..., 0].float(), part[..., 0].float()
     sizes = {"head_start": 0, "slc_block_len": 64, "scale_log2": 0.1}
-    attend_gathered(q, k, k, pages, pages, table, index, part, scale, part_lse, **sizes)
-    attend_shared_and_sum(q, k, k, pages, pages, table, ids, position, part, scale, part_lse, out, lse, **sizes)
-    rows, dkv_part = torch.zeros(4, *lse.shape), torch.zeros(index.max_items, 64, 256)
-    launch_items(
-        q, k, k, pages, pages, q, rows, table, index, part, scale, dkv_part, head_start=0, softmax_scale=0.1
+    attend_gathered(q, k, v, k_pages, v_pages, table, index, part, scale, part_lse, **sizes)
+    attend_shared_and_sum(q, k, v, k_pages, v_pages, table, ids, position, part, scale, part_lse, out, lse, **sizes)
+    rows, dkv_part = torch.zeros(4, *lse.shape), torch.zeros(index.max_items, 64, dim_k + dim_v)
+    dq_part = torch.zeros(heads, num_tokens, num_slots, group, dim_k, dtype=torch.float16)
+    (hopper_backward_roles if dim_k > 128 else hopper_backward_items).launch_items(
+        q, k, v, k_pages, v_pages, out, rows, table, index, dq_part, scale, dkv_part, head_start=0, softmax_scale=0.1
     )  # fmt: skip
 
+
+CASES = [(8, True, 128, 128), (16, False, 192, 128)]
+SLOW_CASES = [(16, False, 128, 128), (64, True, 192, 128), (8, False, 64, 64)]
 
 if __name__ == "__main__":
     triton.runtime.driver.set_active(_Driver())
     JITFunction.__getitem__ = _compile
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
-    for group, remote in ((16, False), (8, True)):
-        compile_all(group, remote)
+    for case in SLOW_CASES if sys.argv[1:] == ["slow"] else CASES:
+        compile_all(*case)
     print(*sorted(compiled))

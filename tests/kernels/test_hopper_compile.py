@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_gluon_kernel_compiles(tmp_path):
+@pytest.mark.parametrize("which", ["", pytest.param("slow", marks=pytest.mark.slow)])
+def test_every_gluon_kernel_compiles(tmp_path, which):
     package = ROOT / "kernels" / "nsa_kernels"
     sources = {
         ".".join(path.relative_to(package).with_suffix("").parts): path.read_text() for path in package.rglob("*.py")
@@ -22,7 +25,7 @@ def test_every_gluon_kernel_compiles(tmp_path):
     assert len(kernels) >= 7
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("hopper_compile.py"))],
+        [sys.executable, str(Path(__file__).with_name("hopper_compile.py")), *which.split()],
         env=environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip

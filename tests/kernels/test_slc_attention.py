@@ -168,22 +168,23 @@ def test_head_dims_of_models(group, dims, device):
 
 
 @pytest.mark.parametrize(
-    ("group", "num_kv_heads", "dim_k", "dtype"),
+    ("group", "num_kv_heads", "dims", "dtype"),
     [
-        (8, 2, 128, DTYPES[1]),
-        pytest.param(16, 2, 128, DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
-        pytest.param(64, 1, 128, DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
-        pytest.param(8, 2, 192, DTYPES[1], marks=SLOW_WITHOUT_A_GPU),
-        pytest.param(16, 2, 192, DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
-        pytest.param(32, 1, 192, DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
-        pytest.param(64, 1, 192, DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
+        (8, 2, (128, 128), DTYPES[1]),
+        pytest.param(16, 2, (128, 128), DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
+        pytest.param(64, 1, (128, 128), DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
+        pytest.param(8, 2, (192, 128), DTYPES[1], marks=SLOW_WITHOUT_A_GPU),
+        pytest.param(16, 2, (192, 128), DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
+        pytest.param(64, 1, (192, 128), DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
+        pytest.param(8, 2, (64, 64), DTYPES[0], marks=SLOW_WITHOUT_A_GPU),
+        pytest.param(32, 1, (64, 64), DTYPES[1], marks=SLOW_WITHOUT_A_GPU),
     ],
 )
-def test_sizes_of_the_hopper_kernels(group, num_kv_heads, dim_k, dtype, device):
+def test_sizes_of_the_hopper_kernels(group, num_kv_heads, dims, dtype, device):
     """What they take: blocks of 64, wide groups. Padding rows, remote pages, q as a part of a wider tensor."""
     position = torch.cat([torch.arange(6 * 64 + 30, 7 * 64 + 9), torch.full((3,), -1)])
     case = make_case(
-        position, None, group=group, num_kv_heads=num_kv_heads, dims=(dim_k, 128), dtype=dtype, device=device,
+        position, None, group=group, num_kv_heads=num_kv_heads, dims=dims, dtype=dtype, device=device,
         local_blocks=[2, 6, 7], block_len=64,
     )  # fmt: skip
     check(

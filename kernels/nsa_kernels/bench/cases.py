@@ -48,11 +48,20 @@ LENGTHS = [
     Case(512 * K, 16, 1),
     Case(1024 * K, 16, 1),
 ]
+# What models have, so that whatever falls off a cliff is seen: every kind of group, then head dims.
+HEADS = [
+    (16, 16), (16, 8), (24, 8), (32, 8), (40, 8), (24, 4), (28, 4), (64, 8),
+    (16, 2), (48, 4), (64, 4), (48, 2), (64, 2), (48, 1), (64, 1),
+]  # fmt: skip
+GROUPS = [Case(16 * K, *heads) for heads in HEADS]
+DIMS = [Case(16 * K, 64, 4, *dims) for dims in [(64, 64), (80, 64), (96, 64), (128, 64), (192, 128), (256, 256)]]
 PRESETS = {
     "smoke": [Case(1 * K, 4, 2, 64, 64)],
     "table": [*TARGETS, Case(256 * K, 64, 4), Case(1024 * K, 16, 1)],
     "targets": TARGETS,
     "kinds": KINDS,
     "lengths": LENGTHS,
+    "groups": GROUPS,
+    "dims": DIMS,
     "full": [*TARGETS, *KINDS, *LENGTHS],
 }

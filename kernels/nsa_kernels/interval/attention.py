@@ -102,7 +102,7 @@ class _Branch(NamedTuple):
     attend: Callable[..., None]  # (call, out, lse, apart)
     attend_on_hopper: Callable[..., None]  # (call, out, lse)
     grad_q: Callable[..., Tensor]  # (call, statistics, grad_out, apart)
-    grad_q_on_hopper: Callable[..., Tensor]  # (call, statistics, grad_out)
+    grad_q_on_hopper: Callable[..., Tensor]
 
 
 def _attend_window_on_hopper(
@@ -112,14 +112,21 @@ def _attend_window_on_hopper(
     hopper_forward.attend(q, k, v, begin, end, out, lse, softmax_scale, key_tile=KEY_TILE, unseen=unseen)
 
 
+def _grad_q_on_hopper(*arguments, apart: bool) -> Tensor:
+    return hopper_grad_q.grad_q(*arguments)
+
+
 def _window_grad_q_on_hopper(
-    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, statistics: Tensor, grad_out: Tensor, softmax_scale
+    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, statistics: Tensor, grad_out: Tensor, softmax_scale,
+    *, apart: bool,
 ) -> Tensor:  # fmt: skip
-    unseen = unseen_tiles(begin, end, k.shape[0], KEY_TILE)
-    return hopper_grad_q.grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale, unseen=unseen)
+    arguments = (q, k, v, begin, end, statistics, grad_out, softmax_scale)
+    if q.shape[1] == k.shape[1] and q.shape[2] <= 128:  # 128 rows are as many queries, whose windows span 11 key tiles
+        return win_grad_q.grad_q(*arguments, apart=apart)
+    return hopper_grad_q.grad_q(*arguments, unseen=unseen_tiles(begin, end, k.shape[0], KEY_TILE))
 
 
-_CMP = _Branch(cmp_forward.attend, hopper_forward.attend, cmp_grad_q.grad_q, hopper_grad_q.grad_q)
+_CMP = _Branch(cmp_forward.attend, hopper_forward.attend, cmp_grad_q.grad_q, _grad_q_on_hopper)
 _WIN = _Branch(win_forward.attend, _attend_window_on_hopper, win_grad_q.grad_q, _window_grad_q_on_hopper)
 
 
@@ -177,9 +184,9 @@ def _gradients(
     _, gate, delta, softmax_lse = upstream
     statistics = row_statistics(softmax_lse, delta, gate, begin, end, k.shape[1])
     arguments = (q, k, v, begin, end, statistics, grad_out, softmax_scale)
-    if _on_hopper(q, k, v, aligned):
-        return branch.grad_q_on_hopper(*arguments), *hopper_grad_kv.grad_kv(*arguments, kv_dtype)
     apart = aligned is not True
+    if _on_hopper(q, k, v, aligned):
+        return branch.grad_q_on_hopper(*arguments, apart=apart), *hopper_grad_kv.grad_kv(*arguments, kv_dtype)
     return branch.grad_q(*arguments, apart=apart), *grad_kv.grad_kv(*arguments, kv_dtype, apart=apart)
 
 

@@ -1,7 +1,7 @@
 """dQ of compressed attention and of the window on Hopper, in Gluon: the sums of `cmp_grad_q` and `win_grad_q`.
 
-Roles of warps are apart. Every multiprocessor takes tiles of 128 rows in turn. One warp copies their queries, dO, keys and values in; two groups
-of four warps own 64 rows each:
+Roles of warps are apart. Every multiprocessor takes tiles of 128 rows in turn. One warp copies their queries, dO, keys
+and values in; two groups of four warps own 64 rows each:
 
     S = Q K^T          dP = dO V^T          dQ += dS K          dS from the registers in which it was made
 

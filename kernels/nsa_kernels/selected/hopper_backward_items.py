@@ -1,8 +1,8 @@
 """Work items of the backward of selected attention on Hopper: as `backward_items`, with the copies of `hopper_pages`.
 
-Products, all of a block's 64 keys and a tile's 64 rows, D = 128: S^T = K Q^T and dP^T = V dO^T; then dV += P^T dO with
+Products, all of a block's 64 keys and a tile's 64 rows: S^T = K Q^T and dP^T = V dO^T; then dV += P^T dO with
 P from registers, dK += dS^T Q and dQ = dS K with dS from shared memory: dK and dV stay in registers, which fills them.
-Two programs share a multiprocessor: 106 KB and half the registers each.
+Two programs share a multiprocessor: 106 KB (D 128) and half the registers each.
 """
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from nsa_kernels.common.hopper import thread_barrier
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.selected.forward import LOG2E
-from nsa_kernels.selected.hopper_pages import HALF, ROWS, boxes, copy_tiles, load_pages, place
+from nsa_kernels.selected.hopper_pages import BOX_COLUMNS, ROWS, boxes, copy_tiles, load_pages, place
 from nsa_kernels.selected.index import BlockIndex
 from nsa_kernels.selected.pages import page_strides
 
@@ -135,9 +135,10 @@ def _items_kernel(
     kv_head = head_start + head
     q_head = kv_head * GROUP
 
-    # A box is a query's heads times half the columns; the boxes of a stage are also one swizzled [ROWS, WIDTH] tile.
+    # A box is a query's heads times 64 columns; the boxes of a stage are also one swizzled [ROWS, WIDTH] tile.
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    box_shape: gl.constexpr = [2 * 2 * QUERIES, 1, GROUP, HALF]
+    BOXES: gl.constexpr = WIDTH // BOX_COLUMNS
+    box_shape: gl.constexpr = [2 * BOXES * QUERIES, 1, GROUP, BOX_COLUMNS]
     q_boxes = gl.allocate_shared_memory(dtype, box_shape, q.layout)
     do_boxes = gl.allocate_shared_memory(dtype, box_shape, grad_out.layout)
     part_boxes = q_boxes._reinterpret(gl.float16, box_shape, dq_part.layout)
@@ -174,7 +175,7 @@ def _items_kernel(
             (copy_tiles, (
                 q, grad_out, dq_part, entries, begin, end, q_head, part_base,
                 q_boxes, q_boxes, do_boxes, part_boxes, part_boxes, ready, done,
-                SLOTS, GROUP, 2, 0, False, False,
+                SLOTS, GROUP, 2, 0, BOXES, False, False,
             )),
         ],
         [1],

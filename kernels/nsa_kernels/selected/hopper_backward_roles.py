@@ -1,7 +1,7 @@
 """Work items of the backward of selected attention on Hopper, for wide keys: as `hopper_backward_items`, in two roles.
 
-dK and a tile's dQ of 192 columns do not fit in one thread's registers beside dV. So four warps make dS and sum up dV, and
-four more sum up dK and make dQ, a tile behind:
+dK and a tile's dQ of 192 columns do not fit in one thread's registers beside dV. So four warps make dS and sum up dV,
+and four more sum up dK and make dQ, a tile behind:
 
     S^T = K Q^T     dP^T = V dO^T     dV += P^T dO          P from registers; dS is left in shared memory
     dK += dS^T Q    dQ = dS K
@@ -26,7 +26,7 @@ from nsa_kernels.common.hopper import dot, new_barriers, thread_barrier
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.selected.forward import LOG2E
 from nsa_kernels.selected.hopper_backward_items import copy_stats
-from nsa_kernels.selected.hopper_pages import HALF, ROWS, boxes, copy_tiles, load_pages, place
+from nsa_kernels.selected.hopper_pages import BOX_COLUMNS, ROWS, boxes, copy_tiles, load_pages, place
 from nsa_kernels.selected.index import BlockIndex
 from nsa_kernels.selected.pages import page_strides
 
@@ -94,7 +94,9 @@ def _sum_up(
     GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The second role: dK of the block in registers, a part of dQ for every tile."""
-    key_tile, key_tail_tile, value_tile, q_tiles, q_tail_tiles, _do, part_tiles, part_tail_tiles, ds_tiles, _st = buffers
+    key_tile, key_tail_tile, value_tile, q_tiles, q_tail_tiles, _do, part_tiles, part_tail_tiles, ds_tiles, _st = (
+        buffers
+    )
     ready, done, ds_full, ds_free = barriers
     QUERIES: gl.constexpr = ROWS // GROUP
     WIDTH: gl.constexpr = key_tile.shape[1]
@@ -167,25 +169,25 @@ def _roles_kernel(
 
     # A box is a query's heads times 64 columns; the boxes of a stage are also swizzled tiles of 128 and of 64 columns.
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    box_shape: gl.constexpr = [STAGES * 2 * QUERIES, 1, GROUP, HALF]
-    tail_shape: gl.constexpr = [STAGES * QUERIES, 1, GROUP, HALF]
+    box_shape: gl.constexpr = [STAGES * 2 * QUERIES, 1, GROUP, BOX_COLUMNS]
+    tail_shape: gl.constexpr = [STAGES * QUERIES, 1, GROUP, BOX_COLUMNS]
     q_boxes = gl.allocate_shared_memory(dtype, box_shape, q.layout)
     q_tail_boxes = gl.allocate_shared_memory(dtype, tail_shape, q.layout)
     do_boxes = gl.allocate_shared_memory(dtype, box_shape, grad_out.layout)
     part_boxes = q_boxes._reinterpret(gl.float16, box_shape, dq_part.layout)
     part_tail_boxes = q_tail_boxes._reinterpret(gl.float16, tail_shape, dq_part.layout)
-    key_tile = gl.allocate_shared_memory(dtype, [64, 2 * HALF], tile_layout)
-    key_tail_tile = gl.allocate_shared_memory(dtype, [64, HALF], tile_layout)
-    value_tile = gl.allocate_shared_memory(dtype, [64, 2 * HALF], tile_layout)
+    key_tile = gl.allocate_shared_memory(dtype, [64, 2 * BOX_COLUMNS], tile_layout)
+    key_tail_tile = gl.allocate_shared_memory(dtype, [64, BOX_COLUMNS], tile_layout)
+    value_tile = gl.allocate_shared_memory(dtype, [64, 2 * BOX_COLUMNS], tile_layout)
     ds_tiles = gl.allocate_shared_memory(dtype, [2, 64, ROWS], tile_layout)
     stats = gl.allocate_shared_memory(gl.float32, [8, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     buffers = (
         key_tile, key_tail_tile, value_tile,
-        q_boxes._reinterpret(dtype, [STAGES, ROWS, 2 * HALF], tile_layout),
-        q_tail_boxes._reinterpret(dtype, [STAGES, ROWS, HALF], tile_layout),
-        do_boxes._reinterpret(dtype, [STAGES, ROWS, 2 * HALF], tile_layout),
-        q_boxes._reinterpret(gl.float16, [STAGES, ROWS, 2 * HALF], tile_layout),
-        q_tail_boxes._reinterpret(gl.float16, [STAGES, ROWS, HALF], tile_layout),
+        q_boxes._reinterpret(dtype, [STAGES, ROWS, 2 * BOX_COLUMNS], tile_layout),
+        q_tail_boxes._reinterpret(dtype, [STAGES, ROWS, BOX_COLUMNS], tile_layout),
+        do_boxes._reinterpret(dtype, [STAGES, ROWS, 2 * BOX_COLUMNS], tile_layout),
+        q_boxes._reinterpret(gl.float16, [STAGES, ROWS, 2 * BOX_COLUMNS], tile_layout),
+        q_tail_boxes._reinterpret(gl.float16, [STAGES, ROWS, BOX_COLUMNS], tile_layout),
         ds_tiles, stats,
     )  # fmt: skip
     ready, done = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
@@ -200,7 +202,7 @@ def _roles_kernel(
     )  # fmt: skip
 
     part_base = head * num_queries * SLOTS
-    dkv_at = dkv_part + item.to(gl.int64) * (64 * 5 * HALF)
+    dkv_at = dkv_part + item.to(gl.int64) * (64 * 5 * BOX_COLUMNS)
     gl.warp_specialize(
         [
             (_make_scores_grad, (
@@ -215,7 +217,7 @@ def _roles_kernel(
             (copy_tiles, (
                 q, grad_out, dq_part, entries, begin, end, q_head, part_base,
                 q_boxes, q_tail_boxes, do_boxes, part_boxes, part_tail_boxes, ready, done,
-                SLOTS, GROUP, STAGES, 0, True, True,
+                SLOTS, GROUP, STAGES, 0, 2, True, True,
             )),
         ],
         [4, 1],

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nsa_kernels.common.hopper import dot, thread_barrier
 from nsa_kernels.common.launch import launchable
-from nsa_kernels.selected.hopper_pages import HALF, ROWS, boxes, copy_tiles, load_pages, place
+from nsa_kernels.selected.hopper_pages import BOX_COLUMNS, ROWS, boxes, copy_tiles, load_pages, place
 from nsa_kernels.selected.index import BlockIndex
 from nsa_kernels.selected.pages import page_strides
 
@@ -85,7 +85,8 @@ def _gathered_kernel(
     kv_head = head_start + head
 
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    box_shape: gl.constexpr = [STAGES * 2 * QUERIES, 1, GROUP, HALF]
+    BOXES: gl.constexpr = WIDTH // BOX_COLUMNS
+    box_shape: gl.constexpr = [STAGES * BOXES * QUERIES, 1, GROUP, BOX_COLUMNS]
     q_boxes = gl.allocate_shared_memory(dtype, box_shape, q.layout)
     part_boxes = q_boxes._reinterpret(gl.float16, box_shape, part.layout)
     q_tiles = q_boxes._reinterpret(dtype, [STAGES, ROWS, WIDTH], tile_layout)
@@ -93,9 +94,9 @@ def _gathered_kernel(
     key_tile = gl.allocate_shared_memory(dtype, [64, WIDTH], tile_layout)
     q_tail_boxes, q_tail_tiles, key_tail_tile = q_boxes, q_tiles, key_tile  # not read without a tail
     if TAIL:
-        q_tail_boxes = gl.allocate_shared_memory(dtype, [STAGES * QUERIES, 1, GROUP, HALF], q.layout)
-        q_tail_tiles = q_tail_boxes._reinterpret(dtype, [STAGES, ROWS, HALF], tile_layout)
-        key_tail_tile = gl.allocate_shared_memory(dtype, [64, HALF], tile_layout)
+        q_tail_boxes = gl.allocate_shared_memory(dtype, [STAGES * QUERIES, 1, GROUP, BOX_COLUMNS], q.layout)
+        q_tail_tiles = q_tail_boxes._reinterpret(dtype, [STAGES, ROWS, BOX_COLUMNS], tile_layout)
+        key_tail_tile = gl.allocate_shared_memory(dtype, [64, BOX_COLUMNS], tile_layout)
     value_tile = gl.allocate_shared_memory(dtype, [64, WIDTH], tile_layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -120,7 +121,7 @@ def _gathered_kernel(
             (copy_tiles, (
                 q, None, part, entries, begin, end, kv_head * GROUP, part_base,
                 q_boxes, q_tail_boxes, None, part_boxes, part_boxes, ready, done,
-                SLOTS, GROUP, STAGES, 1, TAIL, False,
+                SLOTS, GROUP, STAGES, 1, BOXES, TAIL, False,
             )),
         ],
         [1],
@@ -146,7 +147,7 @@ def attend_gathered(
 ) -> None:
     """As `forward_gathered.attend_gathered`, for what `tiles.hopper_takes`."""
     num_heads, num_queries, num_slots, group, dim_v = part.shape
-    tail = q.shape[2] > 2 * HALF.value
+    tail = q.shape[2] > dim_v
     _gathered_kernel[(index.max_items,)](
         boxes(q, group), boxes(part.view(-1, group, dim_v), group), k, v, k_remote, v_remote,
         block_table, index.entries, index.offsets, index.item_offsets, index.item_list,

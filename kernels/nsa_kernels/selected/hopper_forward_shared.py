@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from nsa_kernels.common.hopper import descriptor, dot, thread_barrier
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
-from nsa_kernels.selected.hopper_pages import HALF, ROWS, boxes, load_pages
+from nsa_kernels.selected.hopper_pages import BOX_COLUMNS, ROWS, boxes, load_pages
 from nsa_kernels.selected.pages import page_strides
 
 NO_BLOCK = gl.constexpr(2**30)
@@ -50,18 +50,19 @@ def _load_ids(
 def _copy_parts(
     q, part, block_indices, position, first, head, kv_head, num_queries, stride_bt, stride_bh, stride_bn,
     q_boxes, q_tail_boxes, part_boxes, q_ready, ready, free,
-    SLOTS: gl.constexpr, SLOTS_P2: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr,
+    SLOTS: gl.constexpr, SLOTS_P2: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    BOXES: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: the tile's queries, then its parts, slot after slot."""
     QUERIES: gl.constexpr = ROWS // GROUP
-    mbarrier.expect(q_ready, (6 if TAIL else 4) * ROWS * HALF)
-    for half in gl.static_range(2):
+    mbarrier.expect(q_ready, 2 * ROWS * BOX_COLUMNS * (BOXES + (1 if TAIL else 0)))
+    for piece in gl.static_range(BOXES):
         for i in gl.static_range(QUERIES):
-            at = [first + i, kv_head * GROUP, half * HALF]
-            tma.async_copy_global_to_shared(q, at, q_ready, q_boxes.index(half * QUERIES + i))
+            at = [first + i, kv_head * GROUP, piece * BOX_COLUMNS]
+            tma.async_copy_global_to_shared(q, at, q_ready, q_boxes.index(piece * QUERIES + i))
     if TAIL:
         for i in gl.static_range(QUERIES):
-            rest = [first + i, kv_head * GROUP, 2 * HALF]
+            rest = [first + i, kv_head * GROUP, BOXES * BOX_COLUMNS]
             tma.async_copy_global_to_shared(q, rest, q_ready, q_tail_boxes.index(i))
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [32 // SLOTS_P2, SLOTS_P2], [1, 1], [1, 0])
     t = first + gl.arange(0, QUERIES, gl.SliceLayout(1, layout))
@@ -74,10 +75,10 @@ def _copy_parts(
     for number in range(parts):
         stage = number % STAGES
         mbarrier.wait(free.index(stage), (number // STAGES - 1) % 2, pred=number >= STAGES)
-        mbarrier.expect(ready.index(stage), 4 * ROWS * HALF)
-        for half in gl.static_range(2):
-            box = [head * num_queries + first, number + 1, 0, half * HALF]
-            tma.async_copy_global_to_shared(part, box, ready.index(stage), part_boxes.index(stage * 2 + half))
+        mbarrier.expect(ready.index(stage), 2 * ROWS * BOX_COLUMNS * BOXES)
+        for piece in gl.static_range(BOXES):
+            box = [head * num_queries + first, number + 1, 0, piece * BOX_COLUMNS]
+            tma.async_copy_global_to_shared(part, box, ready.index(stage), part_boxes.index(stage * BOXES + piece))
 
 
 @gluon.jit
@@ -93,6 +94,7 @@ def _attend_and_add(
     """The warps with the tensor cores: the shared blocks, every part's weight, the sum."""
     QUERIES: gl.constexpr = ROWS // GROUP
     WIDTH: gl.constexpr = value_tile.shape[1]
+    BOXES: gl.constexpr = WIDTH // BOX_COLUMNS
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     wide_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, wide_layout, 2)
@@ -187,10 +189,10 @@ def _attend_and_add(
     q_tile.store(acc.to(q_tile.dtype))  # the result leaves from where the queries came in
     fence_async_shared()
     thread_barrier()
-    for half in gl.static_range(2):
+    for piece in gl.static_range(BOXES):
         for i in gl.static_range(QUERIES):
-            at = [first + i, kv_head * GROUP, half * HALF]
-            tma.async_copy_shared_to_global(out, at, out_boxes.index(half * QUERIES + i))
+            at = [first + i, kv_head * GROUP, piece * BOX_COLUMNS]
+            tma.async_copy_shared_to_global(out, at, out_boxes.index(piece * QUERIES + i))
     tma.store_wait(0)
 
 
@@ -206,21 +208,22 @@ def _shared_and_sum_kernel(
     HAS_REMOTE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     QUERIES: gl.constexpr = ROWS // GROUP
+    BOXES: gl.constexpr = WIDTH // BOX_COLUMNS
     first, head = gl.program_id(0) * QUERIES, gl.program_id(1)
     kv_head = head_start + head
     dtype: gl.constexpr = q.dtype
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    q_boxes = gl.allocate_shared_memory(dtype, [2 * QUERIES, 1, GROUP, HALF], q.layout)
-    out_boxes = q_boxes._reinterpret(dtype, [2 * QUERIES, 1, GROUP, HALF], out.layout)
+    q_boxes = gl.allocate_shared_memory(dtype, [BOXES * QUERIES, 1, GROUP, BOX_COLUMNS], q.layout)
+    out_boxes = q_boxes._reinterpret(dtype, [BOXES * QUERIES, 1, GROUP, BOX_COLUMNS], out.layout)
     q_tile = q_boxes._reinterpret(dtype, [ROWS, WIDTH], tile_layout)
-    part_boxes = gl.allocate_shared_memory(gl.float16, [STAGES * 2, QUERIES, 1, GROUP, HALF], part.layout)
+    part_boxes = gl.allocate_shared_memory(gl.float16, [STAGES * BOXES, QUERIES, 1, GROUP, BOX_COLUMNS], part.layout)
     part_tiles = part_boxes._reinterpret(gl.float16, [STAGES, ROWS, WIDTH], tile_layout)
     key_tile = gl.allocate_shared_memory(dtype, [64, WIDTH], tile_layout)
     q_tail_boxes, q_tail_tile, key_tail_tile = q_boxes, q_tile, key_tile  # not read without a tail
     if TAIL:
-        q_tail_boxes = gl.allocate_shared_memory(dtype, [QUERIES, 1, GROUP, HALF], q.layout)
-        q_tail_tile = q_tail_boxes._reinterpret(dtype, [ROWS, HALF], tile_layout)
-        key_tail_tile = gl.allocate_shared_memory(dtype, [64, HALF], tile_layout)
+        q_tail_boxes = gl.allocate_shared_memory(dtype, [QUERIES, 1, GROUP, BOX_COLUMNS], q.layout)
+        q_tail_tile = q_tail_boxes._reinterpret(dtype, [ROWS, BOX_COLUMNS], tile_layout)
+        key_tail_tile = gl.allocate_shared_memory(dtype, [64, BOX_COLUMNS], tile_layout)
     value_tile = gl.allocate_shared_memory(dtype, [64, WIDTH], tile_layout)
     weights = gl.allocate_shared_memory(gl.float32, [SLOTS_P2, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -245,7 +248,7 @@ def _shared_and_sum_kernel(
             (_copy_parts, (
                 q, part, block_indices, position, first, head, kv_head, num_queries, stride_bt, stride_bh, stride_bn,
                 q_boxes, q_tail_boxes, part_boxes, q_ready, ready, free,
-                SLOTS, SLOTS_P2, GROUP, STAGES, TAIL,
+                SLOTS, SLOTS_P2, GROUP, STAGES, BOXES, TAIL,
             )),
         ],
         [1],
@@ -274,9 +277,9 @@ def attend_shared_and_sum(
 ) -> None:
     """As `forward_shared.attend_shared_and_sum`, for what `tiles.hopper_takes`."""
     num_heads, num_queries, num_slots, group, dim_v = part.shape
-    tail = q.shape[2] > 2 * HALF.value
+    tail = q.shape[2] > dim_v
     queries = ROWS.value // group
-    parts = descriptor(part.view(-1, *part.shape[2:]), (queries, 1, group, HALF.value))
+    parts = descriptor(part.view(-1, *part.shape[2:]), (queries, 1, group, BOX_COLUMNS.value))
     _shared_and_sum_kernel[(cdiv(num_queries, queries), num_heads)](
         boxes(q, group), parts, boxes(out, group), k, v, k_remote, v_remote, block_table, block_indices, position,
         scale, part_lse, lse,

@@ -1,7 +1,7 @@
 """Copies of the Hopper kernels of selected attention: tiles by TMA, pages by their addresses.
 
 The G heads of a query are G contiguous rows of q, so a tile of 64 (query, head) rows is 64 / G boxes [1, G, 64] for
-each half of its 128 columns. Laid out by half and by query, the boxes of a stage are also one swizzled [64, 128] tile,
+every 64 of its 64 or 128 columns. Laid out by columns and by query, the boxes of a stage are also one swizzled tile,
 which the tensor cores read; the last 64 columns of 192 are a tile of their own, the tail. Of a program's warps one runs
 `copy_tiles`, so that no other holds an address or waits for a row. While a tile is worked on, the next are on their
 way; what comes of a tile leaves from the stage it came in.
@@ -16,12 +16,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from nsa_kernels.common.hopper import descriptor
 
 ROWS = gl.constexpr(64)  # of a tile, (query, head) pairs
-HALF = gl.constexpr(64)  # columns that the 128-byte swizzle spans
+BOX_COLUMNS = gl.constexpr(64)  # that the 128-byte swizzle spans
 
 
 def boxes(x: Tensor, group: int) -> TensorDescriptor:
-    """x [T, H, D] of 16-bit elements, to be copied by boxes of `group` heads and half the columns."""
-    return descriptor(x, (1, group, HALF.value))
+    """x [T, H, D] of 16-bit elements, to be copied by boxes of `group` heads and 64 columns."""
+    return descriptor(x, (1, group, BOX_COLUMNS.value))
 
 
 @gluon.jit
@@ -48,15 +48,16 @@ def copy_tiles(
     q, grad_out, parts, entries, begin, end, q_head, part_base,
     q_boxes, q_tail_boxes, do_boxes, part_boxes, part_tail_boxes, ready, done,
     SLOTS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
-    TAIL: gl.constexpr, PART_TAIL: gl.constexpr,
+    BOXES: gl.constexpr, TAIL: gl.constexpr, PART_TAIL: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: brings tile after tile into the stages, and sends off the parts that came of them.
 
     A tile is ROWS / GROUP entries of q and, unless it is None, of grad_out. AHEAD tiles more than there are come in,
-    the last entry again, for those who read so far ahead. TAIL and PART_TAIL: q and parts have 192 columns.
+    the last entry again, for those who read so far ahead. A row of q, grad_out and parts is BOXES boxes; with TAIL or
+    PART_TAIL that of q or of the parts is one more.
     """
     QUERIES: gl.constexpr = ROWS // GROUP
-    BYTES: gl.constexpr = 2 * ROWS * HALF * (2 + (1 if TAIL else 0) + (0 if grad_out is None else 2))
+    BYTES: gl.constexpr = 2 * ROWS * BOX_COLUMNS * (BOXES + (1 if TAIL else 0) + (0 if grad_out is None else BOXES))
     tiles = gl.cdiv(end - begin, QUERIES)
     for number in range(tiles + STAGES):
         stage = number % STAGES
@@ -67,29 +68,31 @@ def copy_tiles(
             mbarrier.wait(done.index(stage), (number // STAGES - 1) % 2)
             for i in gl.static_range(QUERIES):
                 if first + i < end:
-                    for half in gl.static_range(2):
-                        box = (stage * 2 + half) * QUERIES + i
+                    for piece in gl.static_range(BOXES):
+                        box = (stage * BOXES + piece) * QUERIES + i
                         tma.async_copy_shared_to_global(
-                            parts, [part_base + leaving[i], 0, half * HALF], part_boxes.index(box)
+                            parts, [part_base + leaving[i], 0, piece * BOX_COLUMNS], part_boxes.index(box)
                         )
                     if PART_TAIL:
                         tma.async_copy_shared_to_global(
-                            parts, [part_base + leaving[i], 0, 2 * HALF], part_tail_boxes.index(stage * QUERIES + i)
+                            parts,
+                            [part_base + leaving[i], 0, BOXES * BOX_COLUMNS],
+                            part_tail_boxes.index(stage * QUERIES + i),
                         )
             tma.store_wait(0)
         if number < tiles + AHEAD:
             mbarrier.expect(ready.index(stage), BYTES)
-            for half in gl.static_range(2):
+            for piece in gl.static_range(BOXES):
                 for i in gl.static_range(QUERIES):
                     t = arriving[i] // SLOTS
-                    box = (stage * 2 + half) * QUERIES + i
-                    at = [t, q_head, half * HALF]
+                    box = (stage * BOXES + piece) * QUERIES + i
+                    at = [t, q_head, piece * BOX_COLUMNS]
                     tma.async_copy_global_to_shared(q, at, ready.index(stage), q_boxes.index(box))
                     if grad_out is not None:
                         tma.async_copy_global_to_shared(grad_out, at, ready.index(stage), do_boxes.index(box))
             if TAIL:
                 for i in gl.static_range(QUERIES):
-                    rest = [arriving[i] // SLOTS, q_head, 2 * HALF]
+                    rest = [arriving[i] // SLOTS, q_head, BOXES * BOX_COLUMNS]
                     box = q_tail_boxes.index(stage * QUERIES + i)
                     tma.async_copy_global_to_shared(q, rest, ready.index(stage), box)
 
@@ -108,7 +111,7 @@ def load_pages(
     if TAIL:
         _load_page(
             key_tail_tile, k, k_remote, page, head, num_local_pages, stride_kr, stride_kh, stride_kp, stride_kpr,
-            2 * HALF, HAS_REMOTE,
+            key_tile.shape[1], HAS_REMOTE,
         )  # fmt: skip
     _load_page(
         value_tile, v, v_remote, page, head, num_local_pages, stride_vr, stride_vh, stride_vp, stride_vpr,

@@ -102,8 +102,7 @@ def hopper_takes(
     return (
         on_hopper(q)
         and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[2] in (128, 192)
-        and v.shape[2] == 128
+        and (q.shape[2], v.shape[2]) in ((64, 64), (128, 128), (192, 128))
         and slc_block_len == 64
         and q.shape[1] // k.shape[1] in (8, 16, 32, 64)
         and block_indices.shape[2] <= 32
