@@ -61,6 +61,12 @@ def _is_python(words: Words) -> None:
     compile((ROOT / words[0]).read_text(encoding="utf-8"), words[0], "exec")
 
 
+def _pytest(words: Words) -> None:
+    """Its first word is a file or a folder of tests, its others are pytest's own."""
+    assert (ROOT / words[0]).exists()
+    assert words[1:] in ([], ["-m", "slow"])
+
+
 def _pip(words: Words) -> None:
     action, what = words
     extras = re.fullmatch(r"\.\[(\w+)\]", what)
@@ -97,6 +103,7 @@ CHECKS: dict[str, Callable[[Words], None]] = {
     "torchrun": _torchrun,
     "make": _make,
     "python": _is_python,
+    "pytest": _pytest,
     "pip": _pip,
     "sbatch": _sbatch,
     "kubectl": _kubectl,
