@@ -1,7 +1,7 @@
 """Work items of the backward of selected attention: a block against some of the queries that chose it.
 
 An item sums dK and dV of its block in registers and leaves one fp32 page of them; each (query, block) pair leaves its
-part of dQ in the slot of the query. Shapes and the gate: see `backward`; `hopper_backward_items` does the same faster
+part of dQ in the slot of the query. Shapes and the gate: see `backward`; `hopper.backward_items` does the same faster
 where it can.
 """
 

@@ -8,8 +8,8 @@
 3. `parts.sum_parts`: the weighted sum of each row's parts, in the order of its list.
 
 So a query's bits depend on its own list of blocks only: not on its tile neighbours, not on page numbers.
-Where `tiles.hopper_takes` says so, kernels in Gluon do the same: `hopper_forward_gathered` the first step, and
-`hopper_forward_shared` the others in one, so that the shared blocks' part stays in registers.
+Where `tiles.hopper_takes` says so, kernels in Gluon do the same: `hopper.forward_gathered` the first step, and
+`hopper.forward_shared` the others in one, so that the shared blocks' part stays in registers.
 
 Shapes      T = query tokens of this chunk, n = slots, G = query heads per key-value head, H = key-value heads of it
     part        [H, T, n, G, Dv]    fp16 for 16-bit inputs, fp32 for fp32, over its largest |element|
@@ -25,9 +25,9 @@ from nsa_kernels.contracts import SelectedCall
 from nsa_kernels.selected import (
     forward_gathered,
     forward_shared,
-    hopper_forward_gathered,
-    hopper_forward_shared,
 )
+from nsa_kernels.selected.hopper import forward_gathered as hopper_gathered
+from nsa_kernels.selected.hopper import forward_shared as hopper_shared
 from nsa_kernels.selected.index import BlockIndex
 from nsa_kernels.selected.tiles import hopper_takes
 
@@ -51,7 +51,7 @@ def attend_chunk(call: SelectedCall, index: BlockIndex, out: Tensor, lse: Tensor
 
     gather, finish = forward_gathered.attend_gathered, forward_shared.attend_shared_and_sum
     if hopper_takes(q, k, v, block_indices, slc_block_len, (q,)):
-        gather, finish = hopper_forward_gathered.attend_gathered, hopper_forward_shared.attend_shared_and_sum
+        gather, finish = hopper_gathered.attend_gathered, hopper_shared.attend_shared_and_sum
     scale_log2 = softmax_scale * LOG2E
     gather(
         q, k, v, k_remote, v_remote, block_table, index, part, scale, part_lse,

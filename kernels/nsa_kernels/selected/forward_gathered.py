@@ -2,7 +2,7 @@
 
 A block's keys and values are loaded once and meet the queries, the G heads of each as G tile rows, so tiles are full at
 any G. Each (query, block) pair leaves its own normalised output and log-sum-exp in the slot of the query. Shapes: see
-`forward`; `hopper_forward_gathered` does the same faster where it can.
+`forward`; `hopper.forward_gathered` does the same faster where it can.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 `shared`, one tile of consecutive queries at a time: each row's first block, its own and the one before, which
 neighbours have in common, make one part, in slot 0; and the log-sum-exps of all parts become their weights. Then
-`parts.sum_parts`. Shapes: see `forward`; `hopper_forward_shared` does the same faster where it can.
+`parts.sum_parts`. Shapes: see `forward`; `hopper.forward_shared` does the same faster where it can.
 """
 
 import torch

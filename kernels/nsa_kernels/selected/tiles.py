@@ -98,7 +98,7 @@ def backward_tiles(group: int, head_dim_k: int, head_dim_v: int) -> BackwardTile
 def hopper_takes(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, slc_block_len: int, copied: tuple[Tensor, ...]
 ) -> bool:
-    """Whether `hopper_pages` can copy these by boxes: a Hopper GPU, sizes that fill its tiles, aligned addresses."""
+    """Whether `hopper.pages` can copy these by boxes: a Hopper GPU, sizes that fill its tiles, aligned addresses."""
     return (
         on_hopper(q)
         and q.dtype in (torch.bfloat16, torch.float16)

@@ -1,4 +1,4 @@
-"""Parts of the forward of selected attention on Hopper GPUs: as `forward_gathered`, with the copies of `hopper_pages`.
+"""Parts of the forward of selected attention on Hopper GPUs: as `forward_gathered`, with the copies of `hopper.pages`.
 
 Products of a tile's 64 rows and a block's 64 keys: S = Q K^T and O = P V with P from registers. S of the next tile is
 issued before the softmax of this one. Two programs share a multiprocessor: 97 KB (Dk 128, four stages) or 112 KB (Dk
@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nsa_kernels.common.hopper import dot, thread_barrier
 from nsa_kernels.common.launch import launchable
-from nsa_kernels.selected.hopper_pages import BOX_COLUMNS, ROWS, boxes, copy_tiles, load_pages, place
+from nsa_kernels.selected.hopper.pages import BOX_COLUMNS, ROWS, boxes, copy_tiles, load_pages, place
 from nsa_kernels.selected.index import BlockIndex
 from nsa_kernels.selected.pages import page_strides
 

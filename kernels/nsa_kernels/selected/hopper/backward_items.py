@@ -1,4 +1,4 @@
-"""Work items of the backward of selected attention on Hopper: as `backward_items`, with the copies of `hopper_pages`.
+"""Work items of the backward of selected attention on Hopper: as `backward_items`, with the copies of `hopper.pages`.
 
 Products, all of a block's 64 keys and a tile's 64 rows: S^T = K Q^T and dP^T = V dO^T; then dV += P^T dO with
 P from registers, dK += dS^T Q and dQ = dS K with dS from shared memory: dK and dV stay in registers, which fills them.
@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from nsa_kernels.common.hopper import thread_barrier
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.selected.forward import LOG2E
-from nsa_kernels.selected.hopper_pages import BOX_COLUMNS, ROWS, boxes, copy_tiles, load_pages, place
+from nsa_kernels.selected.hopper.pages import BOX_COLUMNS, ROWS, boxes, copy_tiles, load_pages, place
 from nsa_kernels.selected.index import BlockIndex
 from nsa_kernels.selected.pages import page_strides
 

@@ -1,4 +1,4 @@
-"""Work items of the backward of selected attention on Hopper, for wide keys: as `hopper_backward_items`, in two roles.
+"""Work items of the backward of selected attention on Hopper, for wide keys: as `hopper.backward_items`, in two roles.
 
 dK and a tile's dQ of 192 columns do not fit in one thread's registers beside dV. So four warps make dS and sum up dV,
 and four more sum up dK and make dQ, a tile behind:
@@ -25,8 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from nsa_kernels.common.hopper import dot, new_barriers, thread_barrier
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.selected.forward import LOG2E
-from nsa_kernels.selected.hopper_backward_items import copy_stats
-from nsa_kernels.selected.hopper_pages import BOX_COLUMNS, ROWS, boxes, copy_tiles, load_pages, place
+from nsa_kernels.selected.hopper.backward_items import copy_stats
+from nsa_kernels.selected.hopper.pages import BOX_COLUMNS, ROWS, boxes, copy_tiles, load_pages, place
 from nsa_kernels.selected.index import BlockIndex
 from nsa_kernels.selected.pages import page_strides
 

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from nsa_kernels.common.hopper import descriptor, dot, thread_barrier
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
-from nsa_kernels.selected.hopper_pages import BOX_COLUMNS, ROWS, boxes, load_pages
+from nsa_kernels.selected.hopper.pages import BOX_COLUMNS, ROWS, boxes, load_pages
 from nsa_kernels.selected.pages import page_strides
 
 NO_BLOCK = gl.constexpr(2**30)

@@ -1,0 +1,1 @@
+"""Selected attention on Hopper GPUs, in Gluon: what `tiles.hopper_takes`."""
