@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from nsa_dist.config import NSAConfig
+from nsa_dist.config import NSAConfig, layer_attentions
 from nsa_dist.cp.options import FetchOptions
 from nsa_dist.train.files import places
 from nsa_dist.train.refused import Refused
@@ -56,6 +56,11 @@ class Section(BaseModel):
 class ModelSection(Section):
     """A GPT decoder over bytes, or the vocabulary of `data.tokens`: RMSNorm, SwiGLU, no biases, no dropout."""
 
+    attention: str | list[str] = Field(
+        default="nsa",
+        description="of the layers: nsa, dense, or a list of these words, one a layer, that repeats until the layers "
+        "end, such as [nsa, nsa, nsa, dense]",
+    )
     num_layers: int = Field(default=2, ge=1, description="decoder layers")
     hidden_size: int = Field(default=128, ge=1, description="width of what goes from layer to layer")
     num_attention_heads: int = Field(default=4, ge=1, description="query heads")
@@ -70,6 +75,31 @@ class ModelSection(Section):
     embedding_init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial embedding")
     tie_embeddings: bool = Field(default=False, description="one matrix for the embedding and the output layer")
     recompute_attention: bool = Field(default=False, description="run the attention again in backward, keep nothing")
+
+    @field_validator("attention")
+    @classmethod
+    def _shortest(cls, attention: str | list[str]) -> str | list[str]:
+        """A pattern in its shortest form, so that a model has one."""
+        words = [attention] if isinstance(attention, str) else attention
+        least = next(
+            (n for n in range(1, len(words)) if len(words) % n == 0 and words == words[:n] * (len(words) // n)), 0
+        )
+        words = words[:least] if least else words
+        return words[0] if len(words) == 1 else words
+
+    @model_validator(mode="after")
+    def _check_attention(self) -> "ModelSection":
+        layer_attentions(self.attention, self.num_layers)
+        return self
+
+    @property
+    def layer_attentions(self) -> tuple[str, ...]:
+        """ "nsa" or "dense" for every layer."""
+        return layer_attentions(self.attention, self.num_layers)
+
+    @property
+    def has_dense(self) -> bool:
+        return "dense" in self.layer_attentions
 
     @model_validator(mode="after")
     def _check_heads(self) -> "ModelSection":
@@ -412,6 +442,12 @@ def _check_model_parallel(config: TrainConfig) -> None:
         raise ValueError(
             f"num_layers={model.num_layers} must be a multiple of pipeline_model_parallel_size={pipeline}, so that "
             f"every stage holds as many layers; take num_layers={_round_up(model.num_layers, pipeline)}"
+        )
+    if model.has_dense and parallel.context_parallel_size > 1:
+        raise ValueError(
+            f"attention={model.attention} has dense layers and context_parallel_size={parallel.context_parallel_size}, "
+            f"but a dense layer needs all keys on every rank, which it does not gather; take context_parallel_size=1, "
+            f"or attention=nsa"
         )
     if parallel.sequence_parallel and tensor == 1:
         raise ValueError(

@@ -17,6 +17,7 @@ FIXED: dict[str, str] = {
     "run.sequence_length": "the corpus is cut into samples of this length",
     "run.seed": "it drew the weights and orders the samples",
     "run.dtype": "the checkpoint's weights and optimizer states are of it",
+    "model.attention": _ATTENTION,
     "model.num_layers": _SIZES,
     "model.hidden_size": _SIZES,
     "model.num_attention_heads": _SIZES,

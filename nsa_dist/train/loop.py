@@ -225,14 +225,19 @@ class _Run:
         return {name: loss for name, loss in known.items() if loss is not None}
 
     def draw(self) -> None:
-        """`loss.png` and `selection.png`, of the last layer of process 0's stage."""
-        layer = self.config.model.num_layers // self.config.parallel.pipeline_model_parallel_size - 1
-        blocks = selected_blocks(self.model, self.cutter, self.datasets.validation, layer, self.world)
+        """`loss.png`; and `selection.png` of the last NSA layer of process 0's stage, if there is one."""
         if self.world.is_main:
             train, validation = (read_metrics(self.output.metrics, kind) for kind in ("train", "validation"))
             unit = self.config.data.loss_unit
             plot_losses(train, validation, vocab_size(self.config), unit, self.output.root / "loss.png")
-            where = f"layer {layer + 1}, first head, a validation sequence"
+        model = self.config.model
+        first_stage = model.layer_attentions[: model.num_layers // self.config.parallel.pipeline_model_parallel_size]
+        if "nsa" not in first_stage:
+            return
+        blocks = selected_blocks(self.model, self.cutter, self.datasets.validation, self.world)
+        if self.world.is_main and blocks is not None:
+            layer = max(n for n, kind in enumerate(first_stage, 1) if kind == "nsa")
+            where = f"layer {layer}, first head, a validation sequence"
             plot_selection(blocks, self.config.nsa.sizes(), where, self.output.root / "selection.png")
 
 

@@ -20,6 +20,7 @@ def summary(facts: Facts) -> str:
     """How far it came, and the figures that are asked for first."""
     train, validation = facts.records.get("train", []), facts.records.get("validation", [])
     rows = [("state", state(facts)), ("begun", facts.marker.begun), ("run id", facts.marker.run_id)]
+    rows.append(("attention", facts.attention if isinstance(facts.attention, str) else ", ".join(facts.attention)))
     if train:
         rows.append(("training loss", f"{train[0]['loss']:.4f} (step {train[0]['step']}) → {_loss(train[-1])}"))
     if validation:
