@@ -14,6 +14,7 @@ from megatron.core.utils import get_pg_size
 from torch import Tensor, nn
 
 from nsa_dist.attention import check_agreement
+from nsa_dist.cp.comm import Comm
 from nsa_dist.mcore.config import NSATransformerConfig, need_nsa_config
 from nsa_dist.mcore.core import NSACoreAttention
 from nsa_dist.mcore.plans import Place, PlanCache, RankPlan, local_heads
@@ -84,6 +85,11 @@ class PlannedSelfAttention(Attention):
     @abstractmethod
     def _split(self, mixed: Tensor) -> tuple[Tensor, ...]:
         """[s, b, columns of `linear_qkv`] -> what the core takes."""
+
+    @property
+    def comm(self) -> Comm:
+        """The context-parallel group."""
+        return Comm(self.pg_collection.cp)
 
     def _draw_qkv(self, weight: Tensor) -> Tensor:
         """Initial values of `linear_qkv`, of the whole model or of one tensor-parallel rank."""
@@ -161,7 +167,7 @@ class PlannedSelfAttention(Attention):
         self.plans.arrivals.check_mask(attention_mask, rank_plan.plan, rank_plan.given, rank_plan.rank)
         self.plans.arrivals.check_rotary(rotary_pos_emb, self.config.kv_channels, self.config.nsa_rotary_base)
         if rank_plan.deal is not None:  # the first to send anything; otherwise nsa_attention makes sure
-            config, comm = self.config, self.core_attention.comm
+            config, comm = self.config, self.comm
             heads = local_heads(config, get_pg_size(self.pg_collection.tp), mixed.dtype)
             check_agreement(rank_plan.plan, config.nsa, heads, config.nsa_fetch, comm)
             mixed = rank_plan.deal.to_plan(mixed, comm)
@@ -175,7 +181,7 @@ class PlannedSelfAttention(Attention):
         else:
             out = core(*projected)
         if rank_plan.deal is not None:
-            out = rank_plan.deal.from_plan(out, self.core_attention.comm)
+            out = rank_plan.deal.from_plan(out, self.comm)
         return self.linear_proj(out)
 
     def backward_dw(self) -> None:
@@ -211,6 +217,10 @@ class NSASelfAttention(PlannedSelfAttention):
     @property
     def group_widths(self) -> list[int]:
         return nsa_group_widths(self.config)
+
+    @property
+    def comm(self) -> Comm:
+        return self.core_attention.comm  # with what counts its bytes
 
     def _build_core(self) -> NSACoreAttention:
         return NSACoreAttention(self.config, self.pg_collection)

@@ -81,10 +81,8 @@ class ModelSection(Section):
     def _shortest(cls, attention: str | list[str]) -> str | list[str]:
         """A pattern in its shortest form, so that a model has one."""
         words = [attention] if isinstance(attention, str) else attention
-        least = next(
-            (n for n in range(1, len(words)) if len(words) % n == 0 and words == words[:n] * (len(words) // n)), 0
-        )
-        words = words[:least] if least else words
+        divisors = (n for n in range(1, len(words) + 1) if len(words) % n == 0)
+        words = next((words[:n] for n in divisors if words[:n] * (len(words) // n) == words), words)
         return words[0] if len(words) == 1 else words
 
     @model_validator(mode="after")
