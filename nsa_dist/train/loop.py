@@ -27,6 +27,7 @@ from nsa_dist.train.model import Trainable, build
 from nsa_dist.train.prepare import note_settings, prepare_output
 from nsa_dist.train.selection import selected_blocks
 from nsa_dist.train.step import StepResult, evaluate, train_step
+from nsa_dist.train.tasks.score import task_record
 from nsa_dist.train.tokens.sets import vocab_size
 from nsa_dist.train.traffic import TrafficMeter
 from nsa_dist.train.world import World, entered
@@ -208,12 +209,14 @@ class _Run:
             self.write(self.meter.record(position.step, result.traffic))
 
     def validate(self, step: int) -> None:
-        """One validation record, over the same sequences every time."""
+        """One validation record, over the same sequences every time; and one of the tasks, if there are any."""
         self.hooks.on_phase("validation", step)
         self.validation_loss = evaluate(
             self.model, self.cutter, self.datasets.validation, self.config.run.eval_batches, self.world
         )
         self.write({"kind": "validation", "step": step, "loss": self.validation_loss})
+        if self.config.data.tasks:
+            self.write(task_record(self.config, self.model, self.cutter, step, self.world))
 
     def write(self, record: Record) -> None:
         if self.log is not None:
