@@ -16,6 +16,8 @@ LAYOUTS: dict[str, dict] = {
     "recomputed": {"model": {"recompute_attention": True}},
 }
 
+RUNS = [("dense", "TP2"), ("dense", "DP2"), ("both", "TP2"), ("both", "PP2"), ("both", "recomputed")]
+
 
 def config(base: Path, name: str, attention: str | list[str], **sections: dict) -> TrainConfig:
     model = {"attention": attention, **sections.pop("model", {})}
@@ -34,6 +36,8 @@ def pair(rank: int, base: Path) -> None:
     """The forks to the end by two processes, in every layout."""
     for name in ("dense", "both"):
         for layout, sections in LAYOUTS.items():
+            if (name, layout) not in RUNS:
+                continue
             folder = f"{name} {layout}"
             if rank == 0:
                 shutil.copytree(base / f"{name} fork", base / folder)

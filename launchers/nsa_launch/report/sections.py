@@ -11,7 +11,7 @@ from nsa_launch.report import charts
 from nsa_launch.report.facts import Facts, numbers
 from nsa_launch.report.tables import table
 
-_KNOWN = ("start", "train", "validation", "traffic")  # kinds of records with a section of their own
+_KNOWN = ("start", "train", "validation", "traffic", "tasks")  # kinds of records with a section of their own
 _GIB = 2**30
 _ENDS = ("launch", "start", "stop", "end", "gave up", "refused")  # events that end a launch or begin one
 

@@ -43,23 +43,30 @@ class Evidence:
 
 
 def with_questions(
-    rng: np.random.RandomState, length: int, evidence: Sequence[Evidence], asked: bytes, in_order: bool = False
+    rng: np.random.RandomState,
+    length: int,
+    evidence: Sequence[Evidence],
+    question: bytes,
+    asked: Sequence[Evidence] | None = None,
+    in_order: bool = False,
 ) -> Drawn:
-    """`length` bytes: filler with `evidence` at drawn depths, then for each in drawn order `asked` and its value.
+    """`length` bytes: filler with `evidence` at drawn depths, then questions in drawn order, and their answers.
 
-    asked       the question, with %s for the key; the value follows it, and a full stop
+    question    with %s for the key; the value follows it, and a full stop
+    asked       which of the evidence is asked for; None: all
     in_order    pieces stand in the order given, as each needs those before it
     """
-    questions = [(asked % each.key, each.value) for each in evidence]
-    tail = sum(len(question) + len(value) + 1 for question, value in questions)
+    asked = evidence if asked is None else asked
+    tail = sum(len(question % each.key) + len(each.value) + 2 for each in asked)
     room = length - tail - sum(len(each.piece) for each in evidence)
-    text, places = _in_filler(rng, room, [each.piece for each in evidence], in_order)
+    text, places = in_filler(rng, room, [each.piece for each in evidence], in_order)
+    place_of = {each.key: place for each, place in zip(evidence, places, strict=True)}
     answers = []
-    for which in rng.permutation(len(questions)):
-        question, value = questions[which]
-        text += question
-        answers.append(Answer(len(text), len(text) + len(value), places[which] / length))
-        text += value + b"."
+    for which in rng.permutation(len(asked)):
+        each = asked[which]
+        text += question % each.key
+        answers.append(Answer(len(text), len(text) + len(each.value), place_of[each.key] / length))
+        text += each.value + b". "
     return Drawn(bytes(text), tuple(answers))
 
 
@@ -83,8 +90,8 @@ def drawn_of(rng: np.random.RandomState, alphabet: bytes, number: int) -> bytes:
     return np.frombuffer(alphabet, dtype=np.uint8)[rng.randint(len(alphabet), size=number)].tobytes()
 
 
-def _in_filler(
-    rng: np.random.RandomState, room: int, pieces: Sequence[bytes], in_order: bool
+def in_filler(
+    rng: np.random.RandomState, room: int, pieces: Sequence[bytes], in_order: bool = False
 ) -> tuple[bytearray, list[int]]:
     """`room` bytes of words with the pieces between them, and the place of each piece."""
     words = _filler(rng, room)
@@ -101,11 +108,11 @@ def _in_filler(
 
 def _filler(rng: np.random.RandomState, room: int) -> list[bytes]:
     """Words and their spaces, `room` bytes of them; the last is cut."""
-    words, left = [], room
+    words: list[bytes] = []
+    left = room
     for which in rng.randint(len(_WORDS), size=1 + room // 2):  # no word is shorter, its space counted
-        word = (_WORDS[which] + b" ")[:left]
-        words.append(word)
-        left -= len(word)
         if left <= 0:
             break
-    return words if room > 0 else []
+        words.append(_WORDS[which][: left - 1] + b" ")
+        left -= len(words[-1])
+    return words

@@ -2,10 +2,11 @@
 
     passkey     one number in filler, at a drawn depth, asked for at the end
     needle      one to eight names with a number each, at drawn depths; every name is asked for
-    tracking    a variable gets a number, others get it from one another; every variable's number is asked for. Two such
-                chains where there is room
+    tracking    a variable gets a number, the next one the value of that, and so on, two to five in a chain; of one to
+                eight such chains, woven into one another, one variable each is asked for
     copy        drawn letters, and the same letters once more
-    recall      pairs of a key and a value fill the first three quarters; keys are asked for in the last one
+    recall      pairs of a key and a value in filler, one to as many as fill three quarters of the text, log-uniformly
+                drawn; the last quarter asks for their keys
 
     ...the roof by The number of QXB is 48213. rain and... | The number of QXB is 48213.
                                                                                    ^^^^^ the answer
@@ -13,7 +14,7 @@
 The questions come after everything else, so that what is looked for was not known when it was read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from nsa_dist.train.tasks.drawing import (
     Evidence,
     digits,
     drawn_of,
+    in_filler,
     letters_of,
     names,
     with_questions,
@@ -33,9 +35,10 @@ from nsa_dist.train.tasks.drawing import (
 _NUMBER = 5  # digits
 _PIECE = 8  # letters of a copy that are one answer
 _MOST_NEEDLES = 8
-_MOST_VARIABLES = 5  # of a chain
+_MOST_CHAINS, _MOST_VARIABLES = 8, 5  # of a text, of a chain
+_CHAIN_BYTES = 128  # of the longest chain and its question
 _KEY_LETTERS = LETTERS + LETTERS.upper()
-_TWO_LETTERS_SUFFICE = 8192  # bytes: then there are 2048 pairs, and 52**2 keys
+_TWO_LETTERS_SUFFICE = 8192  # bytes: there are 1536 pairs at most, and 52**2 keys
 
 
 def passkey(rng: np.random.RandomState, length: int) -> Drawn:
@@ -54,26 +57,27 @@ def needle(rng: np.random.RandomState, length: int) -> Drawn:
 
 
 def tracking(rng: np.random.RandomState, length: int) -> Drawn:
-    room = length // 2 // 56  # variables whose assignment and question fill half of the text
-    chains = 2 if room >= 4 else 1
-    sizes = [2 + rng.randint(max(1, min(_MOST_VARIABLES, room // chains) - 1)) for _ in range(chains)]
-    unused, evidence = iter(names(rng, sum(sizes))), []
-    for size in sizes:
+    number = max(1, min(_MOST_CHAINS, length // 2 // _CHAIN_BYTES))
+    longest = _MOST_VARIABLES if length >= 2 * _CHAIN_BYTES else 3
+    unused = iter(names(rng, number * longest))
+    chains = []
+    for _ in range(number):
         value, before = digits(rng, _NUMBER), b""
-        for name in (next(unused) for _ in range(size)):
+        chain = []
+        for name in (next(unused) for _ in range(2 + rng.randint(longest - 1))):
             piece = b"Let %s be %s. " % (name, b"as " + before if before else value)
-            evidence.append((Evidence(piece, name, value), rng.random_sample()))
+            chain.append(Evidence(piece, name, value))
             before = name
-    return with_questions(rng, length, _woven(evidence, sizes), b"The value of %s is ", in_order=True)
+        chains.append(chain)
+    asked = [chain[rng.randint(len(chain))] for chain in chains]
+    return with_questions(rng, length, _woven(rng, chains), b"The value of %s is ", asked, in_order=True)
 
 
-def _woven(evidence: list[tuple[Evidence, float]], sizes: list[int]) -> list[Evidence]:
+def _woven(rng: np.random.RandomState, chains: Sequence[Sequence[Evidence]]) -> list[Evidence]:
     """The chains among one another, each in its own order."""
-    keys, first = [], 0
-    for size in sizes:
-        keys += sorted(key for _, key in evidence[first : first + size])
-        first += size
-    return [evidence[which][0] for which in np.argsort(keys, kind="stable")]
+    keys = np.concatenate([np.sort(rng.random_sample(len(chain))) for chain in chains])
+    pieces = [piece for chain in chains for piece in chain]
+    return [pieces[which] for which in np.argsort(keys, kind="stable")]
 
 
 def copy(rng: np.random.RandomState, length: int) -> Drawn:
@@ -87,15 +91,18 @@ def copy(rng: np.random.RandomState, length: int) -> Drawn:
 def recall(rng: np.random.RandomState, length: int) -> Drawn:
     """Keys are two letters, three in texts that have more pairs than that; none comes twice. A value is a digit."""
     width = 2 if length <= _TWO_LETTERS_SUFFICE else 3
-    number, asked = length * 3 // 4 // (width + 1), length // 4 // (width + 1)
+    size = width + 2  # a key, a value, a space
+    most = length * 3 // 4 // size
+    number = int(most ** rng.random_sample())
+    asked = min(number, length // 4 // size)
     keys = letters_of(rng.permutation(len(_KEY_LETTERS) ** width)[:number], _KEY_LETTERS, width)
-    values = drawn_of(rng, DIGITS, len(keys))
-    pairs = b"".join(key + values[n : n + 1] for n, key in enumerate(keys))
-    text, answers = bytearray(pairs), []
-    for which in rng.permutation(len(keys))[:asked]:
-        text += keys[which]
-        answers.append(Answer(len(text), len(text) + 1, (width + 1) * which / length))
-        text += values[which : which + 1]
+    values = drawn_of(rng, DIGITS, number)
+    pairs = [b"%s%c " % pair for pair in zip(keys, values, strict=True)]
+    text, places = in_filler(rng, length - (number + asked) * size, pairs)
+    answers = []
+    for which in rng.permutation(number)[:asked]:
+        answers.append(Answer(len(text) + width, len(text) + width + 1, places[which] / length))
+        text += pairs[which]
     return Drawn(bytes(text), tuple(answers))
 
 
