@@ -153,6 +153,7 @@ def test_lengths_halve_from_the_sequence_down():
     ("data", "remedy"),
     [
         ({"tasks": {"recal": 0.5}}, r"data\.tasks\.recal"),
+        ({"tasks": {"recall": True}}, "the share of recall is a number.*give one"),
         ({"tasks": {"recall": 0}}, "give 1e-6 to 1, or leave recall out"),
         ({"tasks": {"recall": 0.7, "copy": 0.4}}, "sum to 1.1.*give shares that sum to 1 or less"),
         ({"tasks": {"recall": 0.5}, "tokens": "some/where"}, "leave tokens out and give data.folder, or leave tasks"),

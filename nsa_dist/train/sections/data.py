@@ -69,6 +69,14 @@ class DataSection(Section):
             raise ValueError("a PREFIX is given twice, and both would give the same samples; add up their weights")
         return tokens
 
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _check_no_switch(cls, tasks: Any) -> Any:
+        switches = [name for name, share in tasks.items() if isinstance(share, bool)] if isinstance(tasks, dict) else []
+        if switches:
+            raise ValueError(f"the share of {switches[0]} is a number, and true or false is none; give one, as 0.25")
+        return tasks
+
     @field_validator("tasks")
     @classmethod
     def _check_shares(cls, tasks: dict[str, float]) -> dict[str, float]:
