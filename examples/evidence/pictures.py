@@ -93,6 +93,7 @@ def heat_maps(results: Results, task: str) -> Figure:
                 if value == value:  # not NaN: there was evidence
                     axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
         axes.set(title=f"{task}, {attention}, {len(runs)} seed{'s' * (len(runs) > 1)}", xlabel="fifth of the text")
+        axes.set_xticks(range(len(rows[0])), [str(part + 1) for part in range(len(rows[0]))])
         axes.set_yticks(range(len(rows)), [f"{length} bytes" for length in lengths[0]])
         figure.colorbar(shown, ax=axes)
     return figure

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from dense_run_cases import RUNS, alone, config, pair
+from dense_run_cases import RUNS, STEPS, alone, config, pair
 from nsa_dist.planner.cluster import DEFAULT_CLUSTER, load_cluster
 from nsa_dist.planner.sweep import make_plan
 from nsa_dist.train.export.run import plain_model
 from nsa_dist.train.prepare import prepare_output
 from nsa_dist.train.refused import Refused
 from ranks import run_ranks
-from train_cases import FORK_STEP, STEPS, records, write_texts
+from train_cases import records, write_texts
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +33,22 @@ def test_every_layout_trains_like_one_process(base, name, layout):
 
 
 def test_the_models_differ_and_learn(base):
-    losses = {name: [r["loss"] for r in records(base, name)] for name in ("dense", "both", "nsa")}
-    assert len({tuple(values) for values in losses.values()}) == 3
-    assert all(values[-1] < values[0] - 0.3 for values in losses.values())
+    losses = {name: [r["loss"] for r in records(base, name)] for name in ("dense", "both")}
+    assert losses["dense"] != losses["both"]
+    assert all(values[-1] < values[0] - 0.2 for values in losses.values())
 
 
 def test_health_and_pictures_are_of_the_layers_that_select(base):
-    for folder in ("both", "both TP2", "both PP2", "both recomputed"):
+    for folder in ("both", "both TP2", "both PP2"):
         (*_, last) = records(base, folder, "health")
         assert last["layers"].keys() == {"1"}, "the second is dense"
         assert (base / folder / "selection.png").exists()
-    assert [r["layers"] for r in records(base, "dense TP2", "health")] == [{}, {}, {}]
+    assert [r["layers"] for r in records(base, "dense TP2", "health")] == [{}, {}]
     assert not (base / "dense/selection.png").exists()
     assert (base / "dense/loss.png").exists()
 
 
-@pytest.mark.parametrize(("name", "other"), [("dense", "nsa"), ("nsa", "dense"), ("both", ["dense", "nsa"])])
+@pytest.mark.parametrize(("name", "other"), [("dense", "nsa"), ("both", "dense"), ("both", ["dense", "nsa"])])
 def test_a_run_goes_on_with_its_own_attention_alone(base, name, other):
     with pytest.raises(Refused, match=r"model\.attention: the run has .*the model was trained to attend so"):
         prepare_output(config(base, name, other).resuming())
@@ -64,7 +64,7 @@ def test_one_pattern_has_one_spelling(base):
 
 def test_who_knows_no_dense_layers_says_so(base):
     with pytest.raises(Refused, match=r"export one with model\.attention=nsa"):
-        plain_model(base / "both", FORK_STEP + 2)
+        plain_model(base / "both", STEPS)
     with pytest.raises(ValueError, match=r"has dense layers.*plan with model\.attention=nsa"):
         make_plan(config(base, "x", "dense"), load_cluster(DEFAULT_CLUSTER))
     with pytest.raises(Refused, match="take context_parallel_size=1, or attention=nsa"):
