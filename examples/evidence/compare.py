@@ -143,19 +143,22 @@ def _configuration(path: Path) -> Any:
 
 
 def _commit() -> str | None:
-    asked = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
-                           capture_output=True, text=True, check=False)  # fmt: skip
-    return asked.stdout.strip() or None
+    return _told("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40")
 
 
 def _machine() -> dict[str, str]:
     about = {"processor": platform.processor() or platform.machine(), "system": platform.system()}
+    gpus = _told("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    return {**about, "gpu": gpus.splitlines()[0]} if gpus else about
+
+
+def _told(*command: str) -> str | None:
+    """What a program says; None where it is not there, or has nothing to say."""
     try:
-        asked = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-                               capture_output=True, text=True, check=True)  # fmt: skip
+        asked = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return about
-    return {**about, "gpu": asked.stdout.splitlines()[0]}
+        return None
+    return asked.stdout.strip() or None
 
 
 if __name__ == "__main__":

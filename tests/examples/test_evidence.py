@@ -81,6 +81,15 @@ def test_every_run_has_a_line_with_what_repeats_it(compared, capsys):
     assert lines["nsa", 2]["exit_code"] == 3
 
 
+def test_a_machine_without_git_or_gpu_has_lines_too(monkeypatch):
+    compare = example("compare", monkeypatch)
+    assert compare._told("no-such-program") is None
+    assert compare._told(sys.executable, "-c", "raise SystemExit(1)") is None
+    assert compare._told(sys.executable, "-c", "print('a GPU')") == "a GPU"
+    monkeypatch.setattr(compare, "_told", lambda *_: None)
+    assert compare._machine().keys() == {"processor", "system"}
+
+
 def test_pictures_are_of_the_runs_that_ended(compared, tmp_path, monkeypatch, capsys):
     pictures, (_, out) = example("pictures", monkeypatch), compared
     capsys.readouterr()
