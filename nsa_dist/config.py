@@ -1,6 +1,9 @@
-"""The sizes that define Native Sparse Attention, checked once."""
+"""The sizes that define Native Sparse Attention, checked once, and which layers of a model have it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+
+ATTENTIONS = ("nsa", "dense")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,29 @@ class NSAConfig:
     def num_cmp_blocks(self, document_len: int) -> int:
         """Compressed blocks of a document: only whole blocks count."""
         return max(0, (document_len - self.cmp_block_len) // self.cmp_stride + 1)
+
+
+def layer_attentions(pattern: str | Sequence[str], num_layers: int) -> tuple[str, ...]:
+    """One of ATTENTIONS for every layer: `pattern` is a word for all of them, or a list that repeats until they end.
+
+    >>> layer_attentions(["nsa", "dense"], 4)
+    ('nsa', 'dense', 'nsa', 'dense')
+
+    ValueError for other words, and for a list whose length does not divide `num_layers`.
+    """
+    words = [pattern] if isinstance(pattern, str) else list(pattern)
+    unknown = [word for word in words if word not in ATTENTIONS]
+    if unknown or not words:
+        raise ValueError(
+            f"attention={pattern!r} must be one of {', '.join(ATTENTIONS)}, or a list of these words, one a layer, as "
+            f"those are the attentions there are; for every fourth layer dense give [nsa, nsa, nsa, dense]"
+        )
+    if num_layers % len(words):
+        raise ValueError(
+            f"attention={words} names {len(words)} layers, which do not repeat evenly in num_layers={num_layers}; "
+            f"name each layer, or take num_layers={_round_up(num_layers, len(words))}"
+        )
+    return tuple(words * (num_layers // len(words)))
 
 
 def _round_up(value: int, multiple: int) -> int:

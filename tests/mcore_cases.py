@@ -220,15 +220,16 @@ def packs_agree(layout: Layout, expected: Tensor) -> None:
     torch.testing.assert_close(attend_pack(layout), expected, rtol=1e-10, atol=1e-10)
 
 
-def save(layout: Layout, path: Path) -> None:
+def save(layout: Layout, path: Path, changes: dict | None = None) -> None:
     path.mkdir(exist_ok=True)
     dist.barrier()
-    dist_checkpointing.save(build_attention(make_config(layout)).sharded_state_dict(), str(path))
+    attention = build_attention(make_config(layout, **(changes or {})))
+    dist_checkpointing.save(attention.sharded_state_dict(), str(path))
 
 
-def loads(layout: Layout, path: Path) -> None:
+def loads(layout: Layout, path: Path, changes: dict | None = None) -> None:
     """What another layout saved is what this one would have been built with."""
-    config = make_config(layout)
+    config = make_config(layout, **(changes or {}))
     other, expected = build_attention(config, seed=9), build_attention(config)
     other.load_state_dict(dist_checkpointing.load(other.sharded_state_dict(), str(path)))
     for (name, got), wanted in zip(other.named_parameters(), expected.parameters(), strict=True):

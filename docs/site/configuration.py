@@ -55,8 +55,9 @@ def _name(annotation: Any) -> str:
     if get_origin(annotation) is tuple:
         return f"[{', '.join(map(_name, get_args(annotation)))}]"
     choices = get_args(annotation)
-    if NoneType in choices:
-        return ", ".join(_name(choice) for choice in choices if choice is not NoneType) + ", or null"
+    if choices:
+        null = ", or null" if NoneType in choices else ""
+        return ", ".join(_name(choice) for choice in choices if choice is not NoneType) + null
     return NAMES[annotation]
 
 

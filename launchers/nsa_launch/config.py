@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_serializer, field_validator
 
-from nsa_dist.train.config import Section, TrainConfig
+from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.config_errors import is_secret, parse
 from nsa_dist.train.files.marker import NAME
 from nsa_dist.train.files.places import expanded
 from nsa_dist.train.refused import Refused
+from nsa_dist.train.sections.section import Section
 from nsa_launch import overrides as command_line
 from nsa_launch import yaml_values
 

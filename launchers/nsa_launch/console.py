@@ -14,7 +14,7 @@ from nsa_dist.train.files.records import MetricsFollower, Record, read_metrics
 from nsa_dist.train.health.record import SLOW
 from nsa_launch.config import RunConfig
 from nsa_launch.hangs.watch import HangWatch
-from nsa_launch.progress import TrainProgress
+from nsa_launch.progress import TrainProgress, answers
 from nsa_launch.ranks import output as rank_output
 from nsa_launch.run_folder import MORE_MEMORY, OUT_OF_MEMORY, PROCESS_DIED, RunFolder
 
@@ -188,6 +188,8 @@ class Console:
                 f"validation loss {first['loss']:.4f} (step {first['step']}) -> {last['loss']:.4f} "
                 f"(step {last['step']}), {self._config.data.loss_unit}"
             )
+        for record in read_metrics(output.metrics, "tasks")[-1:]:
+            self._show(lambda tasks: self.say(f"answers      {answers(tasks)} (step {tasks['step']})"), record)
         for record in read_metrics(output.metrics, "traffic")[-1:]:
             self._show(lambda traffic: self.say(f"traffic      {_traffic(traffic)}"), record)
         self.say(f"metrics      {output.metrics}, and TensorBoard: tensorboard --logdir {output.tensorboard}")
@@ -251,7 +253,7 @@ def _traffic(record: Record) -> str:
 
 
 class LineProgress:
-    """Progress for files and pipes: a line for each validation, and one every few seconds in between."""
+    """Progress for files and pipes: lines for each validation, and one every few seconds in between."""
 
     def __init__(self, console: Console, total_steps: int) -> None:
         self._console = console
@@ -263,6 +265,8 @@ class LineProgress:
         step = f"step {record['step']}/{self._total_steps}"
         if record["kind"] == "validation":
             self._console.say(f"{step}  validation {record['loss']:.4f}")
+        elif record["kind"] == "tasks":
+            self._console.say(f"{step}  answers {answers(record)}")
         elif record["kind"] == "train" and (time.monotonic() >= self._due_s or record["step"] == self._total_steps):
             self._due_s = time.monotonic() + _LINE_INTERVAL_S
             self._console.say(f"{step}  loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s")

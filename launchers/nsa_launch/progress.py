@@ -22,13 +22,16 @@ class TrainProgress:
             BarColumn(),
             TextColumn("loss {task.fields[loss]}"),
             TextColumn("validation {task.fields[validation]}"),
+            TextColumn("{task.fields[answers]}"),
             TextColumn("{task.fields[speed]} tokens/s"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = self._progress.add_task("train", total=total_steps, loss="-", validation="-", speed="-")
+        self._task = self._progress.add_task(
+            "train", total=total_steps, loss="-", validation="-", speed="-", answers=""
+        )
 
     def __enter__(self) -> "TrainProgress":
         self._progress.start()
@@ -38,7 +41,7 @@ class TrainProgress:
         self._progress.stop()
 
     def feed(self, record: Record) -> None:
-        """Show a record; kinds other than "train" and "validation" are passed over."""
+        """Show a record; kinds other than "train", "validation" and "tasks" are passed over."""
         if record["kind"] == "train":
             self._progress.update(
                 self._task,
@@ -48,3 +51,10 @@ class TrainProgress:
             )
         elif record["kind"] == "validation":
             self._progress.update(self._task, validation=f"{record['loss']:.4f}")
+        elif record["kind"] == "tasks":
+            self._progress.update(self._task, answers=answers(record))
+
+
+def answers(record: Record) -> str:
+    """Of a "tasks" record, in a few words: `recall 98.0%, copy 31.5%`."""
+    return ", ".join(f"{name} {task['accuracy']:.1%}" for name, task in record["tasks"].items())

@@ -2,7 +2,15 @@
 
 from nsa_dist.mcore.attention import NSASelfAttention
 from nsa_dist.mcore.config import NSATransformerConfig
+from nsa_dist.mcore.dense import DenseSelfAttention
 from nsa_dist.mcore.plans import prepare_pack
 from nsa_dist.mcore.specs import nsa_block_spec, nsa_layer_spec
 
-__all__ = ["NSASelfAttention", "NSATransformerConfig", "nsa_block_spec", "nsa_layer_spec", "prepare_pack"]
+__all__ = [
+    "DenseSelfAttention",
+    "NSASelfAttention",
+    "NSATransformerConfig",
+    "nsa_block_spec",
+    "nsa_layer_spec",
+    "prepare_pack",
+]

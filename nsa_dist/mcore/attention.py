@@ -1,5 +1,6 @@
-"""Native Sparse Attention as the self-attention of a Megatron-core transformer layer."""
+"""Native Sparse Attention as the self-attention of a Megatron-core transformer layer, and what a dense one shares."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.core.utils import get_pg_size
 from torch import Tensor, nn
 
 from nsa_dist.attention import check_agreement
+from nsa_dist.cp.comm import Comm
 from nsa_dist.mcore.config import NSATransformerConfig, need_nsa_config
 from nsa_dist.mcore.core import NSACoreAttention
 from nsa_dist.mcore.plans import Place, PlanCache, RankPlan, local_heads
@@ -26,13 +28,11 @@ class NSASelfAttentionSubmodules:
     linear_proj: ModuleSpec | type
 
 
-class NSASelfAttention(Attention):
-    """Replaces `SelfAttention` in a layer spec; see `nsa_layer_spec`.
+class PlannedSelfAttention(Attention):
+    """Self-attention that turns its own queries and keys, at the positions of a plan. Subclasses say what is projected.
 
     One column-parallel `linear_qkv` projects everything, interleaved by key/value head so that a tensor-parallel cut
-    takes whole heads, with G = query heads per key/value head:
-
-        [ q: G * Dk | k_cmp v_cmp k_slc v_slc k_win v_win: 3 * (Dk + Dv), or one pair if shared | gate: 3 * G ]
+    takes whole heads; `group_widths` are the columns of one such head.
 
     Tokens of a sequence are those that `config.nsa_layout` gives to this context-parallel rank, those of a pack as
     `packs.pack_order` says; the layer derives their positions itself. An `attention_mask` must be causal, a
@@ -53,10 +53,10 @@ class NSASelfAttention(Attention):
         plans: PlanCache | None = None,
         **later_versions: Any,
     ) -> None:
-        need_nsa_config(config, "NSASelfAttention")
+        need_nsa_config(config, type(self).__name__)
         if attn_mask_type != AttnMaskType.causal:
             raise ValueError(
-                f"attn_mask_type={attn_mask_type} is not causal, but NSA's blocks are chosen from the past only; "
+                f"attn_mask_type={attn_mask_type} is not causal, but {type(self).__name__} looks at the past only; "
                 f"set attn_mask_type=AttnMaskType.causal"
             )
         super().__init__(
@@ -70,24 +70,39 @@ class NSASelfAttention(Attention):
             **later_versions,
         )
         self.plans = plans or PlanCache(config)
-        self.core_attention = NSACoreAttention(config, self.pg_collection)
+        self.core_attention = self._build_core()
         self._build_projections(submodules)
+
+    @property
+    @abstractmethod
+    def group_widths(self) -> list[int]:
+        """Columns of `linear_qkv` for one key/value head, by part."""
+
+    @abstractmethod
+    def _build_core(self) -> nn.Module:
+        """From the tensors of `_split` and a `RankPlan` to [s, b, Hq * Dv]."""
+
+    @abstractmethod
+    def _split(self, mixed: Tensor) -> tuple[Tensor, ...]:
+        """[s, b, columns of `linear_qkv`] -> what the core takes."""
+
+    @property
+    def comm(self) -> Comm:
+        """The context-parallel group."""
+        return Comm(self.pg_collection.cp)
+
+    def _draw_qkv(self, weight: Tensor) -> Tensor:
+        """Initial values of `linear_qkv`, of the whole model or of one tensor-parallel rank."""
+        return self.config.init_method(weight)
 
     def _build_projections(self, submodules: NSASelfAttentionSubmodules) -> None:
         config = self.config
-        heads_per_group = config.num_attention_heads // config.num_query_groups
-        pairs = 1 if config.nsa_shared_kv else 3
-        self.group_widths = [
-            heads_per_group * config.kv_channels,
-            pairs * (config.kv_channels + config.v_head_dim),
-            heads_per_group * 3,
-        ]
         common = {"config": config, "is_expert": False, "tp_group": self.pg_collection.tp}
         self.linear_qkv = build_module(
             submodules.linear_qkv,
             config.hidden_size,
             config.num_query_groups * sum(self.group_widths),
-            init_method=config.init_method,
+            init_method=self._draw_qkv,
             gather_output=False,
             bias=config.add_bias_linear or config.add_qkv_bias,
             skip_bias_add=False,
@@ -108,18 +123,14 @@ class NSASelfAttention(Attention):
 
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: Tensor | None = None, **later_versions: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, b, h] -> q [s, b, Hq, Dk], kv [s, b, Hkv, pairs * (Dk + Dv)], gate logits [s, b, Hq, 3], local heads."""
+    ) -> tuple[Tensor, ...]:
+        """[s, b, h] -> what the core takes, of this rank's heads."""
         return self._split(self.linear_qkv(hidden_states)[0])
 
-    def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _parts(self, mixed: Tensor) -> tuple[Tensor, ...]:
+        """[s, b, ...] -> [s, b, local key/value heads, width] for each of `group_widths`."""
         mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, sum(self.group_widths)))
-        q, kv, gate_logits = mixed.split(self.group_widths, -1)
-        return (
-            q.unflatten(-1, (-1, self.config.kv_channels)).flatten(2, 3),
-            kv,
-            gate_logits.unflatten(-1, (-1, 3)).flatten(2, 3),
-        )
+        return mixed.split(self.group_widths, -1)
 
     def forward(
         self,
@@ -140,6 +151,7 @@ class NSASelfAttention(Attention):
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, h] -> (output [s, b, h], bias or None), s = the tokens of this rank."""
         _refuse(
+            type(self).__name__,
             key_value_states=key_value_states,
             inference_context=inference_context,
             inference_params=inference_params,
@@ -155,7 +167,7 @@ class NSASelfAttention(Attention):
         self.plans.arrivals.check_mask(attention_mask, rank_plan.plan, rank_plan.given, rank_plan.rank)
         self.plans.arrivals.check_rotary(rotary_pos_emb, self.config.kv_channels, self.config.nsa_rotary_base)
         if rank_plan.deal is not None:  # the first to send anything; otherwise nsa_attention makes sure
-            config, comm = self.config, self.core_attention.comm
+            config, comm = self.config, self.comm
             heads = local_heads(config, get_pg_size(self.pg_collection.tp), mixed.dtype)
             check_agreement(rank_plan.plan, config.nsa, heads, config.nsa_fetch, comm)
             mixed = rank_plan.deal.to_plan(mixed, comm)
@@ -163,13 +175,13 @@ class NSASelfAttention(Attention):
         def core(*projected: Tensor) -> Tensor:
             return self.core_attention(*projected, rank_plan)
 
-        q, kv, gate_logits = self._split(mixed)
+        projected = self._split(mixed)
         if self.checkpoint_core_attention and self.training:
-            out = tensor_parallel.checkpoint(core, False, q, kv, gate_logits)
+            out = tensor_parallel.checkpoint(core, False, *projected)
         else:
-            out = core(q, kv, gate_logits)
+            out = core(*projected)
         if rank_plan.deal is not None:
-            out = rank_plan.deal.from_plan(out, self.core_attention.comm)
+            out = rank_plan.deal.from_plan(out, self.comm)
         return self.linear_proj(out)
 
     def backward_dw(self) -> None:
@@ -192,6 +204,44 @@ class NSASelfAttention(Attention):
         return self.plans.of_packed(packed, tokens, place)
 
 
+class NSASelfAttention(PlannedSelfAttention):
+    """Replaces `SelfAttention` in a layer spec; see `nsa_layer_spec`.
+
+    Of a key/value head `linear_qkv` projects, with G = query heads per key/value head:
+
+        [ q: G * Dk | k_cmp v_cmp k_slc v_slc k_win v_win: 3 * (Dk + Dv), or one pair if shared | gate: 3 * G ]
+    """
+
+    core_attention: NSACoreAttention
+
+    @property
+    def group_widths(self) -> list[int]:
+        return nsa_group_widths(self.config)
+
+    @property
+    def comm(self) -> Comm:
+        return self.core_attention.comm  # with what counts its bytes
+
+    def _build_core(self) -> NSACoreAttention:
+        return NSACoreAttention(self.config, self.pg_collection)
+
+    def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [s, b, Hq, Dk], kv [s, b, Hkv, pairs * (Dk + Dv)], gate logits [s, b, Hq, 3], local heads."""
+        q, kv, gate_logits = self._parts(mixed)
+        return (
+            q.unflatten(-1, (-1, self.config.kv_channels)).flatten(2, 3),
+            kv,
+            gate_logits.unflatten(-1, (-1, 3)).flatten(2, 3),
+        )
+
+
+def nsa_group_widths(config: NSATransformerConfig) -> list[int]:
+    """Columns of an NSA layer's `linear_qkv` for one key/value head: queries, keys and values, gate logits."""
+    group = config.num_attention_heads // config.num_query_groups
+    pairs = 1 if config.nsa_shared_kv else 3
+    return [group * config.kv_channels, pairs * (config.kv_channels + config.v_head_dim), group * 3]
+
+
 def _refuse_other_group(packed: PackedSeqParams, group: Any, cp_size: int) -> None:
     """Megatron's hybrid context parallelism gives packs groups of their own."""
     size, own = getattr(packed, "local_cp_size", None), getattr(packed, "cp_group", None)
@@ -209,10 +259,10 @@ class _NotBuilt(nn.Module):
         super().__init__()
 
 
-def _refuse(**arguments: Any) -> None:
+def _refuse(who: str, **arguments: Any) -> None:
     given = [name for name, value in arguments.items() if value is not None and value is not False]
     if given:
         raise ValueError(
-            f"NSASelfAttention was given {', '.join(given)}, which it does not support: it trains and evaluates "
-            f"causal self-attention over whole sequences; leave {', '.join(given)} out, or use a dense layer"
+            f"{who} was given {', '.join(given)}, which it does not support: it trains and evaluates causal "
+            f"self-attention over whole sequences; leave {', '.join(given)} out, or use Megatron's own attention"
         )

@@ -1,13 +1,13 @@
 """Megatron's transformer configuration with the fields of Native Sparse Attention."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nsa_dist.config import NSAConfig
+from nsa_dist.config import NSAConfig, layer_attentions
 from nsa_dist.cp.options import FetchOptions
 from nsa_dist.mcore.settings import refuse_settings
 
@@ -16,6 +16,9 @@ from nsa_dist.mcore.settings import refuse_settings
 class NSATransformerConfig(TransformerConfig):
     """A `TransformerConfig` whose attention is NSA. ValueError for settings the layer does not have (`settings.py`).
 
+    `nsa_attention` makes some or all layers dense instead (`dense.py`): one word for all layers, or a list that repeats
+    until the layers end. Dense layers need `context_parallel_size` 1, and a model of both kinds `nsa_block_spec`.
+
     Head dims: q and k take `kv_channels`, v takes `nsa_v_head_dim` (None: the same).
     Positions: the layer turns q and k itself, at the positions of the context-parallel plan, so the model around it
     wants `position_embedding_type="none"`. Learned positions are refused when the model draws them, a `rotary_pos_emb`
@@ -23,6 +26,7 @@ class NSATransformerConfig(TransformerConfig):
     """
 
     nsa: NSAConfig = field(default_factory=NSAConfig)
+    nsa_attention: str | Sequence[str] = "nsa"  # or "dense", or a list of both: see nsa_dist.config.layer_attentions
     nsa_shared_kv: bool = False  # one K/V for the three branches instead of one each
     nsa_compression: Literal["mlp", "mean"] = "mlp"
     nsa_compress_before_rope: bool = True  # and turn the compressed key at its block's first position
@@ -48,12 +52,26 @@ class NSATransformerConfig(TransformerConfig):
         super().__post_init__()
         self._check_choices()
         self._check_groups()
+        self._check_dense()
         draw = vars(self)["embedding_init_method"]
         self.embedding_init_method = draw if isinstance(draw, _TokenEmbeddingInit) else _TokenEmbeddingInit(draw)
 
     @property
     def v_head_dim(self) -> int:
         return self.nsa_v_head_dim or self.kv_channels
+
+    @property
+    def layer_attentions(self) -> tuple[str, ...]:
+        """ "nsa" or "dense" for every layer of the model."""
+        return layer_attentions(self.nsa_attention, self.num_layers)
+
+    def _check_dense(self) -> None:
+        if "dense" in self.layer_attentions and self.context_parallel_size > 1:
+            raise ValueError(
+                f"nsa_attention={self.nsa_attention!r} has dense layers and context_parallel_size="
+                f"{self.context_parallel_size}, but a dense layer needs all keys on every rank, which it does not "
+                f"gather; set context_parallel_size=1, or nsa_attention='nsa'"
+            )
 
     def _check_choices(self) -> None:
         choices: dict[str, tuple] = {

@@ -1,4 +1,4 @@
-"""The `ModuleSpec` that puts NSA into a Megatron model."""
+"""The `ModuleSpec` that puts NSA, or its dense twin, into a Megatron model."""
 
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -13,9 +13,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from nsa_dist.mcore.attention import NSASelfAttention, NSASelfAttentionSubmodules
 from nsa_dist.mcore.config import NSATransformerConfig, need_nsa_config
+from nsa_dist.mcore.dense import DenseSelfAttention
 from nsa_dist.mcore.norm import local_norm
 from nsa_dist.mcore.plans import PlanCache
 
@@ -33,12 +35,21 @@ _TORCH_NORM_REFUSES = (
 def nsa_layer_spec(config: NSATransformerConfig, backend: Backend = "local") -> ModuleSpec:
     """A GPT transformer layer whose self-attention is NSA: `GPTModel(config, nsa_layer_spec(config), ...)`.
 
+    With `config.nsa_attention="dense"` it is the dense twin; a pattern of both needs `nsa_block_spec`.
+
     backend     "local": Megatron-core alone, on any device; "transformer_engine": its linear layers and norms.
-    ValueError for another backend, another config, or a mixture of dense and MoE layers. With a bare layer's spec
-    Megatron chooses the final norm: under sequence parallelism and without Transformer Engine, building such a layer
-    is a ValueError that names `nsa_block_spec`.
+    ValueError for another backend, another config, a pattern, or a mixture of MoE and other layers. With a bare layer's
+    spec Megatron chooses the final norm: under sequence parallelism and without Transformer Engine, building such a
+    layer is a ValueError that names `nsa_block_spec`.
     """
-    layer = _layer_spec(config, backend)
+    need_nsa_config(config, "nsa_layer_spec")
+    kinds = set(config.layer_attentions)
+    if len(kinds) > 1:
+        raise ValueError(
+            f"nsa_attention={config.nsa_attention!r} has layers of both kinds, but nsa_layer_spec is the spec of one "
+            f"layer, which a model repeats; pass nsa_block_spec(config) to the model"
+        )
+    layer = _layer_spec(config, backend, kinds.pop(), PlanCache(config))
     refused = [name for name in _TORCH_NORM_REFUSES if getattr(config, name)]
     if backend == "local" and refused and transformer_block.LayerNormImpl is WrappedTorchNorm:
         layer.submodules.input_layernorm = ModuleSpec(module=_NoFinalNorm, params={"refused": refused})
@@ -48,17 +59,18 @@ def nsa_layer_spec(config: NSATransformerConfig, backend: Backend = "local") -> 
 def nsa_block_spec(config: NSATransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the final norm, fit for sequence parallelism without Transformer Engine.
 
-    From a bare layer spec Megatron would build a final norm that refuses sequence parallelism. ValueError as
-    `nsa_layer_spec`.
+    Layers are NSA or dense as `config.nsa_attention` says. From a bare layer spec Megatron would build a final norm
+    that refuses sequence parallelism. ValueError as `nsa_layer_spec`, but for patterns.
     """
-    layer = _layer_spec(config, "local")
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=local_norm(config)
-    )
+    need_nsa_config(config, "nsa_block_spec")
+    plans, kinds = PlanCache(config), config.layer_attentions
+    specs = {kind: _layer_spec(config, "local", kind, plans) for kind in set(kinds)}
+    first = get_transformer_layer_offset(config, vp_stage) if len(specs) > 1 else 0
+    here = kinds[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)]
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in here], layer_norm=local_norm(config))
 
 
-def _layer_spec(config: NSATransformerConfig, backend: Backend) -> ModuleSpec:
-    need_nsa_config(config, "nsa_layer_spec")
+def _layer_spec(config: NSATransformerConfig, backend: Backend, attention: str, plans: PlanCache) -> ModuleSpec:
     experts = {"num_experts": _experts_of_every_layer(config), "moe_grouped_gemm": config.moe_grouped_gemm}
     if backend == "local":
         layer = get_gpt_layer_local_spec(normalization=config.normalization, **experts)
@@ -77,8 +89,8 @@ def _layer_spec(config: NSATransformerConfig, backend: Backend) -> ModuleSpec:
         )
     dense = layer.submodules.self_attention.submodules
     layer.submodules.self_attention = ModuleSpec(
-        module=NSASelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal, "plans": PlanCache(config)},
+        module=NSASelfAttention if attention == "nsa" else DenseSelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal, "plans": plans},
         submodules=NSASelfAttentionSubmodules(linear_qkv=dense.linear_qkv, linear_proj=dense.linear_proj),
     )
     return layer

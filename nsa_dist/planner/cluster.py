@@ -6,8 +6,8 @@ from typing import Literal
 import yaml
 from pydantic import Field
 
-from nsa_dist.train.config import Section
 from nsa_dist.train.config_errors import parse
+from nsa_dist.train.sections.section import Section
 
 DEFAULT_CLUSTER = Path(__file__).parent / "clusters" / "h200-8.yaml"  # part of the package
 

@@ -86,9 +86,10 @@ def make_plan(
     """Plan `config` for `cluster`. `cp_sizes` None: the powers of two that the cluster and the sequence admit.
 
     The configuration's own context-parallel size and layout are one candidate among the others. ValueError if a
-    given size does not fit the sequence or the cluster, or none does.
+    given size does not fit the sequence or the cluster, or none does, and for a model with dense layers.
     """
     options = options or Options()
+    _refuse_dense(config)
     if cp_sizes is None:
         cp_sizes = [size for size in _powers_of_two(cluster.num_gpus) if not _obstacle(config, cluster, size)]
         if not cp_sizes:
@@ -99,6 +100,15 @@ def make_plan(
     return Plan(
         config, cluster, options, tuple(_candidate(config, cluster, options, size) for size in sorted(set(cp_sizes)))
     )
+
+
+def _refuse_dense(config: TrainConfig) -> None:
+    if config.model.has_dense:
+        raise ValueError(
+            f"model.attention={config.model.attention} has dense layers, and a plan knows what NSA layers hold, send "
+            f"and take, and no others; plan with model.attention=nsa, and see what this run takes in its metrics "
+            f"(memory_bytes, tokens_per_s)"
+        )
 
 
 def _candidate(config: TrainConfig, cluster: Cluster, options: Options, cp_size: int) -> Candidate:

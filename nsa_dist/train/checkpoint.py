@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from nsa_dist.train.files.manifest import Entry, Manifest, written_by
 from nsa_dist.train.files.output import OutputDir
-from nsa_dist.train.model import Trainable
+from nsa_dist.train.model import Trainable, sharding_metadata
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.world import World
 
@@ -96,7 +96,7 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _state(model: Trainable, position: Position, is_loading: bool) -> dict[str, Any]:
-    weights = model.bare_model.sharded_state_dict(metadata=_metadata())
+    weights = model.bare_model.sharded_state_dict(metadata=sharding_metadata(model.config))
     return {
         "model": weights,
         "optimizer": model.optimizer.sharded_state_dict({"model": weights}, is_loading=is_loading),
@@ -105,10 +105,6 @@ def _state(model: Trainable, position: Position, is_loading: bool) -> dict[str, 
         "random_layout": _random_layout(),
         **position._asdict(),
     }
-
-
-def _metadata() -> dict[str, Any]:
-    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
 def _random_layout() -> list[int]:

@@ -4,58 +4,28 @@ A field's name occurs in one section only, so a launcher may accept `resume=true
 sections are checked here as well; what depends on the number of processes is `TrainConfig.data_parallel_size`.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from nsa_dist.config import NSAConfig
+from nsa_dist.config import NSAConfig, layer_attentions
 from nsa_dist.cp.options import FetchOptions
-from nsa_dist.train.files import places
 from nsa_dist.train.refused import Refused
+from nsa_dist.train.sections.data import LEAST_TASK_LENGTH, DataSection
+from nsa_dist.train.sections.section import Section, named
 
 VOCAB_SIZE = 256  # a token is a byte
-
-
-_MOST = 2**31 - 1  # of a whole number: what sizes and counts are kept in by torch and Megatron-core
-_MOST_WIDE = 2**63 - 1  # of a seed, and of bytes
-_PATIENCE = ("timeout_s", "grace_s")  # ends of names of what is waited for
-_SHORTEST_S, _LONGEST_S = 1e-3, 1e9  # of them: what a process keeps a timeout in takes no others
-
-
-class Section(BaseModel):
-    """A frozen part of a configuration that refuses unknown keys, numbers without bounds and texts without letters."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _check_switch(cls, value: Any, info: ValidationInfo) -> Any:
-        """To pydantic true is 1."""
-        kinds = _members(cls.model_fields[str(info.field_name)].annotation)
-        if isinstance(value, bool) and bool not in kinds and {int, float} & set(kinds):
-            raise ValueError(f"a number is needed, and this is {str(value).lower()}; give a number")
-        return value
-
-    @field_validator("*")
-    @classmethod
-    def _check_bounds(cls, value: Any, info: ValidationInfo) -> Any:
-        name = str(info.field_name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            most = _MOST_WIDE if name == "seed" or name.endswith("_bytes") else _MOST
-            if abs(value) > most:
-                raise ValueError(f"a whole number of {value.bit_length()} bits is too large; take {most} at most")
-        elif isinstance(value, float) and name.endswith(_PATIENCE) and not _SHORTEST_S <= value <= _LONGEST_S:
-            raise ValueError(f"{value:g} seconds are no time to wait; take {_SHORTEST_S:g} to {_LONGEST_S:g}")
-        elif isinstance(value, str) and not (value.strip() and value.isprintable()):
-            raise ValueError(f"{value[:80]!r} is empty or cannot be printed, so it names nothing; give a name")
-        return value
 
 
 class ModelSection(Section):
     """A GPT decoder over bytes, or the vocabulary of `data.tokens`: RMSNorm, SwiGLU, no biases, no dropout."""
 
+    attention: str | list[str] = Field(
+        default="nsa",
+        description="of the layers: nsa, dense, or a list of these words, one a layer, that repeats until the layers "
+        "end, such as [nsa, nsa, nsa, dense]",
+    )
     num_layers: int = Field(default=2, ge=1, description="decoder layers")
     hidden_size: int = Field(default=128, ge=1, description="width of what goes from layer to layer")
     num_attention_heads: int = Field(default=4, ge=1, description="query heads")
@@ -70,6 +40,29 @@ class ModelSection(Section):
     embedding_init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial embedding")
     tie_embeddings: bool = Field(default=False, description="one matrix for the embedding and the output layer")
     recompute_attention: bool = Field(default=False, description="run the attention again in backward, keep nothing")
+
+    @field_validator("attention")
+    @classmethod
+    def _shortest(cls, attention: str | list[str]) -> str | list[str]:
+        """A pattern in its shortest form, so that a model has one."""
+        words = [attention] if isinstance(attention, str) else attention
+        divisors = (n for n in range(1, len(words) + 1) if len(words) % n == 0)
+        words = next((words[:n] for n in divisors if words[:n] * (len(words) // n) == words), words)
+        return words[0] if len(words) == 1 else words
+
+    @model_validator(mode="after")
+    def _check_attention(self) -> "ModelSection":
+        layer_attentions(self.attention, self.num_layers)
+        return self
+
+    @property
+    def layer_attentions(self) -> tuple[str, ...]:
+        """ "nsa" or "dense" for every layer."""
+        return layer_attentions(self.attention, self.num_layers)
+
+    @property
+    def has_dense(self) -> bool:
+        return "dense" in self.layer_attentions
 
     @model_validator(mode="after")
     def _check_heads(self) -> "ModelSection":
@@ -181,93 +174,6 @@ class ParallelSection(Section):
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
 
-class DataSection(Section):
-    """Text files read as bytes, or token sets; neither given: the running interpreter's own standard library."""
-
-    folder: Path | None = Field(
-        default=None, description="of the texts, subfolders too but no run's; null: the standard library of this Python"
-    )
-    pattern: str = Field(default="*", description="of the file names below folder; the standard library has its own")
-    validation_fraction: float = Field(
-        default=0.05, gt=0, lt=1, description="share of the files that is for evaluation; of documents in data.tokens"
-    )
-    max_file_bytes: int = Field(
-        default=1_000_000, ge=1, description="bytes; longer files are left out: they are tables"
-    )
-    tokens: Path | list[tuple[float, Path]] | None = Field(
-        default=None,
-        description="instead of folder: PREFIX of a token set of `nsa-dist data build`, or [[weight, PREFIX], ...], "
-        "blended by samples in the order of their weights",
-    )
-
-    @field_validator("folder", mode="before")
-    @classmethod
-    def _check_folder(cls, folder: Any) -> Any:
-        return _named(folder)
-
-    @field_validator("pattern")
-    @classmethod
-    def _check_pattern(cls, pattern: str) -> str:
-        parts = pattern.split("/")
-        if pattern.startswith("/") or ".." in parts or any("**" in part and part != "**" for part in parts):
-            raise ValueError(
-                f"{pattern!r} cannot be matched against names below data.folder: it begins with /, goes up with .., or "
-                f"has ** beside other characters; name the folder in data.folder, and here a pattern such as *.txt"
-            )
-        return pattern
-
-    @field_validator("tokens", mode="before")
-    @classmethod
-    def _check_tokens(cls, tokens: Any) -> Any:
-        if not isinstance(tokens, list | tuple):
-            return _named(tokens)
-        for pair in tokens or [None]:
-            _check_pair(pair)
-        prefixes = [str(prefix) for _, prefix in tokens]
-        if len(set(prefixes)) < len(prefixes):
-            raise ValueError("a PREFIX is given twice, and both would give the same samples; add up their weights")
-        return tokens
-
-    @model_validator(mode="after")
-    def _check_one_source(self) -> "DataSection":
-        if self.tokens is None:
-            return self
-        given = [
-            name for name in ("folder", "pattern", "max_file_bytes") if getattr(self, name) != _default(self, name)
-        ]
-        if given:
-            raise ValueError(
-                f"tokens and {', '.join(given)} are both given, and a token set was made of its files long before; "
-                f"leave tokens out, or {', '.join(given)}"
-            )
-        return self
-
-    @property
-    def token_sets(self) -> tuple[tuple[float, Path], ...]:
-        """(weight, prefix) of each; none where the texts are read as bytes."""
-        if self.tokens is None:
-            return ()
-        return tuple(self.tokens) if isinstance(self.tokens, list) else ((1.0, self.tokens),)
-
-    @property
-    def loss_unit(self) -> str:
-        """Of every loss of the run."""
-        return "nats per token" if self.token_sets else "nats per byte"
-
-    @property
-    def places(self) -> dict[str, Path]:
-        """{what names it: path} of all that is read from elsewhere."""
-        folder = {} if self.folder is None else {"data.folder": self.folder}
-        return folder | {f"data.tokens {prefix}": prefix for _, prefix in self.token_sets}
-
-    def moved(self, place: Callable[[str, Path], Path]) -> "DataSection":
-        """A copy with `place(key, path)` for every path."""
-        folder = None if self.folder is None else place("data.folder", self.folder)
-        tokens = [(weight, place("data.tokens", prefix)) for weight, prefix in self.token_sets]
-        one = tokens[0][1] if isinstance(self.tokens, Path) else tokens or None
-        return self.model_copy(update={"folder": folder, "tokens": one})
-
-
 class OptimizerSection(Section):
     """AdamW with a warmup and a decay, counted in steps."""
 
@@ -328,7 +234,7 @@ class RunSection(Section):
     @field_validator("output_dir", mode="before")
     @classmethod
     def _check_output_dir(cls, output_dir: Any) -> Any:
-        return _named(output_dir)
+        return named(output_dir)
 
     @model_validator(mode="after")
     def _check_instructions(self) -> "RunSection":
@@ -353,9 +259,19 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check_sections_together(self) -> "TrainConfig":
         _check_sequence(self)
+        _check_task_lengths(self)
         _check_model_parallel(self)
         _check_warmup(self)
         return self
+
+    @property
+    def task_lengths(self) -> list[int]:
+        """Bytes of a task's text, the longest first; none without tasks."""
+        if not self.data.tasks:
+            return []
+        longest = self.run.sequence_length
+        given = self.data.task_lengths or [n for n in (longest >> k for k in range(4)) if n >= LEAST_TASK_LENGTH]
+        return sorted(set(given), reverse=True)
 
     def resuming(self) -> "TrainConfig":
         """A copy that goes on from the last checkpoint if there is one: what every attempt but the first needs."""
@@ -394,6 +310,19 @@ def _check_sequence(config: TrainConfig) -> None:
         )
 
 
+def _check_task_lengths(config: TrainConfig) -> None:
+    if not config.data.tasks:
+        return
+    least, most = LEAST_TASK_LENGTH, config.run.sequence_length
+    wrong = [length for length in config.data.task_lengths or [most] if not least <= length <= most]
+    if wrong or config.data.task_lengths == []:
+        raise ValueError(
+            f"task_lengths={config.data.task_lengths} with sequence_length={most}: the text of a task is {least} bytes "
+            f"at least, as questions take some, and lies in one sequence; give lengths from {least} to "
+            f"sequence_length, or a longer sequence_length"
+        )
+
+
 def _check_model_parallel(config: TrainConfig) -> None:
     model, parallel = config.model, config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -413,6 +342,12 @@ def _check_model_parallel(config: TrainConfig) -> None:
             f"num_layers={model.num_layers} must be a multiple of pipeline_model_parallel_size={pipeline}, so that "
             f"every stage holds as many layers; take num_layers={_round_up(model.num_layers, pipeline)}"
         )
+    if model.has_dense and parallel.context_parallel_size > 1:
+        raise ValueError(
+            f"attention={model.attention} has dense layers and context_parallel_size={parallel.context_parallel_size}, "
+            f"but a dense layer needs all keys on every rank, which it does not gather; take context_parallel_size=1, "
+            f"or attention=nsa"
+        )
     if parallel.sequence_parallel and tensor == 1:
         raise ValueError(
             "sequence_parallel=true needs tensor_model_parallel_size above 1, because it shares the tokens among "
@@ -427,32 +362,6 @@ def _check_warmup(config: TrainConfig) -> None:
             f"warmup_steps={warmup} must be below steps={steps}, so that the decay has a length; "
             f"take warmup_steps={steps // 10}"
         )
-
-
-def _named(place: Any) -> Any:
-    if isinstance(place, str | Path):
-        places.check_name(place)
-    return place
-
-
-def _check_pair(pair: Any) -> None:
-    """ValueError unless it is a weight and a place."""
-    weight, prefix = pair if isinstance(pair, list | tuple) and len(pair) == 2 else (None, None)
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not isinstance(prefix, str | Path):
-        raise ValueError(
-            "a blend is a list of pairs of a number and a text; write it as [[0.7, tokens/web], [0.3, tokens/code]]"
-        )
-    if not 1e-9 <= weight <= 1e9:
-        raise ValueError(f"the weight {weight!r} of {prefix} is no share of the samples; give 1e-9 to 1e9")
-    _named(prefix)
-
-
-def _default(section: BaseModel, name: str) -> Any:
-    return type(section).model_fields[name].default
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) or (annotation,)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -11,12 +11,14 @@ from nsa_dist.train.config import RunSection, TrainConfig
 _SIZES = "the checkpoint's weights have these sizes"
 _DRAWN = "the weights were drawn with it"
 _ATTENTION = "the model was trained to attend so"
+_TASKS = "samples of tasks are drawn by it, in between those of text"
 _CORPUS = "the corpus of the run was packed with it"
 
 FIXED: dict[str, str] = {
     "run.sequence_length": "the corpus is cut into samples of this length",
     "run.seed": "it drew the weights and orders the samples",
     "run.dtype": "the checkpoint's weights and optimizer states are of it",
+    "model.attention": _ATTENTION,
     "model.num_layers": _SIZES,
     "model.hidden_size": _SIZES,
     "model.num_attention_heads": _SIZES,
@@ -42,7 +44,10 @@ FIXED: dict[str, str] = {
     "data.validation_fraction": _CORPUS,
     "data.max_file_bytes": _CORPUS,
     "data.tokens": "the run was begun on these tokens",  # elsewhere they may lie
+    "data.tasks": _TASKS,
+    "data.task_lengths": _TASKS,
 }
+OF_TEXTS = {key for key in FIXED if key.startswith("data.") and FIXED[key] != _TASKS}  # may, if they are the same texts
 
 # These change nothing that a step computes from the same samples (to rounding), or are meant to be changed on the way.
 FREE = {

@@ -27,6 +27,7 @@ from nsa_dist.train.model import Trainable, build
 from nsa_dist.train.prepare import note_settings, prepare_output
 from nsa_dist.train.selection import selected_blocks
 from nsa_dist.train.step import StepResult, evaluate, train_step
+from nsa_dist.train.tasks.score import task_record
 from nsa_dist.train.tokens.sets import vocab_size
 from nsa_dist.train.traffic import TrafficMeter
 from nsa_dist.train.world import World, entered
@@ -208,12 +209,14 @@ class _Run:
             self.write(self.meter.record(position.step, result.traffic))
 
     def validate(self, step: int) -> None:
-        """One validation record, over the same sequences every time."""
+        """One validation record, over the same sequences every time; and one of the tasks, if there are any."""
         self.hooks.on_phase("validation", step)
         self.validation_loss = evaluate(
             self.model, self.cutter, self.datasets.validation, self.config.run.eval_batches, self.world
         )
         self.write({"kind": "validation", "step": step, "loss": self.validation_loss})
+        if self.config.data.tasks:
+            self.write(task_record(self.config, self.model, self.cutter, step, self.world))
 
     def write(self, record: Record) -> None:
         if self.log is not None:
@@ -225,14 +228,19 @@ class _Run:
         return {name: loss for name, loss in known.items() if loss is not None}
 
     def draw(self) -> None:
-        """`loss.png` and `selection.png`, of the last layer of process 0's stage."""
-        layer = self.config.model.num_layers // self.config.parallel.pipeline_model_parallel_size - 1
-        blocks = selected_blocks(self.model, self.cutter, self.datasets.validation, layer, self.world)
+        """`loss.png`; and `selection.png` of the last NSA layer of process 0's stage, if there is one."""
         if self.world.is_main:
             train, validation = (read_metrics(self.output.metrics, kind) for kind in ("train", "validation"))
             unit = self.config.data.loss_unit
             plot_losses(train, validation, vocab_size(self.config), unit, self.output.root / "loss.png")
-            where = f"layer {layer + 1}, first head, a validation sequence"
+        model = self.config.model
+        first_stage = model.layer_attentions[: model.num_layers // self.config.parallel.pipeline_model_parallel_size]
+        if "nsa" not in first_stage:
+            return
+        blocks = selected_blocks(self.model, self.cutter, self.datasets.validation, self.world)
+        if self.world.is_main and blocks is not None:
+            layer = max(n for n, kind in enumerate(first_stage, 1) if kind == "nsa")
+            where = f"layer {layer}, first head, a validation sequence"
             plot_selection(blocks, self.config.nsa.sizes(), where, self.output.root / "selection.png")
 
 

@@ -37,8 +37,9 @@ class Trainable:
 
     @property
     def attentions(self) -> list[NSASelfAttention]:
-        """Those of this stage's layers."""
-        return [layer.self_attention for layer in self.bare_model.decoder.layers]
+        """Those of this stage's layers that have NSA: a dense one has no gates, chooses no blocks and sends nothing."""
+        found = (layer.self_attention for layer in self.bare_model.decoder.layers)
+        return [attention for attention in found if isinstance(attention, NSASelfAttention)]
 
 
 def build(config: TrainConfig, world: World) -> Trainable:
@@ -117,6 +118,7 @@ def transformer_config(config: TrainConfig, world: World) -> NSATransformerConfi
         calculate_per_token_loss=True,
         use_cpu_initialization=world.device.type == "cpu",
         nsa=nsa.sizes(),
+        nsa_attention=model.attention,
         nsa_shared_kv=nsa.shared_kv,
         nsa_compression=nsa.compression,
         nsa_compress_before_rope=nsa.compress_before_rope,
@@ -125,6 +127,13 @@ def transformer_config(config: TrainConfig, world: World) -> NSATransformerConfi
         nsa_fetch=parallel.fetch_options(),
         **(recompute if model.recompute_attention else {}),
     )
+
+
+def sharding_metadata(config: NSATransformerConfig) -> dict[str, Any]:
+    """What Megatron's `sharded_state_dict` is told. Weights of layers of two kinds cannot be stacked."""
+    both = len(set(config.layer_attentions)) > 1
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return {"dp_cp_group": group, **({"non_homogeneous_layers": True} if both else {})}
 
 
 def _optimizer_config(section: OptimizerSection, megatron: NSATransformerConfig) -> OptimizerConfig:

@@ -15,7 +15,7 @@ from nsa_dist.train.files.candidates import ANY_CHECKPOINT, refusal
 from nsa_dist.train.files.marker import NAME, RunMarker, containers, found, remove
 from nsa_dist.train.files.output import MADE, OutputDir
 from nsa_dist.train.files.places import check_writable, expanded, is_folder
-from nsa_dist.train.identity import FIXED, changes, differences, identity, settings
+from nsa_dist.train.identity import FIXED, OF_TEXTS, changes, differences, identity, settings
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.tokens import sets
 
@@ -165,7 +165,7 @@ def _check_texts(config: TrainConfig) -> None:
 
 def _check_same_run(output: OutputDir, marker: RunMarker, config: TrainConfig) -> None:
     found_otherwise = differences(marker.identity, config)
-    if found_otherwise and all(key.startswith("data.") for key in found_otherwise) and _same_texts(marker, config):
+    if found_otherwise and found_otherwise.keys() <= OF_TEXTS and _same_texts(marker, config):
         return
     if found_otherwise:
         lines = [

@@ -20,6 +20,8 @@ from nsa_dist.train.world import World
 class StepResult(NamedTuple):
     """Of one step over all ranks: mean loss in nats per token, gradient norm before clipping, the rate used.
 
+    Tokens count by their `loss_mask`, which is 1 in texts and a whole number or 0 in tasks.
+
     Where loss or norm is not finite, no weight and no state of the optimizer was touched.
     """
 

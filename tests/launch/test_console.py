@@ -74,6 +74,19 @@ def test_pipes_get_lines_of_progress(tmp_path, folder, capsys):
     ]
 
 
+TASKS = '{"kind": "tasks", "step": %d, "tasks": {"recall": {"accuracy": %s}, "copy": {"accuracy": 1.0}}}'
+
+
+def test_answers_are_told_where_losses_are(tmp_path, folder, capsys):
+    with Console(tiny(tmp_path), folder) as console:
+        write(folder, TASKS % (0, 0.125), TASKS % (24, 0.5))
+        console.update()
+        told = capsys.readouterr().out.splitlines()
+        assert told == ["step 0/24  answers recall 12.5%, copy 100.0%", "step 24/24  answers recall 50.0%, copy 100.0%"]
+        console.finish({"step": 24, "stopped": False})
+    assert "answers      recall 50.0%, copy 100.0% (step 24)" in capsys.readouterr().out
+
+
 def test_the_last_words_name_losses_and_places(tmp_path, folder, capsys):
     write(folder, '{"kind": "validation", "step": 0, "loss": 5.5}', '{"kind": "validation", "step": 24, "loss": 2.25}')
     (folder.path / "loss.png").touch()

@@ -189,6 +189,14 @@ def test_what_other_processes_hold_is_said_and_nothing_fits_there(tmp_path):
     assert not any(line.endswith(", which fits)") for line in beside)
 
 
+def test_a_dense_model_has_no_plan_and_is_told_what_makes_room(tmp_path):
+    config = large(tmp_path, "model.attention=dense", "parallel.context_parallel_size=1")
+    first, why, remedy = shown.lines(config, full(device_bytes=80 * GIB), 8)
+    assert first == f"rank 3 on b ran out of memory: {TEXT}"
+    assert "there is no plan of model.attention=dense" in why
+    large(tmp_path, *remedy.partition(": ")[2].split(", or ")[0].split(", "))  # accepted
+
+
 def test_what_is_not_known_is_not_made_up(tmp_path):
     lines = shown.lines(large(tmp_path), full(), 8)
     assert any(line.endswith("unknown") for line in lines)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from launch_cases import tiny, tiny_file
-from nsa_dist.train.config import DataSection
 from nsa_dist.train.data.corpus import candidates, find_files
+from nsa_dist.train.sections.data import DataSection
 from nsa_launch import cli, exit_codes
 from nsa_launch.on_ray import driver
 from train_cases import write_texts

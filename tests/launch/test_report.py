@@ -169,6 +169,41 @@ def test_what_is_nested_in_an_event_is_said_in_words(folder):
     assert "seconds Ray 5.3, processes 9.8" in said
 
 
+def answered(step: int, recall: float) -> dict:
+    by_length = {
+        "256": {"accuracy": recall, "answers": 8, "by_depth": [recall, recall, recall, recall, None]},
+        "128": {"accuracy": 1.0, "answers": 4, "by_depth": [1.0, 1.0, 1.0, 1.0, None]},
+    }
+    return {
+        "kind": "tasks", "step": step,
+        "tasks": {"recall": {"accuracy": recall, "answers": 12, "by_length": by_length}},
+    }  # fmt: skip
+
+
+def test_answers_are_shown_by_step_length_and_depth(folder):
+    assert "Tasks" not in read(lived(folder)).sections
+    write(folder, answered(0, 0.125), answered(24, 0.75))
+    shown = read(folder)
+    told = " ".join(shown.sections["Tasks"].split())
+    assert told == "task right, step 24 answers 256 bytes 128 bytes recall 75.0% 12 75.0% 100.0%"
+    titles = [alt for alt, _ in shown.images]
+    assert "share of the answers that are right by step: recall" in titles
+    assert "recall: right answers, step 24 by bytes and fifth of the text, from its beginning" in titles
+    assert "tasks" not in shown.sections["Health"]
+
+
+@pytest.mark.parametrize(
+    ("attention", "named", "said"),
+    [("dense", "dense", "The run's attention is dense"), ("[nsa, dense]", "nsa, dense", "is drawn when a run")],
+)
+def test_the_attention_of_a_run_is_named(tmp_path, attention, named, said):
+    alone = ["parallel.context_parallel_size=1", "model.num_layers=2", f"model.attention={attention}"]
+    with claimed(tiny(tmp_path, *alone)) as folder:
+        shown = read(folder)
+    assert f"attention {named}" in " ".join(shown.sections["Summary"].split())
+    assert said in shown.sections["Selection"]
+
+
 def test_losses_of_a_tokenizers_tokens_are_by_token(folder):
     path = folder.path / "config.yaml"
     config = yaml.safe_load(path.read_text())

@@ -1,6 +1,7 @@
 """Signs of life, and what is told from them: who hangs, where the others wait, when it is said."""
 
 import os
+import re
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -295,8 +296,35 @@ def test_many_ranks_beat_less_often(tmp_path):
 
 def test_a_wait_is_told_from_work():
     frames = stack.frames_of(threading.get_ident())
-    assert "test_signs_of_life.py" in stack.told(frames[1:])[0]
+    here = stack.told(frames[2:])[0]
+    assert re.fullmatch(r"\S*tests/launch/test_signs_of_life.py:\d+ test_a_wait_is_told_from_work", here)
     assert not stack.waits(frames)
+
+
+def test_a_thread_is_read_while_it_works():
+    """Its stack grows and shrinks; an error in it, or a crash, would be the reader's doing."""
+    done, failed = threading.Event(), []
+
+    def deeper(n: int) -> int:
+        return n and deeper(n - 1) + sum(i for i in range(3))
+
+    def work() -> None:
+        try:
+            while not done.is_set():
+                deeper(60)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        read = [stack.frames_of(thread.ident) for _ in range(200)]
+    finally:
+        done.set()
+        thread.join()
+    assert not failed
+    assert all("work" in [frame.function for frame in frames] for frames in read)
+    assert stack.frames_of(thread.ident) == []
 
 
 class Speech:

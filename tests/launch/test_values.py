@@ -31,7 +31,7 @@ NAMES = [
 ]
 TEXTS = ["1", "020", "1:30", "0x1F", "1.10", "yes", "off", "2026-11-28", "1e5", "a #1", "{a: b}", "it's", ""]
 FLOATS = [
-    f"{section}.{name}"
+    f"{section}.{name}" + (".recall" if name == "tasks" else "")  # a mapping of them
     for section, field in RunConfig.model_fields.items()
     for name, key in field.annotation.model_fields.items()
     if float in (key.annotation, *getattr(key.annotation, "__args__", ()))

@@ -11,12 +11,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from rich.console import Console
 
 from nsa_dist import NSAConfig
-from nsa_dist.train.config import DataSection
 from nsa_dist.train.data.corpus import find_files, split_files
 from nsa_dist.train.data.packing import END_OF_DOCUMENT, write_corpus
 from nsa_dist.train.files.metrics import MetricsLog
 from nsa_dist.train.files.plots import CHOSEN, FORCED, FUTURE, VISIBLE, selection_map
 from nsa_dist.train.files.records import MetricsFollower, read_metrics
+from nsa_dist.train.sections.data import DataSection
 from nsa_launch.progress import TrainProgress
 from train_cases import write_texts
 
@@ -96,12 +96,13 @@ def test_a_torn_line_is_dropped_and_the_later_record_counts(tmp_path):
 
 
 def test_progress_shows_what_it_is_fed():
-    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    console = Console(file=io.StringIO(), force_terminal=True, width=140)
     with TrainProgress(total_steps=40, console=console) as bar:
         bar.feed({"kind": "validation", "step": 0, "loss": 5.5})
+        bar.feed({"kind": "tasks", "step": 0, "tasks": {"recall": {"accuracy": 0.125}}})
         bar.feed({"kind": "train", "step": 10, "loss": 3.25, "tokens_per_s": 12345.6})
     shown = console.file.getvalue()
-    assert all(text in shown for text in ("10/40", "3.2500", "5.5000", "12,346"))
+    assert all(text in shown for text in ("10/40", "3.2500", "5.5000", "12,346", "recall 12.5%"))
 
 
 # --- the map of selected blocks -------------------------------------------------------------------------------------

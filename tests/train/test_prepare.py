@@ -301,7 +301,8 @@ def test_contradicting_instructions_are_refused(base):
 
 
 OTHER: dict[str, object] = {
-    "run.sequence_length": 512, "run.seed": 7, "run.dtype": "bf16", "model.num_layers": 4, "model.hidden_size": 64,
+    "run.sequence_length": 512, "run.seed": 7, "run.dtype": "bf16", "model.attention": "dense",
+    "model.num_layers": 4, "model.hidden_size": 64,
     "model.num_attention_heads": 8, "model.num_query_groups": 4, "model.head_dim": 16, "model.ffn_hidden_size": 96,
     "model.tie_embeddings": True, "model.init_std": 0.5, "model.embedding_init_std": 0.5, "nsa.cmp_block_len": 16,
     "nsa.cmp_stride": 8, "nsa.slc_block_len": 32, "nsa.num_slc_blocks": 5, "nsa.num_init_blocks": 0,

@@ -13,13 +13,14 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nsa_dist.inference.generate import Sampling
 from nsa_dist.planner.shape import Shape
-from nsa_dist.train.config import DataSection, TrainConfig
+from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.data.blend import Blend
 from nsa_dist.train.data.samples import Samples, split_documents
 from nsa_dist.train.export.run import plain_model
 from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.prepare import prepare_output
 from nsa_dist.train.refused import Refused
+from nsa_dist.train.sections.data import DataSection
 from nsa_dist.train.tokens import sets
 from nsa_dist.train.tokens.listing import file_of
 from nsa_launch.commands import generate

@@ -45,5 +45,7 @@ def _union_map(record: Mapping[str, Any]) -> str:
 
 def selection(facts: Facts) -> str:
     """The map that a run draws at its end."""
+    if facts.attention == "dense":
+        return "<p>The run's attention is dense: every token sees all before it, and none selects blocks.</p>"
     shown = charts.picture(facts.folder.path / "selection.png", "the selection blocks that each query chose")
     return shown or "<p>The map of the selected blocks is drawn when a run has made its last step.</p>"

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -56,8 +57,13 @@ def lines(
     return image(_png(figure), f"{label} by step: {', '.join(drawn)}") + note
 
 
-def heat_map(rows: Sequence[Sequence[float]], label: str, down: str, across: str) -> str:
-    """A colour for every number of a table in [0, 1], with its value in it where there is room."""
+def heat_map(
+    rows: Sequence[Sequence[float]], label: str, down: str, across: str, names: Sequence[str] | None = None
+) -> str:
+    """A colour for every number of a table in [0, 1], with its value in it where there is room; none for NaN.
+
+    `names` are those of the rows; None: their numbers from 1.
+    """
     if not rows or not rows[0]:
         return ""
     height = min(8.0, 1.2 + 0.32 * len(rows))
@@ -67,11 +73,13 @@ def heat_map(rows: Sequence[Sequence[float]], label: str, down: str, across: str
     if len(rows) * len(rows[0]) <= _MOST_WRITTEN:
         for i, row in enumerate(rows):
             for j, value in enumerate(row):
+                if math.isnan(value):
+                    continue
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=_ink(value))
     axes.set(xlabel=across, ylabel=down)
     axes.set_title(label, fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_yticks(range(len(rows)), [str(i + 1) for i in range(len(rows))])
+    axes.set_yticks(range(len(rows)), names or [str(i + 1) for i in range(len(rows))])
     figure.colorbar(shown, ax=axes)
     return image(_png(figure), f"{label} by {down} and {across}")
 

@@ -40,6 +40,12 @@ class Facts:
         return steps if isinstance(steps, int) else None
 
     @property
+    def attention(self) -> str | list[str]:
+        """As `model.attention` has it; runs from before that key have NSA in every layer."""
+        model = self.config.get("model") if isinstance(self.config, dict) else None
+        return model.get("attention", "nsa") if isinstance(model, dict) else "nsa"
+
+    @property
     def loss_unit(self) -> str:
         data = self.config.get("data") if isinstance(self.config, dict) else None
         return "nats per token" if isinstance(data, dict) and data.get("tokens") else "nats per byte"

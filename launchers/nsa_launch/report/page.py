@@ -11,13 +11,14 @@ from nsa_dist.train.files.atomic import write_atomically
 from nsa_dist.train.files.lock import lock as hold
 from nsa_dist.train.files.marker import RunMarker
 from nsa_dist.train.refused import Refused
-from nsa_launch.report import attention, sections
+from nsa_launch.report import attention, sections, tasks
 from nsa_launch.report.facts import Facts, read
 from nsa_launch.run_folder import RunFolder
 
 _SECTIONS = (
     ("Summary", sections.summary),
     ("Losses", sections.losses),
+    ("Tasks", tasks.tasks),
     ("Throughput", sections.speed),
     ("Memory", sections.memory),
     ("Traffic", attention.traffic),

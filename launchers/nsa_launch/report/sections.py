@@ -11,7 +11,7 @@ from nsa_launch.report import charts
 from nsa_launch.report.facts import Facts, numbers
 from nsa_launch.report.tables import table
 
-_KNOWN = ("start", "train", "validation", "traffic")  # kinds of records with a section of their own
+_KNOWN = ("start", "train", "validation", "traffic", "tasks")  # kinds of records with a section of their own
 _GIB = 2**30
 _ENDS = ("launch", "start", "stop", "end", "gave up", "refused")  # events that end a launch or begin one
 
@@ -20,6 +20,7 @@ def summary(facts: Facts) -> str:
     """How far it came, and the figures that are asked for first."""
     train, validation = facts.records.get("train", []), facts.records.get("validation", [])
     rows = [("state", state(facts)), ("begun", facts.marker.begun), ("run id", facts.marker.run_id)]
+    rows.append(("attention", facts.attention if isinstance(facts.attention, str) else ", ".join(facts.attention)))
     if train:
         rows.append(("training loss", f"{train[0]['loss']:.4f} (step {train[0]['step']}) → {_loss(train[-1])}"))
     if validation:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from nsa_dist.train.data.packing import write_corpus
 from nsa_dist.train.data.samples import Samples, SampleSource, split_documents
 from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.refused import Refused
+from nsa_dist.train.tasks.source import training_samples
 from nsa_dist.train.tokens import listing, sets
 from nsa_dist.train.world import World
 
@@ -24,7 +26,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Datasets:
-    """The samples of one run, each of `sequence_length` consecutive tokens of shuffled files."""
+    """The samples of one run: of `sequence_length` consecutive tokens of shuffled files, and of tasks for training."""
 
     train: SampleSource
     validation: SampleSource
@@ -32,6 +34,8 @@ class Datasets:
 
 def build_datasets(config: TrainConfig, output: OutputDir, world: World) -> Datasets:
     """Read `output.data`; process 0 packs the corpus there first if it is not there yet. Called on every process.
+
+    Training samples of `data.tasks` come in between those of text, by their shares; validation is on text alone.
 
     Of a run on token sets these are read where they are. Refused on all processes if there is less than a sequence to
     train on, or something else than what the run was begun with.
@@ -44,7 +48,16 @@ def build_datasets(config: TrainConfig, output: OutputDir, world: World) -> Data
         Samples(_opened(output.data / split), config.run.sequence_length, config.run.seed) for split in SPLITS
     )
     check_length(train.num_tokens, config.run.sequence_length)
-    return Datasets(train, validation)
+    return Datasets(_with_tasks(train, config), validation)
+
+
+def _with_tasks(texts: SampleSource, config: TrainConfig) -> SampleSource:
+    tasks = training_samples(config)
+    of_texts = [(1 - sum(Fraction(str(share)) for share, _ in tasks), texts)]
+    if not tasks:
+        return texts
+    mixed = [(weight, source) for weight, source in [*of_texts, *tasks] if weight]
+    return Blend([source for _, source in mixed], [float(weight) for weight, _ in mixed])
 
 
 def _note_sets(config: TrainConfig, output: OutputDir) -> None:
@@ -113,10 +126,15 @@ class BatchCutter:
 
     def micro_batches(self, samples: SampleSource, first: int) -> Iterator[Batch]:
         """This rank's [micro_batch_size, tokens_per_rank] of the global batch of samples from number `first` on."""
+        for numbers in self.numbers(first):
+            yield self._cut([samples[n] for n in numbers])
+
+    def numbers(self, first: int) -> Iterator[range]:
+        """Of the samples in each of them; the same on all ranks of a replica."""
         size = self.config.run.micro_batch_size
         for micro in range(self.num_micro_batches):
             start = first + (micro * self.world.dp_size + self.world.dp_rank) * size
-            yield self._cut([samples[n] for n in range(start, start + size)])
+            yield range(start, start + size)
 
     def _cut(self, samples: list[Batch]) -> Batch:
         return {

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nsa_dist.train.config import DataSection
 from nsa_dist.train.files.marker import holds_run
 from nsa_dist.train.refused import Refused
+from nsa_dist.train.sections.data import DataSection
 
 SPLITS = ("train", "validation")
 PACKED_FILES = tuple(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx"))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 
 from nsa_dist.inference.model import GPT
@@ -18,7 +18,7 @@ from nsa_dist.train.files.candidates import Damaged, name_of, refusal
 from nsa_dist.train.files.manifest import DamagedError, Manifest, wrong_in_content
 from nsa_dist.train.files.marker import RunMarker
 from nsa_dist.train.files.output import OutputDir
-from nsa_dist.train.model import bare_model
+from nsa_dist.train.model import bare_model, sharding_metadata
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.world import entered
 
@@ -33,9 +33,11 @@ class Chosen(NamedTuple):
 def plain_model(run: Path, step: int | None = None) -> tuple[GPT, Chosen]:
     """The model of a run on the CPU, for evaluation, from its newest intact checkpoint or that of `step`.
 
-    Nothing of the run is changed. Refused where there is no run, no such checkpoint, or none that is as it was written.
+    Nothing of the run is changed. Refused where there is no run, no such checkpoint, or none that is as it was written,
+    and for a model with dense layers.
     """
     chosen = choose(OutputDir(run), step)
+    _refuse_dense(run)
     with megatron_model(run, chosen.step) as (config, megatron):
         weights = {name: x.cpu() for name, x in plain_weights(megatron.state_dict()).items()}
     plain = GPT(plain_config(config), "meta")
@@ -44,6 +46,16 @@ def plain_model(run: Path, step: int | None = None) -> tuple[GPT, Chosen]:
     else:
         plain.load_state_dict({name: x for name, x in weights.items() if name != "output.weight"}, assign=True)
     return plain.requires_grad_(False).eval(), chosen
+
+
+def _refuse_dense(run: Path) -> None:
+    model = _config(OutputDir(run)).model
+    if model.has_dense:
+        raise Refused(
+            f"{run} is a run with model.attention={model.attention}, and the plain model that export and generate make "
+            f"has NSA in every layer; evaluate this run by its metrics.jsonl (data.tasks), or export one with "
+            f"model.attention=nsa"
+        )
 
 
 def choose(output: OutputDir, step: int | None = None) -> Chosen:
@@ -82,9 +94,8 @@ def megatron_model(run: Path, step: int) -> Iterator[tuple[TrainConfig, GPTModel
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with entered(config, device) as world:
-            _, model = bare_model(config, world)
-            metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-            state = {"model": model.sharded_state_dict(metadata=metadata)}
+            megatron, model = bare_model(config, world)
+            state = {"model": model.sharded_state_dict(metadata=sharding_metadata(megatron))}
             model.load_state_dict(dist_checkpointing.load(state, str(output.checkpoint(step)))["model"])
             yield config, model.eval()
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 
 # `kind`, `step`, and by name numbers, or mappings and lists of them. The kinds: "start" (how the sequence is shared),
 # "train", "traffic" (what `nsa_dist.train.traffic` says of a step), "validation", "health" (`nsa_dist.train.health`),
-# "not_finite" (a step that moved no weight, and what was done about it).
+# "not_finite" (a step that moved no weight, and what was done), "tasks" (`nsa_dist.train.tasks.score`).
 Record = Mapping[str, Any]
 
 _WITH_LOSS = ("train", "validation")

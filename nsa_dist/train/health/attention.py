@@ -1,4 +1,4 @@
-"""Gates, selection and compression of every layer, seen in the forward of one step.
+"""Gates, selection and compression of every NSA layer, seen in the forward of one step.
 
     gates               of each branch: the mean over tokens and heads, the shares below 0.05 and above 0.95
     selection_entropy   of each key/value head, nats: of how often each block is chosen, forced choices left out.
@@ -71,16 +71,23 @@ class AttentionMeter:
             yield
 
     def record(self, model: Trainable) -> Mapping[str, dict]:
-        """{layer from 1: its values}, the same on every process. Called on all of them."""
+        """{layer from 1: its values} of the layers that have NSA, on every process. Called on all of them."""
         held = {attention.layer_number - 1: attention for attention in model.attentions}
-        phi_names = sorted(name for name, _ in model.attentions[0].core_attention.named_parameters())
+        phi_names = self._phi_names(model)
         layers = {}
-        for layer in range(self.config.model.num_layers):  # one by one: a long sequence has many blocks
+        for layer, kind in enumerate(self.config.model.layer_attentions):  # one by one: a long sequence has many blocks
+            if kind != "nsa":
+                continue
             mine = self._sums(held[layer], phi_names) if layer in held else self._zeros(phi_names)
             total = self.world.sum(torch.cat([part.flatten() for part in mine])).cpu()
             parts = total.split([part.numel() for part in mine])
             layers[str(layer + 1)] = _values(phi_names, *(x.view(y.shape) for x, y in zip(parts, mine, strict=True)))
         return layers
+
+    def _phi_names(self, model: Trainable) -> list[str]:
+        """Of any NSA layer: a stage may have none."""
+        mine = [sorted(name for name, _ in layer.core_attention.named_parameters()) for layer in model.attentions[:1]]
+        return next((names for held in self.world.gathered(mine) for names in held), [])
 
     def _zeros(self, phi_names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """gates [4, 3], squares of phi's weights by name, chosen [Hkv of all ranks, blocks]."""

@@ -3,8 +3,9 @@
 import hashlib
 import json
 
-from nsa_dist.train.config import VOCAB_SIZE, DataSection, TrainConfig
+from nsa_dist.train.config import VOCAB_SIZE, TrainConfig
 from nsa_dist.train.refused import Refused
+from nsa_dist.train.sections.data import DataSection
 from nsa_dist.train.tokens import listing
 from nsa_dist.train.tokens.listing import TokenSet
 

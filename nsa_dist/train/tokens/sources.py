@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from nsa_dist.train.config import DataSection
 from nsa_dist.train.data.corpus import candidates
 from nsa_dist.train.refused import Refused
+from nsa_dist.train.sections.data import DataSection
 from nsa_dist.train.tokens.tokenizers import Unfit
 
 _ANY_SIZE = 2**63 - 1

@@ -1,0 +1,165 @@
+"""One configuration trained dense and with NSA, over seeds, all else equal; what came of it as lines of JSON.
+
+    python examples/evidence/compare.py configs/evidence/copy-cpu.yaml --out runs/copy-cpu --seeds 1 2 run.steps=50
+
+Every run is a process of its own on one device, through torchrun; `--at-once` of them share it. OUT gets a folder and a
+log for each, and `results.jsonl` a line as each ends: the experiment, its whole configuration, commit, machine,
+software, and the losses and answers by step. `pictures.py` draws them. Exit code 1 if a run failed; its line says so.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import IO, Any
+
+import yaml
+
+from nsa_dist.train.files.records import read_metrics
+from nsa_launch.versions import versions
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Run:
+    """One of the comparison, from its start to its line."""
+
+    config: Path
+    attention: str
+    seed: int
+    out: Path
+    words: Sequence[str]
+    started: float = 0.0
+    process: subprocess.Popen | None = None
+    log: IO[str] | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        letters = self.attention.strip("[]").replace(",", "-").replace(" ", "")
+        return f"{letters}-seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.name
+
+    @property
+    def command(self) -> list[str]:
+        own = [f"model.attention={self.attention}", f"run.seed={self.seed}", f"output_dir={self.folder}"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+        return [*torchrun, "-m", "nsa_launch.torchrun", str(self.config), *own, *self.words]
+
+    def start(self) -> None:
+        self.started = time.monotonic()
+        self.log = (self.out / f"{self.name}.log").open("w")
+        self.process = subprocess.Popen(self.command, stdout=self.log, stderr=subprocess.STDOUT)
+
+    def result(self, commit: str | None, machine: dict[str, str]) -> dict[str, Any]:
+        """Its line, whether it came to its end or not."""
+        assert self.process is not None
+        metrics = {kind: read_metrics(self.folder / "metrics.jsonl", kind) for kind in ("train", "validation", "tasks")}
+        speeds = [record["tokens_per_s"] for record in metrics["train"]]
+        return {
+            "experiment": self.config.stem,
+            "attention": self.attention,
+            "seed": self.seed,
+            "exit_code": self.process.returncode,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "tokens_per_s": median(speeds) if speeds else None,
+            "train": [[r["step"], r["tokens"], r["loss"]] for r in metrics["train"]],
+            "validation": [[r["step"], r["loss"]] for r in metrics["validation"]],
+            "tasks": [{"step": r["step"], **r["tasks"]} for r in metrics["tasks"]],
+            "command": shlex.join(self.command),
+            "configuration": _configuration(self.folder / "config.yaml"),
+            "commit": commit,
+            "machine": machine,
+            "versions": versions(),
+        }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="for every run, as nsa-dist train takes them")
+    parser.add_argument("--out", type=Path, required=True, help="a folder; runs that it holds are not overwritten")
+    parser.add_argument("--attention", nargs="+", default=["dense", "nsa"], help="words or patterns, [nsa,dense]")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1234])
+    parser.add_argument("--at-once", type=int, default=1, help="runs that share the device")
+    parser.add_argument("--commit", help="of this checkout, where git cannot tell")
+    arguments = parser.parse_intermixed_args(argv)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    runs = [
+        Run(arguments.config, attention, seed, arguments.out, arguments.words)
+        for seed in arguments.seeds
+        for attention in arguments.attention
+    ]
+    commit, machine, failed = arguments.commit or _commit(), _machine(), 0
+    for run in _ended(runs, arguments.at_once):
+        result = run.result(commit, machine)
+        with (arguments.out / "results.jsonl").open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        failed += result["exit_code"] != 0
+        print(_said(result), flush=True)
+    return int(failed > 0)
+
+
+def _ended(runs: Sequence[Run], at_once: int) -> Iterator[Run]:
+    """Each as it ends; all of them end with this process."""
+    waiting, going = list(runs), []  # type: tuple[list[Run], list[Run]]
+    try:
+        while waiting or going:
+            while waiting and len(going) < at_once:
+                going.append(waiting.pop(0))
+                going[-1].start()
+            time.sleep(0.5)
+            for run in [run for run in going if run.process and run.process.poll() is not None]:
+                going.remove(run)
+                yield run
+    finally:
+        for run in going:
+            if run.process is not None:
+                run.process.terminate()
+                run.process.wait()
+
+
+def _said(result: dict[str, Any]) -> str:
+    loss = f"validation {result['validation'][-1][1]:.4f}" if result["validation"] else "no validation"
+    tasks = result["tasks"][-1] if result["tasks"] else {}
+    answers = "".join(f", {name} {task['accuracy']:.1%}" for name, task in tasks.items() if name != "step")
+    speed = f", {result['tokens_per_s']:,.0f} tokens/s" if result["tokens_per_s"] else ""
+    end = "" if result["exit_code"] == 0 else f" (exit code {result['exit_code']}: see its log)"
+    return f"{result['attention']} seed {result['seed']}: {loss}{answers}{speed}, {result['seconds']:.0f} s{end}"
+
+
+def _configuration(path: Path) -> Any:
+    return yaml.safe_load(path.read_text()) if path.exists() else None
+
+
+def _commit() -> str | None:
+    return _told("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40")
+
+
+def _machine() -> dict[str, str]:
+    about = {"processor": platform.processor() or platform.machine(), "system": platform.system()}
+    gpus = _told("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    return {**about, "gpu": gpus.splitlines()[0]} if gpus else about
+
+
+def _told(*command: str) -> str | None:
+    """What a program says; None where it is not there, or has nothing to say."""
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return asked.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Runs whose layers are dense or of both kinds: importable, because spawned processes find their work by name."""
+
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from nsa_dist.train.config import TrainConfig
+from train_cases import FORK_STEP, StopAfter, run, small_config
+
+STEPS = 4
+MODELS: dict[str, str | list[str]] = {"dense": "dense", "both": ["nsa", "dense"]}
+LAYOUTS: dict[str, dict] = {
+    "TP2": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+    "PP2": {"parallel": {"pipeline_model_parallel_size": 2}},
+}
+
+RUNS = [("dense", "TP2"), ("both", "TP2"), ("both", "PP2")]
+
+
+def config(base: Path, name: str, attention: str | list[str], **sections: dict) -> TrainConfig:
+    model = {"attention": attention, **sections.pop("model", {})}
+    lengths = {"health_interval": 2, "steps": STEPS, "eval_interval": STEPS}
+    return small_config(base, name, model=model, run=lengths, **sections)
+
+
+def alone(rank: int, base: Path) -> None:
+    """Each model to the end by one process, which stopped on the way."""
+    for name, attention in MODELS.items():
+        run(config(base, f"{name} fork", attention), StopAfter(FORK_STEP))
+        shutil.copytree(base / f"{name} fork", base / name)
+        run(config(base, name, attention).resuming())
+
+
+def pair(rank: int, base: Path) -> None:
+    """The forks to the end by two processes, in every layout."""
+    for name, layout in RUNS:
+        folder = f"{name} {layout}"
+        if rank == 0:
+            shutil.copytree(base / f"{name} fork", base / folder)
+        dist.barrier()
+        run(config(base, folder, MODELS[name], **LAYOUTS[layout]).resuming())

@@ -1,0 +1,125 @@
+"""The comparison of both kinds of attention: its lines, its pictures, and one whole small run of it."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import matplotlib.image
+import pytest
+
+from nsa_launch.config import load
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs/evidence").glob("*.yaml"))
+COPY = ROOT / "configs/evidence/copy-cpu.yaml"
+
+
+def example(name: str, monkeypatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"examples/evidence/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configurations_train_both_kinds(path):
+    for attention in ("nsa", "dense"):
+        config = load(path, [f"model.attention={attention}"])
+        assert config.world_size == 1
+        assert config.run.sequence_length > config.nsa.window_len * 2, "what is asked for stands behind the window"
+        assert config.run.sequence_length // config.nsa.slc_block_len > 2 * config.nsa.num_slc_blocks
+
+
+CHILD = """
+import json, sys, pathlib
+folder, attention, code = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+folder.mkdir(parents=True)
+(folder / "config.yaml").write_text("run: {steps: 4}")
+right = {"dense": 1.0, "nsa": 0.5}[attention]
+task = {"accuracy": right, "answers": 8, "by_length": {"256": {"accuracy": right, "answers": 8,
+        "by_depth": [right, right, None, None, None]}}}
+records = [{"kind": "train", "step": 4, "tokens": 1024, "loss": 2.0, "tokens_per_s": 100.0},
+           *({"kind": "validation", "step": step, "loss": 5.0 - step} for step in (0, 4)),
+           *({"kind": "tasks", "step": step, "tasks": {"copy": task, "recall": task}} for step in (0, 4))]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\\n" for record in records))
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def compared(tmp_path, monkeypatch):
+    """What `compare.py` makes of four runs that are none; the last one fails."""
+    compare = example("compare", monkeypatch)
+
+    def command(run) -> list[str]:
+        fails = run.attention == "nsa" and run.seed == 2
+        return [sys.executable, "-c", CHILD, str(run.folder), run.attention, str(3 * fails)]
+
+    monkeypatch.setattr(compare.Run, "command", property(command))
+    words = [str(COPY), "--out", str(tmp_path / "out"), "--seeds", "1", "2", "--at-once", "3", "--commit", "abc"]
+    return compare.main(words), tmp_path / "out"
+
+
+def test_every_run_has_a_line_with_what_repeats_it(compared, capsys):
+    code, out = compared
+    assert code == 1, "one failed"
+    lines = {(each["attention"], each["seed"]): each for each in map(json.loads, (out / "results.jsonl").open())}
+    assert lines.keys() == {("dense", 1), ("nsa", 1), ("dense", 2), ("nsa", 2)}
+    one = lines["dense", 1]
+    assert (one["experiment"], one["commit"], one["exit_code"], one["configuration"]) == (
+        "copy-cpu", "abc", 0, {"run": {"steps": 4}},
+    )  # fmt: skip
+    assert one["validation"] == [[0, 5.0], [4, 1.0]]
+    assert one["tasks"][-1]["copy"]["accuracy"] == 1.0
+    assert one["tokens_per_s"] == 100.0
+    assert {"torch", "python"} <= one["versions"].keys()
+    assert one["machine"].keys() >= {"processor", "system"}
+    assert lines["nsa", 2]["exit_code"] == 3
+
+
+def test_a_machine_without_git_or_gpu_has_lines_too(monkeypatch):
+    compare = example("compare", monkeypatch)
+    assert compare._told("no-such-program") is None
+    assert compare._told(sys.executable, "-c", "raise SystemExit(1)") is None
+    assert compare._told(sys.executable, "-c", "print('a GPU')") == "a GPU"
+    monkeypatch.setattr(compare, "_told", lambda *_: None)
+    assert compare._machine().keys() == {"processor", "system"}
+
+
+def test_pictures_are_of_the_runs_that_ended(compared, tmp_path, monkeypatch, capsys):
+    pictures, (_, out) = example("pictures", monkeypatch), compared
+    capsys.readouterr()
+    assert pictures.main([str(out / "results.jsonl"), "--out", str(tmp_path / "drawn")]) == 0
+    assert "left out: nsa seed 2 ended with exit code 3" in capsys.readouterr().out
+    drawn = {path.name: matplotlib.image.imread(path) for path in (tmp_path / "drawn").iterdir()}
+    assert drawn.keys() == {"losses.png", "answers.png", "copy.png", "recall.png"}
+    assert all(picture.std() > 0.01 for picture in drawn.values())
+
+
+def test_curves_are_met_where_all_seeds_have_them(monkeypatch):
+    pictures = example("pictures", monkeypatch)
+    assert pictures.by_step_of([{0: 1.0, 5: 2.0, 9: 3.0}, {0: 3.0, 9: 5.0}]) == {0: [1.0, 3.0], 9: [3.0, 5.0]}
+    assert pictures.averaged([0.5, None, 1.0]) == 0.75
+
+
+def test_nothing_is_drawn_of_nothing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "results.jsonl").write_text(json.dumps({"attention": "nsa", "seed": 1, "exit_code": 1}) + "\n")
+    assert example("pictures", monkeypatch).main([str(tmp_path / "results.jsonl"), "--out", str(tmp_path)]) == 1
+    assert "there is nothing to draw" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_whole_comparison(tmp_path):
+    words = ["--out", str(tmp_path), "--at-once", "2", "run.steps=3", "optimizer.warmup_steps=1", "eval_interval=3"]
+    command = [sys.executable, str(ROOT / "examples/evidence/compare.py"), str(COPY), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").open()]
+    assert {each["attention"] for each in lines} == {"dense", "nsa"}
+    assert all(each["configuration"]["model"]["attention"] == each["attention"] for each in lines)
+    assert all([r["step"] for r in each["tasks"]] == [0, 3] for each in lines)
+    assert lines[0]["tasks"][0]["copy"]["answers"] == lines[1]["tasks"][0]["copy"]["answers"]
