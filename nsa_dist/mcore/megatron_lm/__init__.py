@@ -4,6 +4,7 @@
     refusals    every argument of Megatron-LM about attention, positions, norms or data: done, refused, or of no effect
     models      the model, as Megatron-LM 0.16 asks for it and as the configuration container of 0.19 does
     counts      FLOPs of NSA where Megatron-LM counts dense attention
+    resuming    checkpoints of NSA layers of other sizes
     running     the training script
 
 For Megatron-LM of core 0.16 and of core 0.19. `megatron.training` and `pretrain_gpt` come with its checkout, not with

@@ -10,6 +10,7 @@ from megatron.core.enums import ModelType
 from nsa_dist.mcore.megatron_lm.arguments import add_nsa_arguments
 from nsa_dist.mcore.megatron_lm.counts import counting_nsa
 from nsa_dist.mcore.megatron_lm.models import build_gpt, gpt_model_config
+from nsa_dist.mcore.megatron_lm.resuming import comparing_sizes
 
 
 def pretrain() -> None:
@@ -20,7 +21,7 @@ def pretrain() -> None:
     """
     try:
         import pretrain_gpt as stock
-        from megatron.training import inprocess_restart, training
+        from megatron.training import checkpointing, inprocess_restart, training
     except ModuleNotFoundError as error:
         if error.name not in ("pretrain_gpt", "megatron.training"):
             raise
@@ -29,7 +30,7 @@ def pretrain() -> None:
     reads_arguments = "extra_args_provider" in inspect.signature(training.pretrain).parameters  # of 0.16
     run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(training.pretrain)
     common = {"store": store, "get_embedding_ranks": stock.get_embedding_ranks}
-    with counting_nsa(training):
+    with counting_nsa(training), comparing_sizes(checkpointing):
         if reads_arguments:
             run(
                 stock.train_valid_test_datasets_provider,
