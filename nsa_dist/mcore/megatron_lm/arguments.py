@@ -52,7 +52,10 @@ def nsa_config_from_args(args: Namespace) -> NSATransformerConfig:
     from megatron.training.arguments import core_transformer_config_from_args
 
     refuse_arguments(args)
-    return core_transformer_config_from_args(with_fields(args), NSATransformerConfig)
+    config = core_transformer_config_from_args(with_fields(args), NSATransformerConfig)
+    if getattr(args, "distributed_backend", "nccl") == "gloo":  # it still sends what Megatron would free: wrong losses
+        config.deallocate_pipeline_outputs = False
+    return config
 
 
 def with_fields(args: Namespace) -> Namespace:

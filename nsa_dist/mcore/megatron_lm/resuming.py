@@ -15,7 +15,7 @@ from nsa_dist.mcore.cpu import replaced
 
 @contextmanager
 def comparing_sizes(checkpointing: Any) -> Iterator[None]:
-    """Inside, `checkpointing` (the module megatron.training.checkpointing) resumes NSA layers of the same sizes only."""
+    """Inside, `checkpointing` (the module megatron.training.checkpointing) resumes NSA of the same sizes only."""
     stock = checkpointing.check_checkpoint_args
 
     def check(checkpoint_args: Namespace, *others: Any, **named: Any) -> None:

@@ -95,3 +95,11 @@ def test_what_is_refused(monkeypatch, words, message):
 def test_its_own_spec_is_what_it_builds(monkeypatch):
     stand_in(monkeypatch)
     assert nsa_config_from_args(parsed("--spec", "nsa_dist.mcore", "nsa_block_spec")).nsa.window_len == 64
+
+
+def test_over_gloo_a_stage_keeps_what_it_sends(monkeypatch):
+    stand_in(monkeypatch)
+    for backend, frees in (("gloo", False), ("nccl", True)):
+        args = parsed()
+        args.distributed_backend, args.deallocate_pipeline_outputs = backend, True
+        assert nsa_config_from_args(args).deallocate_pipeline_outputs is frees
