@@ -52,7 +52,7 @@ def nsa_block_spec(
             f"into chunks with layers of their own; pass vp_stage=0..{chunks - 1}, the same that the model is given"
         )
     plans = PlanCache(config)
-    kinds = {experts: _layer_spec(config, backend, experts, plans) for experts in set(_experts_by_layer(config))}
+    kinds = {experts: layer_spec(config, backend, experts, plans) for experts in set(_experts_by_layer(config))}
     specs = [kinds[experts] for experts in _experts_by_layer(config)]
     return TransformerBlockSubmodules(
         layer_specs=[specs[layer] for layer in _layers_of_stage(config, vp_stage)],
@@ -74,7 +74,7 @@ def nsa_layer_spec(config: NSATransformerConfig, backend: Backend = "local") -> 
             f"moe_layer_freq={config.moe_layer_freq!r} makes some layers dense and some of experts, but a layer's spec "
             f"is that of all of them; pass nsa_block_spec(config) to the model, or set moe_layer_freq=1"
         )
-    layer = _layer_spec(config, backend, kinds.pop(), PlanCache(config))
+    layer = layer_spec(config, backend, kinds.pop(), PlanCache(config))
     refused = [name for name in _TORCH_NORM_REFUSES if getattr(config, name)]
     if backend == "local" and refused and transformer_block.LayerNormImpl is WrappedTorchNorm:
         layer.submodules.input_layernorm = ModuleSpec(module=_NoFinalNorm, params={"refused": refused})
@@ -90,7 +90,7 @@ def nsa_mtp_spec(config: NSATransformerConfig, vp_stage: int | None = None, back
     need_nsa_config(config, "nsa_mtp_spec")
     if not config.mtp_num_layers:
         return None
-    layer = _layer_spec(config, backend, _experts_by_layer(config)[-1], PlanCache(config))
+    layer = layer_spec(config, backend, _experts_by_layer(config)[-1], PlanCache(config))
     block = get_gpt_mtp_block_spec(
         config,
         TransformerBlockSubmodules(layer_specs=[layer]),
@@ -103,8 +103,8 @@ def nsa_mtp_spec(config: NSATransformerConfig, vp_stage: int | None = None, back
     return block
 
 
-def _layer_spec(config: NSATransformerConfig, backend: Backend, experts: bool, plans: PlanCache) -> ModuleSpec:
-    """Layers that are given the same `plans` make each plan once."""
+def layer_spec(config: NSATransformerConfig, backend: Backend, experts: bool, plans: PlanCache) -> ModuleSpec:
+    """A layer with or without experts. Layers that are given the same `plans` make each plan once."""
     moe = {"num_experts": config.num_moe_experts if experts else None, "moe_grouped_gemm": config.moe_grouped_gemm}
     if backend == "local":
         layer = get_gpt_layer_local_spec(normalization=config.normalization, **moe)

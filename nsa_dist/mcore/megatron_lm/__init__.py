@@ -12,7 +12,7 @@ Megatron-core: they are imported when a function is called that needs them.
 """
 
 from nsa_dist.mcore.megatron_lm.arguments import add_nsa_arguments, nsa_config_from_args
-from nsa_dist.mcore.megatron_lm.models import build_gpt, gpt_model_config, spec
+from nsa_dist.mcore.megatron_lm.models import build_gpt, gpt_model_config, hybrid_model_config, spec
 from nsa_dist.mcore.megatron_lm.refusals import refuse_arguments
 from nsa_dist.mcore.megatron_lm.running import pretrain
 
@@ -20,6 +20,7 @@ __all__ = [
     "add_nsa_arguments",
     "build_gpt",
     "gpt_model_config",
+    "hybrid_model_config",
     "nsa_config_from_args",
     "pretrain",
     "refuse_arguments",

@@ -54,12 +54,18 @@ def flops_counter(dense: Callable[..., float]) -> Callable[..., float]:
         squares = tokens * args.seq_length if squares is None else float(squares)
         if not tokens:
             return total
-        layers = args.num_layers + (args.mtp_num_layers or 0)
+        layers = attention_layers(args)
         length = max(1, round(squares / tokens))
         attention = nsa_attention_flops(args, length) * tokens / length
         return total + layers * (attention - dense_attention_flops(args, tokens, squares))
 
     return count
+
+
+def attention_layers(args: Namespace) -> int:
+    """Those of multi-token prediction too, as Megatron-LM counts them."""
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    return args.num_layers + (args.mtp_num_layers or 0) if pattern is None else pattern.count("*")
 
 
 def dense_attention_flops(args: Namespace, tokens: float, squares: float) -> float:

@@ -1,4 +1,4 @@
-"""GPT models of NSA layers out of Megatron-LM's arguments, for both ways in which it asks for a model.
+"""Models of NSA layers out of Megatron-LM's arguments, for both ways in which it asks for a model.
 
 core 0.16    a function that builds: `partial(model_provider, build_gpt)`, in `gpt_builder`'s place
 core 0.19    a configuration that names its builder: `pretrain_cfg_container_from_args(args, gpt_model_config(args))`
@@ -53,6 +53,27 @@ def gpt_model_config(args: Namespace) -> Any:
     model = gpt_config_from_args(args, config=nsa_config_from_args(args))
     model.builder = f"{GPTBuilder.__module__}.{GPTBuilder.__name__}"
     model.transformer_layer_spec = stage_spec
+    model.position_embedding_type = "none"
+    return model
+
+
+def hybrid_model_config(args: Namespace) -> Any:
+    """Megatron-LM's HybridModelConfig (core 0.19 and later), NSA wherever `--hybrid-layer-pattern` has attention.
+
+    ValueError for `--transformer-impl transformer_engine`, and when it is built for layers that the stack has not.
+    """
+    from megatron.training.argument_utils import hybrid_config_from_args
+
+    from nsa_dist.mcore.hybrid.stack import nsa_stack_spec
+
+    config = nsa_config_from_args(args)
+    if backend_of(config) != "local":
+        raise ValueError(
+            f"--transformer-impl is {config.transformer_impl!r}, but --hybrid-layer-pattern needs 'local': the stack of "
+            f"NSA layers is of Megatron-core's own layers; write --transformer-impl local, or --num-layers for a GPT"
+        )
+    model = hybrid_config_from_args(args, config=config)
+    model.hybrid_stack_spec = nsa_stack_spec(config)
     model.position_embedding_type = "none"
     return model
 

@@ -30,6 +30,8 @@ def _off(why: str, instead: str = "leave it out") -> ArgumentRefusal:
 
 _ROPE = "the layers turn queries and keys by their positions themselves, and by nothing else"
 _OTHER_CONFIG = "Megatron-LM would take another class of configuration, without the sizes of the branches"
+_PATTERN = "the layers of a hybrid model are said by one pattern, from core 0.19 on"
+_WRITE_PATTERN = "write --hybrid-layer-pattern, or --num-layers for a GPT"
 _UNTRIED = "it has not been run with these layers"
 
 REFUSED: dict[str, ArgumentRefusal] = {
@@ -50,10 +52,9 @@ REFUSED: dict[str, ArgumentRefusal] = {
     "te_precision_config_file": _off(_UNTRIED),
     "use_megatron_fsdp": _off(_UNTRIED, "write --use-distributed-optimizer"),
     "use_torch_fsdp2": _off(_UNTRIED, "write --use-distributed-optimizer"),
-    "hybrid_layer_pattern": _off("this script builds GPTModel", "write --num-layers"),
-    "hybrid_override_pattern": _off("this script builds GPTModel", "write --num-layers"),
-    "hybrid_attention_ratio": ArgumentRefusal((None, 0.0), "this script builds GPTModel", "write --num-layers"),
-    "hybrid_mlp_ratio": ArgumentRefusal((None, 0.0), "this script builds GPTModel", "write --num-layers"),
+    "hybrid_override_pattern": _off(_PATTERN, _WRITE_PATTERN),
+    "hybrid_attention_ratio": ArgumentRefusal((None, 0.0), _PATTERN, _WRITE_PATTERN),
+    "hybrid_mlp_ratio": ArgumentRefusal((None, 0.0), _PATTERN, _WRITE_PATTERN),
     "rl_use_sequence_packing": _off("it belongs to reinforcement learning, whose inference NSA layers refuse"),
 }
 
@@ -75,6 +76,7 @@ HONOURED: dict[str, frozenset[str]] = {
         sft_tokenizer_prompt_format"""
     ),
     "by the layers, which look whether the mask is causal": _names("create_attention_mask_in_dataloader"),
+    "by the stack of NSA layers": _names("hybrid_layer_pattern"),
     "by this script: a module of nsa_dist.mcore is what it builds anyway": _names("spec"),
 }
 

@@ -23,7 +23,6 @@ OTHER_VALUES = {
     "heterogeneous_layers_config_path": ["file.json"],
     "hybrid_attention_ratio": [0.5],
     "hybrid_mlp_ratio": [0.5],
-    "hybrid_layer_pattern": ["*-*-"],
     "yaml_cfg": ["file.yaml"],
 }
 # Names that speak of attention, positions, norms or the layout of data.
