@@ -107,6 +107,11 @@ def test_stock_megatron_lm_trains_nsa_layers(tmp_path):
     assert one[-1] < one[0] - 0.1
     for name, got in found.items():
         assert got == pytest.approx(one, rel=1e-5), name
+    hybrid = "--hybrid-layer-pattern" in (Path(MEGATRON_LM) / "megatron/training/arguments.py").read_text()
+    for ranks, pattern in ((1, "*-*-"), (2, "*-|*-")) if hybrid else ():  # the GPT's weights, read as Megatron-LM does
+        words = f"--pipeline-model-parallel-size {ranks} --hybrid-layer-pattern {pattern}"
+        text = train(tmp_path, ranks, f"{words} --load {init} --finetune --exit-on-missing-checkpoint")
+        assert losses(text) == pytest.approx(one, rel=1e-5), pattern
 
 
 @pytest.mark.slow

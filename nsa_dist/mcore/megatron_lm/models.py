@@ -69,8 +69,8 @@ def hybrid_model_config(args: Namespace) -> Any:
     config = nsa_config_from_args(args)
     if backend_of(config) != "local":
         raise ValueError(
-            f"--transformer-impl is {config.transformer_impl!r}, but --hybrid-layer-pattern needs 'local': the stack of "
-            f"NSA layers is of Megatron-core's own layers; write --transformer-impl local, or --num-layers for a GPT"
+            f"--transformer-impl is {config.transformer_impl!r}, but --hybrid-layer-pattern needs 'local': the stack "
+            f"of NSA layers is of Megatron-core's own layers; write --transformer-impl local, or --num-layers"
         )
     model = hybrid_config_from_args(args, config=config)
     model.hybrid_stack_spec = nsa_stack_spec(config)
