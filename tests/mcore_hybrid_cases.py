@@ -8,12 +8,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 
 from mcore_cases import SINGLE, TOKENS, Layout, expect_error, groups, make_config
-from mcore_model_cases import VOCAB, build, loss_of
+from mcore_model_cases import EXPERTS, VOCAB, build, loss_of
 from nsa_dist.mcore import NSASelfAttention
 from nsa_dist.mcore.hybrid.stack import nsa_stack_spec
 
 WORLD = 2
-EXPERTS = {"num_moe_experts": 2, "moe_ffn_hidden_size": 16, "moe_router_topk": 1, "moe_aux_loss_coeff": 0.0}
 LAYOUTS = {"TP2 with sequence parallelism": Layout(tp=2, sequence_parallel=True), "CP2": Layout(cp=2)}
 
 
