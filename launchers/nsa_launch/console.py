@@ -23,11 +23,15 @@ _LINE_INTERVAL_S = 10.0  # between lines of progress, where no bar can be drawn
 
 
 class Console:
-    """Follows `launches.jsonl` and `metrics.jsonl` of one run and shows what is new in them."""
+    """Follows `launches.jsonl` and `metrics.jsonl` of one run and shows what is new in them.
 
-    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
+    ranks_speak     the rank that an event is about says it, as under torchrun
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder, ranks_speak: bool = False) -> None:
         self._config = config
         self._folder = folder
+        self._ranks_speak = ranks_speak
         self._terminal = Terminal(highlight=False, soft_wrap=True)
         self._stack = ExitStack()
         self._progress: TrainProgress | LineProgress | None = None
@@ -110,6 +114,8 @@ class Console:
         elif kind == "start":
             self.ranks_are_up, self._world_size = True, event["world_size"]
             self.say(f"{event['world_size']} ranks are up, training from step {event['step']}")
+        elif kind in ("failure", "out_of_memory") and self._ranks_speak:
+            return
         elif kind == "failure":
             self.ranks_are_up = False
             self._num_failures += 1

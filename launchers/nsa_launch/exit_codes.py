@@ -3,7 +3,9 @@
 OK = 0  # trained to the last step, or stopped on request through the STOP file
 FAILED = 1  # training failed more often than launch.max_failures allows
 BAD_CONFIG = 2  # refused before Ray or any process was started
-NO_RESOURCES = 75  # the cluster never had room, or its controller kept dying: submit again (sysexits' EX_TEMPFAIL)
+# The cluster never had room, its controller kept dying, or a Ray of one's own did not start: submit again (sysexits'
+# EX_TEMPFAIL).
+NO_RESOURCES = 75
 
 
 def stopped_by(signal_number: int) -> int:

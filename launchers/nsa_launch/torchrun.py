@@ -23,8 +23,9 @@ from nsa_launch.commands import doctor
 from nsa_launch.config import RunConfig, load
 from nsa_launch.console import Console
 from nsa_launch.hangs.among_ranks import RankWatch
+from nsa_launch.memory.among_ranks import shortage_said
 from nsa_launch.processes import Processes, check_fixed_size, check_groups, decide
-from nsa_launch.ranks import rank
+from nsa_launch.ranks import environment, rank
 from nsa_launch.ranks.hooks import FolderHooks
 from nsa_launch.ranks.meeting import store_of_attempt
 from nsa_launch.run_folder import RunFolder, claimed
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = load(Path(path), overrides)
             check_fixed_size(config)
             config = _as_started(config)
-            os.environ.update(config.launch.public_env | config.launch.secrets)
+            ours = environment.of_nccl(config.world_size)  # torchrun has set some of it otherwise
+            os.environ.update(ours | config.launch.public_env | config.launch.secrets)
             if config.launch.device == "cpu":
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Megatron-core uses a GPU that it sees
             check_groups(config)
@@ -102,13 +104,13 @@ class _ShownHooks(FolderHooks):
 
 def _train(config: RunConfig, processes: Processes, folder: RunFolder) -> int:
     timeout = timedelta(seconds=config.launch.rendezvous_timeout_s)
-    with StopSignals(lambda _: folder.stop.touch()) as signals, Console(config, folder) as console:
+    with StopSignals(lambda _: folder.stop.touch()) as signals, Console(config, folder, ranks_speak=True) as console:
         store, mine, world_size = next(dist.rendezvous("env://", timeout=timeout))
         store = store_of_attempt(store, mine, world_size, timeout)
         dist.init_process_group(processes.backend, store=store, rank=mine, world_size=world_size, timeout=timeout)
         host = socket.gethostname()
         hooks, watch = _ShownHooks(folder, console), RankWatch(config.launch, folder, dist.get_rank())
-        with watch.naming_the_hung():
+        with watch.naming_the_hung(), shortage_said(config, folder, mine):
             result = rank.run(config, processes, hooks, host, nvlink_domain=host, on_beat=watch.look)
         if dist.get_rank() == 0:
             console.finish(asdict(result))

@@ -1,6 +1,8 @@
 """What is said of a run's health: slow ranks, steps that are not finite, ends without a retry, full memory."""
 
 import json
+import re
+import socket
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from nsa_dist.planner.shortage import shortage
 from nsa_launch import exit_codes
 from nsa_launch.console import Console
 from nsa_launch.memory import shown
+from nsa_launch.memory.among_ranks import shortage_said
 from nsa_launch.memory.record import memory_of, out_of_memory_noted
 from nsa_launch.run_folder import RunFolder, claimed
 
@@ -81,6 +84,44 @@ def test_a_rank_out_of_memory_writes_it_down_and_fails(folder):
     assert len(folder.launches.read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "is_full"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("NCCL error in: a.cpp:1, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'", True),
+        ("NCCL error in: a.cpp:1, remote process exited or there was a network error", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory", False),
+    ],
+)
+def test_a_gpu_is_full_in_the_words_of_all_who_use_it(folder, text, is_full):
+    with pytest.raises(RuntimeError, match=re.escape(text)), out_of_memory_noted(folder, 3, torch.device("cpu")):
+        raise RuntimeError(text)
+    assert folder.launches.exists() == is_full
+
+
+def test_without_a_launcher_the_first_rank_out_of_memory_says_it(tmp_path, folder, capsys):
+    def fails(rank: int) -> str:
+        noted = out_of_memory_noted(folder, rank, torch.device("cpu"))
+        with pytest.raises(torch.OutOfMemoryError), shortage_said(tiny(tmp_path), folder, rank), noted:
+            raise torch.OutOfMemoryError(TEXT)
+        return capsys.readouterr().err
+
+    for _attempt in range(2):
+        folder.record("start", world_size=2, step=0)
+        said = fails(1)
+        assert f"rank 1 on {socket.gethostname()} ran out of memory: {TEXT}" in said
+        assert "GiB of a rank" in said
+        assert fails(0) == ""
+    with Console(tiny(tmp_path), folder, ranks_speak=True) as console:
+        folder.record("out_of_memory", rank=0, host="a", text=TEXT)
+        folder.record("failure", ranks={"0": TEXT}, hung={})
+        console.update()
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_memory_of_a_gpu():
     device = torch.device("cuda", 0)
@@ -88,6 +129,7 @@ def test_memory_of_a_gpu():
     x = torch.zeros(GIB // 4, device=device)
     found = memory_of(device)
     assert x.nbytes <= found["peak_bytes"] <= found["reserved_bytes"] <= found["device_bytes"]
+    assert 0 < found["outside_bytes"] <= found["device_bytes"] - x.nbytes
 
 
 LARGE = {
@@ -135,6 +177,16 @@ def test_remedies_need_less_than_the_run_and_those_that_fit_come_first(tmp_path)
 def test_a_remedy_is_words_of_the_command_line(tmp_path):
     for remedy in shortage(large(tmp_path), 80 * GIB, 1, 8).remedies:
         large(tmp_path, *remedy.words.split())  # accepted
+
+
+def test_what_other_processes_hold_is_said_and_nothing_fits_there(tmp_path):
+    bytes_of = {"peak_bytes": 2 * GIB, "reserved_bytes": 2 * GIB, "device_bytes": 1000 * GIB}
+    alone = shown.lines(large(tmp_path), full(**bytes_of, outside_bytes=GIB), 8)
+    assert not any("other processes" in line for line in alone)
+    assert any(line.endswith(", which fits)") for line in alone)
+    beside = shown.lines(large(tmp_path), full(**bytes_of, outside_bytes=998 * GIB), 8)
+    assert any("other processes hold about 99" in line and "nvidia-smi on b" in line for line in beside)
+    assert not any(line.endswith(", which fits)") for line in beside)
 
 
 def test_what_is_not_known_is_not_made_up(tmp_path):

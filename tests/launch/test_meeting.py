@@ -26,6 +26,16 @@ def test_attempts_have_a_store_each_that_their_ranks_share(world_size):
         assert {each.get("address") for each in stores} == {attempt.encode()}
 
 
+def test_a_timeout_of_an_earlier_attempt_is_none_of_the_next():
+    store = dist.HashStore()
+    prefixed = dist.PrefixStore("outer", dist.PrefixStore("inner", store))
+    for given in (store, prefixed, prefixed):
+        store.set("exception_dump", "rank")
+        meet(given, 2)
+        assert not store.check(["exception_dump"])
+    meet(prefixed, 2)  # there need not be one
+
+
 def test_who_does_not_come_is_named():
     store = dist.HashStore()
     store.set("asks/1", "a word of a rank that has died since")

@@ -3,18 +3,22 @@
 import os
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from launch_cases import tiny
 from nsa_dist.train.refused import Refused
 from nsa_launch.console import Console
-from nsa_launch.hangs import signs, stack
+from nsa_launch.hangs import nccl, signs, stack
 from nsa_launch.hangs.among_ranks import RankWatch
 from nsa_launch.hangs.pulse import Pulse
-from nsa_launch.hangs.signs import ALIVE, ENDED, FAILED, Sign
+from nsa_launch.hangs.signs import ALIVE, ENDED, FAILED, Sign, beat_s
 from nsa_launch.hangs.verdict import described, hung
 from nsa_launch.hangs.watch import HangWatch, hung_ranks
+from nsa_launch.ranks.environment import of_nccl
 from nsa_launch.run_folder import PROCESS_DIED, RunFolder, claimed
 
 WAITS = ["nsa_dist/cp/comm.py:84 wait", "nsa_dist/cp/halo.py:29 wait", "nsa_dist/branches.py:60 attend"]
@@ -211,6 +215,11 @@ def test_over_nccl_the_one_that_waited_dies_and_is_not_named(folder):
     assert list(hung_ranks(folder, {0: PROCESS_DIED}, 20)) == ["1"]
 
 
+def test_over_nccl_a_rank_that_works_for_ever_is_named_as_well(folder):
+    give(folder, sign(0), sign(1, waits=False, where=WORKS, begun={"CP 0,1": 6}))
+    assert list(hung_ranks(folder, {0: PROCESS_DIED}, 20)) == ["1"]
+
+
 def test_a_rank_that_died_leaves_nobody_to_blame(folder):
     give(folder, sign(0, phase_s=2.0), sign(1, phase_s=2.0, written_s=99.0, begun={"CP 0,1": 6}))
     assert hung_ranks(folder, {1: PROCESS_DIED}, 20) == {}
@@ -316,6 +325,59 @@ def test_without_a_launcher_a_failure_names_who_hung(tmp_path, folder, capsys):
         raise RuntimeError("Timed out waiting 20000ms for recv operation to complete")
     assert "rank 0 on host-0 does not answer" in capsys.readouterr().err
     assert '"hung": {"0"' in folder.launches.read_text()
+
+
+def test_without_a_launcher_who_hung_is_named_before_nccl_ends_the_process(tmp_path, folder, capsys):
+    give(folder, sign(0, written_s=50.0), sign(1))
+    launch, over = tiny(tmp_path, "process_group_timeout_s=20").launch, []
+    watch = RankWatch(launch, folder, 1, lambda: bool(over))
+    watch.look()
+    assert not folder.launches.exists()
+    over.append(1)
+    watch.look()
+    watch.look()
+    with pytest.raises(RuntimeError), watch.naming_the_hung():
+        raise RuntimeError("NCCL communicator was aborted")
+    assert capsys.readouterr().err.count("rank 0 on host-0 does not answer") == 1
+    assert folder.launches.read_text().count('"hung": {"0"') == 1
+
+
+class Group:
+    """Of torch's: what its backend for GPUs says of itself."""
+
+    def __init__(self, error: str | None) -> None:
+        self._error = error
+
+    def _get_backend(self, device: torch.device):
+        if self._error is None:
+            raise RuntimeError(f"No backend type associated with device type {device}")
+        return SimpleNamespace(get_error=lambda: SimpleNamespace(name=self._error))
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [([], False), ([None], False), (["SUCCESS", "COMM_ERROR"], False), (["SUCCESS", None, "TIMEOUT"], True)],
+)
+def test_a_collective_of_any_group_may_have_timed_out(monkeypatch, errors, expected):
+    monkeypatch.setattr(nccl, "groups_of_this_rank", lambda: [Group(error) for error in errors])
+    assert not nccl.timed_out(), "no group yet"
+    monkeypatch.setattr(nccl.dist, "is_initialized", lambda: True)
+    assert nccl.timed_out() == expected
+
+
+def test_without_nccl_no_collective_times_out_over_it():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert not nccl.timed_out()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 64, 100, 1024])
+def test_a_process_that_nccl_ends_lives_for_some_beats_more(num_ranks):
+    settings = of_nccl(num_ranks)
+    grace_s = 4 * int(settings["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"]) / 1000
+    assert 4 * beat_s(num_ranks) <= grace_s <= 4 * beat_s(num_ranks) + 1
 
 
 def test_a_refusal_is_nobodys_hang(tmp_path, folder, capsys):

@@ -13,9 +13,8 @@ from typing import Any
 
 from nsa_dist.mcore.groups import collectives_begun
 from nsa_launch.hangs import stack
-from nsa_launch.hangs.signs import ALIVE, ENDED, FAILED, Sign, write
+from nsa_launch.hangs.signs import ALIVE, ENDED, FAILED, Sign, beat_s, write
 
-_RANKS_A_SECOND = 64  # that write into one folder
 _LATELY = 20  # times that a phase was passed through, of which the median is usual
 
 
@@ -27,7 +26,7 @@ class Pulse:
 
     def __init__(self, folder: Path, rank: int, num_ranks: int, on_beat: Callable[[], None] = lambda: None) -> None:
         self._folder, self._rank, self._on_beat = folder, rank, on_beat
-        self.beat_s = max(1.0, num_ranks / _RANKS_A_SECOND)
+        self.beat_s = beat_s(num_ranks)
         self._began: tuple[str, int, float] = ("start", 0, time.monotonic())
         self._took: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_LATELY))
         self._over = threading.Event()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 _BYTES = 4096  # of a record, padded with spaces
 _SILENT_BEATS = 3  # so many missed ones are silence
+_RANKS_A_SECOND = 64  # that write into one folder
 ALIVE, FAILED, ENDED = "alive", "failed", "ended"
 
 
@@ -32,6 +33,11 @@ class Sign:
     begun: dict[str, int] = field(default_factory=dict)  # collectives, by group
     state: str = ALIVE
     written_s: float = 0.0
+
+
+def beat_s(num_ranks: int) -> float:
+    """From one sign of a rank to its next, in a run of so many."""
+    return max(1.0, num_ranks / _RANKS_A_SECOND)
 
 
 def path_of(folder: Path, rank: int) -> Path:

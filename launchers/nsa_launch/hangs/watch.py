@@ -78,10 +78,10 @@ def hung_ranks(folder: RunFolder, failed: Mapping[int, str], timeout_s: float) -
     everybody = signs.read_all(folder.pulses, folder.ranks())
     dead = {rank for rank, why in failed.items() if why == PROCESS_DIED}
     silent = {sign.rank: signs.silence_s(sign, everybody) for sign in everybody if sign.rank not in dead}
-    waited = any(sign.rank in failed and sign.phase_s + 2 * sign.beat_s >= timeout_s for sign in everybody)
+    waited = {sign.rank for sign in everybody if sign.rank in failed and sign.phase_s + 2 * sign.beat_s >= timeout_s}
     if not waited and max(silent.values(), default=0.0) < timeout_s / 2:
         return {}
     # Ray, too, may have missed a rank that does not answer, and count it among those that failed.
     gone = {rank for rank in failed if rank in dead or not silent.get(rank)}
-    found = [each for each in hung(everybody, gone) if each.is_silent or not dead]
+    found = [each for each in hung(everybody, gone) if each.is_silent or dead <= waited]
     return {str(each.sign.rank): f"on {each.sign.host} {each.why}" for each in found}

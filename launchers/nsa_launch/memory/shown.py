@@ -16,7 +16,15 @@ def lines(config: RunConfig, event: Mapping[str, Any], world_size: int) -> list[
     nodes = config.launch.nodes if world_size % config.launch.nodes == 0 else 1
     device_bytes = int(event.get("device_bytes") or 0)
     planned = shortage(config, device_bytes or 2**62, nodes, world_size // nodes)
-    return [head, *_table(planned, event), *_remedies(planned, bool(device_bytes))]
+    others_bytes = max(0, int(event.get("outside_bytes") or 0) - int(planned.memory_bytes["reserved"]))
+    table = list(_table(planned, event))
+    if others_bytes:
+        planned = shortage(config, device_bytes - others_bytes, nodes, world_size // nodes)
+        table.append(
+            f"  other processes hold about {_gib(others_bytes)} GiB of it: see nvidia-smi on {event['host']}, and end "
+            f"them, or keep ranks off that GPU"
+        )
+    return [head, *table, *_remedies(planned, bool(device_bytes))]
 
 
 def _table(planned: Shortage, event: Mapping[str, Any]) -> Iterator[str]:

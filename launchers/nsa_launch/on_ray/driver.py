@@ -70,6 +70,9 @@ def run(plan: Plan, folder: RunFolder) -> int:
         except (ConnectionError, ValueError) as refusal:
             console.say(str(refusal))
             return exit_codes.BAD_CONFIG
+        except session.RayDidNotStart as failure:
+            console.say(str(failure))
+            return exit_codes.NO_RESOURCES
         signals.install()  # ray.init took SIGTERM over
         return Launch(plan.config, processes, folder, console, signals, startup).run()
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from nsa_launch.config import RunConfig
 from nsa_launch.on_ray.joining import tokens
 from nsa_launch.processes import Processes
+from nsa_launch.ranks import environment as of_ranks
 
 _LEAST_PATIENCE_S = 30.0  # with a rank that does not answer Ray: a busy process may take some seconds
 
@@ -54,7 +55,7 @@ def worker_environment(config: RunConfig, processes: Processes) -> dict[str, str
     return {
         **hidden_gpus,  # Megatron-core uses a GPU that it sees
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron-core needs kernels in the order of their launches
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        **of_ranks.of_nccl(processes.world_size),
         "OMP_NUM_THREADS": str(processes.threads_each),
         "PYTHONUNBUFFERED": "1",
         **config.launch.public_env,

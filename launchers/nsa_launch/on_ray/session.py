@@ -16,18 +16,28 @@ from nsa_launch.processes import Processes, decide
 _OBJECT_STORE_BYTES = 100 * 2**20  # no data goes through it; the default is 30 % of the machine's memory
 
 
+class RayDidNotStart(Exception):
+    """A Ray of one's own that did not come up: what it said, and what to do."""
+
+
 @contextmanager
 def own(processes: Processes, settings: Mapping[str, str], say: Callable[[str], None]) -> Iterator[None]:
-    """A private Ray with exactly the room this run needs; it ends with the context."""
-    with _initialised(
-        settings,
-        say,
-        address="local",
-        num_cpus=math.ceil(processes.world_size * processes.cpus_each),
-        num_gpus=processes.per_node * processes.gpus_each,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        include_dashboard=not missing_of_dashboard(),
-    ):
+    """A private Ray with exactly the room this run needs; it ends with the context. RayDidNotStart."""
+    room = {
+        "num_cpus": math.ceil(processes.world_size * processes.cpus_each),
+        "num_gpus": processes.per_node * processes.gpus_each,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+    }
+    dashboard = not missing_of_dashboard()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_initialised(settings, say, address="local", include_dashboard=dashboard, **room))
+        except Exception as error:  # so is what Ray raises when one of its processes dies, or takes more than 30 s
+            raise RayDidNotStart(
+                f"Ray did not start on this machine: {plain(str(error), longest=400)} Nothing was trained; when the "
+                f"machine is less busy, run the same command again, with resume=true if the run has a checkpoint. "
+                f"torchrun needs no Ray (docs/how-to/cluster.md)"
+            ) from None
         yield
 
 

@@ -6,6 +6,10 @@ rank 0 draws a name for the attempt, and hands it to every rank that asks:
 
     rank r     asks/r = a word of its own       waits for answers/WORD = the attempt        came/ATTEMPT/r = ""
     rank 0     answers every word under asks, those of the dead too, until came/ATTEMPT/r is there for every r
+
+Torch's NCCL reads one key past every prefix: a rank whose collective timed out sets it, so that all write down what
+they did. In the next attempt it is a timeout again: every process would be ended eight minutes later, and wait for that
+when it has trained to its end (torch 2.11). So rank 0 takes it away before it answers.
 """
 
 import time
@@ -15,6 +19,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 _LOOK_S = 0.02
+_TIMED_OUT = "exception_dump"  # kStoreDumpKey of torch's ProcessGroupNCCL
 
 
 def store_of_attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
@@ -33,6 +38,7 @@ def _answer(store: dist.Store, rank: int, timeout: timedelta) -> str:
 
 
 def _call(store: dist.Store, world_size: int, timeout: timedelta) -> str:
+    getattr(store, "_underlying_non_prefix_store", store).delete_key(_TIMED_OUT)
     attempt, missing, answered = uuid.uuid4().hex, set(range(1, world_size)), set[str]()
     deadline = time.monotonic() + timeout.total_seconds()
     while missing:
