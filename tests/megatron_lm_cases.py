@@ -10,7 +10,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 
-from mcore_cases import SINGLE, TOKENS, groups, make_config
+from mcore_cases import TOKENS, make_config
 from nsa_dist.mcore import NSASelfAttention, nsa_layer_spec, nsa_mtp_spec
 from nsa_dist.mcore.megatron_lm import add_nsa_arguments, build_gpt
 
@@ -77,25 +77,24 @@ def seeded() -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(3, force_reset_rng=True)
 
 
-def built_models(rank: int) -> None:
+def models_of_arguments() -> None:
     """`build_gpt` gives the model that a user builds by hand, with and without multi-token prediction."""
-    with groups(SINGLE):
-        for changes in ({}, {"mtp_num_layers": 1}):
-            config = make_config(num_layers=2, params_dtype=torch.float32, transformer_impl="local", **changes)
-            seeded()
-            model = build_gpt(MODEL, pre_process=True, post_process=True, config=config)
-            seeded()
-            by_hand = GPTModel(
-                config,
-                nsa_layer_spec(config),
-                vocab_size=64,
-                max_sequence_length=TOKENS,
-                position_embedding_type="none",
-                mtp_block_spec=nsa_mtp_spec(config),
-            )
-            loss = losses(model)
-            assert torch.equal(loss, losses(by_hand))
-            layers = 2 + len(changes)
-            assert sum(isinstance(m, NSASelfAttention) for m in model.modules()) == layers
-            loss.mean().backward()
-            assert all(p.grad is not None for p in model.parameters())
+    for changes in ({}, {"mtp_num_layers": 1}):
+        config = make_config(num_layers=2, params_dtype=torch.float32, transformer_impl="local", **changes)
+        seeded()
+        model = build_gpt(MODEL, pre_process=True, post_process=True, config=config)
+        seeded()
+        by_hand = GPTModel(
+            config,
+            nsa_layer_spec(config),
+            vocab_size=64,
+            max_sequence_length=TOKENS,
+            position_embedding_type="none",
+            mtp_block_spec=nsa_mtp_spec(config),
+        )
+        loss = losses(model)
+        assert torch.equal(loss, losses(by_hand))
+        layers = 2 + len(changes)
+        assert sum(isinstance(m, NSASelfAttention) for m in model.modules()) == layers
+        loss.mean().backward()
+        assert all(p.grad is not None for p in model.parameters())

@@ -1,4 +1,4 @@
-"""The models of the door to Megatron-LM, without Megatron-LM."""
+"""The models of the door to Megatron-LM, without it; tests/mcore/test_models.py builds some on ranks."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -9,15 +9,9 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mcore_cases import make_config
-from megatron_lm_cases import built_models
 from nsa_dist.mcore import megatron_lm, nsa_block_spec
 from nsa_dist.mcore.megatron_lm.models import GPTBuilder, stage_spec
 from nsa_dist.mcore.norm import RMSNorm
-from ranks import run_ranks
-
-
-def test_models_are_those_built_by_hand():
-    run_ranks(1, built_models)
 
 
 def test_a_stage_of_the_container_is_the_block_of_its_configuration(monkeypatch):
