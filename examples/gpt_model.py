@@ -12,7 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 
 from nsa_dist import NSAConfig
-from nsa_dist.mcore import NSATransformerConfig, nsa_layer_spec
+from nsa_dist.mcore import NSATransformerConfig, nsa_block_spec
 from nsa_dist.mcore.cpu import megatron_on_cpu
 
 SEQUENCE, BATCH, VOCAB, STEPS = 256, 2, 256, 8
@@ -42,7 +42,7 @@ def main():
     )
     model = GPTModel(
         config,
-        nsa_layer_spec(config),  # the one line that puts NSA into the layers
+        nsa_block_spec(config),  # the one line that puts NSA into the layers
         vocab_size=VOCAB,
         max_sequence_length=SEQUENCE,
         position_embedding_type="none",  # the layer turns queries and keys itself

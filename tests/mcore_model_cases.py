@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mcore_cases import SINGLE, TOKENS, Layout, expect_error, gathered, groups, make_config
 from mcore_pack_cases import megatron_arguments
+from megatron_lm_cases import models_of_arguments
 from nsa_dist import NSAConfig, ShardPlan
 from nsa_dist.cp.options import FetchOptions
 from nsa_dist.mcore import nsa_block_spec, nsa_layer_spec
@@ -200,6 +201,7 @@ ALONE: dict[str, Callable[[], None]] = {
     "learned positions": learned_positions,
     "rotary positions": rotary_positions,
     "masks": masks,
+    "models of Megatron-LM's arguments": models_of_arguments,
 }
 PROMISES = [
     *ALONE,

@@ -34,9 +34,9 @@ def megatron_on_cpu() -> Iterator[None]:
 
     with ExitStack() as stack:
         for name, value in _cuda_replacements().items():
-            stack.enter_context(_replaced(torch.cuda, name, value))
+            stack.enter_context(replaced(torch.cuda, name, value))
         for name, value in (("_get_cuda_rng_state", _get_state), ("_set_cuda_rng_state", _set_state)):
-            stack.enter_context(_replaced(megatron_random, name, value))
+            stack.enter_context(replaced(megatron_random, name, value))
         stack.enter_context(_CudaMeansCpu())
         yield
 
@@ -107,7 +107,8 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 @contextmanager
-def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Inside, `module.name` is `value`; afterwards what it was."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:

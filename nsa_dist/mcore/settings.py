@@ -14,10 +14,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Refusal:
-    """The values that the layer accepts, and why no other: completes "..., but "."""
+    """The values that the layer accepts, and why no other: completes "..., but ".
+
+    same_as     settings, of which the first that is not None is accepted too
+    """
 
     accepted: tuple[Any, ...]
     why: str
+    same_as: tuple[str, ...] = ()
+
+    def accepted_in(self, config: Any) -> tuple[Any, ...]:
+        other = next((v for name in self.same_as if (v := getattr(config, name, None)) is not None), None)
+        return self.accepted if other is None or other in self.accepted else (*self.accepted, other)
 
 
 def _only(accepted: Any, why: str) -> Refusal:
@@ -65,8 +73,12 @@ REFUSED: dict[str, Refusal] = {
     "qk_layernorm": _only(False, _OWN_HEADS),
     "rotary_interleaved": _only(False, _OWN_ROPE),
     "softmax_type": _only("vanilla", _OWN_SOFTMAX),
-    "tensor_parallel_num_weight_shards": Refusal((None, 1), "phi's weights are cut over tensor-parallel ranks alone"),
-    "expert_tensor_parallel_num_weight_shards": Refusal((None, 1), _NOT_RUN),
+    "tensor_parallel_num_weight_shards": Refusal(
+        (None, 1), "phi's weights are cut over tensor-parallel ranks alone", ("tensor_model_parallel_size",)
+    ),
+    "expert_tensor_parallel_num_weight_shards": Refusal(
+        (None, 1), _NOT_RUN, ("expert_tensor_parallel_size", "tensor_model_parallel_size")
+    ),
     "tp_comm_overlap": _only(False, _NOT_RUN),
     "transformer_impl": Refusal(("transformer_engine", "local"), "the layer trains and evaluates only"),
     "use_grouped_gemm_for_dense_mlp": _only(False, _NOT_RUN),
@@ -203,9 +215,9 @@ def decided() -> set[str]:
 def refuse_settings(config: Any) -> None:
     """ValueError for the first setting of `config` that the layer would not do."""
     for name, refusal in REFUSED.items():
-        given = getattr(config, name, refusal.accepted[0])
-        if given not in refusal.accepted:
-            values = " or ".join(f"{name}={value!r}" for value in refusal.accepted)
+        given, accepted = getattr(config, name, refusal.accepted[0]), refusal.accepted_in(config)
+        if given not in accepted:
+            values = " or ".join(f"{name}={value!r}" for value in accepted)
             raise ValueError(
                 f"{name}={given!r} is not part of Native Sparse Attention as this layer computes it: {refusal.why}; "
                 f"set {values}, or use Megatron's own attention in that layer"

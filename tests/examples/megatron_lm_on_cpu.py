@@ -7,6 +7,7 @@ and the time, and makes tensors by their old CUDA names. It gets answers here; w
 import importlib
 import runpy
 import sys
+import typing
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,6 +61,8 @@ def answers() -> dict:
 
 
 def main() -> None:
+    if not hasattr(typing, "override"):  # Megatron-LM of core 0.19 is for Python 3.12; it names nothing else of it
+        typing.override = lambda function: function
     script, sys.argv = sys.argv[1], sys.argv[1:]
     sys.path.insert(0, str(Path(script).parent))
     with megatron_on_cpu():

@@ -4,15 +4,13 @@ import os
 import re
 import subprocess
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 
-from example_cases import EXAMPLES, loss_of_built_model, pretrain_nsa
-from nsa_dist import NSAConfig
-from ranks import run_ranks
+from nsa_dist.mcore import megatron_lm
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 MEGATRON_LM = os.environ.get("MEGATRON_LM")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
@@ -79,58 +77,77 @@ def test_gpt_model(tmp_path):
 # --- Megatron-LM ----------------------------------------------------------------------------------------------------
 
 
-def test_arguments_of_megatron_lm_become_sizes():
-    parser = pretrain_nsa().add_nsa_arguments(ArgumentParser())
-    words = parser.format_help()
-    for flag in ("--nsa-cmp-block-len", "--nsa-num-slc-blocks", "--nsa-shared-kv", "--nsa-compression"):
-        assert flag in words
-    args = parser.parse_args(["--nsa-window-len", "64", "--nsa-num-slc-blocks", "4"])
-    assert pretrain_nsa().nsa_sizes(args) == NSAConfig(window_len=64, num_slc_blocks=4)
-    assert pretrain_nsa().nsa_sizes(parser.parse_args([])) == NSAConfig()
-
-
-def test_its_model_is_built_of_nsa_layers():
-    (losses,) = run_ranks(1, loss_of_built_model)
-    assert len(losses) == 256
-    assert all(0 < loss < 20 for loss in losses)
-
-
 def test_without_megatron_lm_it_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "pretrain_gpt", None)  # as where there is none
     with pytest.raises(SystemExit, match="put its checkout first on PYTHONPATH"):
-        pretrain_nsa().main()
+        megatron_lm.pretrain()
+
+
+LAYOUTS = {
+    "one": (1, ""),
+    "TP2 with sequence parallelism": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "CP2": (2, "--context-parallel-size 2"),
+    "PP2": (2, "--pipeline-model-parallel-size 2"),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(MEGATRON_LM is None, reason="needs Megatron-LM: MEGATRON_LM=/path/to/a/checkout runs this")
 def test_stock_megatron_lm_trains_nsa_layers(tmp_path):
-    """Two steps on the CPU; the two context-parallel ranks draw the weights that one rank draws."""
-    one, two = (losses_of(tmp_path / str(cp), cp) for cp in (1, 2))
-    assert len(one) == len(two) == 2
-    assert one[0] == pytest.approx(5.55, abs=0.15)
-    assert one[1] < one[0]
-    assert two == pytest.approx(one, rel=1e-5)
+    """On the CPU: one checkpoint, and from it the same steps in every layout."""
+    init = tmp_path / "init"
+    train(tmp_path, 1, f"--train-iters 1 --lr 0 --min-lr 0 --save {init} --save-interval 1 --no-save-optim")
+    found = {
+        name: losses(train(tmp_path, ranks, f"{words} --load {init} --finetune --exit-on-missing-checkpoint"))
+        for name, (ranks, words) in LAYOUTS.items()
+    }
+    one = found["one"]
+    assert len(one) == STEPS
+    assert one[0] == pytest.approx(5.55, abs=0.15)  # ln 256, at random
+    assert one[-1] < one[0] - 0.1
+    for name, got in found.items():
+        assert got == pytest.approx(one, rel=1e-5), name
+    hybrid = "--hybrid-layer-pattern" in (Path(MEGATRON_LM) / "megatron/training/arguments.py").read_text()
+    for ranks, pattern in ((1, "*-*-"), (2, "*-|*-")) if hybrid else ():  # the GPT's weights, read as Megatron-LM does
+        words = f"--pipeline-model-parallel-size {ranks} --hybrid-layer-pattern {pattern}"
+        text = train(tmp_path, ranks, f"{words} --load {init} --finetune --exit-on-missing-checkpoint")
+        assert losses(text) == pytest.approx(one, rel=1e-5), pattern
 
 
-def losses_of(folder: Path, cp_size: int) -> list[float]:
-    """Of two steps of Megatron-LM; the second line has the mean of both."""
-    folder.mkdir()
+@pytest.mark.slow
+@pytest.mark.skipif(MEGATRON_LM is None, reason="needs Megatron-LM: MEGATRON_LM=/path/to/a/checkout runs this")
+def test_stock_megatron_lm_refuses_what_the_layers_would_not_do(tmp_path):
+    done = start(tmp_path, 1, "--position-embedding-type none")
+    assert done.returncode != 0
+    assert "write --position-embedding-type rope" in done.stdout + done.stderr
+
+
+def start(folder: Path, ranks: int, words: str) -> subprocess.CompletedProcess:
+    """Megatron-LM on the CPU; data of its own making, the same for every layout."""
     on_cpu = Path(__file__).parent / "megatron_lm_on_cpu.py"
     script = EXAMPLES / "megatron_lm/pretrain_nsa.py"
     path = os.pathsep.join([MEGATRON_LM, os.environ.get("PYTHONPATH", "")])
-    words = [*TORCHRUN, cp_size, on_cpu, script, *SMALL.split(), "--context-parallel-size", cp_size]
-    text = said(run(folder, *words, PYTHONPATH=path, TORCHDYNAMO_DISABLE="1", CUDA_DEVICE_MAX_CONNECTIONS="1"))
+    words = [*TORCHRUN, ranks, on_cpu, script, *SMALL.split(), *words.split()]
+    return run(folder, *words, PYTHONPATH=path, TORCHDYNAMO_DISABLE="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
+
+
+def train(folder: Path, ranks: int, words: str) -> str:
+    return said(start(folder, ranks, words))
+
+
+def losses(text: str) -> list[float]:
+    """Of every step; Megatron-LM's second line has the mean of the first two."""
     return [float(x) for x in re.findall(r"lm loss: ([\d.E+-]+)", text)]
 
 
-SMALL = """
+STEPS = 5
+SMALL = f"""
 --num-layers 2 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2
 --ffn-hidden-size 128 --swiglu --normalization RMSNorm --disable-bias-linear
---untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --seq-length 256
---max-position-embeddings 256 --micro-batch-size 1 --global-batch-size 2 --train-iters 2 --lr 1e-3
---lr-decay-style constant --position-embedding-type none --calculate-per-token-loss --transformer-impl local
---no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion
---no-bias-swiglu-fusion --no-bias-dropout-fusion --distributed-backend gloo --mock-data --split 90,10,0
---tokenizer-type NullTokenizer --vocab-size 255 --no-create-attention-mask-in-dataloader --num-workers 0
---log-interval 1 --eval-iters 1 --eval-interval 100 --nsa-num-slc-blocks 4 --nsa-window-len 64
+--untie-embeddings-and-output-weights --hidden-dropout 0 --seq-length 256
+--max-position-embeddings 256 --micro-batch-size 1 --global-batch-size 2 --train-iters {STEPS} --lr 1e-3
+--lr-decay-style constant --calculate-per-token-loss --transformer-impl local --no-gradient-accumulation-fusion
+--no-masked-softmax-fusion --no-persist-layer-norm --no-bias-swiglu-fusion --no-bias-dropout-fusion
+--distributed-backend gloo --mock-data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size 255 --num-workers 0
+--ckpt-format torch_dist --log-interval 1 --eval-iters 1 --eval-interval 100 --nsa-num-slc-blocks 4 --nsa-window-len 64
 """

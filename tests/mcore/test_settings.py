@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mcore_cases import make_config
 from nsa_dist import NSAConfig, ShardPlan
 from nsa_dist.cp.options import FetchOptions
-from nsa_dist.mcore import NSATransformerConfig, nsa_block_spec, nsa_layer_spec
+from nsa_dist.mcore import NSATransformerConfig, nsa_block_spec, nsa_layer_spec, nsa_mtp_spec
 from nsa_dist.mcore.arrivals import Arrivals
-from nsa_dist.mcore.settings import HONOURED, IRRELEVANT, REFUSED, decided
+from nsa_dist.mcore.settings import HONOURED, IRRELEVANT, REFUSED, decided, refuse_settings
 
 # Another value than those accepted, where turning it round or on is not one.
 OTHER_VALUES = {
@@ -80,6 +81,19 @@ def test_what_is_accepted():
     make_config(nsa_rotary_base=500_000)
 
 
+def test_weights_in_as_many_shards_as_tensor_parallel_ranks():
+    """What Megatron-LM of core 0.19 writes into its arguments where nobody asked for more."""
+    name, expert = "tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards"
+    for refusal in (REFUSED[name], REFUSED[expert]):
+        assert refusal.accepted_in(SimpleNamespace(tensor_model_parallel_size=2)) == (None, 1, 2)
+    few = SimpleNamespace(tensor_model_parallel_size=4, expert_tensor_parallel_size=2)
+    assert REFUSED[expert].accepted_in(few) == (None, 1, 2)
+    refuse_settings(SimpleNamespace(tensor_model_parallel_size=2, **{name: 2, expert: 2}))
+    for wrong in ({name: 4}, {expert: 4}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=4 is not part of .*=1 or .*=2"):
+            refuse_settings(SimpleNamespace(tensor_model_parallel_size=2, **wrong))
+
+
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
@@ -101,13 +115,16 @@ def test_combinations(changes, remedy):
         make_config(**changes)
 
 
-@pytest.mark.parametrize("spec", [nsa_layer_spec, nsa_block_spec])
+@pytest.mark.parametrize("spec", [nsa_layer_spec, nsa_block_spec, nsa_mtp_spec])
 def test_specs_need_their_own_config(spec):
     plain = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4)
     with pytest.raises(ValueError, match=r"build the model's config from nsa_dist\.mcore\.NSATransformerConfig"):
         spec(plain)
-    with pytest.raises(ValueError, match="set moe_layer_freq=1"):
-        spec(make_config(num_layers=2, num_moe_experts=2, moe_layer_freq=[0, 1]))
+
+
+def test_a_layer_is_of_one_kind():
+    with pytest.raises(ValueError, match=r"pass nsa_block_spec\(config\) to the model"):
+        nsa_layer_spec(make_config(num_layers=2, num_moe_experts=2, moe_layer_freq=[0, 1]))
 
 
 def test_backend_that_is_not_installed():
