@@ -1,13 +1,14 @@
 """dK and dV of compressed attention on Hopper, in Gluon: the sums of `grad_kv`, with the roles of warps apart.
 
-A program owns 128 keys and walks 64-row tiles of the rows that see them. One warp copies tiles in, NUM_STAGES deep; two
+A program owns 128 keys and walks 64-row tiles of the rows that see them. One warp copies tiles in, STAGES deep; two
 groups of four warps own 64 keys each:
 
     S^T = K Q^T          dP^T = V dO^T          K, V, Q, dO from shared memory
     dV += P^T dO         dK += dS^T Q           P^T and dS^T from the registers in which they were made
 
 While one group takes exponentials, the products of the other run. (Sums left in flight from one step to the next, so
-that a group overlaps with itself too, make ptxas serialize all products: its registers do not suffice.)
+that a group overlaps with itself too, make ptxas serialize all products: its registers do not suffice. With 192 columns
+of K the sums alone take 160 registers, and S and dP are made for 32 rows at a time.)
 
 Shapes      as `grad_kv`; Dk of 64, 128 or 192, Dv of 64 or 128, G divides 64, 16-bit inputs
 Reference   nsa_kernels.reference.compressed_attention_backward
