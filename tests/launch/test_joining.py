@@ -133,8 +133,8 @@ def test_ray_keeps_an_interrupt_of_the_question(tmp_path):
         command = [sys.executable, "-m", "nsa_launch", "train", *words]
         with subprocess.Popen(command, env=dict(os.environ), stderr=subprocess.PIPE, text=True) as asked:
             mute.settimeout(300)
-            mute.accept()[0].close()  # it has begun to ask
-            asked.send_signal(2)
-            assert asked.wait(60) == 130
+            with mute.accept()[0]:  # it has begun to ask, and would go on asking another that hung up
+                asked.send_signal(2)
+                assert asked.wait(60) == 130
             assert asked.stderr is not None
             assert "Traceback" not in asked.stderr.read()

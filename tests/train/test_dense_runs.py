@@ -13,6 +13,8 @@ from nsa_dist.train.refused import Refused
 from ranks import run_ranks
 from train_cases import records, write_texts
 
+pytestmark = pytest.mark.slow  # two processes train seven models
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:

@@ -308,7 +308,8 @@ OTHER: dict[str, object] = {
     "nsa.cmp_stride": 8, "nsa.slc_block_len": 32, "nsa.num_slc_blocks": 5, "nsa.num_init_blocks": 0,
     "nsa.num_local_blocks": 1, "nsa.window_len": 24, "nsa.shared_kv": True, "nsa.compression": "mean",
     "nsa.compress_before_rope": False, "nsa.rotary_base": 500.0, "data.folder": "elsewhere", "data.pattern": "*0.txt",
-    "data.validation_fraction": 0.5, "data.max_file_bytes": 10,
+    "data.validation_fraction": 0.5, "data.max_file_bytes": 10, "data.tasks": {"recall": 0.5},
+    "data.task_lengths": [128],
 }  # fmt: skip
 
 
@@ -318,7 +319,7 @@ def test_what_may_not_change_is_refused_with_both_values(base, key):
     before = snapshot(output.root)
     section, name = key.split(".")
     value = base / "nowhere" if key in ("data.folder", "data.tokens") else OTHER[key]
-    beside = {"folder": None} if key == "data.tokens" else {}
+    beside = {"data.tokens": {"folder": None}, "data.task_lengths": {"tasks": {"copy": 0.5}}}.get(key, {})
     changed = config(base, **{section: {**beside, name: value}}).resuming()
     was, now = (getattr(getattr(c, section), name) for c in (config(base), changed))
     with pytest.raises(ValueError, match=r"another run under its name.*(?s:.)*give the old values") as caught:

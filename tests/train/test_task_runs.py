@@ -9,6 +9,8 @@ from ranks import run_ranks
 from task_run_cases import LAYOUTS, STEPS, TASKS, alone, pair
 from train_cases import records, write_texts
 
+pytestmark = pytest.mark.slow  # two processes train seven models
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
