@@ -1,9 +1,11 @@
 """Which Ray is joined, with which token, and how soon it is known that none is there."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -131,7 +133,12 @@ def test_ray_keeps_an_interrupt_of_the_question(tmp_path):
         words = [str(tmp_path / "tiny.yaml"), f"launch.address=127.0.0.1:{mute.getsockname()[1]}"]
         tiny(tmp_path)
         command = [sys.executable, "-m", "nsa_launch", "train", *words]
-        with subprocess.Popen(command, env=dict(os.environ), stderr=subprocess.PIPE, text=True) as asked:
+        ctrl_c_is_heard = partial(
+            signal.signal, signal.SIGINT, signal.SIG_DFL
+        )  # what runs in the background ignores it
+        with subprocess.Popen(
+            command, env=dict(os.environ), stderr=subprocess.PIPE, text=True, preexec_fn=ctrl_c_is_heard
+        ) as asked:
             mute.settimeout(300)
             with mute.accept()[0]:  # it has begun to ask, and would go on asking another that hung up
                 asked.send_signal(2)
