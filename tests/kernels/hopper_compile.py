@@ -43,7 +43,7 @@ def _compile(kernel: JITFunction, grid):
 
 def compile_all(group: int, remote: bool, dim_k: int, dim_v: int) -> None:
     from nsa_kernels.interval import hopper_forward, hopper_grad_kv, hopper_grad_q
-    from nsa_kernels.selected.hopper import backward_items, backward_roles
+    from nsa_kernels.selected.hopper.backward import launch_items
     from nsa_kernels.selected.hopper.forward_gathered import attend_gathered
     from nsa_kernels.selected.hopper.forward_shared import attend_shared_and_sum
     from nsa_kernels.selected.index import build_block_index
@@ -78,7 +78,7 @@ def compile_all(group: int, remote: bool, dim_k: int, dim_v: int) -> None:
     attend_shared_and_sum(q, k, v, k_pages, v_pages, table, ids, position, part, scale, part_lse, out, lse, **sizes)
     rows, dkv_part = torch.zeros(4, *lse.shape), torch.zeros(index.max_items, 64, dim_k + dim_v)
     dq_part = torch.zeros(heads, num_tokens, num_slots, group, dim_k, dtype=torch.float16)
-    (backward_roles if dim_k > 128 else backward_items).launch_items(
+    launch_items(
         q, k, v, k_pages, v_pages, out, rows, table, index, dq_part, scale, dkv_part, head_start=0, softmax_scale=0.1
     )  # fmt: skip
 

@@ -25,15 +25,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_kernels.common.device import num_multiprocessors
-from nsa_kernels.common.hopper import ceil_div, copy_rows, descriptor, descriptors, dot, new_barriers, tile
+from nsa_kernels.common.hopper import copy_rows, descriptor, descriptors, dot, new_barriers, tile
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, split_head_dim
-from nsa_kernels.interval.hopper_forward import blank_unseen
+from nsa_kernels.interval.hopper_forward import BLOCK_M, GROUP_ROWS, LOG2_E, blank_unseen, place
 
-GROUP_ROWS = gl.constexpr(64)  # rows of four warps
-BLOCK_M = gl.constexpr(128)
 BLOCK_N = gl.constexpr(64)
-LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @launchable
@@ -67,12 +64,12 @@ def _grad_q_kernel(
     buffers = (q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, grad_out_smem)
     barriers = (q_full, q_empty, full, empty)
     pointers = (statistics_ptr, begin_ptr, end_ptr)
-    sizes = (num_rows, num_padded_rows, num_heads_kv, num_items)
+    sizes = (num_rows, num_heads_kv, num_items)
     gl.warp_specialize(
         [
-            (_sum_up, (0, buffers, barriers, results, pointers, unseen_ptr, sizes, softmax_scale)),
-            (_sum_up, (1, buffers, barriers, results, pointers, unseen_ptr, sizes, softmax_scale)),
-            (_copy, (descs, buffers, barriers, pointers, sizes)),
+            (_sum_up, (0, buffers, barriers, results, pointers, unseen_ptr, sizes, num_padded_rows, softmax_scale)),
+            (_sum_up, (1, buffers, barriers, results, pointers, unseen_ptr, sizes, num_padded_rows, softmax_scale)),
+            (_copy, (descs, buffers, barriers, begin_ptr, end_ptr, sizes)),
         ],
         [4, 1],
         [240, 24],
@@ -80,25 +77,7 @@ def _grad_q_kernel(
 
 
 @gluon.jit
-def _place(item, pointers, sizes, G: gl.constexpr):
-    """As in `hopper_forward`: head, first row, first key, number of key tiles, and the keys that all rows see."""
-    _statistics_ptr, begin_ptr, end_ptr = pointers
-    num_rows, _num_padded_rows, num_heads_kv, num_items = sizes
-    head = item % num_heads_kv
-    row = (num_items - 1 - item) // num_heads_kv * BLOCK_M
-    first_query = row // G
-    last_query = gl.minimum(row + BLOCK_M, num_rows) // G - 1
-    begin = gl.load(begin_ptr + first_query)
-    all_begun = gl.load(begin_ptr + last_query)
-    none_ended = gl.load(end_ptr + first_query)
-    end = gl.load(end_ptr + last_query)
-    first_key = begin // BLOCK_N * BLOCK_N
-    num_tiles = gl.where(begin < end, ceil_div(end - first_key, BLOCK_N), 0)
-    return head, row, first_key, num_tiles, all_begun, none_ended
-
-
-@gluon.jit
-def _copy(descs, buffers, barriers, pointers, sizes):
+def _copy(descs, buffers, barriers, begin_ptr, end_ptr, sizes):
     """Queries and dO of each item, and keys and values of each of its tiles."""
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, grad_out_desc = descs
     q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, grad_out_smem = buffers
@@ -109,9 +88,9 @@ def _copy(descs, buffers, barriers, pointers, sizes):
     Q_TAIL_BYTES: gl.constexpr = 0 if q_tail_desc is None else q_tail_desc.block_type.nbytes
     K_TAIL_BYTES: gl.constexpr = 0 if k_tail_desc is None else k_tail_desc.block_type.nbytes
     step = 0
-    for item in range(gl.program_id(0), sizes[3], gl.num_programs(0)):
+    for item in range(gl.program_id(0), sizes[2], gl.num_programs(0)):
         turn = item // gl.num_programs(0)
-        head, row, first_key, num_tiles, _begun, _ended = _place(item, pointers, sizes, G)
+        head, row, first_key, num_tiles, _begun, _ended = place(item, begin_ptr, end_ptr, sizes, G, BLOCK_N)
         slot = turn % SLOTS
         here = q_full.index(slot)
         mbarrier.wait(q_empty.index(slot), (turn // SLOTS & 1) ^ 1)
@@ -133,13 +112,15 @@ def _copy(descs, buffers, barriers, pointers, sizes):
 
 
 @gluon.jit
-def _sum_up(WHICH: gl.constexpr, buffers, barriers, results, pointers, unseen_ptr, sizes, softmax_scale):
+def _sum_up(
+    WHICH: gl.constexpr, buffers, barriers, results, pointers, unseen_ptr, sizes, num_padded_rows, softmax_scale
+):
     """dQ of GROUP_ROWS rows of every item."""
     q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, grad_out_smem = buffers
     grad_q_desc, grad_q_tail_desc, grad_q_smem, grad_q_tail_smem = results
     q_full, q_empty, full, empty = barriers
     statistics_ptr, begin_ptr, end_ptr = pointers
-    num_rows, num_padded_rows, num_heads_kv, num_items = sizes
+    num_rows, num_heads_kv, num_items = sizes
     SLOTS: gl.constexpr = q_full.shape[0]
     STAGES: gl.constexpr = k_smem.shape[0]
     G: gl.constexpr = q_smem.shape[2]
@@ -158,7 +139,9 @@ def _sum_up(WHICH: gl.constexpr, buffers, barriers, results, pointers, unseen_pt
     step = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         turn = item // gl.num_programs(0)
-        head, first_row, first_key, num_tiles, all_begun, none_ended = _place(item, pointers, sizes, G)
+        head, first_row, first_key, num_tiles, all_begun, none_ended = place(
+            item, begin_ptr, end_ptr, sizes, G, BLOCK_N
+        )
         row = first_row + WHICH * GROUP_ROWS + gl.arange(0, GROUP_ROWS, ROWS)
         query = gl.minimum(row, num_rows - 1) // G
         begin = gl.expand_dims(gl.load(begin_ptr + query), 1)

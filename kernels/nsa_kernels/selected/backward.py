@@ -3,7 +3,7 @@
 1. `row_deltas`: delta = sum(dO * O) - dlse per (query, head), unless the caller has it.
 2. `items`, one work item at a time: a block against some of the queries that chose it. It sums its own dK and dV in
    registers and leaves one fp32 page of them; each (query, block) pair leaves its part of dQ in the slot of the query.
-   `backward_items`, and `hopper.backward_items` where `tiles.hopper_takes` says so.
+   `backward_items`, and `hopper.backward` where `tiles.hopper_takes` says so.
 3. `parts.sum_parts`: every query's dQ, its parts in the order of its list.
 4. `pages`: adds up every block's items in order, and writes the page's gradient, wherever the page lies.
 
@@ -31,8 +31,7 @@ from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, split_head_dim
 from nsa_kernels.contracts import SelectedCall
 from nsa_kernels.selected import backward_items
-from nsa_kernels.selected.hopper import backward_items as hopper_items
-from nsa_kernels.selected.hopper import backward_roles as hopper_roles
+from nsa_kernels.selected.hopper import backward as hopper_backward
 from nsa_kernels.selected.index import BlockIndex
 from nsa_kernels.selected.parts import sum_parts
 from nsa_kernels.selected.tiles import backward_tiles, hopper_takes
@@ -165,10 +164,7 @@ def differentiate_chunk(
         index.max_items, slc_block_len, head_dim_k + head_dim_v, dtype=torch.float32, device=q.device
     )
     on_hopper = hopper_takes(q, k, v, block_indices, slc_block_len, (q, grad_out))
-    items = backward_items
-    if on_hopper:
-        items = hopper_roles if head_dim_k > 128 else hopper_items
-    items.launch_items(
+    (hopper_backward if on_hopper else backward_items).launch_items(
         q, k, v, k_remote, v_remote, grad_out, rows, block_table, index, dq_part, dq_scale, dkv_part,
         head_start=head_start, softmax_scale=softmax_scale,
     )  # fmt: skip

@@ -5,7 +5,6 @@ P from registers, dK += dS^T Q and dQ = dS K with dS from shared memory: dK and 
 Two programs share a multiprocessor: 106 KB (D 128) and half the registers each.
 """
 
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,10 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nsa_kernels.common.hopper import thread_barrier
 from nsa_kernels.common.launch import launchable
-from nsa_kernels.selected.forward import LOG2E
-from nsa_kernels.selected.hopper.pages import BOX_COLUMNS, ROWS, boxes, copy_tiles, load_pages, place
-from nsa_kernels.selected.index import BlockIndex
-from nsa_kernels.selected.pages import page_strides
+from nsa_kernels.selected.hopper.pages import BOX_COLUMNS, ROWS, copy_tiles, load_pages, place
 
 
 @gluon.jit
@@ -116,7 +112,7 @@ def _work_on_tiles(
         "num_queries", "num_heads", "num_q_heads", "num_lists", "num_blocks", "head_start", "num_local_pages",
     ]
 )  # fmt: skip
-def _items_kernel(
+def items_kernel(
     q, grad_out, dq_part, k, v, k_remote, v_remote, rows,
     block_table, entries, offsets, item_offsets, item_list,
     dq_scale, dkv_part,
@@ -180,38 +176,4 @@ def _items_kernel(
         ],
         [1],
         [24],
-    )  # fmt: skip
-
-
-def launch_items(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_remote: Tensor | None,
-    v_remote: Tensor | None,
-    grad_out: Tensor,
-    rows: Tensor,
-    block_table: Tensor,
-    index: BlockIndex,
-    dq_part: Tensor,
-    dq_scale: Tensor,
-    dkv_part: Tensor,
-    *,
-    head_start: int,
-    softmax_scale: float,
-) -> None:
-    """As `backward_items.launch_items`, for what `tiles.hopper_takes`."""
-    num_heads, num_queries, num_slots, group, head_dim = dq_part.shape
-    num_blocks = block_table.shape[1]
-    _items_kernel[(index.max_items,)](
-        boxes(q, group), boxes(grad_out, group), boxes(dq_part.view(-1, group, head_dim), group),
-        k, v, k_remote, v_remote, rows,
-        block_table, index.entries, index.offsets, index.item_offsets, index.item_list,
-        dq_scale, dkv_part,
-        softmax_scale, softmax_scale * LOG2E, num_queries, num_heads, q.shape[1], index.num_lists, num_blocks,
-        head_start, k.shape[0] // dkv_part.shape[1], block_table.stride(0), rows.stride(0),
-        *page_strides(k, k_remote), *page_strides(v, v_remote),
-        SLOTS=num_slots, GROUP=group, WIDTH=head_dim, HAS_REMOTE=k_remote is not None,
-        ITEM_QUERIES=index.item_queries,
-        num_warps=4, maxnreg=128,
     )  # fmt: skip
