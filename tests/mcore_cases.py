@@ -1,6 +1,5 @@
 """What the ranks of tests/mcore run: importable, because spawned processes find their work by name."""
 
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 from nsa_dist import NSAConfig, ShardPlan
 from nsa_dist.mcore import NSASelfAttention, NSATransformerConfig, nsa_layer_spec
 from nsa_dist.mcore.cpu import megatron_on_cpu
+from ranks import attempted
 
 WORLD = 2
 TOKENS, BATCH, HIDDEN = 256, 2, 32
@@ -103,13 +103,7 @@ def groups(layout: Layout) -> Iterator[None]:
 def everything(rank: int, folder: str) -> dict[str, str]:
     """{what was tried: "" or how it failed on this rank}. New process groups are slow: one set for each layout."""
     results: dict[str, str] = {}
-
-    def attempt(name: str, work: Callable[[], None]) -> None:
-        try:
-            work()
-            results[name] = ""
-        except Exception:
-            results[name] = traceback.format_exc()
+    attempt = partial(attempted, results)
 
     with groups(SINGLE):
         expected = {variant: attend(SINGLE, changes) for variant, changes in VARIANTS.items()}

@@ -1,7 +1,5 @@
 """What two ranks do with dense layers: importable, because spawned processes find their work by name."""
 
-import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from mcore_cases import (
 )
 from mcore_model_cases import build
 from nsa_dist.rope import rotate
+from ranks import attempted
 
 WORLD = 2
 DENSE = {"nsa_attention": "dense"}
@@ -43,13 +42,7 @@ RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["core_a
 def everything(rank: int, folder: str) -> dict[str, str]:
     """{what was tried: "" or how it failed on this rank}."""
     results: dict[str, str] = {}
-
-    def attempt(name: str, work: Callable[[], None]) -> None:
-        try:
-            work()
-            results[name] = ""
-        except Exception:
-            results[name] = traceback.format_exc()
+    attempt = partial(attempted, results)
 
     with groups(SINGLE):
         expected = {name: attend(SINGLE, {**DENSE, **changes}) for name, changes in VARIANTS.items()}

@@ -1,8 +1,8 @@
 """Whole GPT models on two ranks: norms, experts, masks and positions of models that were not made for NSA."""
 
 import argparse
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from nsa_dist import NSAConfig, ShardPlan
 from nsa_dist.cp.options import FetchOptions
 from nsa_dist.mcore import nsa_block_spec, nsa_layer_spec
 from nsa_dist.mcore.norm import LayerNorm, RMSNorm
+from ranks import attempted
 
 WORLD = 2
 VOCAB = 64
@@ -59,13 +60,7 @@ def loss_of(model: GPTModel, layout: Layout, mask: Tensor | None = None) -> Tens
 def everything(rank: int, folder: str) -> dict[str, str]:
     """{what was tried: "" or how it failed on this rank}."""
     results: dict[str, str] = {}
-
-    def attempt(name: str, work: Callable[[], None]) -> None:
-        try:
-            work()
-            results[name] = ""
-        except Exception:
-            results[name] = traceback.format_exc()
+    attempt = partial(attempted, results)
 
     with groups(SINGLE):
         expected = {name: loss_of(build(SINGLE, changes), SINGLE).detach() for name, changes in NORMS.items()}

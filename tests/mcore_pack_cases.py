@@ -3,8 +3,8 @@
 import copy
 import inspect
 import pickle
-import traceback
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
@@ -29,6 +29,7 @@ from mcore_cases import (
 from nsa_dist import ShardPlan
 from nsa_dist.cp.comm import Comm, Traffic
 from nsa_dist.mcore import prepare_pack
+from ranks import attempted
 
 WORLD = 2
 CP2 = Layout(cp=2)
@@ -96,13 +97,7 @@ def attend_row(layout: Layout, lengths: list[int], changes: dict, cut: Callable[
 def everything(rank: int) -> dict[str, str]:
     """{what was tried: "" or how it failed on this rank}."""
     results: dict[str, str] = {}
-
-    def attempt(name: str, work: Callable[[], None]) -> None:
-        try:
-            work()
-            results[name] = ""
-        except Exception:
-            results[name] = traceback.format_exc()
+    attempt = partial(attempted, results)
 
     cases = [(p, v) for p in PACKS for v in VARIANTS if not v or p == "documents of any length"]
     with groups(SINGLE):

@@ -3,6 +3,7 @@
 import os
 import pickle
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,3 +35,12 @@ def _enter(rank: int, world_size: int, folder: str, work: Callable, args: tuple)
 def groups_up_to(world_size: int) -> dict[int, dist.ProcessGroup]:
     """For every size the group of the first `size` ranks; a rank outside of it must not use it."""
     return {size: dist.new_group(list(range(size))) for size in range(1, world_size + 1)}
+
+
+def attempted(results: dict[str, str], name: str, work: Callable[[], None]) -> None:
+    """Enters how `work` failed on this rank, or ""."""
+    try:
+        work()
+        results[name] = ""
+    except Exception:
+        results[name] = traceback.format_exc()
