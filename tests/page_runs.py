@@ -1,6 +1,5 @@
 """Runs the Python of a page in processes that have imported torch and Megatron-core already: forks of one server."""
 
-import multiprocessing
 import os
 import runpy
 import sys
@@ -10,17 +9,18 @@ from pathlib import Path
 import torch
 from torch.distributed import TCPStore
 
+from forks import as_here, forks
+
 LIMIT_S = 240
 
 
 def run_page(script: Path, world_size: int) -> str:
     """What a process said that did not end well, or nothing. With several it is as torchrun would start them."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nsa_dist.mcore"])
+    context, environment = forks(), dict(os.environ)
     store = TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
     outputs = [script.with_suffix(f".{rank}.txt") for rank in range(world_size)]
     ranks = [
-        context.Process(target=_rank, args=(script, rank, world_size, store.port, output), daemon=True)
+        context.Process(target=_rank, args=(script, rank, world_size, store.port, output, environment), daemon=True)
         for rank, output in enumerate(outputs)
     ]
     for process in ranks:
@@ -37,7 +37,8 @@ def run_page(script: Path, world_size: int) -> str:
     return "\n".join(said)
 
 
-def _rank(script: Path, rank: int, world_size: int, port: int, output: Path) -> None:
+def _rank(script: Path, rank: int, world_size: int, port: int, output: Path, environment: dict[str, str]) -> None:
+    as_here(environment)
     stream = output.open("w", buffering=1)  # to the end of the process, which may speak last
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)

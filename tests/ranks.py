@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from forks import as_here, forks
+
 
 def run_ranks(world_size: int, work: Callable, *args) -> list:
     """`work(rank, *args)` in `world_size` processes of one gloo group; their results by rank.
@@ -18,11 +20,16 @@ def run_ranks(world_size: int, work: Callable, *args) -> list:
     `work` and its results must pickle; an exception on any rank is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, (world_size, folder, work, args), nprocs=world_size)
+        forks()  # says what their server imports first
+        environment = dict(os.environ)
+        mp.start_processes(
+            _enter, (world_size, folder, environment, work, args), world_size, start_method="forkserver"
+        )
         return [pickle.loads(Path(folder, f"result{rank}").read_bytes()) for rank in range(world_size)]
 
 
-def _enter(rank: int, world_size: int, folder: str, work: Callable, args: tuple) -> None:
+def _enter(rank: int, world_size: int, folder: str, environment: dict, work: Callable, args: tuple) -> None:
+    as_here(environment)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)

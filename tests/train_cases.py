@@ -28,7 +28,7 @@ from nsa_dist.train.hooks import Hooks
 from nsa_dist.train.loop import TrainResult, train
 
 ROOT = Path(__file__).parent.parent
-STEPS, FORK_STEP, KILL_STEP = 6, 2, 5
+STEPS, FORK_STEP, KILL_STEP, BF16_STEPS = 6, 2, 5, 4
 
 # Every layout goes on from one checkpoint of a single process.
 LAYOUTS: dict[str, dict] = {
@@ -193,16 +193,21 @@ def single_process(rank: int, base: Path) -> Single:
 
 
 def two_processes(rank: int, base: Path) -> None:
-    """Every layout from the fork to the end; an undisturbed run; the tiny jobs."""
+    """Every layout from the fork to the end; an undisturbed run; the tiny jobs. Without pictures: `single` has them."""
+    with patch.object(loop, "plot_losses"), patch.object(loop, "plot_selection"):
+        _two_processes(rank, base)
+
+
+def _two_processes(rank: int, base: Path) -> None:
     for name, sections in LAYOUTS.items():
         if rank == 0:
             shutil.copytree(base / "fork", base / name)
         dist.barrier()
-        run(small_config(base, name, **sections).resuming())
+        run(small_config(base, name, **sections, run={"checkpoint_interval": STEPS}).resuming())
     run(small_config(base, "undisturbed", **LAYOUTS["CP2 zigzag"]))
-    run(bf16_config(base, "bf16"))
+    run(bf16_config(base, "bf16"), StopAfter(BF16_STEPS))
     run(bf16_config(base, "bf16 in two parts"), StopAfter(FORK_STEP))
-    run(bf16_config(base, "bf16 in two parts").resuming())
+    run(bf16_config(base, "bf16 in two parts").resuming(), StopAfter(BF16_STEPS - FORK_STEP))
     past_damage(rank, base)
     for name, parallel in TINY_JOBS.items():
         tiny_job(base, name, parallel)
@@ -306,10 +311,10 @@ def resumed(rank: int, base: Path) -> TrainResult:
 
 
 def tiny_job(base: Path, name: str, parallel: dict) -> None:
-    """The first steps of configs/tiny-cpu.yaml."""
+    """The first steps of configs/tiny-cpu.yaml, over half of its sequence."""
     raw = tiny_config()
     raw["parallel"] = parallel
-    raw["run"].update(output_dir=base / "tiny" / name, steps=3, eval_batches=1)
+    raw["run"].update(output_dir=base / "tiny" / name, steps=2, sequence_length=2048, eval_batches=1)
     raw["optimizer"]["warmup_steps"] = 1
     run(parse(TrainConfig, raw, "tiny-cpu.yaml"))
 

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nsa_dist.train.files.manifest import Manifest, wrong_in_content
 from ranks import run_ranks
 from train_cases import (
+    BF16_STEPS,
     CHANGED,
     FORK_STEP,
     KILL_STEP,
@@ -70,7 +71,7 @@ def test_recompute_changes_no_bit(base, pair):
 
 
 def test_bf16_trains_like_fp32_and_resumes_with_every_bit(base, pair):
-    bf16, fp32 = records(base, "bf16"), records(base, "undisturbed")
+    bf16, fp32 = records(base, "bf16"), records(base, "undisturbed")[:BF16_STEPS]
     assert largest_difference(bf16, fp32, names=("loss",)) < 0.01
     assert losses(records(base, "bf16 in two parts")) == losses(bf16)
 
@@ -240,10 +241,10 @@ def test_counted_bytes_are_those_of_the_formulas(base, pair, name):
 @pytest.mark.parametrize("name", TINY_JOBS)
 def test_counted_bytes_of_one_head_in_two_halves_are_those_of_the_formulas(base, pair, name):
     found = records(base, f"tiny/{name}", "traffic")
-    assert len(found) == 3
+    assert len(found) == 2
     for record in found:
         assert record["sent_bytes"] == record["formula_bytes"]
-        assert record["sent_bytes"]["bitmap"] == 2 * 2 * 8 * 2 * 2  # halves, ranks, 64 blocks, sequences, layers
+        assert record["sent_bytes"]["bitmap"] == 2 * 2 * 4 * 2 * 2  # halves, ranks, 32 blocks, sequences, layers
 
 
 def test_pages_travel_again_in_backward_unless_they_are_kept(base, pair):
@@ -306,7 +307,8 @@ def test_tensorboard(base, single):
 def test_pictures(base, single, name):
     picture = matplotlib.image.imread(base / "single" / name)[..., :3]
     assert min(picture.shape[:2]) >= 600
-    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20, "lines, letters and their edges"
+    colours = (255 * picture).astype(np.int64) @ [1 << 16, 1 << 8, 1]
+    assert len(np.unique(colours)) > 20, "lines, letters and their edges"
 
 
 def test_training_and_validation_files_are_listed(base, single):
