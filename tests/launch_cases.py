@@ -5,14 +5,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import yaml
 
 from nsa_dist.train.files.records import MetricsFollower
+from nsa_dist.train.hooks import Hooks
+from nsa_dist.train.loop import train
 from nsa_launch.config import RunConfig, load
+from nsa_launch.processes import decide
 from nsa_launch.run_folder import RunFolder
 
 TINY = {
@@ -33,6 +37,13 @@ def tiny_file(folder: Path, corpus: Path | None = None) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
+
+
+def trained(rank: int, path: Path, words: Sequence[str]) -> None:
+    """The run of a file without a launcher, by processes that share a group, as many threads each as a launcher's."""
+    config = load(path, words)
+    torch.set_num_threads(decide(config, 0).threads_each)
+    train(config, Hooks(), torch.device("cpu"))
 
 
 def tiny(folder: Path, *overrides: str) -> RunConfig:

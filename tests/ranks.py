@@ -22,9 +22,7 @@ def run_ranks(world_size: int, work: Callable, *args) -> list:
     with tempfile.TemporaryDirectory() as folder:
         forks()  # says what their server imports first
         environment = dict(os.environ)
-        mp.start_processes(
-            _enter, (world_size, folder, environment, work, args), world_size, start_method="forkserver"
-        )
+        mp.start_processes(_enter, (world_size, folder, environment, work, args), world_size, start_method="forkserver")
         return [pickle.loads(Path(folder, f"result{rank}").read_bytes()) for rank in range(world_size)]
 
 

@@ -1,6 +1,6 @@
 """One run through everything that may happen to it: a rank is killed, Ctrl-C, and the rest without Ray.
 
-A tiny model trains twice over the same 60 steps. Once undisturbed, through torchrun. Once through Ray, where rank 1 is
+A tiny model trains twice over the same 60 steps. Once undisturbed, by no launcher. Once through Ray, where rank 1 is
 killed with SIGKILL, the command gets a Ctrl-C after it has recovered, and torchrun takes the run to its end. Every
 loss of the second must be that of the first, bit for bit, those of repeated steps included.
 """
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from launch_cases import Command, tiny_file
+from launch_cases import Command, tiny_file, trained
 from nsa_launch.run_folder import RunFolder
+from ranks import run_ranks
 
 STEPS = 60
 
@@ -37,7 +38,7 @@ def story(tmp_path_factory) -> Story:
     once, twice = (tmp_path_factory.mktemp(name) for name in ("undisturbed", "disturbed"))
     corpus = _corpus(once)
     undisturbed = Command(tiny_file(once, corpus), once)
-    undisturbed.torchrun(f"steps={STEPS}")
+    run_ranks(2, trained, once / "tiny.yaml", [f"steps={STEPS}"])
 
     disturbed, folder = Command(tiny_file(twice, corpus), twice), RunFolder(twice / "run")
     with disturbed.started(f"steps={STEPS}") as launch:

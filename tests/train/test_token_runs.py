@@ -2,6 +2,7 @@
 
 import heapq
 import json
+import shutil
 from collections import Counter
 from fractions import Fraction
 from itertools import islice
@@ -31,10 +32,18 @@ from token_cases import WEIGHTS, config_of, shifted_set, token_runs
 from train_cases import records
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sets")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for i, name in enumerate(WEIGHTS):
+            shifted_set(monkeypatch, folder / name, start=10 * i)
+    return folder
+
+
 @pytest.fixture
-def base(tmp_path, monkeypatch) -> Path:
-    for i, name in enumerate(WEIGHTS):
-        shifted_set(monkeypatch, tmp_path / "sets" / name, start=10 * i)
+def base(tmp_path, built) -> Path:
+    shutil.copytree(built, tmp_path / "sets")
     return tmp_path
 
 
