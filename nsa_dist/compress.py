@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nsa_dist.rope import rotate
+from nsa_dist.rope import Rotary, rotate
 from nsa_kernels import reference
 
 # phi: ([M, l, Hkv, D], in-document start of each block [M]) -> [M, Hkv, D]
@@ -133,9 +133,9 @@ class CompressMLP(nn.Module):
 class TurnedCompressMLP(CompressMLP):
     """`CompressMLP` whose result is turned to the position of each block's first token: compressed before RoPE."""
 
-    def __init__(self, *sizes: Any, rotary_base: float | None, **options: Any) -> None:
+    def __init__(self, *sizes: Any, rotary: Rotary | None, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        self.rotary_base = rotary_base  # None: not turned
+        self.rotary = rotary  # None: not turned
 
     def forward(
         self,
@@ -146,20 +146,20 @@ class TurnedCompressMLP(CompressMLP):
     ) -> Tensor:
         """As `CompressMLP.forward`, then turned."""
         compressed = super().forward(x, block_start, block_rows, ops)
-        return compressed if self.rotary_base is None else rotate(compressed, block_start, self.rotary_base)
+        return compressed if self.rotary is None else rotate(compressed, block_start, self.rotary)
 
 
 class MeanCompress(nn.Module):
-    """The parameter-free phi, the mean of a block; turns what it compressed if `rotary_base` is given."""
+    """The parameter-free phi, the mean of a block; turns what it compressed if `rotary` is given."""
 
     takes_rows = True
 
-    def __init__(self, block_len: int, rotary_base: float | None = None) -> None:
+    def __init__(self, block_len: int, rotary: Rotary | None = None) -> None:
         super().__init__()
         self.block_len = block_len
-        self.rotary_base = rotary_base
+        self.rotary = rotary
 
     def forward(self, x: Tensor, block_start: Tensor, block_rows: Tensor, ops: ModuleType) -> Tensor:
         """Rows [R, Hkv, D], the first row of each block [M] and its position [M] -> [M, Hkv, D]."""
         compressed = ops.compress_mean(x, block_rows, self.block_len)
-        return compressed if self.rotary_base is None else rotate(compressed, block_start, self.rotary_base)
+        return compressed if self.rotary is None else rotate(compressed, block_start, self.rotary)

@@ -6,7 +6,7 @@ plan; and it appends to a cache. Needs torch and nsa_kernels; no Megatron, no Ra
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,10 @@ from nsa_dist.cp.options import FetchOptions
 from nsa_dist.cp.plan import ShardPlan, as_bounds, runs
 from nsa_dist.inference.attend import EMPTY_SLOT, nsa_decode, nsa_prefill
 from nsa_dist.inference.cache import NSACache
-from nsa_dist.rope import rotate
+from nsa_dist.rope import Rotary, rotate
+
+QKNorm = Literal["rms", "layer", "l2"]
+PLAIN = Rotary()
 
 
 class NSALayer(nn.Module):
@@ -34,8 +37,12 @@ class NSALayer(nn.Module):
     shared_kv               one key and value for the three branches instead of one each
     compression             phi: "mlp", one for keys and one for values, or "mean", without parameters
     compress_before_rope    and turn the compressed key at its block's first position; else compress turned keys
-    rotary_base             pair i of a head turns by position / base ** (2i / head_dim)
+    rotary                  how queries and keys are turned by their positions; `Rotary(percent=0)`: not at all
+    qk_norm                 of queries, and of the keys of each branch, before they are compressed or turned: "rms",
+                            "layer", or "l2", an RMS norm without weights; None: none
+    norm_eps                of those norms
     bias                    of the two projections
+    gate_bias               of the gates' logits, one number a head and branch, 0 at first
 
     One `qkv` projects everything, interleaved by key/value head, with G = query heads per key/value head:
 
@@ -56,8 +63,11 @@ class NSALayer(nn.Module):
         shared_kv: bool = False,
         compression: Literal["mlp", "mean"] = "mlp",
         compress_before_rope: bool = True,
-        rotary_base: float = 10_000.0,
+        rotary: Rotary = PLAIN,
+        qk_norm: QKNorm | None = None,
+        norm_eps: float = 1e-5,
         bias: bool = False,
+        gate_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -66,14 +76,18 @@ class NSALayer(nn.Module):
         self.cfg = cfg or NSAConfig()
         self.num_q_heads, self.num_kv_heads = num_q_heads, num_kv_heads
         self.head_dim, self.v_head_dim = head_dim, v_head_dim or head_dim
-        self.shared_kv, self.rotary_base, self.compress_before_rope = shared_kv, rotary_base, compress_before_rope
+        self.shared_kv, self.rotary, self.compress_before_rope = shared_kv, rotary, compress_before_rope
         group, pair = num_q_heads // num_kv_heads, head_dim + self.v_head_dim
         self.group_widths = [group * head_dim, pair if shared_kv else 3 * pair, group * 3]
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv = nn.Linear(hidden_size, num_kv_heads * sum(self.group_widths), bias=bias, **where)
         self.proj = nn.Linear(num_q_heads * self.v_head_dim, hidden_size, bias=bias, **where)
-        key_base = rotary_base if compress_before_rope else None
-        self.compress_k = self._compressor(compression, head_dim, key_base, where)
+        self.gate = GateBias(num_q_heads, where) if gate_bias else nn.Identity()
+        self.q_norm = _norm(qk_norm, head_dim, norm_eps, where)
+        names = ["shared"] if shared_kv else ["cmp", "slc", "win"]
+        self.k_norm = nn.ModuleDict({name: _norm(qk_norm, head_dim, norm_eps, where) for name in names})
+        turned = rotary if compress_before_rope else None
+        self.compress_k = self._compressor(compression, head_dim, turned, where)
         self.compress_v = self._compressor(compression, self.v_head_dim, None, where)
 
     def forward(
@@ -157,25 +171,50 @@ class NSALayer(nn.Module):
             )
         mixed = self.qkv(x).unflatten(-1, (self.num_kv_heads, sum(self.group_widths)))
         q, kv, logits = mixed.split(self.group_widths, -1)
-        gates = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-        q = q.unflatten(-1, (-1, self.head_dim)).flatten(1, 2)
-        pairs = kv.split([self.head_dim, self.v_head_dim] * (1 if self.shared_kv else 3), -1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(1).unflatten(1, (-1, 3))
+        q = self.q_norm(q.unflatten(-1, (-1, self.head_dim)).flatten(1, 2))
+        pairs = list(kv.split([self.head_dim, self.v_head_dim] * len(self.k_norm), -1))
+        pairs[::2] = [norm(k) for norm, k in zip(self.k_norm.values(), pairs[::2], strict=True)]
         k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = pairs * 3 if self.shared_kv else pairs
         turning = [q, k_slc] if self.shared_kv else [q, k_slc, k_win]
         if not self.shared_kv and not self.compress_before_rope:
             turning.append(k_cmp)
-        turned = rotate(torch.cat(turning, 1), position, self.rotary_base).split([y.shape[1] for y in turning], 1)
+        turned = rotate(torch.cat(turning, 1), position, self.rotary).split([y.shape[1] for y in turning], 1)
         q, k_slc = turned[:2]
         k_win = k_slc if self.shared_kv else turned[2]
         if not self.compress_before_rope:
             k_cmp = turned[-1]
-        return q, BranchKV(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win), gates.flatten(1).unflatten(1, (-1, 3))
+        return q, BranchKV(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win), torch.sigmoid(self.gate(logits))
 
-    def _compressor(self, kind: str, head_dim: int, base: float | None, where: dict[str, Any]) -> nn.Module:
+    def _compressor(self, kind: str, head_dim: int, rotary: Rotary | None, where: dict[str, Any]) -> nn.Module:
         block_len = self.cfg.cmp_block_len
         if kind == "mean":
-            return MeanCompress(block_len, base)
-        return TurnedCompressMLP(self.num_kv_heads, head_dim, block_len, rotary_base=base, **where)
+            return MeanCompress(block_len, rotary)
+        return TurnedCompressMLP(self.num_kv_heads, head_dim, block_len, rotary=rotary, **where)
+
+
+class GateBias(nn.Module):
+    """Adds `bias` [Hq * 3] to logits [T, Hq, 3]."""
+
+    def __init__(self, num_q_heads: int, where: dict[str, Any]) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(3 * num_q_heads, **where))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits + self.bias.view(-1, 3)
+
+
+def _norm(kind: QKNorm | None, head_dim: int, eps: float, where: dict[str, Any]) -> nn.Module:
+    if kind not in (None, *get_args(QKNorm)):
+        raise ValueError(
+            f"qk_norm={kind!r} must be one of {', '.join(get_args(QKNorm))}, or None for none, as those are the norms "
+            f"there are; take one"
+        )
+    if kind is None:
+        return nn.Identity()
+    if kind == "layer":
+        return nn.LayerNorm(head_dim, eps, **where)
+    return nn.RMSNorm(head_dim, eps, elementwise_affine=kind == "rms", **where)
 
 
 def _check_sizes(num_q_heads: int, num_kv_heads: int, head_dim: int, compression: str) -> None:

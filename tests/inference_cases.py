@@ -12,7 +12,7 @@ from cases import SMALL, Inputs, make_inputs
 from nsa_dist import BranchKV, NSAConfig, nsa_attention
 from nsa_dist.compress import Compress, CompressMLP
 from nsa_dist.inference import NSACache, nsa_decode, nsa_prefill
-from nsa_dist.rope import rotate
+from nsa_dist.rope import Rotary, rotate
 
 CONFIGS = (SMALL, NSAConfig(4, 4, 8, 4, 0, 1, 5), NSAConfig(16, 4, 8, 6, 2, 2, 33), NSAConfig(8, 8, 32, 3, 1, 1, 1))
 
@@ -21,7 +21,7 @@ class Turned(CompressMLP):
     """A phi that depends on where its block begins, so is no plain MLP to `nsa_attention`."""
 
     def forward(self, x, block_start, block_rows=None, **options):
-        return rotate(super().forward(x, block_start, block_rows, **options), block_start, 100.0)
+        return rotate(super().forward(x, block_start, block_rows, **options), block_start, Rotary(100.0))
 
 
 def last_token(x: Tensor, block_start: Tensor) -> Tensor:

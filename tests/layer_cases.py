@@ -8,6 +8,8 @@ from torch.distributed.fsdp import fully_shard
 from cases import SMALL
 from nsa_dist import ShardPlan
 from nsa_dist.layer import NSALayer
+from nsa_dist.rope import Rotary
+from nsa_dist.rope_scaling import Llama3Scaling, YarnScaling
 
 LENGTHS = [0, 41, 160]
 KINDS: dict[str, dict] = {
@@ -16,14 +18,26 @@ KINDS: dict[str, dict] = {
     "compressed after RoPE": {"compress_before_rope": False},
     "shared, after RoPE": {"compress_before_rope": False, "shared_kv": True},
     "values of their own size": {"v_head_dim": 6, "bias": True},
-}
+    "norms, gates' bias, Llama 3": {
+        "qk_norm": "rms", "gate_bias": True, "rotary": Rotary(100.0, scaling=Llama3Scaling(8, 1, 4, 64)),
+        "compression": "mean",
+    },
+    "norms around a mean, YaRN": {
+        "qk_norm": "layer", "rotary": Rotary(100.0, scaling=YarnScaling(4, 64)), "compression": "mean",
+    },
+    "norms without weights, half a head": {"qk_norm": "l2", "rotary": Rotary(100.0, 0.5), "compression": "mean"},
+    "no positions": {"rotary": Rotary(percent=0), "compression": "mean"},
+}  # fmt: skip
 
 
 def layer_of(kind: str, dtype=torch.float64) -> NSALayer:
     torch.manual_seed(0)
-    layer = NSALayer(24, 4, 2, 8, SMALL, rotary_base=100.0, dtype=dtype, **KINDS[kind])
+    layer = NSALayer(24, 4, 2, 8, SMALL, dtype=dtype, **{"rotary": Rotary(100.0), **KINDS[kind]})
     with torch.no_grad():
         layer.qkv.weight.mul_(3)
+        for name, parameter in layer.named_parameters():
+            if "_norm" in name or "gate" in name:
+                parameter += torch.randn_like(parameter) / 3
     return layer
 
 

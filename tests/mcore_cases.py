@@ -32,8 +32,20 @@ VARIANTS: dict[str, dict] = {
     "compressed after RoPE": {"nsa_compress_before_rope": False},
     "Dk != Dv": {"nsa_v_head_dim": 4},
     "biases": {"add_bias_linear": True},
+    "RMS norms of q and k, gates' bias, Llama 3's positions": {
+        "qk_layernorm": True, "nsa_gate_bias": True, "use_rope_scaling": True, "nsa_rotary_base": 5e5,
+    },
+    "LayerNorms of q and k around one, YaRN, shared K/V": {
+        "qk_layernorm": True, "normalization": "LayerNorm", "layernorm_zero_centered_gamma": True,
+        "nsa_shared_kv": True, "yarn_rotary_scaling_factor": 4.0,
+        "yarn_original_max_position_embeddings": 64,
+    },
+    "L2 norms of q and k, half a head turned, mean": {
+        "qk_l2_norm": True, "rotary_percent": 0.5, "rotary_seq_len_interpolation_factor": 4, "nsa_compression": "mean",
+    },
+    "no positions": {"no_rope_freq": [1]},
     "recompute": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,12 +92,17 @@ def make_config(layout: Layout = SINGLE, **changes) -> NSATransformerConfig:
 
 def build_attention(config: NSATransformerConfig, seed: int = 1) -> NSASelfAttention:
     torch.manual_seed(seed)
-    return build_module(
+    attention = build_module(
         nsa_layer_spec(config).submodules.self_attention,
         config=config,
         layer_number=1,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"]),
     )
+    with torch.no_grad():
+        for name, parameter in attention.named_parameters():
+            if "_layernorm" in name:  # the same of all heads
+                parameter += torch.linspace(-0.3, 0.4, len(parameter), dtype=parameter.dtype)
+    return attention
 
 
 @contextmanager
@@ -141,7 +158,7 @@ def attend(layout: Layout, changes: dict) -> dict[str, Tensor]:
     (out * share(upstream, plan, layout)).sum().backward()
     result = {"out": whole(out.detach(), plan, layout), "dx": whole(mine.grad, plan, layout)}
     for name, parameter in attention.named_parameters():
-        result[f"d {name}"] = whole_gradient(parameter, layout)
+        result[f"d {name}"] = whole_gradient(parameter, layout, of_heads="_layernorm" in name)
     return result
 
 
@@ -158,13 +175,13 @@ def whole(x: Tensor, plan: ShardPlan, layout: Layout) -> Tensor:
     return plan.unshard(gathered(x, parallel_state.get_context_parallel_group()))
 
 
-def whole_gradient(parameter: torch.nn.Parameter, layout: Layout) -> Tensor:
+def whole_gradient(parameter: torch.nn.Parameter, layout: Layout, of_heads: bool = False) -> Tensor:
     grad = parameter.grad.clone()
     dist.all_reduce(grad, group=parallel_state.get_context_parallel_group())
     group = parallel_state.get_tensor_model_parallel_group()
     if getattr(parameter, "tensor_model_parallel", False):
         return torch.cat(gathered(grad, group), parameter.partition_dim)
-    if layout.sequence_parallel:  # the output bias: each rank saw its own tokens
+    if layout.sequence_parallel or of_heads:  # the output bias: each rank saw its own tokens; norms: its own heads
         dist.all_reduce(grad, group=group)
     return grad
 

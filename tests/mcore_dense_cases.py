@@ -23,7 +23,7 @@ from mcore_cases import (
     save,
 )
 from mcore_model_cases import build
-from nsa_dist.rope import rotate
+from nsa_dist.rope import Rotary, rotate
 from ranks import attempted
 
 WORLD = 2
@@ -81,7 +81,7 @@ def is_softmax() -> None:
     k, v = kv.split([8, 8], -1)
     position, out = torch.arange(TOKENS), []
     for sample in range(BATCH):
-        turned_q, turned_k = (rotate(y[:, sample], position, 1e4) for y in (q, k))
+        turned_q, turned_k = (rotate(y[:, sample], position, Rotary(1e4)) for y in (q, k))
         for head in range(4):
             scores = turned_q[:, head] @ turned_k[:, head // 2].T / 8**0.5
             scores = scores.masked_fill(torch.ones(TOKENS, TOKENS).triu(1).bool(), -torch.inf)

@@ -132,6 +132,22 @@ ROTARY: dict[str, dict] = {
 }
 
 
+# What NSATransformerConfig is told, and GPTModel, of the same positions.
+SAME_ROTARY: dict[str, tuple[dict, dict]] = {
+    "base": ({"nsa_rotary_base": 500_000.0}, {"rotary_base": 500_000}),
+    "percent": ({"rotary_percent": 0.5}, {"rotary_percent": 0.5}),
+    "interpolation": ({"rotary_seq_len_interpolation_factor": 4}, {"seq_len_interpolation_factor": 4}),
+    "scaling": (
+        {"use_rope_scaling": True, "rope_scaling_factor": 16.0, "nsa_rotary_base": 5e5},
+        {"rope_scaling": True, "rope_scaling_factor": 16.0, "rotary_base": 5e5},
+    ),
+    "YaRN": (
+        {"yarn_rotary_scaling_factor": 8.0, "yarn_original_max_position_embeddings": 64},
+        {"position_embedding_type": "yarn"},
+    ),
+}
+
+
 def rotary_positions() -> None:
     """A model's own rotary positions are the layer's, or refused."""
     expected = loss_of(build(SINGLE), SINGLE)
@@ -143,9 +159,9 @@ def rotary_positions() -> None:
             expect_error(lambda model=model: loss_of(model, SINGLE), remedy)
         except BaseException as error:
             raise AssertionError(f"{name} was accepted") from error
-    same = {"nsa_rotary_base": 500_000.0}
-    turned = loss_of(build(SINGLE, same, position_embedding_type="rope", rotary_base=500_000), SINGLE)
-    assert (turned - expected).abs().max() > 0
+    for name, (of_layers, of_model) in SAME_ROTARY.items():
+        turned = loss_of(build(SINGLE, of_layers, **{"position_embedding_type": "rope", **of_model}), SINGLE)
+        assert (turned - expected).abs().max() > 0, name
 
 
 def causal_mask() -> Tensor:

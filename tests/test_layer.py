@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from cases import SMALL
 from layer_cases import KINDS, LENGTHS, inputs, layer_of, over_ranks
-from nsa_dist import ShardPlan
+from nsa_dist import BranchKV, ShardPlan, nsa_attention
 from nsa_dist.layer import NSALayer
+from nsa_dist.rope import rotate
 from ranks import run_ranks
 
 
@@ -34,6 +36,37 @@ def test_a_cache_gives_what_the_whole_gives(kind):
     torch.testing.assert_close(found, expected[41:127], rtol=0, atol=1e-10)
 
 
+def normed(x: torch.Tensor, kind: str, norm: torch.nn.Module) -> torch.Tensor:
+    """Written out, over the last axis."""
+    if kind == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return x if kind == "l2" else x * norm.weight + (norm.bias if kind == "layer" else 0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "norms" in kind])
+def test_norms_come_first_then_phi_and_positions_and_the_bias_before_the_sigmoid(kind):
+    """Against the projections, one formula behind the other; how heads are turned is judged in test_rope.py."""
+    layer, x = layer_of(kind), inputs()[0]
+    norm, rotary = KINDS[kind]["qk_norm"], KINDS[kind]["rotary"]
+    columns = layer.qkv(x).view(160, 2, -1)  # [ 2 * 8 | 3 * (8 + 8) | 2 * 3 ] of each of 2 kv heads
+    q = normed(columns[..., :16].reshape(160, 4, 8), norm, layer.q_norm)
+    pairs = [columns[..., 16 + 8 * i : 24 + 8 * i] for i in range(6)]
+    keys = [normed(k, norm, layer.k_norm[name]) for k, name in zip(pairs[::2], ("cmp", "slc", "win"), strict=True)]
+    logits = columns[..., 64:].reshape(160, 4, 3)
+    if KINDS[kind].get("gate_bias"):
+        logits = logits + layer.gate.bias.reshape(4, 3)
+    place = torch.cat([torch.arange(41), torch.arange(119)])
+    kv = BranchKV(keys[0], pairs[1], rotate(keys[1], place, rotary), pairs[3], rotate(keys[2], place, rotary), pairs[5])
+    out = nsa_attention(
+        rotate(q, place, rotary), kv, 1 / (1 + (-logits).exp()), SMALL, cu_seqlens=torch.tensor(LENGTHS),
+        compress_k=lambda blocks, start: rotate(blocks.mean(1), start, rotary),
+        compress_v=lambda blocks, start: blocks.mean(1),
+    )  # fmt: skip
+    expected = out.flatten(1) @ layer.proj.weight.T
+    torch.testing.assert_close(layer(x, cu_seqlens=LENGTHS), expected, rtol=0, atol=1e-10)
+
+
 def test_a_batch_is_documents():
     layer, x = layer_of("mlp"), inputs()[0]
     batch = x[:120].view(2, 60, -1)
@@ -45,6 +78,8 @@ def test_refusals():
     for sizes, match in [((24, 3, 2, 8), "divisor of 3"), ((24, 4, 2, 7), "take 8"), ((24, 4, 0, 8), "multiple")]:
         with pytest.raises(ValueError, match=match):
             NSALayer(*sizes)
+    with pytest.raises(ValueError, match=r"must be one of rms, layer, l2, or None .*take one"):
+        NSALayer(24, 4, 2, 8, qk_norm="batch")
     with pytest.raises(ValueError, match="'mlp' or 'mean'"):
         NSALayer(24, 4, 2, 8, compression="max")
     with pytest.raises(ValueError, match=r"pass x.flatten\(0, 1\)"):

@@ -11,6 +11,8 @@ from torch.nn import functional
 from nsa_dist.config import NSAConfig
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.layer import NSALayer
+from nsa_dist.rope import Rotary
+from nsa_dist.rope_scaling import scaling_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class GPTConfig:
     compression: Literal["mlp", "mean"] = "mlp"
     compress_before_rope: bool = True
     rotary_base: float = 10_000.0
+    rotary_percent: float = 1.0
+    rope_scaling: dict[str, Any] | None = None  # as in a config.json of Hugging Face: nsa_dist.rope_scaling.scaling_of
+    no_rope: list[int] | None = None  # 1 for each layer without positions, else 0; None: all have them
+    qk_norm: Literal["rms", "l2"] | None = None
+    gate_bias: bool = False
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -63,9 +70,22 @@ class GPTConfig:
                 f"dtype={values.get('dtype')!r} fp32 or bf16, which is what runs are trained with; export the run again"
             )
         try:
-            return cls(**{**values, "nsa": NSAConfig(**values["nsa"])})
+            config = cls(**{**values, "nsa": NSAConfig(**values["nsa"])})
+            config.rotary_of(0)
         except (KeyError, TypeError) as error:
             raise ValueError(f"sizes are missing or are none ({error}); export the run again") from error
+        if config.no_rope is not None and len(config.no_rope) != config.num_layers:
+            raise ValueError(
+                f"no_rope={config.no_rope} must have a number for each of {config.num_layers} layers, which says "
+                f"whether it has no positions; export the run again"
+            )
+        return config
+
+    def rotary_of(self, layer: int) -> Rotary:
+        """How a layer, counted from 0, turns queries and keys. ValueError for a scaling that is none."""
+        has_none = self.no_rope is not None and self.no_rope[layer]
+        stretch, scaling = scaling_of(self.rope_scaling)
+        return Rotary(self.rotary_base, 0.0 if has_none else self.rotary_percent, stretch, scaling)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -80,7 +100,7 @@ class GPT(nn.Module):
         self.config = config
         where: dict[str, Any] = {"device": device, "dtype": config.torch_dtype}
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, **where)
-        self.blocks = nn.ModuleList(Block(config, where) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer, where) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps, **where)
         self.output = None
         if not config.tie_embeddings:
@@ -131,13 +151,14 @@ class GPT(nn.Module):
 class Block(nn.Module):
     """Attention and a gated MLP, each behind its norm."""
 
-    def __init__(self, config: GPTConfig, where: dict[str, Any]) -> None:
+    def __init__(self, config: GPTConfig, layer: int, where: dict[str, Any]) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, config.norm_eps, **where)
         self.attention = NSALayer(
             config.hidden_size, config.num_q_heads, config.num_kv_heads, config.head_dim, config.nsa,
             v_head_dim=config.v_head_dim, shared_kv=config.shared_kv, compression=config.compression,
-            compress_before_rope=config.compress_before_rope, rotary_base=config.rotary_base, **where,
+            compress_before_rope=config.compress_before_rope, rotary=config.rotary_of(layer), qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps, gate_bias=config.gate_bias, **where,
         )  # fmt: skip
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.norm_eps, **where)
         self.mlp = GatedMLP(config, where)

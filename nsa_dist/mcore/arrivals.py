@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nsa_dist.cp.plan import ShardPlan
+from nsa_dist.rope import Rotary
 
 _ROWS = 1024  # of a mask that are compared at once
 
@@ -47,20 +48,21 @@ class Arrivals:
             f"(Megatron-LM: no --reset-attention-mask, but --dataloader-inter-document-masking or --sft)"
         )
 
-    def check_rotary(self, angles: Tensor | None, head_dim: int, base: float) -> None:
-        """ValueError for rotary angles that are not `position / base ** (2i / head_dim)` over the whole head.
+    def check_rotary(self, angles: Tensor | None, head_dim: int, rotary: Rotary) -> None:
+        """ValueError for rotary angles that are not those of `rotary` over a head of that width.
 
-        As Megatron has them: [tokens, 1, 1, head_dim], both halves alike, whatever tokens they are of.
+        As Megatron has them: [tokens, 1, 1, turned], both halves alike, whatever tokens they are of.
         """
-        if angles is None or (isinstance(angles, Tensor) and self._is_known(angles, (head_dim, base))):
+        if angles is None or (isinstance(angles, Tensor) and self._is_known(angles, (head_dim, rotary))):
             return
-        if isinstance(angles, Tensor) and angles.shape[-1] == head_dim and _are_plain(angles, base):
-            self._remember(angles, (head_dim, base))
+        if isinstance(angles, Tensor) and _are_of(angles, head_dim, rotary):
+            self._remember(angles, (head_dim, rotary))
             return
         raise ValueError(
-            f"rotary_pos_emb is not that of this layer, which turns all {head_dim} numbers of a head by "
-            f"nsa_rotary_base={base} and nothing else: the model has another base, percent, scaling or interpolation; "
-            f"set nsa_rotary_base to the model's rotary_base, and pass position_embedding_type='none' to the model"
+            f"rotary_pos_emb is not that of this layer, which turns {rotary.turned(head_dim)} of {head_dim} numbers "
+            f"of a head by {rotary} and nothing else: the model has another base, percent, scaling or interpolation; "
+            f"set nsa_rotary_base to the model's rotary_base, rotary_percent and the rest as the model has them, and "
+            f"pass position_embedding_type='none' to the model"
         )
 
     def _is_known(self, x: Tensor, of: tuple) -> bool:
@@ -98,11 +100,12 @@ def _is_causal(mask: Tensor, plan: ShardPlan, given: ShardPlan, rank: int) -> bo
     return bool(torch.stack(over_all).all() | torch.stack(over_documents).all())
 
 
-def _are_plain(angles: Tensor, base: float) -> bool:
+def _are_of(angles: Tensor, head_dim: int, rotary: Rotary) -> bool:
     angles = angles.detach().to(torch.float64).flatten(0, -2)
-    half = angles.shape[-1] // 2
-    position = angles[:, :1]  # the first pair turns by one a token
-    frequency = base ** -(torch.arange(half, device=angles.device, dtype=torch.float64) / half)
+    frequency = rotary.frequencies(head_dim, angles.device)
+    if angles.shape[-1] != 2 * len(frequency) or not len(frequency):
+        return False
+    position = angles[:, :1] / frequency[0]
     expected = torch.cat([position * frequency, position * frequency], -1)
-    whole = (position == position.round()).all()
+    whole = torch.isclose(position, position.round(), rtol=1e-5, atol=1e-4).all()
     return bool(whole & torch.isclose(angles, expected, rtol=1e-5, atol=1e-6).all())

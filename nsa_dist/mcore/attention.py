@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron.core import tensor_parallel
@@ -17,6 +18,7 @@ from nsa_dist.attention import check_agreement
 from nsa_dist.cp.comm import Comm
 from nsa_dist.mcore.config import NSATransformerConfig, need_nsa_config
 from nsa_dist.mcore.core import NSACoreAttention
+from nsa_dist.mcore.norm import NormedKeys, norm_of_heads
 from nsa_dist.mcore.plans import Place, PlanCache, RankPlan, local_heads
 
 
@@ -70,8 +72,15 @@ class PlannedSelfAttention(Attention):
             **later_versions,
         )
         self.plans = plans or PlanCache(config)
+        self.rotary = config.rotary_of(layer_number)
         self.core_attention = self._build_core()
         self._build_projections(submodules)
+        self._build_norms()
+
+    @property
+    @abstractmethod
+    def branches(self) -> tuple[str, ...]:
+        """The pairs of keys and values that `linear_qkv` projects, by name."""
 
     @property
     @abstractmethod
@@ -121,6 +130,19 @@ class PlannedSelfAttention(Attention):
             **common,
         )
 
+    def _build_norms(self) -> None:
+        """Under the names by which Megatron sums their gradients over tensor-parallel ranks, which have other heads."""
+        config, norm = self.config, norm_of_heads(self.config)
+        self.q_layernorm, self.k_layernorm = nn.Identity(), nn.Identity()
+        if norm is not None:
+            make = partial(norm, config, config.kv_channels, config.layernorm_epsilon)
+            self.q_layernorm = make()
+            self.k_layernorm = NormedKeys(self.branches, make, (config.kv_channels, config.v_head_dim))
+
+    def _normed(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """q [s, b, Hkv, G * Dk] as [s, b, Hq, Dk], kv [s, b, Hkv, pairs * (Dk + Dv)], both with their norms."""
+        return self.q_layernorm(q.unflatten(-1, (-1, self.config.kv_channels)).flatten(2, 3)), self.k_layernorm(kv)
+
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: Tensor | None = None, **later_versions: Any
     ) -> tuple[Tensor, ...]:
@@ -165,7 +187,7 @@ class PlannedSelfAttention(Attention):
         mixed, _ = self.linear_qkv(hidden_states)
         rank_plan = self._rank_plan(mixed, packed_seq_params)
         self.plans.arrivals.check_mask(attention_mask, rank_plan.plan, rank_plan.given, rank_plan.rank)
-        self.plans.arrivals.check_rotary(rotary_pos_emb, self.config.kv_channels, self.config.nsa_rotary_base)
+        self.plans.arrivals.check_rotary(rotary_pos_emb, self.config.kv_channels, self.config.rotary)
         if rank_plan.deal is not None:  # the first to send anything; otherwise nsa_attention makes sure
             config, comm = self.config, self.comm
             heads = local_heads(config, get_pg_size(self.pg_collection.tp), mixed.dtype)
@@ -215,6 +237,10 @@ class NSASelfAttention(PlannedSelfAttention):
     core_attention: NSACoreAttention
 
     @property
+    def branches(self) -> tuple[str, ...]:
+        return ("shared",) if self.config.nsa_shared_kv else ("cmp", "slc", "win")
+
+    @property
     def group_widths(self) -> list[int]:
         return nsa_group_widths(self.config)
 
@@ -223,16 +249,12 @@ class NSASelfAttention(PlannedSelfAttention):
         return self.core_attention.comm  # with what counts its bytes
 
     def _build_core(self) -> NSACoreAttention:
-        return NSACoreAttention(self.config, self.pg_collection)
+        return NSACoreAttention(self.config, self.pg_collection, self.rotary)
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [s, b, Hq, Dk], kv [s, b, Hkv, pairs * (Dk + Dv)], gate logits [s, b, Hq, 3], local heads."""
         q, kv, gate_logits = self._parts(mixed)
-        return (
-            q.unflatten(-1, (-1, self.config.kv_channels)).flatten(2, 3),
-            kv,
-            gate_logits.unflatten(-1, (-1, 3)).flatten(2, 3),
-        )
+        return *self._normed(q, kv), gate_logits.unflatten(-1, (-1, 3)).flatten(2, 3)
 
 
 def nsa_group_widths(config: NSATransformerConfig) -> list[int]:

@@ -1,7 +1,7 @@
 """Megatron's transformer configuration with the fields of Native Sparse Attention."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nsa_dist.config import NSAConfig, layer_attentions
 from nsa_dist.cp.options import FetchOptions
 from nsa_dist.mcore.settings import refuse_settings
+from nsa_dist.rope import Rotary
+from nsa_dist.rope_scaling import Llama3Scaling, YarnScaling
 
 
 @dataclass
@@ -22,7 +24,10 @@ class NSATransformerConfig(TransformerConfig):
     Head dims: q and k take `kv_channels`, v takes `nsa_v_head_dim` (None: the same).
     Positions: the layer turns q and k itself, at the positions of the context-parallel plan, so the model around it
     wants `position_embedding_type="none"`. Learned positions are refused when the model draws them, a `rotary_pos_emb`
-    of another base or scaling when the layer is called.
+    of another base or scaling when the layer is called. Base, percent, interpolation, Llama 3's scaling, YaRN (given
+    its `yarn_rotary_scaling_factor`) and layers without positions (`no_rope_freq`) are said by Megatron's own names.
+    Norms of q and k: `qk_layernorm` has one of q and one for the keys of each branch, by `normalization`, before they
+    are compressed or turned; `qk_l2_norm` is the same without weights.
     """
 
     nsa: NSAConfig = field(default_factory=NSAConfig)
@@ -31,6 +36,8 @@ class NSATransformerConfig(TransformerConfig):
     nsa_compression: Literal["mlp", "mean"] = "mlp"
     nsa_compress_before_rope: bool = True  # and turn the compressed key at its block's first position
     nsa_rotary_base: float = 10_000.0
+    nsa_rope_scaling: Llama3Scaling | YarnScaling | None = None  # any, where Megatron's own names do not reach
+    nsa_gate_bias: bool = False  # added to the gates' logits: one number a head and branch, 0 at first
     nsa_layout: Literal["zigzag", "contiguous"] = "zigzag"  # which tokens a context-parallel rank was given
     nsa_pack_order: Literal["sequence", "documents"] | None = None  # the same for packs: see packs.pack_order
     nsa_v_head_dim: int | None = None
@@ -43,14 +50,26 @@ class NSATransformerConfig(TransformerConfig):
     reset_position_ids: bool = False
     rotary_base: float = 10_000
     rotary_percent: float = 1.0
-    rotary_seq_len_interpolation_factor: int | None = None
+    rotary_seq_len_interpolation_factor: float | None = None
     use_rope_scaling: bool = False
+    rope_scaling_factor: float = 8.0
+
+    # What GPTModel reads of its configuration for position_embedding_type="yarn". A factor means YaRN.
+    yarn_rotary_scaling_factor: float | None = None
+    yarn_original_max_position_embeddings: int = 4096
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_mscale: float = 1.0
+    yarn_mscale_all_dim: float = 0.0
+    yarn_correction_range_round_to_int: bool = True
 
     def __post_init__(self) -> None:
         refuse_settings(self)
         self._check_offloading()
+        self._check_recipe()
         super().__post_init__()
         self._check_choices()
+        self.rotary.turned(self.kv_channels)
         self._check_groups()
         self._check_dense()
         draw = vars(self)["embedding_init_method"]
@@ -64,6 +83,53 @@ class NSATransformerConfig(TransformerConfig):
     def layer_attentions(self) -> tuple[str, ...]:
         """ "nsa" or "dense" for every layer of the model."""
         return layer_attentions(self.nsa_attention, self.num_layers)
+
+    @property
+    def rotary(self) -> Rotary:
+        """How layers that have positions turn queries and keys."""
+        scaling = self.nsa_rope_scaling
+        if self.yarn_rotary_scaling_factor is not None:
+            scaling = YarnScaling(
+                self.yarn_rotary_scaling_factor,
+                self.yarn_original_max_position_embeddings,
+                self.yarn_beta_fast,
+                self.yarn_beta_slow,
+                self.yarn_mscale,
+                self.yarn_mscale_all_dim,
+                self.yarn_correction_range_round_to_int,
+            )
+        elif self.use_rope_scaling:
+            scaling = Llama3Scaling(self.rope_scaling_factor)
+        stretch = self.rotary_seq_len_interpolation_factor or 1.0
+        return Rotary(self.nsa_rotary_base, self.rotary_percent, stretch, scaling)
+
+    def rotary_of(self, layer_number: int) -> Rotary:
+        """That of a layer, counted from 1; `no_rope_freq` has 1 for those without positions."""
+        has_none = bool(self.no_rope_freq) and self.no_rope_freq[layer_number - 1]  # Megatron made a list of a number
+        return replace(self.rotary, percent=0.0) if has_none else self.rotary
+
+    def _check_recipe(self) -> None:
+        """Settings that exclude each other, and `no_rope_freq`, about which Megatron has a bare assertion."""
+        pairs = (
+            ("qk_layernorm", "qk_l2_norm", "are two norms of the same queries and keys"),
+            ("use_rope_scaling", "yarn_rotary_scaling_factor", "are two scalings of the same frequencies"),
+            ("use_rope_scaling", "nsa_rope_scaling", "are two scalings of the same frequencies"),
+            ("yarn_rotary_scaling_factor", "nsa_rope_scaling", "are two scalings of the same frequencies"),
+            ("add_qkv_bias", "nsa_gate_bias", "are two biases of the gates, whose logits linear_qkv projects"),
+            ("add_bias_linear", "nsa_gate_bias", "are two biases of the gates, whose logits linear_qkv projects"),
+        )
+        for first, second, why in pairs:
+            if getattr(self, first) and getattr(self, second):
+                raise ValueError(
+                    f"{first}={getattr(self, first)} and {second}={getattr(self, second)} {why}, and one would be "
+                    f"useless; leave one of them out"
+                )
+        freq, layers = self.no_rope_freq, self.num_layers
+        if freq and (layers % freq if isinstance(freq, int) else len(freq) != layers):
+            raise ValueError(
+                f"no_rope_freq={freq} must be a divisor of num_layers={layers}, every so many of them having no "
+                f"positions, or a list that says 0 or 1 for each layer; give {layers} numbers"
+            )
 
     def _check_dense(self) -> None:
         if "dense" in self.layer_attentions and self.context_parallel_size > 1:

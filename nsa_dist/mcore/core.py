@@ -12,22 +12,24 @@ from torch import Tensor
 from nsa_dist.attention import BranchKV, nsa_attention
 from nsa_dist.compress import MeanCompress
 from nsa_dist.cp.comm import Comm, Traffic
-from nsa_dist.mcore.compressor import ParallelCompressMLP
+from nsa_dist.mcore.compressor import GateBias, ParallelCompressMLP
 from nsa_dist.mcore.config import NSATransformerConfig
 from nsa_dist.mcore.plans import RankPlan
-from nsa_dist.rope import rotate
+from nsa_dist.rope import Rotary
 
 
 class NSACoreAttention(MegatronModule):
-    """Rotary positions, compression and `nsa_attention`. Its only parameters are those of the two compressors."""
+    """Rotary positions, compression and `nsa_attention`. Its parameters are phi's and the gates' bias."""
 
-    def __init__(self, config: NSATransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+    def __init__(self, config: NSATransformerConfig, pg_collection: ProcessGroupCollection, rotary: Rotary) -> None:
         super().__init__(config=config)
+        self.rotary = rotary
         self.tp_group = pg_collection.tp
         self.cp_group = pg_collection.cp if get_pg_size(pg_collection.cp) > 1 else None
-        key_base = config.nsa_rotary_base if config.nsa_compress_before_rope else None
-        self.compress_k = _build_compressor(config, config.kv_channels, pg_collection, key_base)
+        turned = rotary if config.nsa_compress_before_rope else None
+        self.compress_k = _build_compressor(config, config.kv_channels, pg_collection, turned)
         self.compress_v = _build_compressor(config, config.v_head_dim, pg_collection, None)
+        self.gate = GateBias(config, pg_collection) if config.nsa_gate_bias else torch.nn.Identity()
         self._recorded: list[Tensor] | None = None
         self._traffic: Traffic | None = None
         self._observe: Callable[[Tensor, Tensor], None] | None = None
@@ -74,7 +76,7 @@ class NSACoreAttention(MegatronModule):
         plan = rank_plan.plan
         if plan.cp_size == 1:  # pads documents to whole blocks; more ranks were given whole blocks
             q, kv, gate_logits = (plan.shard(x, 0) for x in (q, kv, gate_logits))
-        gates = torch.sigmoid(gate_logits.to(torch.promote_types(gate_logits.dtype, torch.float32)))
+        gates = torch.sigmoid(self.gate(gate_logits.to(torch.promote_types(gate_logits.dtype, torch.float32))))
         out, block_indices = nsa_attention(
             self._rotate(q, rank_plan),
             self._branches(kv, rank_plan),
@@ -110,12 +112,12 @@ class NSACoreAttention(MegatronModule):
         return BranchKV(k_cmp, v_cmp, self._rotate(k_slc, rank_plan), v_slc, self._rotate(k_win, rank_plan), v_win)
 
     def _rotate(self, x: Tensor, rank_plan: RankPlan) -> Tensor:
-        return rotate(x, rank_plan.document_position, self.config.nsa_rotary_base)
+        return rank_plan.turns(self.rotary, x.shape[-1], x.dtype).of(x)
 
 
 def _build_compressor(
-    config: NSATransformerConfig, head_dim: int, pg_collection: ProcessGroupCollection, rotary_base: float | None
+    config: NSATransformerConfig, head_dim: int, pg_collection: ProcessGroupCollection, rotary: Rotary | None
 ) -> torch.nn.Module:
     if config.nsa_compression == "mean":
-        return MeanCompress(config.nsa.cmp_block_len, rotary_base)
-    return ParallelCompressMLP(config, head_dim, pg_collection, rotary_base)
+        return MeanCompress(config.nsa.cmp_block_len, rotary)
+    return ParallelCompressMLP(config, head_dim, pg_collection, rotary)

@@ -13,7 +13,7 @@ from nsa_dist.mcore.attention import PlannedSelfAttention, nsa_group_widths
 from nsa_dist.mcore.config import NSATransformerConfig
 from nsa_dist.mcore.core import NSACoreAttention
 from nsa_dist.mcore.plans import RankPlan
-from nsa_dist.rope import rotate
+from nsa_dist.rope import Rotary, rotate
 
 
 class DenseSelfAttention(PlannedSelfAttention):
@@ -27,13 +27,17 @@ class DenseSelfAttention(PlannedSelfAttention):
     """
 
     @property
+    def branches(self) -> tuple[str, ...]:
+        return ("dense",)
+
+    @property
     def group_widths(self) -> list[int]:
         queries, _, _ = nsa_group_widths(self.config)
         return [queries, self.config.kv_channels + self.config.v_head_dim]
 
     def _build_core(self) -> "DenseCoreAttention":
-        NSACoreAttention(self.config, self.pg_collection)  # for the random numbers that its phi draws
-        return DenseCoreAttention(self.config, self.pg_collection)
+        NSACoreAttention(self.config, self.pg_collection, self.rotary)  # for the random numbers that its phi draws
+        return DenseCoreAttention(self.config, self.pg_collection, self.rotary)
 
     def _draw_qkv(self, weight: Tensor) -> Tensor:
         widths, own = nsa_group_widths(self.config), self.group_widths
@@ -50,14 +54,15 @@ class DenseSelfAttention(PlannedSelfAttention):
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor]:
         """q [s, b, Hq, Dk], kv [s, b, Hkv, Dk + Dv], local heads."""
         q, kv = self._parts(mixed)
-        return q.unflatten(-1, (-1, self.config.kv_channels)).flatten(2, 3), kv
+        return self._normed(q, kv)
 
 
 class DenseCoreAttention(MegatronModule):
     """Rotary positions and PyTorch's `scaled_dot_product_attention`, which takes its fused kernel for the device."""
 
-    def __init__(self, config: NSATransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+    def __init__(self, config: NSATransformerConfig, pg_collection: ProcessGroupCollection, rotary: Rotary) -> None:
         super().__init__(config=config)
+        self.rotary = rotary
         if get_pg_size(pg_collection.cp) > 1:
             raise ValueError(
                 f"a dense layer was built over {get_pg_size(pg_collection.cp)} context-parallel ranks, but it needs "
@@ -77,7 +82,7 @@ class DenseCoreAttention(MegatronModule):
 
     def _turned(self, x: Tensor, position: Tensor) -> Tensor:
         """x [T, b, H, D]: samples are further heads to the rotation."""
-        return rotate(x.flatten(1, 2), position, self.config.nsa_rotary_base).view(x.shape)
+        return rotate(x.flatten(1, 2), position, self.rotary).view(x.shape)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One document: q [T, b, Hq, Dk], k and v [T, b, Hkv, D] -> [T, b, Hq, Dv]."""

@@ -18,6 +18,7 @@ from nsa_dist.mcore.arrivals import Arrivals
 from nsa_dist.mcore.config import NSATransformerConfig
 from nsa_dist.mcore.deal import Deal, deal
 from nsa_dist.mcore.packs import PackReading, document_bounds, pack_order
+from nsa_dist.rope import Rotary, Turns
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class RankPlan:
     document_position: Tensor  # int64 [plan.tokens_per_rank]
     given: ShardPlan  # how the batch was cut: the plan itself, unless there is a deal
     deal: Deal | None = None  # None: every token is where the plan wants it
+    _turns: dict[tuple, Turns] = field(default_factory=dict, repr=False, compare=False)
+
+    def turns(self, rotary: Rotary, head_dim: int, dtype: torch.dtype) -> Turns:
+        """Of this rank's tokens, worked out once for all layers."""
+        key = (rotary, head_dim, dtype)
+        if key not in self._turns:
+            self._turns[key] = rotary.at(self.document_position, head_dim, dtype)
+        return self._turns[key]
 
 
 @dataclass(frozen=True)

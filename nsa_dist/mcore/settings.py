@@ -33,8 +33,7 @@ def _only(accepted: Any, why: str) -> Refusal:
 
 
 _OWN_SOFTMAX = "the three branches have a softmax each, in fp32, as the paper has it"
-_OWN_HEADS = "queries and keys go into the branches as they are projected and turned"
-_OWN_ROPE = "the layer turns queries and keys itself, by nsa_rotary_base, over the whole head"
+_OWN_ROPE = "the layer turns queries and keys itself, pairs of numbers half a head apart, by one position a token"
 _GRAPHS = "its exchanges are counted and its packs read on the host, which a captured layer cannot do"
 _NOT_RUN = "it has not been run with these layers"
 _KITCHEN = "its layers and kernels are for dense attention"
@@ -65,12 +64,9 @@ REFUSED: dict[str, Refusal] = {
     "log_max_attention_logit": _only(False, "no branch keeps its largest logit"),
     "mrope_section": _only(None, _OWN_ROPE),
     "multi_latent_attention": _only(False, "keys and values are projected of the hidden states"),
-    "no_rope_freq": _only(None, "every layer turns queries and keys, as the compressed keys need positions"),
     "normalization": Refusal(("RMSNorm", "LayerNorm"), "the spec builds these two"),
     "overlap_moe_expert_parallel_comm": _only(False, _NOT_RUN),
     "qk_clip": _only(False, "no branch keeps its largest logit"),
-    "qk_l2_norm": _only(False, _OWN_HEADS),
-    "qk_layernorm": _only(False, _OWN_HEADS),
     "rotary_interleaved": _only(False, _OWN_ROPE),
     "softmax_type": _only("vanilla", _OWN_SOFTMAX),
     "tensor_parallel_num_weight_shards": Refusal(
@@ -99,9 +95,6 @@ REFUSED: dict[str, Refusal] = {
         False,
         "positions are counted in the documents of packed_seq_params (--dataloader-inter-document-masking, --sft)",
     ),
-    "rotary_percent": _only(1.0, _OWN_ROPE),
-    "rotary_seq_len_interpolation_factor": _only(None, _OWN_ROPE),
-    "use_rope_scaling": _only(False, _OWN_ROPE),
 }
 
 
@@ -114,7 +107,7 @@ HONOURED: dict[str, frozenset[str]] = {
         """add_bias_linear add_qkv_bias context_parallel_size deterministic_mode hidden_size init_method kv_channels
         num_attention_heads num_query_groups output_layer_init_method params_dtype perform_initialization
         recompute_granularity recompute_modules sequence_parallel softmax_scale tensor_model_parallel_size
-        use_cpu_initialization delay_wgrad_compute"""
+        use_cpu_initialization delay_wgrad_compute no_rope_freq qk_layernorm qk_l2_norm"""
     ),
     "by the norms": _names("layernorm_epsilon layernorm_zero_centered_gamma"),
     "by the spec, which builds Megatron's MoE layer": _names("num_moe_experts moe_layer_freq moe_grouped_gemm"),

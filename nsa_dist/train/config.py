@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from nsa_dist.config import NSAConfig, layer_attentions
+from nsa_dist.config import layer_attentions
 from nsa_dist.cp.options import FetchOptions
+from nsa_dist.rope import Rotary
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.sections.data import LEAST_TASK_LENGTH, DataSection
+from nsa_dist.train.sections.nsa import NSASection
 from nsa_dist.train.sections.section import Section, named
 
 VOCAB_SIZE = 256  # a token is a byte
@@ -39,6 +41,11 @@ class ModelSection(Section):
     )
     embedding_init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial embedding")
     tie_embeddings: bool = Field(default=False, description="one matrix for the embedding and the output layer")
+    norm_eps: float = Field(default=1e-5, gt=0, description="added to the mean of squares in every norm")
+    qk_norm: Literal["rms", "l2"] | None = Field(
+        default=None,
+        description="norm of each query and of each branch's keys: rms with weights, as Qwen 3 has it, l2 without",
+    )
     recompute_attention: bool = Field(default=False, description="run the attention again in backward, keep nothing")
 
     @field_validator("attention")
@@ -78,43 +85,6 @@ class ModelSection(Section):
                 f"take head_dim={self.head_dim + 1}"
             )
         return self
-
-
-class NSASection(Section):
-    """The sizes of `NSAConfig` and the choices the layer leaves open."""
-
-    cmp_block_len: int = Field(default=32, description="tokens that one compressed key and value stand for")
-    cmp_stride: int = Field(default=16, description="tokens from one compressed block to the next")
-    slc_block_len: int = Field(default=64, description="tokens of a selection block")
-    num_slc_blocks: int = Field(default=16, description="blocks that a query chooses, forced ones counted")
-    num_init_blocks: int = Field(default=1, description="forced: the first blocks of the document")
-    num_local_blocks: int = Field(default=2, description="forced: the last blocks, the query's own counted")
-    window_len: int = Field(default=512, description="last tokens that a query sees, its own counted")
-    shared_kv: bool = Field(default=False, description="one K/V for the three branches instead of one each")
-    compression: Literal["mlp", "mean"] = Field(
-        default="mlp", description="of a block's keys, and of its values: a learned MLP, or their mean"
-    )
-    compress_before_rope: bool = Field(
-        default=True, description="keys get their rotary positions after compression; false: before it"
-    )
-    rotary_base: float = Field(default=10_000.0, gt=1, description="of the frequencies of rotary positions")
-
-    @model_validator(mode="after")
-    def _check_sizes(self) -> "NSASection":
-        self.sizes()
-        return self
-
-    def sizes(self) -> NSAConfig:
-        """The hyper-parameters that `nsa_attention` takes."""
-        return NSAConfig(
-            cmp_block_len=self.cmp_block_len,
-            cmp_stride=self.cmp_stride,
-            slc_block_len=self.slc_block_len,
-            num_slc_blocks=self.num_slc_blocks,
-            num_init_blocks=self.num_init_blocks,
-            num_local_blocks=self.num_local_blocks,
-            window_len=self.window_len,
-        )
 
 
 class ParallelSection(Section):
@@ -259,10 +229,19 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check_sections_together(self) -> "TrainConfig":
         _check_sequence(self)
+        _check_positions(self)
         _check_task_lengths(self)
         _check_model_parallel(self)
         _check_warmup(self)
         return self
+
+    @property
+    def no_rope(self) -> list[int] | None:
+        """1 for each layer without positions, else 0; None where all have them."""
+        freq, layers = self.nsa.no_rope_freq, self.model.num_layers
+        if freq is None or isinstance(freq, list):
+            return freq
+        return [int(layer % freq == 0) for layer in range(1, layers + 1)]
 
     @property
     def task_lengths(self) -> list[int]:
@@ -308,6 +287,17 @@ def _check_sequence(config: TrainConfig) -> None:
             f"{chunks * block}, so that every rank holds whole selection blocks; "
             f"take sequence_length={_round_up(length, chunks * block)}"
         )
+
+
+def _check_positions(config: TrainConfig) -> None:
+    freq, layers, nsa = config.nsa.no_rope_freq, config.model.num_layers, config.nsa
+    wrong = (freq < 1 or layers % freq) if isinstance(freq, int) else freq is not None and len(freq) != layers
+    if wrong or (isinstance(freq, list) and not set(freq) <= {0, 1}):
+        raise ValueError(
+            f"no_rope_freq={freq} must be a divisor of num_layers={layers}, or a list of {layers} numbers, 0 or 1, one "
+            f"for each layer; take no_rope_freq={layers}, and the last layer has no positions"
+        )
+    Rotary(nsa.rotary_base, nsa.rotary_percent).turned(config.model.head_dim)
 
 
 def _check_task_lengths(config: TrainConfig) -> None:

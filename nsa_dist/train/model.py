@@ -14,6 +14,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module
 
 from nsa_dist.mcore import NSASelfAttention, NSATransformerConfig, nsa_block_spec
+from nsa_dist.rope_scaling import scaling_of
 from nsa_dist.train.config import OptimizerSection, TrainConfig
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.tokens.sets import padded_vocab_size
@@ -91,6 +92,7 @@ def transformer_config(config: TrainConfig, world: World) -> NSATransformerConfi
     model, nsa, parallel = config.model, config.nsa, config.parallel
     dtype = torch.bfloat16 if config.run.dtype == "bf16" else torch.float32
     recompute: dict[str, Any] = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    stretch, scaling = scaling_of(nsa.rope_scaling)
     return NSATransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -123,6 +125,14 @@ def transformer_config(config: TrainConfig, world: World) -> NSATransformerConfi
         nsa_compression=nsa.compression,
         nsa_compress_before_rope=nsa.compress_before_rope,
         nsa_rotary_base=nsa.rotary_base,
+        rotary_percent=nsa.rotary_percent,
+        rotary_seq_len_interpolation_factor=None if stretch == 1 else stretch,
+        nsa_rope_scaling=scaling,
+        nsa_gate_bias=nsa.gate_bias,
+        no_rope_freq=config.no_rope,
+        qk_layernorm=model.qk_norm == "rms",
+        qk_l2_norm=model.qk_norm == "l2",
+        layernorm_epsilon=model.norm_eps,
         nsa_layout=parallel.layout,
         nsa_fetch=parallel.fetch_options(),
         **(recompute if model.recompute_attention else {}),

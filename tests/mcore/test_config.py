@@ -9,14 +9,14 @@ from mcore_cases import make_config
 from nsa_dist.mcore import NSASelfAttention, nsa_layer_spec
 from nsa_dist.mcore.attention import NSASelfAttentionSubmodules
 from nsa_dist.mcore.cpu import megatron_on_cpu
-from nsa_dist.rope import rotate
+from nsa_dist.rope import Rotary, rotate
 
 
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
         ({"attention_dropout": 0.1}, "set attention_dropout=0.0"),
-        ({"qk_layernorm": True}, "set qk_layernorm=False"),
+        ({"rotary_interleaved": True}, "set rotary_interleaved=False"),
         ({"window_size": (128, 0)}, "set window_size=None"),
         ({"nsa_compression": "max"}, "must be one of .*mean.*; choose one"),
         ({"nsa_layout": "striped"}, "must be one of .*zigzag.*; choose one"),
@@ -63,11 +63,11 @@ def test_the_cpu_stand_in_leaves_no_trace():
 def test_rotation_depends_on_distance_alone():
     q, k = torch.randn(2, 5, 3, 8, dtype=torch.float64)
     position = torch.tensor([0, 1, 7, 100, 4000])
-    here = (rotate(q, position, 1e4) * rotate(k, position + 3, 1e4)).sum(-1)
-    there = (rotate(q, position + 50, 1e4) * rotate(k, position + 53, 1e4)).sum(-1)
+    here = (rotate(q, position, Rotary(1e4)) * rotate(k, position + 3, Rotary(1e4))).sum(-1)
+    there = (rotate(q, position + 50, Rotary(1e4)) * rotate(k, position + 53, Rotary(1e4))).sum(-1)
     torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-3)  # angles are fp32
-    torch.testing.assert_close(rotate(q, position, 1e4).norm(dim=-1), q.norm(dim=-1))
-    torch.testing.assert_close(rotate(q, torch.zeros(5), 1e4), q)
+    torch.testing.assert_close(rotate(q, position, Rotary(1e4)).norm(dim=-1), q.norm(dim=-1))
+    torch.testing.assert_close(rotate(q, torch.zeros(5), Rotary(1e4)), q)
 
 
 def test_rotation_agrees_with_megatron():
@@ -77,4 +77,4 @@ def test_rotation_agrees_with_megatron():
     frequency = 1e4 ** -(torch.arange(4) / 4)
     angle = torch.arange(6)[:, None] * frequency
     expected = _apply_rotary_pos_emb_bshd(x[:, None], torch.cat([angle, angle], -1)[:, None, None])
-    torch.testing.assert_close(rotate(x, torch.arange(6), 1e4), expected[:, 0])
+    torch.testing.assert_close(rotate(x, torch.arange(6), Rotary(1e4)), expected[:, 0])

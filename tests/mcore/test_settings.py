@@ -19,6 +19,7 @@ from nsa_dist.cp.options import FetchOptions
 from nsa_dist.mcore import NSATransformerConfig, nsa_block_spec, nsa_layer_spec, nsa_mtp_spec
 from nsa_dist.mcore.arrivals import Arrivals
 from nsa_dist.mcore.settings import HONOURED, IRRELEVANT, REFUSED, decided, refuse_settings
+from nsa_dist.rope import Rotary
 
 # Another value than those accepted, where turning it round or on is not one.
 OTHER_VALUES = {
@@ -31,10 +32,7 @@ OTHER_VALUES = {
     "fp8": "hybrid",
     "gtp_weight_remat_size": 2,
     "mrope_section": [16, 24, 24],
-    "no_rope_freq": [0],
     "normalization": "L2Norm",
-    "rotary_percent": 0.5,
-    "rotary_seq_len_interpolation_factor": 4,
     "softmax_type": "learnable",
     "tensor_parallel_num_weight_shards": 2,
     "transformer_impl": "inference_optimized",
@@ -99,6 +97,13 @@ def test_weights_in_as_many_shards_as_tensor_parallel_ranks():
     [
         ({"rotary_base": 500_000}, "set nsa_rotary_base=500000"),
         ({"nsa": {"window_len": 64}}, r"pass nsa=NSAConfig\("),
+        ({"qk_layernorm": True, "qk_l2_norm": True}, "two norms .*; leave one of them out"),
+        ({"use_rope_scaling": True, "yarn_rotary_scaling_factor": 4.0}, "two scalings .*; leave one of them out"),
+        ({"add_qkv_bias": True, "nsa_gate_bias": True}, "two biases of the gates.*; leave one of them out"),
+        ({"no_rope_freq": 2, "num_layers": 3}, "a divisor of num_layers=3.*; give 3 numbers"),
+        ({"no_rope_freq": [0, 1]}, "a divisor of num_layers=1.*; give 1 numbers"),
+        ({"rotary_percent": 0.4}, "rotary positions turn pairs of them; take percent=0.5"),
+        ({"rotary_percent": 0.5, "yarn_rotary_scaling_factor": 4.0}, "take percent=1 and stretch=1"),
         ({"nsa_pack_order": "zigzag"}, "must be one of .*'sequence'.*; choose one"),
         (
             {"fine_grained_activation_offloading": True, "offload_modules": ["core_attn", "mlp_norm"]},
@@ -234,8 +239,8 @@ def angles(base: float, positions: torch.Tensor, dim: int = 8) -> torch.Tensor:
 
 def test_rotary_angles_of_the_layer_are_accepted():
     for positions in (torch.arange(300), torch.tensor([0, 1, 2, 9, 10, 11]), torch.arange(9) * 100_000):
-        Arrivals().check_rotary(angles(1e4, positions), 8, 1e4)
-    Arrivals().check_rotary(None, 8, 1e4)
+        Arrivals().check_rotary(angles(1e4, positions), 8, Rotary())
+    Arrivals().check_rotary(None, 8, Rotary())
 
 
 @pytest.mark.parametrize(
@@ -252,4 +257,4 @@ def test_rotary_angles_of_the_layer_are_accepted():
 )
 def test_other_rotary_angles_are_refused(wrong):
     with pytest.raises(ValueError, match="set nsa_rotary_base to the model's rotary_base"):
-        Arrivals().check_rotary(wrong, 8, 1e4)
+        Arrivals().check_rotary(wrong, 8, Rotary())

@@ -16,7 +16,8 @@ from nsa_dist.planner.report import as_data
 from nsa_dist.planner.shape import Shape
 from nsa_dist.planner.sweep import make_plan
 from nsa_dist.planner.verdict import break_even, verdict
-from nsa_dist.train.config import ModelSection, NSASection, ParallelSection, RunSection, TrainConfig
+from nsa_dist.train.config import ModelSection, ParallelSection, RunSection, TrainConfig
+from nsa_dist.train.sections.nsa import NSASection
 from planner_cases import cluster, long_config, long_plan
 from ranks import run_ranks
 
