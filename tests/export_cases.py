@@ -13,10 +13,21 @@ from nsa_dist.train.files.output import OutputDir
 from train_cases import run, small_config
 
 LAYOUTS: dict[str, dict] = {
-    "TP2": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
-    "PP2": {"parallel": {"pipeline_model_parallel_size": 2}, "model": {"tie_embeddings": False}},
-    "CP2": {"parallel": {"context_parallel_size": 2}, "nsa": {"compression": "mean", "shared_kv": True}},
-}
+    "TP2": {
+        "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        "model": {"qk_norm": "rms", "norm_eps": 1e-3},
+        "nsa": {
+            "gate_bias": True, "no_rope_freq": 2, "rotary_base": 100.0,
+            "rope_scaling": {"rope_type": "llama3", "factor": 4, "original_max_position_embeddings": 32},
+        },
+    },
+    "PP2": {"parallel": {"pipeline_model_parallel_size": 2}, "model": {"tie_embeddings": False, "qk_norm": "l2"},
+            "nsa": {"rotary_percent": 0.5}},
+    "CP2": {
+        "parallel": {"context_parallel_size": 2},
+        "nsa": {"compression": "mean", "shared_kv": True, "rope_scaling": {"rope_type": "yarn", "factor": 4}},
+    },
+}  # fmt: skip
 
 
 class Logits(NamedTuple):

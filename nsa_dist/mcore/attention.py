@@ -133,7 +133,8 @@ class PlannedSelfAttention(Attention):
     def _build_norms(self) -> None:
         """Under the names by which Megatron sums their gradients over tensor-parallel ranks, which have other heads."""
         config, norm = self.config, norm_of_heads(self.config)
-        self.q_layernorm, self.k_layernorm = nn.Identity(), nn.Identity()
+        self.q_layernorm: nn.Module = nn.Identity()
+        self.k_layernorm: nn.Module = nn.Identity()
         if norm is not None:
             make = partial(norm, config, config.kv_channels, config.layernorm_epsilon)
             self.q_layernorm = make()

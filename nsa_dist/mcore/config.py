@@ -122,7 +122,7 @@ class NSATransformerConfig(TransformerConfig):
             if getattr(self, first) and getattr(self, second):
                 raise ValueError(
                     f"{first}={getattr(self, first)} and {second}={getattr(self, second)} {why}, and one would be "
-                    f"useless; leave one of them out"
+                    f"useless; turn one of them off"
                 )
         freq, layers = self.no_rope_freq, self.num_layers
         if freq and (layers % freq if isinstance(freq, int) else len(freq) != layers):

@@ -97,9 +97,9 @@ def test_weights_in_as_many_shards_as_tensor_parallel_ranks():
     [
         ({"rotary_base": 500_000}, "set nsa_rotary_base=500000"),
         ({"nsa": {"window_len": 64}}, r"pass nsa=NSAConfig\("),
-        ({"qk_layernorm": True, "qk_l2_norm": True}, "two norms .*; leave one of them out"),
-        ({"use_rope_scaling": True, "yarn_rotary_scaling_factor": 4.0}, "two scalings .*; leave one of them out"),
-        ({"add_qkv_bias": True, "nsa_gate_bias": True}, "two biases of the gates.*; leave one of them out"),
+        ({"qk_layernorm": True, "qk_l2_norm": True}, "two norms .*; turn one of them off"),
+        ({"use_rope_scaling": True, "yarn_rotary_scaling_factor": 4.0}, "two scalings .*; turn one of them off"),
+        ({"add_qkv_bias": True, "nsa_gate_bias": True}, "two biases of the gates.*; turn one of them off"),
         ({"no_rope_freq": 2, "num_layers": 3}, "a divisor of num_layers=3.*; give 3 numbers"),
         ({"no_rope_freq": [0, 1]}, "a divisor of num_layers=1.*; give 1 numbers"),
         ({"rotary_percent": 0.4}, "rotary positions turn pairs of them; take percent=0.5"),

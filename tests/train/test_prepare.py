@@ -307,7 +307,9 @@ OTHER: dict[str, object] = {
     "model.tie_embeddings": True, "model.init_std": 0.5, "model.embedding_init_std": 0.5, "nsa.cmp_block_len": 16,
     "nsa.cmp_stride": 8, "nsa.slc_block_len": 32, "nsa.num_slc_blocks": 5, "nsa.num_init_blocks": 0,
     "nsa.num_local_blocks": 1, "nsa.window_len": 24, "nsa.shared_kv": True, "nsa.compression": "mean",
-    "nsa.compress_before_rope": False, "nsa.rotary_base": 500.0, "data.folder": "elsewhere", "data.pattern": "*0.txt",
+    "nsa.compress_before_rope": False, "nsa.rotary_base": 500.0, "nsa.rotary_percent": 0.5,
+    "nsa.rope_scaling": {"rope_type": "linear", "factor": 2}, "nsa.no_rope_freq": 2, "nsa.gate_bias": True,
+    "model.qk_norm": "rms", "model.norm_eps": 1e-6, "data.folder": "elsewhere", "data.pattern": "*0.txt",
     "data.validation_fraction": 0.5, "data.max_file_bytes": 10, "data.tasks": {"recall": 0.5},
     "data.task_lengths": [128],
 }  # fmt: skip

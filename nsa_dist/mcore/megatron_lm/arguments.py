@@ -38,6 +38,7 @@ def add_nsa_arguments(parser: ArgumentParser) -> ArgumentParser:
         dest="nsa_compress_before_rope",
         help="compress keys that are turned already",
     )
+    group.add_argument("--nsa-gate-bias", action="store_true", help="a bias of the gates, one number a head and branch")
     group.add_argument("--nsa-v-head-dim", type=int, default=None, help="head dim of values, if not --kv-channels")
     parser.set_defaults(**_DEFAULTS)
     return parser
@@ -64,7 +65,30 @@ def with_fields(args: Namespace) -> Namespace:
     args.nsa = sizes_from_args(args)
     args.nsa_fetch = FetchOptions(**{field.name: getattr(args, f"nsa_{field.name}") for field in fields(FetchOptions)})
     args.nsa_rotary_base = float(args.rotary_base)
+    vars(args).update(_yarn_from_args(args))
     return args
+
+
+# Fields of YaRN, and what Megatron-LM calls them.
+_YARN = {
+    "yarn_rotary_scaling_factor": "rotary_scaling_factor",
+    "yarn_original_max_position_embeddings": "yarn_original_max_position_embeddings",
+    "yarn_beta_fast": "yarn_beta_fast",
+    "yarn_beta_slow": "yarn_beta_slow",
+    "yarn_mscale": "mscale",
+    "yarn_mscale_all_dim": "mscale_all_dim",
+    "yarn_correction_range_round_to_int": "yarn_correction_range_round_to_int",
+}
+
+
+def _yarn_from_args(args: Namespace) -> dict[str, Any]:
+    """Its numbers under `--position-embedding-type yarn`; an argument that nobody gave is None, and has its default."""
+    values = {field.name: field.default for field in fields(NSATransformerConfig) if field.name in _YARN}
+    if args.position_embedding_type == "yarn":
+        values["yarn_rotary_scaling_factor"] = 1.0
+        given = {name: getattr(args, argument, None) for name, argument in _YARN.items()}
+        values.update({name: value for name, value in given.items() if value is not None})
+    return values
 
 
 def sizes_from_args(args: Namespace) -> NSAConfig:

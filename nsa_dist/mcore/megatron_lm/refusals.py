@@ -28,7 +28,7 @@ def _off(why: str, instead: str = "leave it out") -> ArgumentRefusal:
     return ArgumentRefusal((None, False), why, instead)
 
 
-_ROPE = "the layers turn queries and keys by their positions themselves, and by nothing else"
+_ROPE = "the layers turn queries and keys by rotary positions themselves, and by nothing else"
 _OTHER_CONFIG = "Megatron-LM would take another class of configuration, without the sizes of the branches"
 _PATTERN = "the layers of a hybrid model are said by one pattern, from core 0.19 on"
 _WRITE_PATTERN = "write --hybrid-layer-pattern, or --num-layers for a GPT"
@@ -36,14 +36,16 @@ _UNTRIED = "it has not been run with these layers"
 
 REFUSED: dict[str, ArgumentRefusal] = {
     "position_embedding_type": ArgumentRefusal(
-        ("rope",), _ROPE, "write --position-embedding-type rope, or leave it out ('none' would mean no positions)"
+        ("rope", "yarn"),
+        _ROPE,
+        "write --position-embedding-type rope or yarn, or leave it out ('none' would mean no positions, which "
+        "--no-rope-freq 1 says of every layer)",
     ),
     "rope_type": ArgumentRefusal((None, "rope"), _ROPE, "write --rope-type rope, or leave it out"),
     "attention_backend": ArgumentRefusal(
         ("auto",), "it chooses among kernels of dense attention, and NSA has its own", "leave it out"
     ),
     "use_flash_attn": _off("it chooses a kernel of dense attention, and NSA has its own"),
-    "apply_wd_to_qk_layernorm": _off("queries and keys have no norms of their own in these layers"),
     "multi_latent_attention": _off(_OTHER_CONFIG),
     "heterogeneous_layers_config_path": _off(_OTHER_CONFIG),
     "heterogeneous_layers_config_encoded_json": _off(_OTHER_CONFIG),
@@ -64,9 +66,17 @@ def _names(text: str) -> frozenset[str]:
 
 
 HONOURED: dict[str, frozenset[str]] = {
-    "by the layers' configuration": _names("group_query_attention rotary_base"),
+    "by the layers' configuration": _names(
+        """group_query_attention rotary_base rotary_percent rotary_seq_len_interpolation_factor use_rope_scaling
+        rope_scaling_factor"""
+    ),
+    "by the layers' configuration, under --position-embedding-type yarn": _names(
+        """rotary_scaling_factor yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int
+        yarn_original_max_position_embeddings"""
+    ),
     "by Megatron-LM's optimizers; Muon only with --muon-no-split-qkv": _names(
-        "optimizer muon_split_qkv muon_scalar_optimizer use_distributed_optimizer use_precision_aware_optimizer"
+        """apply_wd_to_qk_layernorm optimizer muon_split_qkv muon_scalar_optimizer use_distributed_optimizer
+        use_precision_aware_optimizer"""
     ),
     "by the layers: positions are rotary": _names("use_rotary_position_embeddings add_position_embedding"),
     "by the layers: documents of a pack are kept apart": _names("dataloader_inter_document_masking sft"),
@@ -83,8 +93,7 @@ HONOURED: dict[str, frozenset[str]] = {
 IRRELEVANT: dict[str, frozenset[str]] = {
     "details of what is refused": _names(
         """cache_mla_latents kv_lora_rank mla_down_proj_fusion qk_head_dim qk_pos_emb_head_dim v_head_dim
-        rope_scaling_factor rotary_scaling_factor yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int
-        yarn_original_max_position_embeddings fsdp_db_use_persist_buf_on_alloc_fail fsdp_double_buffer
+        fsdp_db_use_persist_buf_on_alloc_fail fsdp_double_buffer
         fsdp_manual_registration megatron_fsdp_enable_fine_grained_param_gather megatron_fsdp_grad_comm_dtype
         megatron_fsdp_main_grads_dtype megatron_fsdp_main_params_dtype megatron_fsdp_max_pool_double_buffer
         strict_fsdp_dtensor_load torch_fsdp2_reshard_after_forward"""

@@ -9,9 +9,12 @@ from nsa_dist import NSAConfig
 from nsa_dist.cp.options import FetchOptions
 from nsa_dist.mcore import NSATransformerConfig
 from nsa_dist.mcore.megatron_lm import nsa_config_from_args
+from nsa_dist.rope import Rotary
+from nsa_dist.rope_scaling import Llama3Scaling, YarnScaling
 
-# Fields that no argument sets: Megatron-LM's data decides the layout, --rotary-base is Megatron-LM's own.
-NOT_ARGUMENTS = {"nsa", "nsa_attention", "nsa_fetch", "nsa_layout", "nsa_pack_order", "nsa_rotary_base"}
+# Fields that no argument sets: Megatron-LM's data decides the layout, and it has arguments of its own for positions.
+NOT_ARGUMENTS = {f"nsa{name}" for name in ("", "_attention", "_fetch", "_layout", "_pack_order")}
+NOT_ARGUMENTS |= {"nsa_rotary_base", "nsa_rope_scaling"}
 
 
 def test_every_field_has_an_argument():
@@ -76,11 +79,33 @@ def test_config_of_arguments_is_that_made_by_hand(monkeypatch):
     assert vars(args) == before
 
 
+def test_what_recipes_say_of_norms_positions_and_gates(monkeypatch):
+    stand_in(monkeypatch)
+    args = parsed("--qk-layernorm", "--nsa-gate-bias", "--rotary-base", "500000")
+    args.add_bias_linear = False
+    args.use_rope_scaling, args.rope_scaling_factor, args.no_rope_freq = True, 16.0, 2
+    args.yarn_beta_fast = args.yarn_original_max_position_embeddings = None  # as Megatron-LM has them unless given
+    config = nsa_config_from_args(args)
+    assert (config.qk_layernorm, config.nsa_gate_bias) == (True, True)
+    assert config.rotary_of(1) == Rotary(5e5, scaling=Llama3Scaling(16.0))
+    assert config.rotary_of(2).turned(16) == 0
+
+
+def test_yarn(monkeypatch):
+    stand_in(monkeypatch)
+    args = parsed("--position-embedding-type", "yarn")
+    args.rotary_scaling_factor, args.yarn_beta_fast, args.yarn_original_max_position_embeddings = 40.0, 16.0, None
+    args.mscale_all_dim = 0.5
+    assert nsa_config_from_args(args).rotary.scaling == YarnScaling(40.0, beta_fast=16.0, mscale_all_dim=0.5)
+    args.rotary_percent = 0.5
+    with pytest.raises(ValueError, match="take percent=1 and stretch=1"):
+        nsa_config_from_args(args)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--attention-dropout 0.1", "set attention_dropout=0.0"),
-        ("--qk-layernorm", "set qk_layernorm=False"),
         ("--nsa-num-slc-blocks 2", "raise it to 3"),
         ("--position-embedding-type none", "write --position-embedding-type rope"),
         ("--spec my.module spec", "leave --spec out"),

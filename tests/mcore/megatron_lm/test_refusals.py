@@ -17,7 +17,7 @@ from nsa_dist.mcore.megatron_lm.refusals import HONOURED, IRRELEVANT, REFUSED, d
 
 MEGATRON_LM = os.environ.get("MEGATRON_LM")
 OTHER_VALUES = {
-    "position_embedding_type": ["learned_absolute", "mrope", "none", "relative", "yarn"],
+    "position_embedding_type": ["learned_absolute", "mrope", "none", "relative"],
     "rope_type": ["yarn"],
     "attention_backend": ["flash"],
     "heterogeneous_layers_config_path": ["file.json"],
