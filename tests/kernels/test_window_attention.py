@@ -214,14 +214,16 @@ def upstream(tensors, gates_dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("group", "dims"), [(1, (16, 16)), (4, (48, 32)), (16, (16, 16)), (2, (64, 64))])
-def test_gradients_through_a_gate(group, dims, dtype, device):
+@pytest.mark.parametrize(
+    ("group", "num_kv_heads", "dims"), [(1, 2, (16, 16)), (4, 2, (48, 32)), (16, 1, (16, 16)), (2, 1, (64, 64))]
+)
+def test_gradients_through_a_gate(group, num_kv_heads, dims, dtype, device):
     """From the common gradient, a gate, delta and softmax_lse: as autograd through gate * out; some see nothing."""
     begin, end = causal_window([130], window=50)
     begin[60:75] = end[60:75] = end[59]
     begin[75:] = begin[75:].clamp(min=60)
     begin, end = begin.to(device), end.to(device)
-    tensors = inputs(130, 130, group, 2, dims, dtype, device)
+    tensors = inputs(130, 130, group, num_kv_heads, dims, dtype, device)
     grad_out, gate = upstream(tensors, dtype, device)
     no_grad_lse = torch.zeros(gate.shape, device=device)
     exact = run(gated(reference.window_attention, gate), tensors, begin, end, grad_out, no_grad_lse, torch.float64)[2:]
