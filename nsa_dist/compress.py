@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nsa_dist.rope import Rotary, rotate
+from nsa_dist.rope import rotate
+from nsa_dist.rope_scaling import Rotary
 from nsa_kernels import reference
 
 # phi: ([M, l, Hkv, D], in-document start of each block [M]) -> [M, Hkv, D]

@@ -22,7 +22,8 @@ from nsa_dist.cp.options import FetchOptions
 from nsa_dist.cp.plan import ShardPlan, as_bounds, runs
 from nsa_dist.inference.attend import EMPTY_SLOT, nsa_decode, nsa_prefill
 from nsa_dist.inference.cache import NSACache
-from nsa_dist.rope import Rotary, rotate
+from nsa_dist.rope import rotate
+from nsa_dist.rope_scaling import Rotary
 
 QKNorm = Literal["rms", "layer", "l2"]
 PLAIN = Rotary()

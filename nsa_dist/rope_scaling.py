@@ -1,12 +1,15 @@
-"""Frequencies of rotary positions for contexts longer than those a model was trained with: Llama 3's way, and YaRN."""
+"""How rotary positions turn: base, share of a head, and scaling for contexts longer than a model was trained with.
+
+Needs no torch, so that a configuration is checked without it; `nsa_dist.rope` turns.
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Llama3Scaling:
                 f"what lies between is shared; Llama 3.1 has 4 and 1"
             )
 
-    def scaled(self, frequency: Tensor, base: float) -> Tensor:
+    def scaled(self, frequency: "Tensor", base: float) -> "Tensor":
         turns = self.original_length * frequency / (2 * math.pi)
         share = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
         return frequency * (share + (1 - share) / self.factor)
@@ -61,14 +64,14 @@ class YarnScaling:
     def __post_init__(self) -> None:
         _check_positive(self, but=("mscale", "mscale_all_dim"))
 
-    def scaled(self, frequency: Tensor, base: float) -> Tensor:
+    def scaled(self, frequency: "Tensor", base: float) -> "Tensor":
         width = 2 * len(frequency)
         low, high = (self._pair_of(beta, width, base) for beta in (self.beta_fast, self.beta_slow))
         if self.round_to_pairs:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, width - 1)
         high += 0.001 if low == high else 0
-        pair = torch.arange(len(frequency), dtype=torch.float64, device=frequency.device)
+        pair = frequency.new_ones(len(frequency)).cumsum(0) - 1
         slow = ((pair - low) / (high - low)).clamp(0, 1)
         return frequency * (1 - slow + slow / self.factor)
 
@@ -82,6 +85,45 @@ class YarnScaling:
             return 1.0
         above, below = (0.1 * scale * math.log(self.factor) + 1 for scale in (self.mscale, self.mscale_all_dim))
         return above / below
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How queries and keys are turned: pair i of the turned numbers by `position / base ** (2i / turned)`, then scaled.
+
+    percent     the share of a head that is turned, its first numbers; 0: none, which is NoPE
+    stretch     positions are divided by it (linear interpolation)
+    scaling     of the frequencies, for contexts longer than those a model was trained with
+
+    ValueError for a base, percent or stretch that is none, or YaRN with another percent or stretch than 1.
+    """
+
+    base: float = 10_000.0
+    percent: float = 1.0
+    stretch: float = 1.0
+    scaling: Llama3Scaling | YarnScaling | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.base > 1 and 0 <= self.percent <= 1 and self.stretch > 0):
+            raise ValueError(
+                f"base={self.base}, percent={self.percent} and stretch={self.stretch} must be above 1, from 0 to 1, "
+                f"and positive, or they say nothing about positions; 10000, 1 and 1 are the usual ones"
+            )
+        if isinstance(self.scaling, YarnScaling) and (self.percent not in (0, 1) or self.stretch != 1):
+            raise ValueError(
+                f"percent={self.percent} and stretch={self.stretch} change what is turned, but YaRN's ramp is over the "
+                f"pairs of a whole head, at their own positions; take percent=1 and stretch=1, or another scaling"
+            )
+
+    def turned(self, head_dim: int) -> int:
+        """How many of a head's numbers are turned, the first ones. ValueError if they do not make pairs."""
+        width = int(head_dim * self.percent)
+        if width % 2:
+            raise ValueError(
+                f"percent={self.percent} of head_dim={head_dim} is {width} numbers, and rotary positions turn pairs of "
+                f"them; take percent={(width + 1) / head_dim:g}"
+            )
+        return width
 
 
 _KINDS: dict[str, tuple[type, dict[str, str]]] = {

@@ -12,7 +12,8 @@ from cases import SMALL, Inputs, make_inputs
 from nsa_dist import BranchKV, NSAConfig, nsa_attention
 from nsa_dist.compress import Compress, CompressMLP
 from nsa_dist.inference import NSACache, nsa_decode, nsa_prefill
-from nsa_dist.rope import Rotary, rotate
+from nsa_dist.rope import rotate
+from nsa_dist.rope_scaling import Rotary
 
 CONFIGS = (SMALL, NSAConfig(4, 4, 8, 4, 0, 1, 5), NSAConfig(16, 4, 8, 6, 2, 2, 33), NSAConfig(8, 8, 32, 3, 1, 1, 1))
 

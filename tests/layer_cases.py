@@ -8,8 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from cases import SMALL
 from nsa_dist import ShardPlan
 from nsa_dist.layer import NSALayer
-from nsa_dist.rope import Rotary
-from nsa_dist.rope_scaling import Llama3Scaling, YarnScaling
+from nsa_dist.rope_scaling import Llama3Scaling, Rotary, YarnScaling
 
 LENGTHS = [0, 41, 160]
 KINDS: dict[str, dict] = {

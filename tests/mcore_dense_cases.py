@@ -23,7 +23,8 @@ from mcore_cases import (
     save,
 )
 from mcore_model_cases import build
-from nsa_dist.rope import Rotary, rotate
+from nsa_dist.rope import rotate
+from nsa_dist.rope_scaling import Rotary
 from ranks import attempted
 
 WORLD = 2

@@ -14,8 +14,8 @@ KERNELS = {"torch", "triton", "nsa_kernels"}
 CP = {"torch", "nsa_kernels", "nsa_dist.cp", "nsa_dist.config"}
 BRANCHES = CP | {"nsa_dist.branches", "nsa_dist.compress"}
 ATTENTION = BRANCHES | {"nsa_dist.attention", "nsa_dist.saved"}
-INFERENCE = ATTENTION | {"nsa_dist", "nsa_dist.layer", "nsa_dist.inference", "nsa_dist.rope"}
-MCORE = ATTENTION | {"nsa_dist", "nsa_dist.rope", "nsa_dist.mcore", "megatron"}
+INFERENCE = ATTENTION | {"nsa_dist", "nsa_dist.layer", "nsa_dist.inference", "nsa_dist.rope", "nsa_dist.rope_scaling"}
+MCORE = ATTENTION | {"nsa_dist", "nsa_dist.rope", "nsa_dist.rope_scaling", "nsa_dist.mcore", "megatron"}
 TRAIN = MCORE | INFERENCE | {"nsa_dist.train", "pydantic", "yaml", "rich", "matplotlib", "numpy"}
 PLANNER = TRAIN | {"nsa_dist.planner"}
 BENCH = PLANNER | {"nsa_dist.bench"}
@@ -27,12 +27,13 @@ STOREYS = {
     "kernels/nsa_kernels/bench": KERNELS | {"nsa_dist"},  # times the layer as users call it; nothing imports it back
     "nsa_dist/config.py": set(),
     "nsa_dist/cp": CP,
-    "nsa_dist/compress.py": CP | {"nsa_dist.rope"},
+    "nsa_dist/compress.py": CP | {"nsa_dist.rope", "nsa_dist.rope_scaling"},
     "nsa_dist/branches.py": BRANCHES,
     "nsa_dist/saved.py": CP,
     "nsa_dist/attention.py": ATTENTION,
     "nsa_dist/__init__.py": ATTENTION,
-    "nsa_dist/rope.py": CP,
+    "nsa_dist/rope_scaling.py": {"torch"},  # its types alone
+    "nsa_dist/rope.py": CP | {"nsa_dist.rope_scaling"},
     "nsa_dist/layer.py": INFERENCE,
     "nsa_dist/inference": INFERENCE,
     "nsa_dist/mcore": MCORE,

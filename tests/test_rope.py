@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from nsa_dist.rope import Rotary, rotate
-from nsa_dist.rope_scaling import Llama3Scaling, YarnScaling, scaling_of
+from nsa_dist.rope import rotate
+from nsa_dist.rope_scaling import Llama3Scaling, Rotary, YarnScaling, scaling_of
 
 HEAD = 128
 FAR = [0, 1, 77, 8_191, 131_071, 1_000_003]

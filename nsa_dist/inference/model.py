@@ -11,8 +11,7 @@ from torch.nn import functional
 from nsa_dist.config import NSAConfig
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.layer import NSALayer
-from nsa_dist.rope import Rotary
-from nsa_dist.rope_scaling import scaling_of
+from nsa_dist.rope_scaling import Rotary, scaling_of
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nsa_dist.cp.plan import ShardPlan
-from nsa_dist.rope import Rotary
+from nsa_dist.rope import frequencies
+from nsa_dist.rope_scaling import Rotary
 
 _ROWS = 1024  # of a mask that are compared at once
 
@@ -102,7 +103,7 @@ def _is_causal(mask: Tensor, plan: ShardPlan, given: ShardPlan, rank: int) -> bo
 
 def _are_of(angles: Tensor, head_dim: int, rotary: Rotary) -> bool:
     angles = angles.detach().to(torch.float64).flatten(0, -2)
-    frequency = rotary.frequencies(head_dim, angles.device)
+    frequency = frequencies(rotary, head_dim, angles.device)
     if angles.shape[-1] != 2 * len(frequency) or not len(frequency):
         return False
     position = angles[:, :1] / frequency[0]

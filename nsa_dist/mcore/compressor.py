@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nsa_dist.compress import CompressMLP, TurnedCompressMLP
 from nsa_dist.mcore.config import NSATransformerConfig, parameter_device
-from nsa_dist.rope import Rotary
+from nsa_dist.rope_scaling import Rotary
 
 
 class _ByHead(torch.nn.Module):

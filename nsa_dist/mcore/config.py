@@ -10,8 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nsa_dist.config import NSAConfig, layer_attentions
 from nsa_dist.cp.options import FetchOptions
 from nsa_dist.mcore.settings import refuse_settings
-from nsa_dist.rope import Rotary
-from nsa_dist.rope_scaling import Llama3Scaling, YarnScaling
+from nsa_dist.rope_scaling import Llama3Scaling, Rotary, YarnScaling
 
 
 @dataclass

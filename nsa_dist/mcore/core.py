@@ -15,7 +15,7 @@ from nsa_dist.cp.comm import Comm, Traffic
 from nsa_dist.mcore.compressor import GateBias, ParallelCompressMLP
 from nsa_dist.mcore.config import NSATransformerConfig
 from nsa_dist.mcore.plans import RankPlan
-from nsa_dist.rope import Rotary
+from nsa_dist.rope_scaling import Rotary
 
 
 class NSACoreAttention(MegatronModule):

@@ -13,7 +13,8 @@ from nsa_dist.mcore.attention import PlannedSelfAttention, nsa_group_widths
 from nsa_dist.mcore.config import NSATransformerConfig
 from nsa_dist.mcore.core import NSACoreAttention
 from nsa_dist.mcore.plans import RankPlan
-from nsa_dist.rope import Rotary, rotate
+from nsa_dist.rope import rotate
+from nsa_dist.rope_scaling import Rotary
 
 
 class DenseSelfAttention(PlannedSelfAttention):

@@ -18,7 +18,8 @@ from nsa_dist.mcore.arrivals import Arrivals
 from nsa_dist.mcore.config import NSATransformerConfig
 from nsa_dist.mcore.deal import Deal, deal
 from nsa_dist.mcore.packs import PackReading, document_bounds, pack_order
-from nsa_dist.rope import Rotary, Turns
+from nsa_dist.rope import Turns, turns
+from nsa_dist.rope_scaling import Rotary
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class RankPlan:
         """Of this rank's tokens, worked out once for all layers."""
         key = (rotary, head_dim, dtype)
         if key not in self._turns:
-            self._turns[key] = rotary.at(self.document_position, head_dim, dtype)
+            self._turns[key] = turns(rotary, self.document_position, head_dim, dtype)
         return self._turns[key]
 
 

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from nsa_dist.config import layer_attentions
 from nsa_dist.cp.options import FetchOptions
-from nsa_dist.rope import Rotary
+from nsa_dist.rope_scaling import Rotary
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.sections.data import LEAST_TASK_LENGTH, DataSection
 from nsa_dist.train.sections.nsa import NSASection

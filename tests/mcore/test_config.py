@@ -9,7 +9,8 @@ from mcore_cases import make_config
 from nsa_dist.mcore import NSASelfAttention, nsa_layer_spec
 from nsa_dist.mcore.attention import NSASelfAttentionSubmodules
 from nsa_dist.mcore.cpu import megatron_on_cpu
-from nsa_dist.rope import Rotary, rotate
+from nsa_dist.rope import rotate
+from nsa_dist.rope_scaling import Rotary
 
 
 @pytest.mark.parametrize(

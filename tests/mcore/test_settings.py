@@ -19,7 +19,7 @@ from nsa_dist.cp.options import FetchOptions
 from nsa_dist.mcore import NSATransformerConfig, nsa_block_spec, nsa_layer_spec, nsa_mtp_spec
 from nsa_dist.mcore.arrivals import Arrivals
 from nsa_dist.mcore.settings import HONOURED, IRRELEVANT, REFUSED, decided, refuse_settings
-from nsa_dist.rope import Rotary
+from nsa_dist.rope_scaling import Rotary
 
 # Another value than those accepted, where turning it round or on is not one.
 OTHER_VALUES = {

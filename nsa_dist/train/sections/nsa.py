@@ -5,8 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from nsa_dist.config import NSAConfig
-from nsa_dist.rope import Rotary
-from nsa_dist.rope_scaling import scaling_of
+from nsa_dist.rope_scaling import Rotary, scaling_of
 from nsa_dist.train.sections.section import Section
 
 

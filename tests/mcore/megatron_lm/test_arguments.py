@@ -9,8 +9,7 @@ from nsa_dist import NSAConfig
 from nsa_dist.cp.options import FetchOptions
 from nsa_dist.mcore import NSATransformerConfig
 from nsa_dist.mcore.megatron_lm import nsa_config_from_args
-from nsa_dist.rope import Rotary
-from nsa_dist.rope_scaling import Llama3Scaling, YarnScaling
+from nsa_dist.rope_scaling import Llama3Scaling, Rotary, YarnScaling
 
 # Fields that no argument sets: Megatron-LM's data decides the layout, and it has arguments of its own for positions.
 NOT_ARGUMENTS = {f"nsa{name}" for name in ("", "_attention", "_fetch", "_layout", "_pack_order")}
