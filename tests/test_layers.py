@@ -19,7 +19,7 @@ MCORE = ATTENTION | {"nsa_dist", "nsa_dist.rope", "nsa_dist.rope_scaling", "nsa_
 TRAIN = MCORE | INFERENCE | {"nsa_dist.train", "pydantic", "yaml", "rich", "matplotlib", "numpy"}
 PLANNER = TRAIN | {"nsa_dist.planner"}
 BENCH = PLANNER | {"nsa_dist.bench"}
-LAUNCH = BENCH | INFERENCE | {"nsa_launch", "ray"}
+LAUNCH = BENCH | INFERENCE | {"nsa_dist.convert", "nsa_launch", "ray"}
 
 # From the bottom of the house to its top: what each storey may import beyond the standard library.
 STOREYS = {
@@ -36,6 +36,7 @@ STOREYS = {
     "nsa_dist/rope.py": CP | {"nsa_dist.rope_scaling"},
     "nsa_dist/layer.py": INFERENCE,
     "nsa_dist/inference": INFERENCE,
+    "nsa_dist/convert": INFERENCE | {"nsa_dist.convert"},
     "nsa_dist/mcore": MCORE,
     "nsa_dist/train": TRAIN,
     "nsa_dist/planner": PLANNER,

@@ -13,7 +13,14 @@ from typing import Any
 
 from nsa_launch import exit_codes
 from nsa_launch.bench import arguments as bench_arguments
-from nsa_launch.commands import config_arguments, data_arguments, export_arguments, plan_arguments, report_arguments
+from nsa_launch.commands import (
+    config_arguments,
+    convert_arguments,
+    data_arguments,
+    export_arguments,
+    plan_arguments,
+    report_arguments,
+)
 from nsa_launch.commands.words import help_words
 from nsa_launch.jobs import arguments as job_arguments
 
@@ -66,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     config_arguments.register(commands)
     report_arguments.register(commands)
     job_arguments.register(commands)
+    convert_arguments.register(commands)
     export_arguments.register(commands)
     bench_arguments.register(commands)
     doctor = commands.add_parser(

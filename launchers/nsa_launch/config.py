@@ -118,13 +118,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     config = checked(path, overrides)
     places = {
-        "run": config.run.model_copy(update={"output_dir": expanded("output_dir", config.run.output_dir)}),
+        "run": config.run.model_copy(update={name: expanded(name, place) for name, place in _places(config)}),
         "data": config.data.moved(expanded),
         "launch": config.launch.model_copy(update={"env": _filled(config.launch.env, path)}),
     }
     config = config.model_copy(update=places)
     _check_own_file(path, config)
     return config
+
+
+def _places(config: RunConfig) -> list[tuple[str, Path]]:
+    """The folders of section `run`."""
+    places = (("output_dir", config.run.output_dir), ("start_from", config.run.start_from))
+    return [(name, place) for name, place in places if place is not None]
 
 
 def checked(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -180,6 +180,10 @@ class RunSection(Section):
     micro_batch_size: int = Field(default=1, ge=1, description="samples in one forward of one replica")
     global_batch_size: int = Field(default=1, ge=1, description="samples of a step, over all replicas")
     seed: int = Field(default=1234, ge=0, description="of the initial weights and of the order of samples")
+    start_from: Path | None = Field(
+        default=None,
+        description="folder of the first weights, that nsa-dist convert or export wrote; null: they are drawn",
+    )
     resume: bool = Field(default=False, description="go on from the last checkpoint in output_dir")
     overwrite: bool = Field(default=False, description="start afresh in an output_dir that holds a run, removing it")
     eval_interval: int = Field(default=50, ge=1, description="steps from one evaluation to the next")
@@ -201,10 +205,10 @@ class RunSection(Section):
         default="fp32", description="of weights and activations; bf16 keeps fp32 weights in the optimizer"
     )
 
-    @field_validator("output_dir", mode="before")
+    @field_validator("output_dir", "start_from", mode="before")
     @classmethod
-    def _check_output_dir(cls, output_dir: Any) -> Any:
-        return named(output_dir)
+    def _check_folder(cls, folder: Any) -> Any:
+        return None if folder is None else named(folder)
 
     @model_validator(mode="after")
     def _check_instructions(self) -> "RunSection":

@@ -57,6 +57,7 @@ OF_TEXTS = {key for key in FIXED if key.startswith("data.") and FIXED[key] != _T
 
 # These change nothing that a step computes from the same samples (to rounding), or are meant to be changed on the way.
 FREE = {
+    "run.start_from",  # a run that goes on has its own weights
     "run.steps", "run.micro_batch_size", "run.global_batch_size", "run.eval_interval", "run.eval_batches",
     "run.checkpoint_interval", "run.keep_checkpoints", "run.log_interval", "run.not_finite",
     "run.not_finite_limit", "run.health_interval", "run.replica_check_interval", "model.recompute_attention",

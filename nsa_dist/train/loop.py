@@ -4,6 +4,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from nsa_dist.train import checkpoint
 from nsa_dist.train.checkpoint import Position
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.data.batches import BatchCutter, Datasets, build_datasets, sequence_plan
+from nsa_dist.train.export import start
 from nsa_dist.train.files import notices
 from nsa_dist.train.files.intact import Intact, newest_intact
 from nsa_dist.train.files.metrics import MetricsLog
@@ -61,18 +63,19 @@ def train(config: TrainConfig, hooks: Hooks, device: torch.device) -> TrainResul
                 hooks.on_notice(text)
         datasets = build_datasets(config, output, world)
         cutter = BatchCutter(config, world, sequence_plan(config))
+        begins_with_folder = intact.path is None and config.run.start_from is not None
         with notices.collected(GPTModel.__module__) as texts:
-            model = build(config, world)
+            model = build(config, world, partial(start.fill, config=config) if begins_with_folder else None)
         if world.is_main:
             for text in notices.not_given_yet(output, texts):
                 hooks.on_notice(text)
-        start = Position() if intact.path is None else checkpoint.restore(model, intact.path)
+        first = Position() if intact.path is None else checkpoint.restore(model, intact.path)
         meter = TrafficMeter(config, cutter.plan)
         monitor = Monitor(config, world, model, cutter)
         run = _Run(config, hooks, output, world, model, cutter, datasets, meter, monitor, Patience(config.run))
-        with run.logging(start.step):
-            run.report_start(start, intact)
-            result = run.steps_from(start, intact.path)
+        with run.logging(first.step):
+            run.report_start(first, intact)
+            result = run.steps_from(first, intact.path)
         if not (result.stopped or result.failure):
             hooks.on_phase("pictures", result.step)
             run.draw()

@@ -1,5 +1,6 @@
 """The GPT model of a configuration, with Megatron's data parallelism, optimizer and learning-rate schedule."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,9 +44,11 @@ class Trainable:
         return [attention for attention in found if isinstance(attention, NSASelfAttention)]
 
 
-def build(config: TrainConfig, world: World) -> Trainable:
-    """Called inside `world.entered`, on every process."""
+def build(config: TrainConfig, world: World, fill: Callable[[GPTModel], None] | None = None) -> Trainable:
+    """Called inside `world.entered`, on every process; `fill` may change the weights before anything copies them."""
     megatron, model = bare_model(config, world)
+    if fill is not None:
+        fill(model)
     inner = Float16Module(megatron, model) if megatron.bf16 else model
     # Gradients that are not finite are found by their norm: `health.finite`. Megatron's own check ends the process.
     module = DistributedDataParallel(

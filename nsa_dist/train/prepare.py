@@ -150,7 +150,12 @@ def _check_unused(
 
 
 def _check_texts(config: TrainConfig) -> None:
+    """What a run begins with: its texts or tokens, and the weights of `run.start_from`."""
     data = config.data
+    if config.run.start_from is not None:
+        from nsa_dist.train.export import start  # which needs Megatron-core; others are checked without it
+
+        start.check(config)
     if data.token_sets:
         sets.check(data, config.run.sequence_length)
         sets.padded_vocab_size(config)

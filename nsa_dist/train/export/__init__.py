@@ -1,1 +1,1 @@
-"""From a run's checkpoint to a model in plain PyTorch."""
+"""Between a run's weights and a model in plain PyTorch, both ways."""

@@ -63,10 +63,11 @@ def plain_config(config: TrainConfig) -> GPTConfig:
 
 def plain_weights(megatron: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A whole Megatron model's weights by our names. ValueError for one that has no place here."""
-    return {_renamed(name): x for name, x in megatron.items() if isinstance(x, Tensor)}
+    return {plain_name(name): x for name, x in megatron.items() if isinstance(x, Tensor)}
 
 
-def _renamed(name: str) -> str:
+def plain_name(name: str) -> str:
+    """Ours of Megatron's. ValueError for a weight that has no place here."""
     if name in _WHOLE:
         return _WHOLE[name]
     found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)

@@ -1,0 +1,1 @@
+"""`nsa-dist convert`."""

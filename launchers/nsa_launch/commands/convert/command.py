@@ -1,0 +1,70 @@
+"""`nsa-dist convert`: a dense model's folder as one of NSA layers, and a run that trains it on."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from nsa_dist.config import NSAConfig
+from nsa_dist.convert.dense import read_dense
+from nsa_dist.convert.nsa import converted
+from nsa_dist.inference.folder import save_model
+from nsa_dist.inference.model import GPTConfig
+from nsa_dist.train.refused import Refused
+
+TRAIN = "train.yaml"
+
+
+class Request(NamedTuple):
+    """What was asked for on the command line."""
+
+    folder: Path
+    to: Path
+    sizes: dict[str, int]  # of NSAConfig
+    compression: Literal["mlp", "mean"]
+    gate_logit: float
+
+
+def run(request: Request) -> None:
+    """Write the model into `request.to`, and a file for `nsa-dist train`. Refused if that holds something already."""
+    to = request.to
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise Refused(f"--to {to} is there and not empty, and nothing is overwritten; name a new folder, or empty it")
+    dense = read_dense(request.folder)
+    model = converted(dense, NSAConfig(**request.sizes), compression=request.compression, gate_logit=request.gate_logit)
+    save_model(model, to)
+    (to / TRAIN).write_text(_run_of(model.config, to), encoding="utf-8")
+    count = sum(x.numel() for x in model.parameters())
+    print(f"{to}: {count:,} weights, {model.config.dtype}; {to / TRAIN} trains them on")
+    sizes = model.config.nsa
+    print(f"the logits are the dense model's up to {sizes.num_slc_blocks * sizes.slc_block_len} tokens")
+    if dense.not_read:
+        print(f"not read of config.json: {', '.join(dense.not_read)}")
+
+
+def _run_of(config: GPTConfig, to: Path) -> str:
+    """The sections that a run from this folder needs. Where its tokens are is left to say."""
+    nsa: dict[str, Any] = {field.name: getattr(config.nsa, field.name) for field in fields(NSAConfig)}
+    nsa |= {"compression": config.compression, "rotary_base": config.rotary_base, "gate_bias": True}
+    if config.rope_scaling is not None:
+        nsa["rope_scaling"] = config.rope_scaling
+    if config.rotary_percent != 1:
+        nsa["rotary_percent"] = config.rotary_percent
+    model = {
+        "num_layers": config.num_layers, "hidden_size": config.hidden_size, "num_attention_heads": config.num_q_heads,
+        "num_query_groups": config.num_kv_heads, "head_dim": config.head_dim,
+        "ffn_hidden_size": config.ffn_hidden_size, "tie_embeddings": config.tie_embeddings,
+        "norm_eps": config.norm_eps, "qk_norm": config.qk_norm,
+    }  # fmt: skip
+    place = to.absolute()
+    sections = {
+        "run": {"output_dir": f"runs/{place.name}", "start_from": str(place), "dtype": config.dtype},
+        "model": model,
+        "nsa": nsa,
+    }
+    return (
+        "# Of nsa-dist convert. Name the tokens, which the model's own tokenizer made (nsa-dist data build\n"
+        "# --tokenizer DIR), and what else a run needs: nsa-dist train train.yaml data.tokens=PREFIX run.steps=1000\n"
+        + yaml.safe_dump(sections, sort_keys=False)
+    )
