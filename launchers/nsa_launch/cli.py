@@ -15,12 +15,12 @@ from nsa_launch import exit_codes
 from nsa_launch.bench import arguments as bench_arguments
 from nsa_launch.commands import (
     config_arguments,
-    convert_arguments,
     data_arguments,
     export_arguments,
     plan_arguments,
     report_arguments,
 )
+from nsa_launch.commands.convert import arguments as convert_arguments
 from nsa_launch.commands.words import help_words
 from nsa_launch.jobs import arguments as job_arguments
 

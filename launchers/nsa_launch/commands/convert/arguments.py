@@ -16,9 +16,10 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "convert",
         help="a dense Llama or Qwen 3 as a model of NSA layers",
         **help_words(
-            "Write config.json, model.safetensors and train.yaml from a folder as Hugging Face has it. Each branch gets "
-            "the dense keys and values, and the gates are open for the selected one, so that the logits are the dense "
-            "model's while all blocks are selected. Both models are held in memory. Exit codes: 0 written, 2 refused.",
+            "Write config.json, model.safetensors and train.yaml from a folder as Hugging Face has it. Each branch "
+            "gets the dense keys and values, and the gates are open for the selected one, so that the logits are the "
+            "dense model's while all blocks are selected. Both models are held in memory. Exit codes: 0 written, 2 "
+            "refused.",
             "nsa-dist convert models/Llama-3.2-1B --to models/llama-nsa",
             "nsa-dist convert models/Qwen3-0.6B --to models/qwen-nsa --num-slc-blocks 32 --window-len 1024",
         ),
@@ -27,12 +28,8 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     for field in fields(NSAConfig):
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(
-            flag, type=int, default=field.default, metavar="N", help="of NSAConfig (default %(default)s)"
-        )
-    parser.add_argument(
-        "--compression", choices=["mlp", "mean"], default="mlp", help="phi, near the mean (default mlp)"
-    )
+        parser.add_argument(flag, type=int, default=field.default, metavar="N", help="as nsa.* (default %(default)s)")
+    parser.add_argument("--compression", choices=["mlp", "mean"], default="mlp", help="phi (default mlp, near a mean)")
     parser.add_argument(
         "--gate-logit",
         type=float,
@@ -45,11 +42,11 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from nsa_launch.commands import convert
+    from nsa_launch.commands.convert import command
 
     sizes = {field.name: getattr(arguments, field.name) for field in fields(NSAConfig)}
     try:
-        convert.run(convert.Request(arguments.folder, arguments.to, sizes, arguments.compression, arguments.gate_logit))
+        command.run(command.Request(arguments.folder, arguments.to, sizes, arguments.compression, arguments.gate_logit))
     except (ValueError, OSError) as error:
         print(f"nsa-dist: {error}", file=sys.stderr)
         return exit_codes.BAD_CONFIG
