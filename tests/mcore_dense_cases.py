@@ -24,7 +24,7 @@ from mcore_cases import (
 )
 from mcore_model_cases import build
 from nsa_dist.rope import rotate
-from nsa_dist.rope_scaling import Rotary
+from nsa_dist.rope_scaling import Llama3Scaling, Rotary
 from ranks import attempted
 
 WORLD = 2
@@ -50,6 +50,9 @@ def everything(rank: int, folder: str) -> dict[str, str]:
         recomputed = partial(attend, SINGLE, {**DENSE, **RECOMPUTE})
         attempt("recompute changes nothing", lambda: assert_equal(recomputed(), expected["plain"]))
         attempt("it is causal softmax attention", is_softmax)
+        recipe = {"qk_layernorm": True, "use_rope_scaling": True}
+        attempt("with norms and Llama 3's positions", partial(is_softmax, recipe, Rotary(scaling=Llama3Scaling())))
+        attempt("without positions", partial(is_softmax, {"no_rope_freq": [1]}, Rotary(percent=0)))
         attempt("documents of a pack are apart", packed_is_one_by_one)
         for name, changes in VARIANTS.items():
             attempt(f"drawn as its twin: {name}", partial(drawn_alike, SINGLE, changes))
@@ -67,6 +70,8 @@ def everything(rank: int, folder: str) -> dict[str, str]:
 PROMISES = [
     "recompute changes nothing",
     "it is causal softmax attention",
+    "with norms and Llama 3's positions",
+    "without positions",
     "documents of a pack are apart",
     *(f"drawn as its twin: {name}" for name in [*VARIANTS, "TP2"]),
     *(f"{layout}: {name}" for layout in LAYOUTS for name in VARIANTS),
@@ -74,15 +79,21 @@ PROMISES = [
 ]
 
 
-def is_softmax() -> None:
+PLAIN = Rotary()
+
+
+def is_softmax(changes: dict | None = None, rotary: Rotary = PLAIN) -> None:
     """Written out, from the projections of the layer."""
-    layer = build_attention(make_config(**DENSE))
+    layer = build_attention(make_config(**DENSE, **(changes or {})))
     x = torch.randn(TOKENS, BATCH, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    q, kv = layer.get_query_key_value_tensors(x)
-    k, v = kv.split([8, 8], -1)
+    q, k, v = layer.linear_qkv(x)[0].view(TOKENS, BATCH, 2, 32).split([16, 8, 8], -1)
+    q = q.reshape(TOKENS, BATCH, 4, 8)
+    if layer.config.qk_layernorm:
+        weights = layer.q_layernorm.weight, layer.k_layernorm["dense"].weight
+        q, k = (y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w for y, w in zip((q, k), weights, strict=True))
     position, out = torch.arange(TOKENS), []
     for sample in range(BATCH):
-        turned_q, turned_k = (rotate(y[:, sample], position, Rotary(1e4)) for y in (q, k))
+        turned_q, turned_k = (rotate(y[:, sample], position, rotary) for y in (q, k))
         for head in range(4):
             scores = turned_q[:, head] @ turned_k[:, head // 2].T / 8**0.5
             scores = scores.masked_fill(torch.ones(TOKENS, TOKENS).triu(1).bool(), -torch.inf)

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import active_children
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -107,6 +108,8 @@ class KillAfter(StopAfter):
 
     def should_stop(self) -> bool:
         if super().should_stop():
+            for child in active_children():  # Megatron's, which would outlive it
+                child.kill()
             os.kill(os.getpid(), signal.SIGKILL)
         return False
 

@@ -56,8 +56,9 @@ def below(annotation: Any, key: str) -> Any:
 
 
 def _is_text(annotation: Any) -> bool:
-    """A str, a Path, or one of some words; None beside it does not matter."""
-    return any(part in (str, Path) or isinstance(part, str) for part in alternatives(annotation))
+    """A str, a Path, or one of some words, and no number beside them; None does not matter."""
+    parts = alternatives(annotation)
+    return any(part in (str, Path) or isinstance(part, str) for part in parts) and not {int, float} & set(parts)
 
 
 def _unquoted(word: str) -> str:

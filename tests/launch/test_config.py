@@ -103,3 +103,23 @@ def test_every_shipped_configuration_loads(path):
 
 def test_the_file_alone_decides_without_words(tmp_path):
     assert load(tiny_file(tmp_path)) == tiny(tmp_path)
+
+
+def test_scaling_of_positions_in_a_file_and_as_words(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "run: {output_dir: runs/a}\nmodel: {num_layers: 4}\n"
+        "nsa: {no_rope_freq: 2, rope_scaling: {rope_type: yarn, factor: 4.0, truncate: false}}\n"
+    )
+    assert load(path).nsa.rope_scaling == {"rope_type": "yarn", "factor": 4.0, "truncate": False}
+    assert load(path).no_rope == [0, 1, 0, 1]
+    words = ["nsa.rope_scaling.factor=8", "no_rope_freq=[1, 0, 0, 0]"]
+    assert load(path, words).nsa.rope_scaling["factor"] == 8
+    assert load(path, words).no_rope == [1, 0, 0, 0]
+    assert load(path, ["rope_scaling={rope_type: llama3, factor: 8}"]).nsa.rope_scaling["rope_type"] == "llama3"
+    for word, remedy in {
+        "no_rope_freq=3": "take no_rope_freq=4", "nsa.rope_scaling.factor=-1": "factor=-1 must be positive",
+        "rotary_percent=0.3": "take percent=1 and stretch=1", "nsa.rope_scaling.beta=1": "leave beta out",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=remedy):
+            load(path, [word])
