@@ -126,6 +126,7 @@ def everything(rank: int, folder: str) -> dict[str, str]:
         expected = {variant: attend(SINGLE, changes) for variant, changes in VARIANTS.items()}
         attempt("recompute changes nothing", lambda: assert_equal(expected["recompute"], expected["mlp"]))
         attempt("a pack is its documents one by one", packed_is_one_by_one)
+        attempt("positions of an evaluation serve training", trains_after_inference)
         expected_pack = attend_pack(Layout(order="contiguous"))
         save(SINGLE, Path(folder, "TP1"))
     for name, layout in LAYOUTS.items():
@@ -214,6 +215,16 @@ def packed_is_one_by_one() -> None:
     together, _ = attention(x, None, packed_seq_params=pack)
     alone = [attention(document, None)[0] for document in x.split(lengths)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=1e-12)
+
+
+def trains_after_inference() -> None:
+    attention = build_attention(make_config())
+    x = torch.randn(TOKENS, 1, HIDDEN, dtype=torch.float64, requires_grad=True)
+    with torch.inference_mode():
+        attention(x, None)
+    attention(x, None)[0].sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().max() > 0
 
 
 def attend_pack(layout: Layout) -> Tensor:

@@ -29,7 +29,7 @@ STOREYS = {
     "nsa_dist/cp": CP,
     "nsa_dist/compress.py": CP | {"nsa_dist.rope", "nsa_dist.rope_scaling"},
     "nsa_dist/branches.py": BRANCHES,
-    "nsa_dist/saved.py": CP,
+    "nsa_dist/saved.py": CP | {"nsa_dist.rope_scaling"},
     "nsa_dist/attention.py": ATTENTION,
     "nsa_dist/__init__.py": ATTENTION,
     "nsa_dist/rope_scaling.py": {"torch"},  # its types alone

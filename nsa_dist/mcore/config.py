@@ -53,8 +53,8 @@ class NSATransformerConfig(TransformerConfig):
     use_rope_scaling: bool = False
     rope_scaling_factor: float = 8.0
 
-    # What GPTModel reads of its configuration for position_embedding_type="yarn". A factor means YaRN.
-    yarn_rotary_scaling_factor: float | None = None
+    # What GPTModel reads of its configuration for position_embedding_type="yarn". A factor of 1 is no YaRN.
+    yarn_rotary_scaling_factor: float = 1.0
     yarn_original_max_position_embeddings: int = 4096
     yarn_beta_fast: float = 32.0
     yarn_beta_slow: float = 1.0
@@ -87,7 +87,7 @@ class NSATransformerConfig(TransformerConfig):
     def rotary(self) -> Rotary:
         """How layers that have positions turn queries and keys."""
         scaling = self.nsa_rope_scaling
-        if self.yarn_rotary_scaling_factor is not None:
+        if self.yarn_rotary_scaling_factor != 1:
             scaling = YarnScaling(
                 self.yarn_rotary_scaling_factor,
                 self.yarn_original_max_position_embeddings,
@@ -103,9 +103,13 @@ class NSATransformerConfig(TransformerConfig):
         return Rotary(self.nsa_rotary_base, self.rotary_percent, stretch, scaling)
 
     def rotary_of(self, layer_number: int) -> Rotary:
-        """That of a layer, counted from 1; `no_rope_freq` has 1 for those without positions."""
-        has_none = bool(self.no_rope_freq) and self.no_rope_freq[layer_number - 1]  # Megatron made a list of a number
-        return replace(self.rotary, percent=0.0) if has_none else self.rotary
+        """That of a layer, counted from 1; `no_rope_freq` has 1 for those without positions.
+
+        Layers of multi-token prediction, which come behind those that it counts, have positions.
+        """
+        has_none = [] if self.no_rope_freq is None else list(self.no_rope_freq)  # Megatron made a list of a number
+        here = has_none[layer_number - 1 : layer_number]
+        return replace(self.rotary, percent=0.0) if any(here) else self.rotary
 
     def _check_recipe(self) -> None:
         """Settings that exclude each other, and `no_rope_freq`, about which Megatron has a bare assertion."""
@@ -118,10 +122,11 @@ class NSATransformerConfig(TransformerConfig):
             ("add_bias_linear", "nsa_gate_bias", "are two biases of the gates, whose logits linear_qkv projects"),
         )
         for first, second, why in pairs:
-            if getattr(self, first) and getattr(self, second):
+            given = {name: getattr(self, name) for name in (first, second)}
+            if all(given.values()) and given.get("yarn_rotary_scaling_factor") != 1:
                 raise ValueError(
-                    f"{first}={getattr(self, first)} and {second}={getattr(self, second)} {why}, and one would be "
-                    f"useless; turn one of them off"
+                    f"{first}={given[first]} and {second}={given[second]} {why}, and one would be useless; turn one of "
+                    f"them off"
                 )
         freq, layers = self.no_rope_freq, self.num_layers
         if freq and (layers % freq if isinstance(freq, int) else len(freq) != layers):

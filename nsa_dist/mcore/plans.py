@@ -37,7 +37,8 @@ class RankPlan:
         """Of this rank's tokens, worked out once for all layers."""
         key = (rotary, head_dim, dtype)
         if key not in self._turns:
-            self._turns[key] = turns(rotary, self.document_position, head_dim, dtype)
+            with torch.inference_mode(False):  # kept for batches that train
+                self._turns[key] = turns(rotary, self.document_position, head_dim, dtype)
         return self._turns[key]
 
 

@@ -85,7 +85,6 @@ def _yarn_from_args(args: Namespace) -> dict[str, Any]:
     """Its numbers under `--position-embedding-type yarn`; an argument that nobody gave is None, and has its default."""
     values = {field.name: field.default for field in fields(NSATransformerConfig) if field.name in _YARN}
     if args.position_embedding_type == "yarn":
-        values["yarn_rotary_scaling_factor"] = 1.0
         given = {name: getattr(args, argument, None) for name, argument in _YARN.items()}
         values.update({name: value for name, value in given.items() if value is not None})
     return values
