@@ -25,6 +25,7 @@ from nsa_dist.config import NSAConfig
 from nsa_dist.cp.call import Call
 from nsa_dist.cp.comm import Comm, Traffic
 from nsa_dist.cp.layout import RankLayout, rank_layout
+from nsa_dist.cp.one_sided.choice import with_transport
 from nsa_dist.cp.options import FetchOptions
 from nsa_dist.cp.plan import ShardPlan, as_bounds
 from nsa_dist.cp.trace import Trace
@@ -109,6 +110,7 @@ def nsa_attention(
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     fetch, ops = fetch or FetchOptions(), ops or default_ops(q)
+    comm = with_transport(comm, fetch, q.device)
     tiles = Tiles.of(ops, q.shape[1] // kv.k_cmp.shape[1], cfg, local_plan.num_documents)
     layout = _agreed_layout(local_plan, cfg, q, kv, comm, fetch, tiles.key_alignment)
     tapes = _tapes(local_plan, q, ops, comm, (cfg, softmax_scale, *tiles.options.items()))

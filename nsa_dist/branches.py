@@ -22,8 +22,7 @@ from nsa_dist.compress import BlockPlaces, Compress, compress_both
 from nsa_dist.cp.call import Call, Stage, forward_stages, head_groups
 from nsa_dist.cp.gather import CompressedGather, CompressedReturn
 from nsa_dist.cp.halo import extended, post_halos
-from nsa_dist.cp.selected import SelectedForward
-from nsa_dist.cp.selected_backward import SelectedBackward
+from nsa_dist.cp.one_sided.selected import SelectedOverRanks, selected_backward, selected_forward
 from nsa_dist.cp.window import WindowBackward, WindowForward
 
 
@@ -71,17 +70,18 @@ class _Branches(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, window: WindowForward, call: Call):
+        groups = head_groups(q.shape[1], k_slc.shape[1], len(q), call)
+        stages = forward_stages(groups, k_slc.shape[1], call)
+        over_ranks = selected_forward(q, k_slc, v_slc, stages, call) if call.comm.size > 1 else None
         gather = CompressedGather(k_cmp, v_cmp, call.layout, call.comm)
         out_win, lse_win = window.attend_rest()
         k_cmp_all, v_cmp_all = gather.wait()
-        groups = head_groups(q.shape[1], k_slc.shape[1], len(q), call)
-        stages = forward_stages(groups, k_slc.shape[1], call)
         ctx.rounds, kept = [[]], []
 
         def body(inputs: list[Tensor]) -> list[Tensor]:
             nonlocal kept
             q, k_slc, v_slc, k_cmp, v_cmp, gates, out_win = inputs
-            selected = SelectedForward(q, k_slc, v_slc, stages, call)
+            selected = over_ranks or selected_forward(q, k_slc, v_slc, stages, call)
             results = _forward(q, k_cmp, v_cmp, gates, out_win, groups, stages, selected, call)
             ctx.rounds, kept = selected.finish(), selected.kept  # of a lone rank nothing, so a tape need not know
             return results
@@ -109,7 +109,7 @@ class _Branches(torch.autograd.Function):
 
 def _forward(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, out_win: Tensor,
-    groups: list[Stage], stages: list[Stage], selected: SelectedForward, call: Call,
+    groups: list[Stage], stages: list[Stage], selected: SelectedOverRanks, call: Call,
 ) -> list[Tensor]:  # fmt: skip
     """out, then out_cmp, lse_cmp, block_indices, out_slc, lse_slc of every head group."""
     cmp: list[tuple[Tensor, Tensor, Tensor]] = []  # out, softmax_lse, block_indices of each stage
@@ -137,7 +137,7 @@ def _backward(inputs: list[Tensor], ctx) -> Sequence[Tensor]:
     grad_out, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, lse_win, out_win, *rest = inputs
     inputs.clear()
     kept = [rest.pop() for _ in range(ctx.num_kept)][::-1]
-    selected = SelectedBackward(k_slc, v_slc, groups, ctx.rounds, kept, call)
+    selected = selected_backward(k_slc, v_slc, groups, ctx.rounds, kept, call)
     selected.start()
     deltas, left = _deltas(groups, grad_out, out_win, rest, call)
     del out_win, rest, kept

@@ -6,7 +6,7 @@ in the stream; for every own compressed block the row where it starts; and a tab
 pages.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,19 @@ class Halo:
     recv_rows: Tensor  # int64 [sum(recv_sizes)]: extended rows to fill, by source rank
     send_sizes: tuple[int, ...]
     recv_sizes: tuple[int, ...]
+    most_sent: int  # rows of the rank that sends most
+    most_received: int
+
+
+@dataclass(frozen=True)
+class BlockHolders:
+    """Where the selection blocks of the whole sequence lie, for a rank that reads them there: int32, on its device."""
+
+    owner: Tensor  # [num_blocks]: the rank that holds it
+    page: Tensor  # [num_blocks]: its page there
+    place: Tensor  # [num_blocks]: its number among the blocks that other ranks hold, ascending; -1 if it is own
+    remote: Tensor  # [num_blocks - T // l']: the blocks that other ranks hold, ascending
+    tables: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)  # made of these, by heads
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,7 @@ class RankLayout:
     block_owner: Tensor  # int64 [num_blocks], on the CPU: rank that holds each selection block
     page_of_block: Tensor  # int64 [num_blocks], on the CPU: local page of each selection block, -1 if held elsewhere
     own_pages: Tensor  # the same, int32, on the device
+    holders: "BlockHolders"
     win_interior: slice  # queries whose windows lie in local rows, at most about half: they need no halo
     cmp_halo: Halo
     win_halo: Halo
@@ -109,10 +123,19 @@ def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device, k
         block_owner=plan.owner(torch.arange(plan.num_blocks) * plan.block_len)[0],
         page_of_block=page_of_block,
         own_pages=put_on(device, page_of_block.to(torch.int32)),
+        holders=_holders(plan, rank, device),
         win_interior=_interior(win_begin >= reach[:, None], plan.block_len),
         cmp_halo=_halo_to(cmp_halo, device),
         win_halo=_halo_to(win_halo, device),
     )
+
+
+def _holders(plan: ShardPlan, rank: int, device: torch.device) -> BlockHolders:
+    owner, row = plan.owner(torch.arange(plan.num_blocks) * plan.block_len)
+    is_remote = owner != rank
+    place = torch.where(is_remote, is_remote.cumsum(0) - 1, -1)
+    found = owner, row // plan.block_len, place, is_remote.nonzero().squeeze(1)
+    return BlockHolders(*(put_on(device, x.to(torch.int32)) for x in found))
 
 
 def _queries(plan: ShardPlan, cfg: NSAConfig, rank: int, first_cmp: Tensor, win_halo: Halo) -> dict[str, Tensor]:
@@ -207,6 +230,10 @@ def _halo(plan: ShardPlan, rank: int, halo_len: int) -> tuple[Halo, Tensor]:
         zeros = torch.zeros(plan.cp_size, dtype=torch.int64)
         return tuple(zeros.index_add_(0, peer[pieces], size[pieces]).tolist())
 
+    def most(peer: Tensor) -> int:
+        """Rows of the rank that sends or receives most."""
+        return int(torch.zeros(plan.cp_size, dtype=torch.int64).index_add_(0, peer, size).max())
+
     halo = Halo(
         num_rows=int((reach + length)[own].sum()),
         extended_rows=runs(first_row, length[own]),
@@ -214,6 +241,8 @@ def _halo(plan: ShardPlan, rank: int, halo_len: int) -> tuple[Halo, Tensor]:
         recv_rows=runs(halo_row[received], size[received]),
         send_sizes=sizes(destination, sent),
         recv_sizes=sizes(source, received),
+        most_sent=most(source),
+        most_received=most(destination),
     )
     return halo, first_row.repeat_interleave(length[own] // plan.block_len)
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 GATHER_BYTES_PER_S, COPY_BYTES_PER_S = 331e9, 980e9
 
 
+TRANSPORTS = ("auto", "one_sided", "all_to_all")
+
+
 @dataclass(frozen=True)
 class FetchOptions:
     """How the remote blocks of the selected branch are moved. Every rank of a group must use the same.
@@ -17,6 +20,7 @@ class FetchOptions:
     kv_fetch_budget_bytes: int | None = None  # pages held at once on a rank; None: those of two head groups
     whole_shard_fraction: float = 1.0  # of an (owner, kv head)'s blocks chosen: from here on all of them are sent
     keep_pages: bool = False  # keep fetched pages for backward instead of fetching them again
+    transport: str = "auto"  # one of TRANSPORTS: how pages and all else move; auto: one-sided where ranks can
     head_groups: int = 4  # kv heads travel in so many groups, each under the computation of others; 1: all at once
 
     def __post_init__(self) -> None:
@@ -29,6 +33,11 @@ class FetchOptions:
             raise ValueError(
                 f"whole_shard_fraction={self.whole_shard_fraction} is a fraction of an owner's blocks and must lie in "
                 f"(0, 1]; 1 sends only what was chosen"
+            )
+        if self.transport not in TRANSPORTS:
+            raise ValueError(
+                f"transport={self.transport!r} must be one of {', '.join(TRANSPORTS)}: ranks read each other's memory, or "
+                f"send by collectives; pass 'auto' to read where that can be"
             )
         if self.head_groups < 1:
             raise ValueError(
