@@ -9,8 +9,8 @@ ones that work over NCCL, over gloo on CPUs, and over gloo with several ranks on
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from nsa_dist.cp.trace import Trace
 # torch 2.13 renamed both and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_MOST_OWED = 4096  # counts of a Traffic that is never read, which keep what they are to count
 
 
 class Traffic:
@@ -57,14 +58,26 @@ class Traffic:
     def add(self, kind: str, num_bytes: int) -> None:
         self._sent_bytes[kind] += num_bytes
 
+    @contextmanager
+    def noting(self, sent: dict[str, int]) -> Iterator[None]:
+        """Inside, what is sent is added to `sent` instead."""
+        outer, self._sent_bytes = self._sent_bytes, defaultdict(int)
+        try:
+            yield
+        finally:
+            sent |= self._sent_bytes
+            self._sent_bytes = outer
+
     def count_union(self, chosen: Tensor, num_local: int) -> None:
         """chosen bool [Hkv, num_blocks] on the CPU: the remote blocks this rank's queries chose."""
         num_remote = chosen.shape[1] - num_local
         self._union_fractions.append((chosen.sum(1) / max(1, num_remote)).tolist())
 
     def owe(self, count: Callable[[], None]) -> None:
-        """`count()` adds what is known only when the device has come so far: it is called when somebody asks."""
+        """`count()` adds what only the device knows: it is called when somebody asks, or when too many are owed."""
         self._owed.append(count)
+        if len(self._owed) > _MOST_OWED:
+            self._settle()
 
     def _settle(self) -> None:
         owed, self._owed = self._owed, []
@@ -158,6 +171,16 @@ class Comm:
     @property
     def reads_memory(self) -> bool:
         """Whether ranks read each other's memory (`cp.one_sided`)."""
+        return False
+
+    @property
+    def generation(self) -> int:
+        """Changes on all ranks alike when memory that they read has moved."""
+        return 0
+
+    @property
+    def in_line(self) -> bool:
+        """Whether exchanges run between the kernels of the current stream, none of them under another."""
         return False
 
     @property

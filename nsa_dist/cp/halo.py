@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nsa_dist.cp.call import Call
 from nsa_dist.cp.comm import Comm, Handle
 from nsa_dist.cp.layout import Halo
 
@@ -72,6 +73,39 @@ def extended(tensors: Sequence[Tensor], halo: Halo, received: Sequence[Tensor], 
     return _Extended.apply(comm, halo, tuple(received), *tensors)
 
 
+def with_halos(tensors: Sequence[Tensor], call: Call) -> list[Tensor]:
+    """k_cmp, v_cmp with their halos, differentiable, then k_win, v_win with theirs: [E, ...] each. In line."""
+    layout, comm = call.layout, call.comm
+    halos = [layout.cmp_halo, layout.cmp_halo, layout.win_halo, layout.win_halo]
+
+    def body(inputs: list[Tensor]) -> list[Tensor]:
+        received = post_halos(inputs, halos, comm).wait()
+        return [fill(extend(x, halo), halo, rows) for x, halo, rows in zip(inputs, halos, received, strict=True)]
+
+    with torch.no_grad():
+        k_cmp, v_cmp, k_win, v_win = call.run("halo", body, list(tensors))
+    return [*_Received.apply(call, k_cmp, v_cmp, *tensors[:2]), k_win, v_win]
+
+
+class _Received(torch.autograd.Function):
+    """Extended tensors of which halos were exchanged before; backward exchanges their gradients."""
+
+    @staticmethod
+    def forward(ctx, call: Call, k_extended: Tensor, v_extended: Tensor, *_: Tensor):
+        ctx.call = call
+        return k_extended, v_extended
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        halo, comm = ctx.call.layout.cmp_halo, ctx.call.comm
+
+        def body(grads: list[Tensor]) -> list[Tensor]:
+            return _gradients(grads, halo, comm)
+
+        return None, None, None, *ctx.call.run("halo backward", body, list(grads))
+
+
 class _Extended(torch.autograd.Function):
     """Forward and backward: the head of this file. Backward exchanges; forward has its rows already."""
 
@@ -83,11 +117,16 @@ class _Extended(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
-        dtype = torch.promote_types(grads[0].dtype, torch.float32)
-        wide = [dy.to(dtype) for dy in grads]
-        returned = post_halo_gradients(wide, [ctx.halo] * len(wide), ctx.comm).wait()
-        found = [gather_gradients(dy, ctx.halo, rows) for dy, rows in zip(wide, returned, strict=True)]
-        return None, None, None, *(dx.to(dy.dtype) for dx, dy in zip(found, grads, strict=True))
+        return None, None, None, *_gradients(grads, ctx.halo, ctx.comm)
+
+
+def _gradients(grads: Sequence[Tensor], halo: Halo, comm: Comm) -> list[Tensor]:
+    """Of tensors from those of their extensions by one kind of halo, in their dtype, summed in fp32 or better."""
+    dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    wide = [dy.to(dtype) for dy in grads]
+    returned = post_halo_gradients(wide, [halo] * len(wide), comm).wait()
+    found = [gather_gradients(dy, halo, rows) for dy, rows in zip(wide, returned, strict=True)]
+    return [dx.to(dy.dtype) for dx, dy in zip(found, grads, strict=True)]
 
 
 def _post(

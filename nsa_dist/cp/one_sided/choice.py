@@ -2,12 +2,13 @@
 
 import hashlib
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from nsa_dist.cp.comm import Comm, gather_facts
 from nsa_dist.cp.options import FetchOptions
@@ -29,20 +30,24 @@ class Transport:
 _FOUND: WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Transport]] = WeakKeyDictionary()
 
 
-def with_transport(comm: Comm, fetch: FetchOptions, device: torch.device) -> Comm:
-    """`comm`, or one that reads other ranks' memory in its stead. A `Comm` of another class stays what it is.
+def with_transport(comm: Comm, fetch: FetchOptions, q: Tensor) -> Comm:
+    """`comm`, or one that reads other ranks' memory in its stead, in line where the call is short.
 
-    ValueError on every rank if one-sided transport is asked for where it cannot be.
+    A `Comm` of another class stays what it is. ValueError on every rank if one-sided transport is asked for where it
+    cannot be.
     """
-    if type(comm) is not Comm or comm.group is None or comm.size == 1:
+    if comm.size == 1:
         return comm
-    chosen = transport_of(comm.group, fetch, device)
-    if chosen.name != "one_sided":
-        return comm
-    from nsa_dist.cp.one_sided.comm import OneSidedComm
-    from nsa_dist.cp.one_sided.mailboxes import shared_mailboxes
+    if type(comm) is Comm and comm.group is not None:
+        if transport_of(comm.group, fetch, q.device).name != "one_sided":
+            return comm
+        from nsa_dist.cp.one_sided.comm import OneSidedComm
+        from nsa_dist.cp.one_sided.mailboxes import shared_mailboxes
 
-    return OneSidedComm(comm.group, comm.traffic, comm.trace, shared_mailboxes(comm.group, device))
+        comm = OneSidedComm(comm.group, comm.traffic, comm.trace, shared_mailboxes(comm.group, q.device))
+    if comm.reads_memory:
+        comm = replace(comm, runs_in_line=q.numel() <= comm.most_in_line and comm.trace is None)
+    return comm
 
 
 def transport_of(group: dist.ProcessGroup, fetch: FetchOptions, device: torch.device) -> Transport:

@@ -10,6 +10,7 @@ from torch import Tensor
 from nsa_dist.cp.comm import Comm, Handle
 from nsa_dist.cp.device import Side
 from nsa_dist.cp.one_sided.mailboxes import Mailboxes
+from nsa_dist.cp.options import MOST_IN_LINE
 from nsa_kernels.exchange.mailbox import Mailbox
 
 
@@ -33,10 +34,20 @@ class OneSidedComm(Comm):
     """A group whose ranks read each other's memory. Sums over ranks are taken in the order of the ranks."""
 
     mailboxes: Mailboxes | None = field(default=None, repr=False)
+    runs_in_line: bool = False
+    most_in_line: int = MOST_IN_LINE  # elements of a call's queries
 
     @property
     def reads_memory(self) -> bool:
         return True
+
+    @property
+    def in_line(self) -> bool:
+        return self.runs_in_line
+
+    @property
+    def generation(self) -> int:
+        return self.boxes.generation
 
     @property
     def boxes(self) -> Mailboxes:
@@ -45,7 +56,13 @@ class OneSidedComm(Comm):
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """What is queued inside goes to the side stream, behind all that the current one has now."""
+        """What is queued inside goes to the side stream, behind all that the current one has now.
+
+        In line it stays on the current stream.
+        """
+        if self.in_line:
+            yield
+            return
         side = Side(self.boxes.device)
         side.follow()
         with side.entered():
@@ -74,20 +91,24 @@ class OneSidedComm(Comm):
 
         return Handle(out, self._exchange(box, sent, take, header, self.boxes.begins(send_sizes)), sent, label, self.trace)
 
-    def _start_all_gather(self, out: Tensor, x: Tensor, kind: str) -> Queued:
+    def _start_all_gather(self, out: Tensor, x: Tensor, kind: str) -> Queued | None:
         box = self.boxes.of(kind, x.nbytes)
         begins = self.boxes.begins([1] * self.size)
         return self._exchange(box, x, lambda: self.boxes.copy_parts(box, out, begins, x.nbytes, shared=True))
 
-    def _start_reduce_scatter(self, out: Tensor, x: Tensor, kind: str) -> Queued:
+    def _start_reduce_scatter(self, out: Tensor, x: Tensor, kind: str) -> Queued | None:
         box = self.boxes.of(kind, x.nbytes)
         return self._exchange(box, x, lambda: self.boxes.sum_parts(box, out))
 
     def _exchange(
         self, box: Mailbox, x: Tensor, take: Callable[[], None], offset_bytes: int = 0, begins: Tensor | None = None
-    ) -> Queued:
+    ) -> Queued | None:
         with self.beside():
             self.boxes.put(box, x, offset_bytes, begins)
             self.boxes.meet(box)
             take()
-            return Queued(x.device)
+            return self.queued()
+
+    def queued(self) -> Queued | None:
+        """What to wait for once `beside` is left; nothing in line."""
+        return None if self.in_line else Queued(self.boxes.device)

@@ -32,6 +32,7 @@ class Mailboxes:
         self.rank, self.size, self.device = rank, size, device
         self._boxes: dict[str, Mailbox] = {}
         self._outgrown: list[Mailbox] = []
+        self.generation = 0  # changes with every new box, on all ranks alike: what holds addresses of boxes goes by it
         self._begins: dict[tuple[int, ...], Tensor] = {}
 
     def of(self, kind: str, num_bytes: int) -> Mailbox:
@@ -50,6 +51,7 @@ class Mailboxes:
                 self._outgrown.append(box)
                 num_bytes = max(num_bytes, box.slot_bytes * 5 // 4)  # sizes that creep up do not each replace it
             box = self._boxes[kind] = self._make(aligned(num_bytes))
+            self.generation += 1
         return box
 
     def meet(self, box: Mailbox) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist.cp.call import Call, Stage
-from nsa_dist.cp.device import CopyToHost, Side
+from nsa_dist.cp.device import Side
 from nsa_dist.cp.one_sided.comm import OneSidedComm, Queued
 from nsa_dist.cp.pages import only_here, round_name
 from nsa_kernels.exchange.mailbox import aligned
@@ -40,7 +40,7 @@ class Taken:
 
     def __init__(self, pages: Tensor, name: str, comm: OneSidedComm) -> None:
         self._pages: Tensor | None = pages
-        self._name, self._comm, self._queued = name, comm, Queued(pages.device)
+        self._name, self._comm, self._queued = name, comm, comm.queued()
 
     @property
     def pages(self) -> Tensor:
@@ -50,7 +50,8 @@ class Taken:
     def wait(self) -> Tensor:
         """The pages; the current stream waits for them."""
         self._comm.note("wait", self._name, "pages")
-        self._queued.wait()
+        if self._queued is not None:
+            self._queued.wait()
         self._comm.note("done", self._name, "pages")
         return self.pages
 
@@ -76,17 +77,11 @@ class Pages:
             self.comm.boxes.meet(self._box)
             self._kept = k, v  # copies, until the stream that frees them has waited
 
-    @property
-    def page_bytes(self) -> dict[str, int]:
-        """Of one page, by kind."""
-        numbers = self._call.cfg.slc_block_len * (self._k.shape[2] + self._v.shape[2])
-        wide = torch.promote_types(self._k.dtype, torch.float32)
-        return {"pages": numbers * self._k.element_size(), "pages.grad": numbers * wide.itemsize}
-
     def ranges(self, num_heads: int) -> list[Range]:
         """Of a stage of so many heads: one, or as many as the budget asks for."""
         count = len(self._call.layout.holders.remote)
-        pages = self._call.fetch.round_pages(self.page_bytes["pages"])
+        page_bytes = self._call.cfg.slc_block_len * (self._k.shape[2] + self._v.shape[2]) * self._k.element_size()
+        pages = self._call.fetch.round_pages(page_bytes)
         size = max(1, count if pages is None else pages // num_heads)
         return [Range(n, first, min(first + size, count)) for n, first in enumerate(range(0, max(1, count), size))]
 
@@ -198,17 +193,19 @@ class PulledForward:
 
     def release(self) -> None:
         """Free the pages of the range that was attended to last; a first half's stay for the second."""
-        self._side.follow()
+        self._follow()
         if not self._halves:
             self._attended.free()
 
+    def _follow(self) -> None:
+        if not self._call.comm.in_line:
+            self._side.follow()
+
     def finish(self) -> list[Tensor]:
-        """The marks of every head group, uint8 [h, num_blocks], for backward; counts u and the bytes that were read."""
-        self._side.follow()
+        """The marks of every head group, uint8 [h, num_blocks], for backward."""
+        self._follow()
         self._under_way = []
-        marks = [self._marks[0] | self._marks[1]] if self._halves else self._marks
-        count_read(marks, self._call, self._pages.page_bytes, "pages", union=True)
-        return marks
+        return [self._marks[0] | self._marks[1]] if self._halves else self._marks
 
 
 class PulledBackward:
@@ -227,9 +224,7 @@ class PulledBackward:
 
     def start(self) -> None:
         """Put the rank's own pages for the others again, and take those of the first group."""
-        self._kinds = ["pages.grad"]
         if not self._kept:
-            self._kinds.append("pages")
             self._pages.publish()
             self.post_next()
 
@@ -255,7 +250,8 @@ class PulledBackward:
                     **self._pages.arguments(group, taken, table),
                 )  # fmt: skip
             total = dq if total is None else total.add_(dq)
-            self._side.follow()
+            if not self._call.comm.in_line:
+                self._side.follow()
             del taken
             self._send_home(group, part, dk, dv, remote)
         assert total is not None
@@ -265,7 +261,6 @@ class PulledBackward:
         """dk [T, Hkv, Dk], dv [T, Hkv, Dv] of own rows, when all has come home: fp32 or better."""
         while self._going_home:
             self._going_home.pop(0)[0].wait()
-        count_read(self._marks, self._call, self._pages.page_bytes, *self._kinds)
         return [torch.cat(x, 1) if len(x) > 1 else x[0] for x in zip(*self._grads.values(), strict=True)]
 
     def _receive(self) -> Tensor:
@@ -296,31 +291,12 @@ class PulledBackward:
                 comm.boxes.put_gradients(box, marks, place, *remote, blocks)
                 comm.boxes.meet(box)
                 comm.boxes.add_gradients(box, layout.holders.owner, layout.holders.page, *totals, blocks, self._block_len)
-            self._going_home.append((Queued(dk.device), (dk, dv, *remote, place)))
+            queued = comm.queued()
+        if queued is not None:
+            self._going_home.append((queued, (dk, dv, *remote, place)))
         if len(self._going_home) > 1:
             self._going_home.pop(0)[0].wait()
 
     @property
     def _block_len(self) -> int:
         return self._call.cfg.slc_block_len
-
-
-def count_read(marks: list[Tensor], call: Call, page_bytes: dict[str, int], *kinds: str, union: bool = False) -> None:
-    """Count the marked remote pages, once the device has come so far; not while a CUDA graph is captured.
-
-    kinds       `pages` in the dtype of what is read, `pages.grad` in that of sums
-    """
-    if marks[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    traffic, remote = call.comm.traffic, call.layout.holders.remote
-    all_marks = torch.cat(marks) if len(marks) > 1 else marks[0]
-    counts = CopyToHost(all_marks.index_select(1, remote).sum(1, dtype=torch.int32))
-
-    def count() -> None:
-        chosen = counts.wait().tolist()
-        for kind in kinds:
-            traffic.add(kind, sum(chosen) * page_bytes[kind])
-        if union:
-            traffic.union_fractions.append([number / max(1, len(remote)) for number in chosen])
-
-    traffic.owe(count)

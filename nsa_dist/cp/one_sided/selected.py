@@ -20,7 +20,7 @@ class SelectedOverRanks(Protocol):
     def attend(self, stage: Stage, block_indices: Tensor) -> tuple[Tensor, Tensor]: ...
     def release(self) -> None: ...
     def finish(self) -> list[Any]:
-        """What the backward of the same transport needs to know of every head group."""
+        """What the backward of the same transport needs to know of every head group: tensors where memory is read."""
 
 
 class SelectedGradients(Protocol):
