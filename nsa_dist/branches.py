@@ -12,7 +12,7 @@ sums, so outputs and dQ have the same bits for any number of ranks as long as no
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,8 +47,8 @@ def attend(
     comm.enter("forward")
     k_rows, v_rows = kv.k_cmp, kv.v_cmp
     if comm.in_line:
-        k_rows, v_rows, *in_window = with_halos([kv.k_cmp, kv.v_cmp, kv.k_win, kv.v_win], call)
-        window: WindowForward | WholeWindow = WholeWindow(q, *in_window, call)
+        k_rows, v_rows, k_win, v_win = with_halos([kv.k_cmp, kv.v_cmp, kv.k_win, kv.v_win], call)
+        window: WindowForward | WholeWindow = WholeWindow(q, k_win, v_win, call)
         return _after_halos(q, kv, gates, (k_rows, v_rows), compress, window, call)
     with torch.no_grad():
         window = WindowForward(q, kv.k_win, kv.v_win, call)
@@ -136,7 +136,8 @@ def _forward_overlapped(
     gather = CompressedGather(k_cmp, v_cmp, call.layout, call.comm)
     out_win, lse_win = window.attend_rest()
     compressed = gather.wait()
-    fetched, kept = [[]], []
+    fetched: list[Any] = [[]]
+    kept: list[Tensor] = []
 
     def body(inputs: list[Tensor]) -> list[Tensor]:
         nonlocal fetched, kept

@@ -3,6 +3,7 @@
 import itertools
 import os
 import socket
+import time
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -14,7 +15,10 @@ import nsa_kernels
 from cp_gpu_cases import NAMES, attend, make_inputs
 from nsa_dist import BranchKV, NSAConfig, ShardPlan, nsa_attention
 from nsa_dist.cp.comm import Traffic
+from nsa_dist.cp.one_sided.choice import transport_of
+from nsa_dist.cp.one_sided.mailboxes import naming_the_missing
 from nsa_dist.cp.options import FetchOptions
+from nsa_launch.ranks.environment import of_nccl
 
 CASES = {
     "one document": ([16384], (16, 4, 128)),
@@ -25,28 +29,31 @@ LAYOUTS = ("zigzag", "contiguous")
 RULES = ("one block", "all blocks", "none remote", "one hot owner")
 
 
-def on_gpus(world_size: int, work, *args) -> list:
-    """`work(rank, *args)` in processes with a GPU each, over NCCL."""
+def on_gpus(world_size: int, work, *args, masked: bool = False) -> list:
+    """`work(rank, *args)` in processes with a GPU each, over NCCL; `masked`: each sees its own alone, as under Ray."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_enter, (world_size, port, results, work, args), nprocs=world_size)
+        mp.spawn(_enter, (world_size, port, results, masked, work, args), nprocs=world_size)
         return [results[rank] for rank in range(world_size)]
 
 
-def _enter(rank: int, world_size: int, port: int, results, work, args) -> None:
-    os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
-    torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank)
+def _enter(rank: int, world_size: int, port: int, results, masked: bool, work, args) -> None:
+    os.environ |= {"NCCL_NVLS_ENABLE": "0"} | of_nccl(world_size)
+    device = torch.device("cuda", 0 if masked else rank)
+    if masked:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)  # before CUDA looks
+    torch.cuda.set_device(device)
     address = f"tcp://localhost:{port}"
     dist.init_process_group(
         "nccl", init_method=address, rank=rank, world_size=world_size, device_id=device, timeout=timedelta(seconds=60)
     )
     results[rank] = work(rank, *args)
-    dist.barrier()
-    dist.destroy_process_group()
+    if work is not lost:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def compare(rank: int) -> dict[tuple, dict]:
@@ -154,7 +161,7 @@ def captured(rank: int) -> dict[str, bool]:
     torch.cuda.synchronize()
     dist.barrier()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         static = step()
     found = {}
     for number in range(3):  # the second eager call is repeated from tapes that the first one recorded
@@ -169,6 +176,37 @@ def captured(rank: int) -> dict[str, bool]:
         for name, a, b in zip(NAMES, replayed, eager, strict=True):
             found[f"{name}, replay {number}"] = torch.equal(a, b)
     return found
+
+
+LIMIT_S = 10
+
+
+def lost(rank: int) -> str:
+    """The last rank is gone before its third call: what the first one then raises, and after how long."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=LIMIT_S), dist.group.WORLD)
+    leaves, phis, weight = make_inputs(16384, 16, 4, 128)
+    plan = ShardPlan.zigzag([0, 16384], dist.get_world_size())
+    began = time.monotonic()
+    try:
+        with naming_the_missing():
+            for number in range(100):
+                if number == 2 and rank == dist.get_world_size() - 1:
+                    time.sleep(LIMIT_S + 10)  # it keeps its memory, as a rank that hangs does; and then is gone
+                    return "gone"
+                attend(leaves, phis, weight, None, plan, rank, dist.group.WORLD, FetchOptions(transport="one_sided"))
+                torch.cuda.synchronize()
+                began = time.monotonic()
+    except RuntimeError as error:
+        return f"{time.monotonic() - began:.1f} s: {error}"
+    return "went on"
+
+
+def chosen(rank: int) -> str:
+    """What the ranks choose by themselves, and whether it works."""
+    leaves, phis, weight = make_inputs(16384, 16, 4, 128)
+    plan = ShardPlan.zigzag([0, 16384], dist.get_world_size())
+    attend(leaves, phis, weight, None, plan, rank, dist.group.WORLD, FetchOptions())
+    return str(transport_of(dist.group.WORLD, FetchOptions(), torch.device("cuda", torch.cuda.current_device())))
 
 
 def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:

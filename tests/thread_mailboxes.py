@@ -33,7 +33,12 @@ class ThreadMailboxes(Mailboxes):
         assert len({size for _, size in told}) == 1, f"boxes of different sizes: {told}"
         bases = torch.tensor([address for address, _ in told], dtype=torch.int64)
         return Mailbox(
-            bases, torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), self.rank, slot_bytes, (memory,)
+            bases,
+            torch.zeros(1, dtype=torch.int32),
+            torch.zeros(2, dtype=torch.int32),
+            self.rank,
+            slot_bytes,
+            (memory,),
         )
 
 

@@ -1,8 +1,8 @@
 """What context parallelism costs where people train: few tokens a rank, every transport, interleaved, host and device.
 
-    instant     the kernels of the same share with nothing moved: what is above it is what context parallelism adds
-    eager       the calls as a training step makes them; host time is until the last of them is queued
-    captured    forward and backward replayed as one CUDA graph, where nothing waits for a host
+instant     the kernels of the same share with nothing moved: what is above it is what context parallelism adds
+eager       the calls as a training step makes them; host time is until the last of them is queued
+captured    forward and backward replayed as one CUDA graph, where nothing waits for a host
 """
 
 import time
@@ -99,10 +99,12 @@ class _Captured(_Run):
     """The same as one CUDA graph."""
 
     def __init__(self, run: _Run) -> None:
-        self._run, self._total_s, self._host_s = run, [], []
+        self._run = run
+        self._total_s: list[float] = []
+        self._host_s: list[float] = []
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._results = run()
 
     def time(self) -> None:

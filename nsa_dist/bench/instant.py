@@ -25,9 +25,8 @@ def _unmarked(block_indices: Tensor, num_blocks: int) -> Tensor:
 class InstantMailboxes(Mailboxes):
     """Nothing is put and nothing taken."""
 
-    put, copy_parts, sum_parts = map(staticmethod, (_nothing,) * 3)
-    mark_blocks, take_pages = map(staticmethod, (_unmarked, _nothing))
-    put_gradients, add_gradients = map(staticmethod, (_nothing,) * 2)
+    put = copy_parts = sum_parts = take_pages = put_gradients = add_gradients = staticmethod(_nothing)
+    mark_blocks = staticmethod(_unmarked)
 
     def meet(self, box: Mailbox) -> None:
         pass

@@ -134,8 +134,11 @@ def _holders(plan: ShardPlan, rank: int, device: torch.device) -> BlockHolders:
     owner, row = plan.owner(torch.arange(plan.num_blocks) * plan.block_len)
     is_remote = owner != rank
     place = torch.where(is_remote, is_remote.cumsum(0) - 1, -1)
-    found = owner, row // plan.block_len, place, is_remote.nonzero().squeeze(1)
-    return BlockHolders(*(put_on(device, x.to(torch.int32)) for x in found))
+
+    def put(x: Tensor) -> Tensor:
+        return put_on(device, x.to(torch.int32))
+
+    return BlockHolders(put(owner), put(row // plan.block_len), put(place), put(is_remote.nonzero().squeeze(1)))
 
 
 def _queries(plan: ShardPlan, cfg: NSAConfig, rank: int, first_cmp: Tensor, win_halo: Halo) -> dict[str, Tensor]:

@@ -40,8 +40,8 @@ class FetchOptions:
             )
         if self.transport not in TRANSPORTS:
             raise ValueError(
-                f"transport={self.transport!r} must be one of {', '.join(TRANSPORTS)}: ranks read each other's memory, or "
-                f"send by collectives; pass 'auto' to read where that can be"
+                f"transport={self.transport!r} must be one of {', '.join(TRANSPORTS)}: ranks read each other's memory, "
+                f"or send by collectives; pass 'auto' to read where that can be"
             )
         if self.head_groups is not None and self.head_groups < 1:
             raise ValueError(

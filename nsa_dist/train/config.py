@@ -141,7 +141,8 @@ class ParallelSection(Section):
     )
     keep_pages: bool = Field(default=False, description="keep fetched pages for backward instead of fetching again")
     head_groups: int | None = Field(
-        default=None, description="kv heads travel in so many groups, each under others' work; null: 4, or 1 in short calls"
+        default=None,
+        description="kv heads travel in so many groups, each under others' work; null: 4, or 1 in short calls",
     )
     transport: Literal["auto", "one_sided", "all_to_all"] = Field(
         default="auto",

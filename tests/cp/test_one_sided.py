@@ -7,11 +7,9 @@ interpreter. On GPUs: test_one_sided_gpu.py.
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from cases import SMALL, make_inputs, run
-from cp.test_cases import fetch_options, one_rank
+from cases import run
+from cp.test_cases import one_rank
 from cp_cases import CASES, FETCH, LAYOUTS, compare, make_plan
 from thread_mailboxes import run_readers
 

@@ -1,9 +1,9 @@
 """Chosen blocks of keys and values, read where their owners put them; and their gradients, added where they belong.
 
-    marks       uint8 [Hkv, blocks]: what some query of this member chose
-    taken       [Hkv * num_places, l', Dk + Dv]: block b of head h at place `h * num_places + place[b]`, if it is marked;
-                nothing is written elsewhere
-    gradients   in a slot: marks first, then fp32 or better [Hkv * num_blocks, l', Dk + Dv] by block
+marks       uint8 [Hkv, blocks]: what some query of this member chose
+taken       [Hkv * num_places, l', Dk + Dv]: block b of head h at place `h * num_places + place[b]`, if it is marked;
+            nothing is written elsewhere
+gradients   in a slot: marks first, then fp32 or better [Hkv * num_blocks, l', Dk + Dv] by block
 """
 
 import torch
@@ -94,7 +94,8 @@ def gradient_slot_bytes(num_heads: int, num_blocks: int, block_len: int, dim: in
 @launchable
 @triton.jit(do_not_specialize=["slot_bytes", "member", "first", "num_blocks", "num_places", "marks_bytes"])
 def _put_gradients_kernel(bases, epoch, marks, place, dk, dv, member,
-                          slot_bytes, marks_bytes, first, num_blocks, num_places, stride_kp, stride_k, stride_vp, stride_v,
+                          slot_bytes, marks_bytes, first, num_blocks, num_places,
+                          stride_kp, stride_k, stride_vp, stride_v,
                           DIM_K: tl.constexpr, WIDE_K: tl.constexpr, DIM_V: tl.constexpr, WIDE_V: tl.constexpr,
                           LEN: tl.constexpr, FLAGS: tl.constexpr):  # fmt: skip
     here, head, count = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)

@@ -31,10 +31,9 @@ def _put_kernel(bases, epoch, begins, x, member, slot_bytes, num_words, offset_b
                 HEADER: tl.constexpr, LANES: tl.constexpr, FLAGS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
     slot = slot_to_put(bases, epoch, member, slot_bytes, FLAGS)
     if HEADER > 0:
-        if tl.program_id(0) == 0:
-            lane = tl.arange(0, LANES)
-            there = lane < HEADER
-            tl.store(slot.to(tl.pointer_type(tl.int64)) + lane, tl.load(begins + lane, mask=there), mask=there)
+        lane = tl.arange(0, LANES)
+        there = (lane < HEADER) & (tl.program_id(0) == 0)
+        tl.store(slot.to(tl.pointer_type(tl.int64)) + lane, tl.load(begins + lane, mask=there), mask=there)
     at = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     target = tl.multiple_of((slot + offset_bytes).to(tl.pointer_type(x.dtype.element_ty)), 16)
     step = tl.num_programs(0).to(tl.int64) * WORDS
@@ -123,4 +122,3 @@ def sum_parts(box: Mailbox, out: Tensor) -> None:
         box.bases, box.epoch, out, box.member, box.slot_bytes, out.numel(),
         MEMBERS=box.num_members, FLAGS=FLAG_BYTES, WORDS=words, num_warps=4,
     )  # fmt: skip
-

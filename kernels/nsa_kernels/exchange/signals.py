@@ -22,7 +22,9 @@ def _now_ns():
 @triton.jit
 def _leave(zero):
     """End the kernel, and with it all that the process has on the device: nobody goes on with what is not there."""
-    tl.inline_asm_elementwise("mov.u32 $0, $1; membar.sys; trap;", "=r,r", [zero], dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise(
+        "mov.u32 $0, $1; membar.sys; trap;", "=r,r", [zero], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @launchable
@@ -44,12 +46,10 @@ def _meet_kernel(bases, epoch, notice, member, limit_ns, MEMBERS: tl.constexpr, 
             raised = tl.atomic_add(flags, 0, mask=exists, sem="acquire", scope="sys")
             late = exists & (raised - mine < 0)
             missing = tl.sum(late.to(tl.int32))
-            if (missing > 0) & (limit_ns > 0):
-                if _now_ns() - start > limit_ns:
-                    first = tl.min(tl.where(late, other, LANES))
-                    tl.store(notice, first + 1)
-                    tl.store(notice + 1, mine)
-                    _leave(missing)
+            if (missing > 0) & (limit_ns > 0) & (_now_ns() - start > limit_ns):
+                tl.store(notice + 1, mine)
+                tl.store(notice, tl.min(tl.where(late, other, LANES)) + 1)
+                _leave(missing)
     tl.store(epoch, mine)
 
 

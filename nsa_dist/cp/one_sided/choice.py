@@ -2,7 +2,8 @@
 
 import hashlib
 import socket
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True)
 class Transport:
-    """`name` is one of `TRANSPORTS` but auto; `why` says why it is not one-sided."""
+    """`name` is one of `TRANSPORTS` but auto, or `alone`; `why` says why it is not one-sided."""
 
     name: str
     why: str = ""
@@ -45,9 +46,7 @@ def with_transport(comm: Comm, fetch: FetchOptions, q: Tensor) -> Comm:
         from nsa_dist.cp.one_sided.mailboxes import shared_mailboxes
 
         comm = OneSidedComm(comm.group, comm.traffic, comm.trace, shared_mailboxes(comm.group, q.device))
-    if comm.reads_memory:
-        comm = replace(comm, runs_in_line=q.numel() <= comm.most_in_line and comm.trace is None)
-    return comm
+    return comm.for_call(q)
 
 
 def transport_of(group: dist.ProcessGroup, fetch: FetchOptions, device: torch.device) -> Transport:
@@ -67,12 +66,28 @@ def transport_of(group: dist.ProcessGroup, fetch: FetchOptions, device: torch.de
     return chosen
 
 
+def what_is_missing(devices: Sequence[int]) -> str:
+    """Why GPUs of this process could not read each other's memory; empty if they can."""
+    if len(devices) < 2:
+        return "there is one GPU" if devices else "there is no GPU"
+    if not _has_symmetric_memory():
+        return f"torch {torch.__version__} has no symmetric memory"
+    if not all(_sees_peers(torch.device("cuda", index)) for index in devices):
+        return "some of its GPUs cannot reach each other's memory"
+    return ""
+
+
 def _find(group: dist.ProcessGroup, device: torch.device) -> Transport:
     properties = torch.cuda.get_device_properties(device)
     facts = [_number(_host()), _number(str(properties.uuid)), int(_has_symmetric_memory()), int(_sees_peers(device))]
-    hosts, devices, able, sees = zip(*gather_facts(group, facts, device), strict=True)
+    return decided(gather_facts(group, facts, device))
+
+
+def decided(facts: list[list[int]]) -> Transport:
+    """facts      of every rank: host, GPU, whether torch has symmetric memory, whether its GPU reaches the others"""
+    hosts, devices, able, sees = zip(*facts, strict=True)
     if not all(able):
-        return Transport("all_to_all", f"torch {torch.__version__} has no symmetric memory on some rank")
+        return Transport("all_to_all", "torch has no symmetric memory on some rank")
     if len(set(hosts)) > 1:
         return Transport("all_to_all", f"its ranks are on {len(set(hosts))} hosts")
     if len(set(devices)) < len(devices):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,10 @@ class OneSidedComm(Comm):
     @property
     def in_line(self) -> bool:
         return self.runs_in_line
+
+    def for_call(self, q: Tensor) -> "OneSidedComm":
+        """In line if the call is short. A trace is there to show what overlaps."""
+        return replace(self, runs_in_line=q.numel() <= self.most_in_line and self.trace is None)
 
     @property
     def generation(self) -> int:
@@ -89,7 +93,9 @@ class OneSidedComm(Comm):
         def take() -> None:
             self.boxes.copy_parts(box, out, self.boxes.begins(recv_sizes), row_bytes, header, shared=False)
 
-        return Handle(out, self._exchange(box, sent, take, header, self.boxes.begins(send_sizes)), sent, label, self.trace)
+        return Handle(
+            out, self._exchange(box, sent, take, header, self.boxes.begins(send_sizes)), sent, label, self.trace
+        )
 
     def _start_all_gather(self, out: Tensor, x: Tensor, kind: str) -> Queued | None:
         box = self.boxes.of(kind, x.nbytes)

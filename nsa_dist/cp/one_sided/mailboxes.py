@@ -4,7 +4,8 @@ Every exchange of a kind is put, met for and taken on one stream, the side strea
 do not wait for each other's slots. A box that has become too small is replaced and kept: captured graphs go on with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,9 +25,13 @@ class Mailboxes:
     What is moved goes through the functions named here, so that a measurement can leave it out.
     """
 
-    put, copy_parts, sum_parts = map(staticmethod, (parts.put, parts.copy_parts, parts.sum_parts))
-    mark_blocks, take_pages = map(staticmethod, (pages.mark_blocks, pages.take_pages))
-    put_gradients, add_gradients = map(staticmethod, (pages.put_gradients, pages.add_gradients))
+    put = staticmethod(parts.put)
+    copy_parts = staticmethod(parts.copy_parts)
+    sum_parts = staticmethod(parts.sum_parts)
+    mark_blocks = staticmethod(pages.mark_blocks)
+    take_pages = staticmethod(pages.take_pages)
+    put_gradients = staticmethod(pages.put_gradients)
+    add_gradients = staticmethod(pages.add_gradients)
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size, self.device = rank, size, device
@@ -44,8 +49,8 @@ class Mailboxes:
         if box is None or box.slot_bytes < num_bytes:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    f"{num_bytes} bytes of {kind!r} need a larger mailbox while a CUDA graph is captured, and making one "
-                    f"needs the host and all ranks; run the same sizes once before the capture"
+                    f"{num_bytes} bytes of {kind!r} need a larger mailbox while a CUDA graph is captured, and making "
+                    f"one needs the host and all ranks; run the same sizes once before the capture"
                 )
             if box is not None:
                 self._outgrown.append(box)
@@ -92,8 +97,9 @@ class SharedMailboxes(Mailboxes):
         meet(box, self._limit_ns)
 
     def missing(self) -> int | None:
-        """The rank of the group that a meeting waited for in vain, after which every call of CUDA fails."""
-        return int(self._notice[0]) - 1 if int(self._notice[0]) else None
+        """The rank, of all, that a meeting waited for in vain, after which every call of CUDA fails."""
+        number = int(self._notice[0])
+        return dist.get_global_rank(self._group, number - 1) if number else None
 
     def _make(self, slot_bytes: int) -> Mailbox:
         memory, addresses, handle = comm.shared_memory(self._group, Mailbox.total_bytes(slot_bytes), self.device)
@@ -101,6 +107,22 @@ class SharedMailboxes(Mailboxes):
         epoch = torch.zeros(1, dtype=torch.int32, device=self.device)
         torch.cuda.synchronize(self.device)
         return Mailbox(bases, epoch, self._notice, self.rank, slot_bytes, (memory, handle))
+
+
+@contextmanager
+def naming_the_missing() -> Iterator[None]:
+    """An exception inside, after a meeting waited in vain, becomes a RuntimeError that says for whom."""
+    try:
+        yield
+    except Exception as error:
+        found = [box.missing() for boxes in _OF_GROUPS.values() for box in boxes.values()]
+        late = sorted({rank for rank in found if rank is not None})
+        if not late:
+            raise
+        raise RuntimeError(
+            f"rank {', '.join(map(str, late))} did not come to an exchange within the time that its group waits: it "
+            f"was lost or hung, and what this process had on its device is lost with it"
+        ) from error
 
 
 _OF_GROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, SharedMailboxes]] = WeakKeyDictionary()

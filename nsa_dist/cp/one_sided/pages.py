@@ -23,7 +23,7 @@ from nsa_dist.cp.pages import only_here, round_name
 from nsa_kernels.exchange.mailbox import aligned
 from nsa_kernels.exchange.pages import gradient_slot_bytes
 
-CHUNK_BYTES = 2**26  # of the gradients in a slot
+CHUNK_BYTES = 2**27  # of the gradients in a slot
 
 
 @dataclass(frozen=True)
@@ -216,11 +216,10 @@ class PulledBackward:
     ):
         self._pages, self._call, self._groups, self._marks = Pages(k, v, call), call, groups, marks
         self._kept, self._side = list(kept), Side(k.device)
-        self._dims = k.shape[2], v.shape[2]
         self._to_take = [(g, part) for g in groups for part in self._pages.ranges(len(marks[g.number]))]
         self._under_way: list[Taken] = []
         self._going_home: list[tuple[Queued, tuple[Tensor, ...]]] = []
-        self._grads: dict[int, list[Tensor]] = {}
+        self._grads: dict[int, tuple[Tensor, Tensor]] = {}
 
     def start(self) -> None:
         """Put the rank's own pages for the others again, and take those of the first group."""
@@ -245,7 +244,7 @@ class PulledBackward:
             table = self._pages.table(len(marks), part)
             ids = block_indices if len(ranges) == 1 else only_here(block_indices, table)
             with self._call.comm.computing(round_name("slc", group, part.number), "slc"):
-                dq, dk, dv, *remote = self._call.ops.selected_attention_backward(
+                dq, dk, dv, dk_others, dv_others = self._call.ops.selected_attention_backward(
                     grad_out, gate, delta, lse, q, *self._pages.local(group), ids, dtype=self._call.sum_dtype(q),
                     **self._pages.arguments(group, taken, table),
                 )  # fmt: skip
@@ -253,7 +252,7 @@ class PulledBackward:
             if not self._call.comm.in_line:
                 self._side.follow()
             del taken
-            self._send_home(group, part, dk, dv, remote)
+            self._send_home(group, part, (dk, dv), (dk_others, dv_others))
         assert total is not None
         return total.to(q.dtype)
 
@@ -270,33 +269,39 @@ class PulledBackward:
         self.post_next()
         return self._under_way.pop(0).wait()
 
-    def _send_home(self, group: Stage, part: Range, dk: Tensor, dv: Tensor, remote: Sequence[Tensor]) -> None:
-        """Put what was found for others' pages, chunk by chunk, and add what others found for the own ones."""
-        comm, layout, marks = self._pages.comm, self._call.layout, self._marks[group.number]
-        heads, num_blocks = marks.shape
-        per_block = heads * self._call.cfg.slc_block_len * sum(self._dims) * dk.element_size()
-        chunk = max(1, min(num_blocks, CHUNK_BYTES // per_block))
-        slot_bytes = gradient_slot_bytes(heads, chunk, self._call.cfg.slc_block_len, sum(self._dims), dk.element_size())
-        box = comm.boxes.of("pages.grad", slot_bytes)
+    def _send_home(
+        self, group: Stage, part: Range, own: tuple[Tensor, Tensor], of_others: tuple[Tensor, Tensor]
+    ) -> None:
+        """Add what was found for own pages to that of the ranges before, and to it what others found for them."""
+        comm = self._pages.comm
+        if part.number == 0:  # which of its blocks others chose: read again for every range, which is not counted
+            heads = len(self._marks[group.number])
+            comm.traffic.add("bitmap", (comm.size - 1) * heads * len(self._call.layout.local_blocks))
         with comm.beside():
-            if group.number not in self._grads:
-                self._grads[group.number] = [dk, dv]
+            if group.number in self._grads:
+                for total, grad in zip(self._grads[group.number], own, strict=True):
+                    total += grad
             else:
-                for sum_of, grad in zip(self._grads[group.number], (dk, dv), strict=True):
-                    sum_of += grad
-            totals = self._grads[group.number]
+                self._grads[group.number] = own
             place = self._pages.place(part)
-            for first in range(0, num_blocks, chunk):
-                blocks = range(first, min(first + chunk, num_blocks))
-                comm.boxes.put_gradients(box, marks, place, *remote, blocks)
-                comm.boxes.meet(box)
-                comm.boxes.add_gradients(box, layout.holders.owner, layout.holders.page, *totals, blocks, self._block_len)
+            self._exchange(self._grads[group.number], of_others, self._marks[group.number], place)
             queued = comm.queued()
         if queued is not None:
-            self._going_home.append((queued, (dk, dv, *remote, place)))
+            self._going_home.append((queued, (*own, *of_others, place)))
         if len(self._going_home) > 1:
             self._going_home.pop(0)[0].wait()
 
-    @property
-    def _block_len(self) -> int:
-        return self._call.cfg.slc_block_len
+    def _exchange(
+        self, totals: tuple[Tensor, Tensor], of_others: tuple[Tensor, Tensor], marks: Tensor, place: Tensor
+    ) -> None:
+        """Chunk by chunk of blocks: put what was found for others' pages, meet, add what others found for own ones."""
+        boxes, holders = self._pages.comm.boxes, self._call.layout.holders
+        (heads, num_blocks), block_len = marks.shape, self._call.cfg.slc_block_len
+        dim, itemsize = sum(x.shape[2] for x in totals), totals[0].element_size()
+        chunk = max(1, min(num_blocks, CHUNK_BYTES // (heads * block_len * dim * itemsize)))
+        box = boxes.of("pages.grad", gradient_slot_bytes(heads, chunk, block_len, dim, itemsize))
+        for first in range(0, num_blocks, chunk):
+            blocks = range(first, min(first + chunk, num_blocks))
+            boxes.put_gradients(box, marks, place, *of_others, blocks)
+            boxes.meet(box)
+            boxes.add_gradients(box, holders.owner, holders.page, *totals, blocks, block_len)
