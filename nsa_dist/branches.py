@@ -22,7 +22,7 @@ from nsa_dist.compress import BlockPlaces, Compress, compress_both
 from nsa_dist.cp.call import Call, Stage, forward_stages, head_groups
 from nsa_dist.cp.fetch import Route
 from nsa_dist.cp.gather import CompressedGather, CompressedReturn
-from nsa_dist.cp.halo import extended, post_halos, with_halos
+from nsa_dist.cp.halo import extended, post_halos
 from nsa_dist.cp.one_sided.counting import count_read
 from nsa_dist.cp.one_sided.selected import SelectedOverRanks, selected_backward, selected_forward
 from nsa_dist.cp.window import WholeWindow, WindowBackward, WindowForward
@@ -47,9 +47,10 @@ def attend(
     comm.enter("forward")
     k_rows, v_rows = kv.k_cmp, kv.v_cmp
     if comm.in_line:
-        k_rows, v_rows, k_win, v_win = with_halos([kv.k_cmp, kv.v_cmp, kv.k_win, kv.v_win], call)
-        window: WindowForward | WholeWindow = WholeWindow(q, k_win, v_win, call)
-        return _after_halos(q, kv, gates, (k_rows, v_rows), compress, window, call)
+        from nsa_dist.cp.one_sided.rows import with_halos
+
+        rows, in_window = with_halos((kv.k_cmp, kv.v_cmp), (kv.k_win, kv.v_win), call)
+        return _after_halos(q, kv, gates, rows, compress, WholeWindow(q, *in_window, call), call)
     with torch.no_grad():
         window = WindowForward(q, kv.k_win, kv.v_win, call)
         if comm.size > 1:
@@ -157,12 +158,14 @@ def _forward_in_line(
     groups: list[Stage], stages: list[Stage], call: Call,
 ) -> tuple[Tensor, _Done]:  # fmt: skip
     """One thing after the other, exchanges included, so that all of it can be repeated from a tape."""
+    from nsa_dist.cp.one_sided.rows import gather_compressed
+
     out_win, lse_win = window.attend_rest()
 
     def body(inputs: list[Tensor]) -> list[Tensor]:
         q, k_slc, v_slc, k_cmp, v_cmp, gates, out_win = inputs
         selected = selected_forward(q, k_slc, v_slc, stages, call)
-        compressed = CompressedGather(k_cmp, v_cmp, call.layout, call.comm).wait()
+        compressed = gather_compressed(k_cmp, v_cmp, call.layout, call.comm)
         results = _forward(q, *compressed, gates, out_win, groups, stages, selected, call)
         return [*results, *compressed, *selected.finish(), *selected.kept]
 

@@ -22,10 +22,20 @@ def _unmarked(block_indices: Tensor, num_blocks: int) -> Tensor:
     return torch.empty(block_indices.shape[1], num_blocks, dtype=torch.uint8, device=block_indices.device)
 
 
+def _left(
+    box: Mailbox, own: tuple[Tensor, Tensor] | None, like: tuple[Tensor, Tensor], origin: Tensor, row: Tensor,
+    offset_bytes: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    k, v = (x.new_empty(len(row), *x.shape[1:]) for x in like)
+    return k, v
+
+
 class InstantMailboxes(Mailboxes):
     """Nothing is put and nothing taken."""
 
     put = copy_parts = sum_parts = take_pages = put_gradients = add_gradients = staticmethod(_nothing)
+    put_rows = add_rows = staticmethod(_nothing)
+    take_rows = staticmethod(_left)
     mark_blocks = staticmethod(_unmarked)
 
     def meet(self, box: Mailbox) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nsa_dist.cp.call import Call
 from nsa_dist.cp.comm import Comm, Handle
 from nsa_dist.cp.layout import Halo
 
@@ -71,39 +70,6 @@ def gather_gradients(dy: Tensor, halo: Halo, returned: Tensor) -> Tensor:
 def extended(tensors: Sequence[Tensor], halo: Halo, received: Sequence[Tensor], comm: Comm) -> tuple[Tensor, ...]:
     """Tensors x [T, ...] with their halos of one kind, which have come: [E, ...] each. Differentiable."""
     return _Extended.apply(comm, halo, tuple(received), *tensors)
-
-
-def with_halos(tensors: Sequence[Tensor], call: Call) -> list[Tensor]:
-    """k_cmp, v_cmp with their halos, differentiable, then k_win, v_win with theirs: [E, ...] each. In line."""
-    layout, comm = call.layout, call.comm
-    halos = [layout.cmp_halo, layout.cmp_halo, layout.win_halo, layout.win_halo]
-
-    def body(inputs: list[Tensor]) -> list[Tensor]:
-        received = post_halos(inputs, halos, comm).wait()
-        return [fill(extend(x, halo), halo, rows) for x, halo, rows in zip(inputs, halos, received, strict=True)]
-
-    with torch.no_grad():
-        k_cmp, v_cmp, k_win, v_win = call.run("halo", body, list(tensors))
-    return [*_Received.apply(call, k_cmp, v_cmp, *tensors[:2]), k_win, v_win]
-
-
-class _Received(torch.autograd.Function):
-    """Extended tensors of which halos were exchanged before; backward exchanges their gradients."""
-
-    @staticmethod
-    def forward(ctx, call: Call, k_extended: Tensor, v_extended: Tensor, *_: Tensor):
-        ctx.call = call
-        return k_extended, v_extended
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor):
-        halo, comm = ctx.call.layout.cmp_halo, ctx.call.comm
-
-        def body(grads: list[Tensor]) -> list[Tensor]:
-            return _gradients(grads, halo, comm)
-
-        return None, None, None, *ctx.call.run("halo backward", body, list(grads))
 
 
 class _Extended(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nsa_dist.cp import comm
 from nsa_dist.cp.device import put_on
-from nsa_kernels.exchange import pages, parts
+from nsa_kernels.exchange import pages, parts, rows
 from nsa_kernels.exchange.mailbox import Mailbox, aligned
 from nsa_kernels.exchange.signals import meet
 
@@ -28,6 +28,9 @@ class Mailboxes:
     put = staticmethod(parts.put)
     copy_parts = staticmethod(parts.copy_parts)
     sum_parts = staticmethod(parts.sum_parts)
+    put_rows = staticmethod(rows.put_rows)
+    take_rows = staticmethod(rows.take_rows)
+    add_rows = staticmethod(rows.add_rows)
     mark_blocks = staticmethod(pages.mark_blocks)
     take_pages = staticmethod(pages.take_pages)
     put_gradients = staticmethod(pages.put_gradients)
