@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from nsa_dist.cp.one_sided.mailboxes import naming_the_missing
 from nsa_dist.train import checkpoint
 from nsa_dist.train.checkpoint import Position
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.data.batches import BatchCutter, Datasets, build_datasets, sequence_plan
-from nsa_dist.train.export import start
+from nsa_dist.train.export.start import fill
 from nsa_dist.train.files import notices
 from nsa_dist.train.files.intact import Intact, newest_intact
 from nsa_dist.train.files.metrics import MetricsLog
@@ -55,7 +56,7 @@ def train(config: TrainConfig, hooks: Hooks, device: torch.device) -> TrainResul
     checkpoint of a run to go on with is intact.
     """
     output = OutputDir(config.run.output_dir)
-    with entered(config, device) as world:
+    with entered(config, device) as world, naming_the_missing():
         world.agreed(lambda: prepare_output(config))
         intact = newest_intact(output, world)
         if world.is_main:
@@ -65,12 +66,12 @@ def train(config: TrainConfig, hooks: Hooks, device: torch.device) -> TrainResul
         cutter = BatchCutter(config, world, sequence_plan(config))
         begins_with_folder = intact.path is None and config.run.start_from is not None
         with notices.collected(GPTModel.__module__) as texts:
-            model = build(config, world, partial(start.fill, config=config) if begins_with_folder else None)
+            model = build(config, world, partial(fill, config=config) if begins_with_folder else None)
         if world.is_main:
             for text in notices.not_given_yet(output, texts):
                 hooks.on_notice(text)
         first = Position() if intact.path is None else checkpoint.restore(model, intact.path)
-        meter = TrafficMeter(config, cutter.plan)
+        meter = TrafficMeter(config, cutter.plan, world.transport.name == "one_sided")
         monitor = Monitor(config, world, model, cutter)
         run = _Run(config, hooks, output, world, model, cutter, datasets, meter, monitor, Patience(config.run))
         with run.logging(first.step):
@@ -186,6 +187,7 @@ class _Run:
                 "layout": parallel.layout,
                 "load_imbalance": self.meter.load_imbalance,
                 **asdict(parallel.fetch_options()),
+                "transport": str(self.world.transport),
                 "link_gb_per_s": parallel.link_gb_per_s,
             }
         )
