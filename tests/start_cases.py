@@ -36,7 +36,7 @@ def config(base: Path, name: str, **sections: dict) -> TrainConfig:
 
 
 def runs(rank: int, base: Path) -> None:
-    """One that stops and goes on where its folder is gone; and in other layouts one that moves no weight."""
+    """One that stops and goes on where its folder is gone; the same over heads; and two that move no weight."""
     if rank == 0:
         shutil.copytree(base / "nsa", base / "gone")
     dist.barrier()
@@ -46,6 +46,7 @@ def runs(rank: int, base: Path) -> None:
         shutil.rmtree(base / "gone")
     dist.barrier()
     run(config(base, "CP2", run=moved, **LAYOUTS["CP2"]).resuming())
+    run(config(base, "moving TP2", **LAYOUTS["TP2"]), StopAfter(3))
     for name in ("TP2", "PP2"):
         still = {"lr": 1e-30, "min_lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0}
         run(config(base, name, run={"steps": 1}, optimizer=still, **LAYOUTS[name]))

@@ -44,6 +44,8 @@ def test_it_learns_and_goes_on_without_the_folder(base):
     losses = [record["loss"] for record in records(base, "CP2")]
     assert len(losses) == 4
     assert losses[-1] < losses[0] - 0.3
+    parallel = [record["loss"] for record in records(base, "moving TP2")]
+    assert parallel == pytest.approx(losses[:3], rel=1e-6), "gradients of the norms are sums over ranks"
 
 
 @pytest.mark.parametrize(
