@@ -83,8 +83,8 @@ def compile_all(group: int, remote: bool, dim_k: int, dim_v: int) -> None:
     )  # fmt: skip
 
 
-CASES = [(8, True, 128, 128)]
-SLOW_CASES = [(16, False, 192, 128), (16, False, 128, 128), (64, True, 192, 128), (8, False, 64, 64)]
+CASES = [(8, True, 128, 128), (16, False, 192, 128)]
+SLOW_CASES = [(16, False, 128, 128), (64, True, 192, 128), (8, False, 64, 64)]
 
 if __name__ == "__main__":
     triton.runtime.driver.set_active(_Driver())
