@@ -31,10 +31,10 @@ class RowExchange:
         return [torch.cat(by_rank[p::count]).reshape(-1, *shape) for p, shape in enumerate(self._shapes)]
 
 
-def post_halos(tensors: Sequence[Tensor], halos: Sequence[Halo], comm: Comm) -> RowExchange:
+def post_halos(tensors: Sequence[Tensor], halos: Sequence[Halo], comm: Comm, kind: str = "halo") -> RowExchange:
     """Send the rows of each x [T, ...] that others need; its `wait()` gives the received rows of each."""
     parts = [x.index_select(0, halo.send_rows) for x, halo in zip(tensors, halos, strict=True)]
-    return _post(parts, [h.send_sizes for h in halos], [h.recv_sizes for h in halos], comm, "halo")
+    return _post(parts, [h.send_sizes for h in halos], [h.recv_sizes for h in halos], comm, kind)
 
 
 def post_halo_gradients(grads: Sequence[Tensor], halos: Sequence[Halo], comm: Comm) -> RowExchange:

@@ -5,10 +5,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nsa_dist.config import NSAConfig
+from nsa_dist.cp.comm import Comm
+from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.layer import NSALayer
 
@@ -105,21 +108,36 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def prefill(
-        self, tokens: Tensor, cache: "ModelCache", seqs: Sequence[int], cu_seqlens: Tensor | Sequence[int] | None = None
+        self,
+        tokens: Tensor,
+        cache: "ModelCache",
+        seqs: Sequence[int],
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        plan: ShardPlan | None = None,
+        cp_group: dist.ProcessGroup | Comm | None = None,
     ) -> Tensor:
-        """The next chunk of each sequence, packed: tokens [T] -> logits [T, vocab]."""
+        """The next chunk of each sequence, packed: tokens [T] -> logits [T, vocab].
+
+        plan, cp_group      of a cache over ranks, as `nsa_prefill` takes them: tokens are `plan.shard(..., rank)`
+        """
         x = self.embedding(tokens)
         for block, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x = x + block.attention.prefill(block.attention_norm(x), layer_cache, seqs, cu_seqlens)
+            x = x + block.attention.prefill(block.attention_norm(x), layer_cache, seqs, cu_seqlens, plan, cp_group)
             x = x + block.mlp(block.mlp_norm(x))
         return self._logits(x)
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, cache: "ModelCache", seqs: Sequence[int]) -> Tensor:
-        """1 to 8 new tokens of each sequence: tokens [B, new] -> logits [B, new, vocab]."""
+    def decode(
+        self,
+        tokens: Tensor,
+        cache: "ModelCache",
+        seqs: Sequence[int],
+        cp_group: dist.ProcessGroup | Comm | None = None,
+    ) -> Tensor:
+        """1 to 8 new tokens of each sequence: tokens [B, new] -> logits [B, new, vocab], over ranks the same on all."""
         x = self.embedding(tokens)
         for block, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x = x + block.attention.decode(block.attention_norm(x), layer_cache, seqs)
+            x = x + block.attention.decode(block.attention_norm(x), layer_cache, seqs, cp_group)
             x = x + block.mlp(block.mlp_norm(x))
         return self._logits(x)
 
