@@ -93,13 +93,15 @@ class GPT(nn.Module):
     def layers(self) -> list["Block"]:
         return cast(list[Block], list(self.blocks))
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor | Sequence[int] | None = None) -> Tensor:
-        """tokens [T], packed documents, or [B, T] -> logits [..., vocab]."""
+    def forward(
+        self, tokens: Tensor, cu_seqlens: Tensor | Sequence[int] | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """tokens [T], packed documents, or [B, T] -> logits [..., vocab]; rows: the tokens [T] whose logits are asked."""
         x = self.embedding(tokens)
         for block in self.layers:
             x = x + block.attention(block.attention_norm(x), cu_seqlens=cu_seqlens)
             x = x + block.mlp(block.mlp_norm(x))
-        return self._logits(x)
+        return self._logits(x if rows is None else x[rows])
 
     def make_cache(self, num_tokens: int, num_sequences: int = 1) -> "ModelCache":
         """For `num_sequences` sequences at once, of `num_tokens` tokens at most each."""
@@ -115,8 +117,9 @@ class GPT(nn.Module):
         cu_seqlens: Tensor | Sequence[int] | None = None,
         plan: ShardPlan | None = None,
         cp_group: dist.ProcessGroup | Comm | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """The next chunk of each sequence, packed: tokens [T] -> logits [T, vocab].
+        """The next chunk of each sequence, packed: tokens [T] -> logits [T, vocab], or those of `rows` alone.
 
         plan, cp_group      of a cache over ranks, as `nsa_prefill` takes them: tokens are `plan.shard(..., rank)`
         """
@@ -124,7 +127,7 @@ class GPT(nn.Module):
         for block, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = x + block.attention.prefill(block.attention_norm(x), layer_cache, seqs, cu_seqlens, plan, cp_group)
             x = x + block.mlp(block.mlp_norm(x))
-        return self._logits(x)
+        return self._logits(x if rows is None else x[rows])
 
     @torch.no_grad()
     def decode(

@@ -1,6 +1,6 @@
 """A cache over context-parallel ranks: page i of a sequence lies on rank (home + i) % P, whatever put it there.
 
-    page        l' tokens of k_slc, v_slc, and the compressed keys and values whose last token is one of them: on one rank
+    page        l' tokens of k_slc, v_slc, and the compressed keys and values whose last token is one of them: on a rank
     following   of the pages after it the first l/d - 1 compressed keys once more, on the rank of the page before: eq. 9
                 crosses block boundaries, and so each rank finds the whole importance of its own blocks
     rings       on every rank: the window, and what phi still needs
@@ -10,7 +10,7 @@ New tokens attend to what each rank holds, and partial results are merged in the
     compressed attention --softmax_lse to all--> importance of own blocks --n candidates to all--> the n blocks
     selected attention to those here --(out, softmax_lse) of both branches to all--> out; each has the window
 
-The first chunk of a sequence goes through training's forward over ranks instead, and its rows then move to their places.
+The first chunk of a sequence goes through training's forward over ranks instead, and its rows move to their places.
 """
 
 from nsa_dist.inference.over_ranks.append import append
