@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -18,7 +25,7 @@ from nsa_dist.inference.generate import PREFILL_CHUNK
 from nsa_dist.inference.model import GPT, GPTConfig
 from nsa_dist.inference.storage import MOST_BACK
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 _IGNORED = -100  # a label that is none
 
 
@@ -31,7 +38,7 @@ class NSAGPTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.sizes is not None:
             gpt = GPTConfig.of_json({"model_type": self.model_type, **self.sizes})
-            self.dtype = _DTYPES[gpt.dtype] if self.dtype is None else self.dtype
+            self.dtype = getattr(self, "dtype", None) or gpt.torch_dtype
             self.vocab_size, self.hidden_size = gpt.vocab_size, gpt.hidden_size
             self.num_hidden_layers, self.num_attention_heads = gpt.num_layers, gpt.num_q_heads
             self.num_key_value_heads, self.head_dim = gpt.num_kv_heads, gpt.head_dim
@@ -42,14 +49,14 @@ class NSAGPTConfig(PreTrainedConfig):
 
     def gpt(self) -> GPTConfig:
         """ValueError for a dtype with which runs are not trained."""
-        names = {dtype: name for name, dtype in _DTYPES.items()}
-        if self.sizes is None or self.dtype not in names:
+        name = str(self.dtype).removeprefix("torch.")  # the package has it as a string at times
+        if self.sizes is None or name not in _DTYPES:
             raise ValueError(
                 f"dtype={self.dtype} and sizes={self.sizes} are no model of nsa-dist export, which are float32 or "
-                f"bfloat16; load the folder with dtype='auto', torch.float32 or torch.bfloat16"
+                f"bfloat16, as runs are trained; load an exported folder with dtype='auto', 'float32' or 'bfloat16'"
             )
         config = GPTConfig.of_json({"model_type": self.model_type, **self.sizes})
-        return replace(config, dtype=names[self.dtype])
+        return replace(config, dtype=_DTYPES[name])  # type: ignore[arg-type]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -148,10 +155,22 @@ class NSAGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: NSAGPTConfig) -> None:
         super().__init__(config)
         gpt = GPT(config.gpt())
+        self._end_documents()
         # The same modules under the same names as in the folder; `gpt` is no module here, so weights have one name.
         self.embedding, self.blocks, self.norm, self.output = gpt.embedding, gpt.blocks, gpt.norm, gpt.output
         object.__setattr__(self, "gpt", gpt)
         self.post_init()
+
+    def _end_documents(self) -> None:
+        """`generate` stops where a document ends, unless a `generation_config.json` says otherwise."""
+        if getattr(getattr(self, "generation_config", None), "eos_token_id", None) is None:
+            end = self.config.eos_token_id
+            self.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
+
+    def adjust_generation_fn(self, *options: Any, **others: Any) -> None:
+        """What `from_pretrained` calls to read generation_config.json, which an exported folder has not."""
+        super().adjust_generation_fn(*options, **others)
+        self._end_documents()
 
     def _init_weights(self, module: nn.Module) -> None:
         """As PyTorch makes modules."""

@@ -96,7 +96,7 @@ class GPT(nn.Module):
     def forward(
         self, tokens: Tensor, cu_seqlens: Tensor | Sequence[int] | None = None, rows: Tensor | None = None
     ) -> Tensor:
-        """tokens [T], packed documents, or [B, T] -> logits [..., vocab]; rows: the tokens [T] whose logits are asked."""
+        """tokens [T], packed documents, or [B, T] -> logits [..., vocab]; rows: of these tokens [T] alone."""
         x = self.embedding(tokens)
         for block in self.layers:
             x = x + block.attention(block.attention_norm(x), cu_seqlens=cu_seqlens)
