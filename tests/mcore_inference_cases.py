@@ -31,32 +31,19 @@ from ranks import attempted
 
 WORLD = 2
 LENGTH = 150
-LAYOUTS = {
-    "one rank": SINGLE,
-    "TP2": Layout(tp=2),
-    "TP2 with sequence parallelism": Layout(tp=2, sequence_parallel=True),
-}
+LAYOUTS = {"TP2": Layout(tp=2), "TP2 with sequence parallelism": Layout(tp=2, sequence_parallel=True)}
+CUT = ("mlp", "shared K/V")  # variants that are also cut over ranks
 EVEN = [0, 60, 62, 64, 100, 108, LENGTH]  # sequence parallelism cuts every chunk
-PROMISES = [
-    *(f"{layout}: {variant}" for layout in LAYOUTS for variant in VARIANTS),
-    "token by token", "rows of several batches", "taken back and begun anew", "a whole model", "refusals",
-]  # fmt: skip
 
 
-def everything(rank: int) -> dict[str, str]:
+def over_ranks(rank: int) -> dict[str, str]:
     """{what was tried: "" or how it failed on this rank}."""
     results: dict[str, str] = {}
-    attempt = partial(attempted, results)
     for name, layout in LAYOUTS.items():
         with groups(layout):
-            for variant, changes in VARIANTS.items():
-                attempt(f"{name}: {variant}", partial(agrees, layout, changes, EVEN))
-            if layout is SINGLE:
-                attempt("token by token", partial(agrees, layout, {}, range(LENGTH + 1)))
-                attempt("rows of several batches", rows_of_several_batches)
-                attempt("taken back and begun anew", taken_back_and_begun_anew)
-                attempt("a whole model", a_whole_model)
-                attempt("refusals", refusals)
+            for variant in CUT:
+                work = partial(agrees, layout, VARIANTS[variant], EVEN)
+                attempted(results, f"{name}: {variant}", work)
     return results
 
 
@@ -175,3 +162,13 @@ def refusals() -> None:
     dense = build(SINGLE, {"nsa_attention": "dense"}, nsa_block_spec).eval()
     ids = tokens()[:, :LENGTH]
     expect_error(lambda: dense(ids, ids, None, inference_context=context()), "the twin that NSA is compared with")
+
+
+ALONE: dict[str, Callable[[], None]] = {
+    **{name: partial(agrees, SINGLE, changes, EVEN) for name, changes in VARIANTS.items()},
+    "token by token": partial(agrees, SINGLE, {}, [0, *range(40, LENGTH + 1)]),
+    "rows of several batches": rows_of_several_batches,
+    "taken back and begun anew": taken_back_and_begun_anew,
+    "a whole model": a_whole_model,
+    "refusals": refusals,
+}

@@ -13,7 +13,6 @@ from nsa_dist.inference import NSACache, nsa_decode, nsa_prefill
 from ranks import groups_up_to
 
 LAYOUTS = (ShardPlan.zigzag, ShardPlan.contiguous, ShardPlan.zigzag_documents)
-WORLD = 4
 
 
 def shard(rows: tuple[Tensor, BranchKV, Tensor], plan: ShardPlan, rank: int) -> tuple[Tensor, BranchKV, Tensor]:
@@ -52,10 +51,10 @@ class RankPlay(Play):
         return out, blocks
 
 
-def over_processes(rank: int) -> dict[int, list[tuple[Tensor, Tensor]]]:
+def over_processes(rank: int, world_size: int) -> dict[int, list[tuple[Tensor, Tensor]]]:
     """For each number of ranks what prefill of 40 tokens and 30 steps behind it answer."""
     found = {}
-    for size, group in groups_up_to(WORLD).items():
+    for size, group in groups_up_to(world_size).items():
         if rank < size:
             found[size] = _teacher_forced(group)
     return found
