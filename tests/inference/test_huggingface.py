@@ -1,6 +1,9 @@
 """An exported folder in `transformers`: the same tokens, padding that changes nothing, and what is refused."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ door = pytest.importorskip("nsa_dist.inference.huggingface")
 CONFIG = GPTConfig(
     2, 32, 4, 2, 8, 48, NSAConfig(8, 4, 16, 4, 1, 2, 20), rotary_base=100.0, tie_embeddings=False, sequence_length=128
 )
+EXAMPLE = Path(__file__).parents[2] / "examples/in_transformers.py"
 PROMPTS = ["def main(", "x = 1", "h\u00e9llo " * 12]
 
 
@@ -138,6 +142,12 @@ def test_what_it_writes_torch_alone_reads(model, plain, tmp_path):
     half.save_pretrained(tmp_path / "half")
     assert load_model(tmp_path / "half").config.dtype == "bf16"
     assert json.loads((tmp_path / "half/config.json").read_text())["model_type"] == "nsa_gpt"
+
+
+def test_the_example_runs(folder):
+    done = subprocess.run([sys.executable, EXAMPLE, folder, *PROMPTS[:2]], capture_output=True, text=True, check=True)
+    assert done.stdout.count("--- loss of the prompt ") == 2
+    assert all(f"---\n{prompt}" in done.stdout for prompt in PROMPTS[:2])
 
 
 def test_refusals(model, folder, tokenizer):
