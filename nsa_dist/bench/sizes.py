@@ -18,7 +18,7 @@ class Sizes:
     tokens_per_rank: tuple[int, ...]  # of what grows with the ranks: scaling (the last), memory (all)
     checked_tokens: int  # of the comparison with one rank
     page_budget_bytes: int  # of the memory curve
-    head_groups: tuple[int, ...] = (HEAD_GROUPS,)  # of what is timed
+    head_groups: tuple[int | None, ...] = (HEAD_GROUPS,)  # of what is timed
 
     def case(self, tokens: int, cp_size: int, **changes) -> Case:
         return replace(Case(tokens, cp_size, heads=self.heads[0], cfg=self.cfg), **changes)

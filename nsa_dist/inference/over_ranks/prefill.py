@@ -1,7 +1,7 @@
 """A chunk that is sharded by a plan: first chunks through training's forward, later ones gathered on every rank.
 
 What a rank wants of the first chunks is a list of places in the plan's stream; who has them, and in which row, the plan
-says. Every rank works out the lists of all, so nothing but the rows is sent, in one all-to-all:
+says. Every rank works out the lists of all, so nothing but the rows is sent, in an all-to-all each:
 
     slc     the tokens of its own pages, k_slc and v_slc
     cmp     k_cmp and v_cmp of every page: its tokens and l - d on both sides, all of every block that shares cells with
@@ -21,11 +21,10 @@ from nsa_dist.branches import BranchKV
 from nsa_dist.compress import BlockPlaces, compress_both
 from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.device import put_on
-from nsa_dist.cp.halo import fill, post_halos
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.inference.over_ranks.storage import RankStorage, following_cells, spread
-from nsa_dist.inference.over_ranks.wanted import Chunks, Rows, exchange
+from nsa_dist.inference.over_ranks.wanted import Chunks, Moves, Rows
 from nsa_dist.inference.storage import Pair
 
 
@@ -72,18 +71,15 @@ def _move(kv: BranchKV, cache: NSACache, storage: RankStorage, chunks: Chunks, c
         return tokens.where(chunks.exist(tokens))
 
     around = cfg.cmp_block_len - cfg.cmp_stride
-    came = [
-        exchange(chunks, wanted, comm.rank, device)
-        for wanted in (
-            lambda rank: of_pages(rank, 0), lambda rank: of_pages(rank, around),
-            lambda rank: chunks.last(shape.win_ring), lambda rank: chunks.last(shape.raw_ring),
+    pairs = [
+        Moves.of(chunks, wanted, comm.rank, device).run(pair, comm)
+        for wanted, pair in (
+            (lambda rank: of_pages(rank, 0), Pair(kv.k_slc, kv.v_slc)),
+            (lambda rank: of_pages(rank, around), Pair(kv.k_cmp, kv.v_cmp)),
+            (lambda rank: chunks.last(shape.win_ring), Pair(kv.k_win, kv.v_win)),
+            (lambda rank: chunks.last(shape.raw_ring), Pair(kv.k_cmp, kv.v_cmp)),
         )
-    ]  # fmt: skip
-    sent = [(kv.k_slc, kv.v_slc), (kv.k_cmp, kv.v_cmp), (kv.k_win, kv.v_win), (kv.k_cmp, kv.v_cmp)]
-    halos = [halo for halo in came for _ in range(2)]
-    rows = post_halos([x for pair in sent for x in pair], halos, comm, "tokens").wait()
-    placed = [fill(torch.empty_like(x), halo, x) for x, halo in zip(rows, halos, strict=True)]
-    pairs = [Pair(*placed[i : i + 2]) for i in range(0, len(placed), 2)]
+    ]
     own = of_pages(comm.rank, 0)
     page = chunks.page_id(Rows(own.sequence, own.place // cfg.slc_block_len)) // comm.size
     storage.slc.write(put_on(device, page * cfg.slc_block_len + own.place % cfg.slc_block_len), pairs[0])

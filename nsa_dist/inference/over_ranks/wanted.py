@@ -1,18 +1,19 @@
 """First chunks, sharded by a plan: which tokens each rank of the cache is to have, and how they get there."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.device import put_on
-from nsa_dist.cp.layout import Halo
 from nsa_dist.cp.plan import ShardPlan, runs
 from nsa_dist.inference.cache import SequenceState
 from nsa_dist.inference.over_ranks.storage import following_cells
-from nsa_dist.inference.storage import CacheShape
+from nsa_dist.inference.storage import CacheShape, Pair
 
 
 class Rows(NamedTuple):
@@ -73,21 +74,39 @@ class Chunks:
         return (blocks.place >= 0) & (last <= self.length[blocks.sequence])
 
 
-def exchange(chunks: Chunks, wanted: Callable[[int], Rows], rank: int, device: torch.device) -> Halo:
-    """How each rank comes by the tokens `wanted(rank)`: rows of the plan's shards, received in that order."""
-    plan, starts = chunks.plan, torch.tensor(chunks.plan.stream_starts)
-    sent, received = [], torch.empty(0, dtype=torch.int64)
-    for destination in range(plan.cp_size):
-        tokens = wanted(destination)
-        source, row = plan.owner(starts[tokens.sequence] + tokens.place)
-        sent.append(row[source == rank])
-        if destination == rank:
-            received = source
-    return Halo(
-        num_rows=len(received),
-        extended_rows=torch.empty(0, dtype=torch.int64),
-        send_rows=put_on(device, torch.cat(sent)),
-        recv_rows=put_on(device, received.argsort(stable=True)),
-        send_sizes=tuple(map(len, sent)),
-        recv_sizes=tuple(torch.bincount(received, minlength=plan.cp_size).tolist()),
-    )
+@dataclass(frozen=True)
+class Moves:
+    """How each rank comes by the tokens that it wants: one all-to-all of rows of the plan's shards."""
+
+    send_rows: Tensor  # int64, by destination
+    send_sizes: list[int]
+    recv_sizes: list[int]
+    most_sent: int  # rows of the rank that sends most
+    order: Tensor  # int64: places of the received rows, which come by source
+
+    @classmethod
+    def of(cls, chunks: Chunks, wanted: Callable[[int], Rows], rank: int, device: torch.device) -> "Moves":
+        """Of the tokens `wanted(rank)` of every rank, for this one."""
+        plan, starts = chunks.plan, torch.tensor(chunks.plan.stream_starts)
+        sent, by_source, received = [], [], torch.empty(0, dtype=torch.int64)
+        for destination in range(plan.cp_size):
+            tokens = wanted(destination)
+            source, row = plan.owner(starts[tokens.sequence] + tokens.place)
+            sent.append(row[source == rank])
+            by_source.append(torch.bincount(source, minlength=plan.cp_size))
+            if destination == rank:
+                received = source
+        return cls(
+            send_rows=put_on(device, torch.cat(sent)),
+            send_sizes=list(map(len, sent)),
+            recv_sizes=by_source[rank].tolist(),
+            most_sent=int(torch.stack(by_source).sum(0).max()),
+            order=put_on(device, received.argsort(stable=True)),
+        )
+
+    def run(self, pair: Pair, comm: Comm) -> Pair:
+        """Keys and values of this rank's shard [T, Hkv, D] -> those that it wants, [W, Hkv, D]."""
+        sent = torch.cat([x.index_select(0, self.send_rows) for x in pair], -1)
+        came = comm.post_all_to_all(sent, self.send_sizes, self.recv_sizes, "tokens", most_sent=self.most_sent).wait()
+        rows = torch.empty_like(came).index_copy_(0, self.order, came)
+        return Pair(*rows.split([x.shape[-1] for x in pair], -1))
