@@ -66,7 +66,7 @@ def nsa_prefill(
     """
     check_inputs(q, kv, gates, softmax_scale)
     _check_cache(q, kv, cache)
-    comm = _ranks(plan, cp_group, needs_plan=True)
+    comm = _ranks(cache, plan, cp_group, needs_plan=True)
     if plan is not None:
         check_plan(q, plan, cu_seqlens, comm)
         bounds, num_tokens = plan.cu_seqlens, plan.num_tokens
@@ -121,7 +121,7 @@ def nsa_decode(
 
     Raises as `nsa_prefill`.
     """
-    comm = _ranks(plan, cp_group, needs_plan=False)
+    comm = _ranks(cache, plan, cp_group, needs_plan=False)
     _check_batch(q, kv, gates, seqs)
     batch, new = q.shape[:2]
     packed = [x.flatten(0, 1) for x in (q, *kv, gates)]
@@ -154,8 +154,6 @@ def _append(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [T, Hq, Dv] and block_indices [T, Hkv, n] of packed new tokens."""
     shape, storage = cache.shape, cache.storage
-    if comm.size == 1:
-        over_ranks.refuse_part(cache)
     if not len(q):
         for seq in seqs:
             cache.state(seq)
@@ -224,8 +222,12 @@ def _no_blocks(q: Tensor, cache: NSACache) -> Tensor:
     return torch.empty(sizes, dtype=torch.int32, device=q.device)
 
 
-def _ranks(plan: ShardPlan | None, cp_group: dist.ProcessGroup | Comm | None, *, needs_plan: bool) -> Comm:
+def _ranks(
+    cache: NSACache, plan: ShardPlan | None, cp_group: dist.ProcessGroup | Comm | None, *, needs_plan: bool
+) -> Comm:
     comm = cp_group if isinstance(cp_group, Comm) else Comm(cp_group)
+    if comm.size == 1:
+        over_ranks.refuse_part(cache)
     if plan is None and needs_plan and comm.size > 1:
         raise ValueError(
             f"cp_group of {comm.size} ranks was given without a plan: which tokens of the chunk this rank holds is "
