@@ -226,8 +226,6 @@ def _ranks(
     cache: NSACache, plan: ShardPlan | None, cp_group: dist.ProcessGroup | Comm | None, *, needs_plan: bool
 ) -> Comm:
     comm = cp_group if isinstance(cp_group, Comm) else Comm(cp_group)
-    if comm.size == 1:
-        over_ranks.refuse_part(cache)
     if plan is None and needs_plan and comm.size > 1:
         raise ValueError(
             f"cp_group of {comm.size} ranks was given without a plan: which tokens of the chunk this rank holds is "
@@ -238,6 +236,8 @@ def _ranks(
             f"the plan is for cp_size={plan.cp_size}, but cp_group has {comm.size} ranks: the cache lies over those; "
             f"build the plan with cp_size={comm.size}, or pass the group of {plan.cp_size}"
         )
+    if comm.size == 1:
+        over_ranks.refuse_part(cache)
     return comm
 
 
