@@ -30,13 +30,17 @@ class NSACache:
 
     cfg                         sizes of the branches; a page is one selection block, l' tokens
     num_kv_heads, head_dim_k, head_dim_v
-    num_pages                   of all sequences together: their tokens, each sequence rounded up to whole pages
+    num_pages                   of all sequences together: their tokens, each sequence rounded up to whole pages; of a
+                                cache over P ranks those of each, about a P-th of that
     dtype, device               of keys and values, as `nsa_prefill` and `nsa_decode` will be given them
     compress_k, compress_v      phi, as `nsa_attention` takes it
     max_sequences               rings to make at once; more are added when there are more sequences
 
     Kept are keys and values of the selected branch for all tokens, of the window branch for the last w + 8, of the
     compressed branch for the last l + 8, and one compressed key and value every d tokens: `num_bytes`.
+
+    The first call of `nsa_prefill` or `nsa_decode` with a `cp_group` makes it one rank's part of a cache over ranks
+    (`over_ranks`). Sequences are then made, forked, truncated and freed on every rank alike.
 
     Raises ValueError for sizes below one, unknown and freed ids; `CacheFullError`, a ValueError, for a full pool.
     """
