@@ -51,9 +51,10 @@ def _enter(rank: int, world_size: int, port: int, results, masked: bool, work, a
         "nccl", init_method=address, rank=rank, world_size=world_size, device_id=device, timeout=timedelta(seconds=60)
     )
     results[rank] = work(rank, *args)
-    if work is not lost:
-        dist.barrier()
-        dist.destroy_process_group()
+    if work is lost:
+        os._exit(0)  # its context is gone, and nothing can be taken down any more
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def compare(rank: int) -> dict[tuple, dict]:

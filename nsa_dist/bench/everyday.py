@@ -33,7 +33,7 @@ class Everyday:
 
     cases: tuple[Case, ...]  # of one length, group and head size
     repeats: int
-    captured: bool = True
+    divides: bool = False  # say of the eager runs how their time divides, too
 
     def __call__(self, world: World) -> list[dict[str, Any]] | None:
         if world.rank >= self.cases[0].cp_size:
@@ -48,13 +48,18 @@ class Everyday:
         for key, run in list(runs.items()):
             run()
             run()
-            if self.captured and (key[0].startswith(INSTANT) or "one_sided" in key[0]) and world.place.device == "cuda":
+            if "one_sided" in key[0] and world.place.device == "cuda":
                 runs[key[0], "captured"] = _Captured(run)
         for _ in range(self.repeats):
             for run in runs.values():
                 group.agree(0)
                 run.time()
-        return [{"way": way, "how": how, **run.row()} for (way, how), run in runs.items()]
+        rows = [{"way": way, "how": how, **run.row()} for (way, how), run in runs.items()]
+        if self.divides and world.place.device == "cuda":
+            for row, run in zip(rows, runs.values(), strict=True):
+                if row["how"] == "eager" and not row["way"].startswith(INSTANT):
+                    row["divided"] = divided(run)
+        return rows
 
 
 class _Run:
@@ -85,7 +90,7 @@ class _Run:
         self._forward_s.append(forward_s)
         self._backward_s.append(backward_s)
 
-    def row(self) -> dict[str, float]:
+    def row(self) -> dict[str, Any]:
         total = [f + b for f, b in zip(self._forward_s, self._backward_s, strict=True)]
         return {
             "forward_s": median(self._forward_s),
@@ -114,25 +119,40 @@ class _Captured(_Run):
         self._host_s.append(time.perf_counter() - begin)
         self._total_s += elapsed(marks)
 
-    def row(self) -> dict[str, float]:
+    def row(self) -> dict[str, Any]:
         return {"total_s": median(self._total_s), "host_s": median(self._host_s)}
 
 
-def profile(run: Callable[[], object], steps: int = 3) -> dict[str, Any]:
-    """How a run's time divides between host and device: seconds a run, and the longest of both by name."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as watch
+# Of what the profiler names on the host, in this order.
+_HOST = {
+    "waits for the device": ("cudaEventSynchronize", "cudaStreamSynchronize", "cudaDeviceSynchronize"),
+    "launches and copies": ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset", "cudaEvent", "cudaStream"),
+    "torch's operators and collectives": ("aten::", "c10d::", "record_param_comms", "nccl:"),
+    "Python, autograd and the rest": ("",),
+}
+_EXCHANGES = ("nccl", "_meet", "_put", "_take", "_copy_kernel", "_add_kernel", "_add_gradients", "_mark_kernel")
 
-    run()
-    torch.cuda.synchronize()
-    with watch(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+
+def divided(run: Callable[[], object], steps: int = 3) -> dict[str, Any]:
+    """How a run's seconds divide on its host, and what its device works meanwhile. The profiler itself takes time, too.
+
+    The kernels of an exchange include what they wait for other ranks.
+    """
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         begin = time.perf_counter()
         for _ in range(steps):
             run()
         host_s = time.perf_counter() - begin
         torch.cuda.synchronize()
-        wall_s = time.perf_counter() - begin
-    events = found.key_averages()
-    device = {e.key: e.self_device_time_total / 1e6 / steps for e in events if e.self_device_time_total > 0}
-    host = {e.key: e.self_cpu_time_total / 1e6 / steps for e in events if e.self_cpu_time_total > 0}
-    return {"wall_s": wall_s / steps, "host_s": host_s / steps, "device_s": device, "host_by_name_s": host}
+    host, device = dict.fromkeys(_HOST, 0.0), {"the layer's kernels": 0.0, "kernels of exchanges": 0.0}
+    for event in found.key_averages():
+        if event.device_type == DeviceType.CPU:
+            part = next(p for p, names in _HOST.items() if event.key.startswith(names))
+            host[part] += event.self_cpu_time_total / 1e6 / steps
+        elif not event.key.startswith("nccl:"):
+            exchanges = event.key.startswith(_EXCHANGES)
+            device[list(device)[exchanges]] += event.self_device_time_total / 1e6 / steps
+    return {"host_s": host_s / steps, "host": host, "device": device}

@@ -32,7 +32,7 @@ class Traffic:
 
     Forward and backward are counted apart: the gradient of `pages` travels as `pages.grad`. A ring or tree inside a
     collective may move them more than once; what is counted is the data each rank contributes to each other rank.
-    Where ranks read each other's memory, `pages` and `pages.grad` are what this rank read: over all ranks the same.
+    Where ranks read each other's memory, `pages` are what this rank read: over all ranks the same.
     `union_fractions` has for each call, in order, u of every kv head: chosen remote blocks / remote blocks.
     """
 

@@ -13,8 +13,8 @@ g = bytes of a number of a gradient in flight (fp32 or better):
     pages             pages others fetch from it * l' * (Dk + Dv) * e, twice if backward fetches them again
     pages.grad        pages it fetched * l' * (Dk + Dv) * g
 
-Where ranks read each other's memory (`one_sided`) a rank reads what it fetches and what others found for its pages;
-instead of bitmaps it reads a byte for each of its blocks and each other rank.
+Where ranks read each other's memory (`one_sided`) `pages` are what a rank reads, over all ranks the same; instead of
+bitmaps it reads a byte for each of its blocks and each other rank.
 
 The alternatives (`whole_sequence_bytes`) move raw K/V instead of pages: an all-gather, a ring and a stream of whole
 shards differ in memory and in the number of messages, not in bytes.
@@ -207,8 +207,8 @@ def sent_bytes(
     pages       from `pages_of` or `pages_at`
     refetch     backward fetches the pages again instead of keeping them
     halves      `FetchOptions.halves_queries`
-    one_sided   ranks read each other's pages: `pages` and `pages.grad` are what a rank reads, and in backward it reads
-                which of its own blocks others chose, a byte each
+    one_sided   ranks read each other's pages: `pages` are what a rank reads, and in backward it reads which of its own
+                blocks others chose, a byte each
     A group of one sends nothing. The check of the layouts (kind `layout`, once per shape) is not in it.
     """
     others, page = plan.cp_size - 1, plan.block_len * (heads.dim_k + heads.dim_v)
@@ -219,9 +219,9 @@ def sent_bytes(
     halos = [halo_rows(plan, length) for length in halo_lengths(cfg)]
     most = max(own_cmp_blocks(plan, cfg, rank) for rank in range(plan.cp_size))
 
-    def fetched(rank: int, by_rank: bool) -> int:
-        """Pages that a rank gets from others, or that others get from it."""
-        return sum(pages[rank]) if by_rank else sum(row[rank] for row in pages)
+    def moved(rank: int) -> int:
+        """Pages that others get from it; one-sided, that it gets from others."""
+        return sum(pages[rank]) if one_sided else sum(row[rank] for row in pages)
 
     return [
         {
@@ -230,8 +230,8 @@ def sent_bytes(
             "compressed": others * most * row_bytes,
             "compressed.grad": others * most * row_grad_bytes,
             "bitmap": others * heads.num_kv_heads * bits,
-            "pages": (2 if refetch else 1) * fetched(rank, one_sided) * page * heads.element_bytes,
-            "pages.grad": fetched(rank, not one_sided) * page * heads.grad_bytes,
+            "pages": (2 if refetch else 1) * moved(rank) * page * heads.element_bytes,
+            "pages.grad": sum(pages[rank]) * page * heads.grad_bytes,
         }
         for rank in range(plan.cp_size)
     ]

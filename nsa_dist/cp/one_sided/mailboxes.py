@@ -62,6 +62,10 @@ class Mailboxes:
             self.generation += 1
         return box
 
+    def page_buffer(self, like: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """Where pages are taken to, in the dtype of `like`."""
+        return like.new_empty(sizes)
+
     def meet(self, box: Mailbox) -> None:
         """Everybody has put, and what is queued from here on sees it."""
         raise NotImplementedError

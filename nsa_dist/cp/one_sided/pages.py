@@ -92,7 +92,8 @@ class Pages:
         self.comm.note("post", name, "pages")
         if into is None:
             places = len(marks) * (part.stop - part.first)
-            into = self._k.new_empty(places, self._call.cfg.slc_block_len, dim_k + self._v.shape[2])
+            sizes = places, self._call.cfg.slc_block_len, dim_k + self._v.shape[2]
+            into = self.comm.boxes.page_buffer(self._k, sizes)
         self.comm.boxes.take_pages(
             self._box, marks, into, layout.holders.remote[part.first : part.stop], layout.holders.owner,
             layout.holders.page, self.place(part), v_bytes=self._v_bytes, first_head=stage.kv_heads.start,
