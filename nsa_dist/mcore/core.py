@@ -13,6 +13,7 @@ from torch import Tensor
 from nsa_dist.attention import BranchKV, nsa_attention
 from nsa_dist.compress import MeanCompress
 from nsa_dist.cp.comm import Comm, Traffic
+from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.mcore.compressor import ParallelCompressMLP
 from nsa_dist.mcore.config import NSATransformerConfig
@@ -77,10 +78,10 @@ class NSACoreAttention(MegatronModule):
         plan = rank_plan.plan
         if plan.cp_size == 1:  # pads documents to whole blocks; more ranks were given whole blocks
             q, kv, gate_logits = (plan.shard(x, 0) for x in (q, kv, gate_logits))
-        gates = _gates(gate_logits)
+        gates = self._gates(gate_logits)
         out, block_indices = nsa_attention(
-            self._rotate(q, rank_plan.document_position),
-            self._branches(kv, rank_plan.document_position),
+            self._rotate(q, rank_plan),
+            self._branches(kv, rank_plan),
             gates,
             self.config.nsa,
             compress_k=self.compress_k,
@@ -109,15 +110,17 @@ class NSACoreAttention(MegatronModule):
             context.key_value_memory_dict[layer_number] = layer
         offset = int(context.sequence_len_offset)
         seqs = layer.rows(int(context.batch_size_offset), samples, offset)
+        plan = ShardPlan.contiguous([0, samples * tokens], 1, self.config.nsa.slc_block_len)
         position = (offset + torch.arange(tokens, device=q.device)).repeat(samples)
+        step = RankPlan(plan, 0, position, plan)  # what turns keys and queries asks for their positions
 
         def by_sample(x: Tensor) -> Tensor:
             return x.unflatten(0, (samples, tokens))
 
-        q, kv, gates = (x.transpose(0, 1).flatten(0, 1) for x in (q, kv, _gates(gate_logits)))
-        branches = BranchKV(*map(by_sample, self._branches(kv, position)))
+        q, kv, gates = (x.transpose(0, 1).flatten(0, 1) for x in (q, kv, self._gates(gate_logits)))
+        branches = BranchKV(*map(by_sample, self._branches(kv, step)))
         scale = self.config.softmax_scale
-        out = attend(by_sample(self._rotate(q, position)), branches, by_sample(gates), layer, seqs, scale)
+        out = attend(by_sample(self._rotate(q, step)), branches, by_sample(gates), layer, seqs, scale)
         return out.flatten(2).transpose(0, 1)
 
     def _make_cache(self, q: Tensor, kv: Tensor, context: Any) -> NSACache:
@@ -128,25 +131,24 @@ class NSACoreAttention(MegatronModule):
             compress_k=self.compress_k, compress_v=self.compress_v, max_sequences=context.max_batch_size,
         )  # fmt: skip
 
-    def _branches(self, kv: Tensor, position: Tensor) -> BranchKV:
+    def _gates(self, logits: Tensor) -> Tensor:
+        """Their sigmoid, in fp32 or better."""
+        return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+    def _branches(self, kv: Tensor, rank_plan: RankPlan) -> BranchKV:
         """The pairs of `kv` [T, Hkv, pairs * (Dk + Dv)] as branches; keys that are rotated before use are."""
         dims = [self.config.kv_channels, self.config.v_head_dim]
         if self.config.nsa_shared_kv:
             k, v = kv.split(dims, -1)
-            turned = self._rotate(k, position)
+            turned = self._rotate(k, rank_plan)
             return BranchKV(k if self.config.nsa_compress_before_rope else turned, v, turned, v, turned, v)
         k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = kv.split(dims * 3, -1)
         if not self.config.nsa_compress_before_rope:
-            k_cmp = self._rotate(k_cmp, position)
-        return BranchKV(k_cmp, v_cmp, self._rotate(k_slc, position), v_slc, self._rotate(k_win, position), v_win)
+            k_cmp = self._rotate(k_cmp, rank_plan)
+        return BranchKV(k_cmp, v_cmp, self._rotate(k_slc, rank_plan), v_slc, self._rotate(k_win, rank_plan), v_win)
 
-    def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
-        return rotate(x, position, self.config.nsa_rotary_base)
-
-
-def _gates(logits: Tensor) -> Tensor:
-    """Their sigmoid, in fp32 or better."""
-    return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+    def _rotate(self, x: Tensor, rank_plan: RankPlan) -> Tensor:
+        return rotate(x, rank_plan.document_position, self.config.nsa_rotary_base)
 
 
 def _build_compressor(
