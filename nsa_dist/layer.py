@@ -124,27 +124,42 @@ class NSALayer(nn.Module):
 
     @torch.no_grad()
     def prefill(
-        self, x: Tensor, cache: NSACache, seqs: Sequence[int], cu_seqlens: Tensor | Sequence[int] | None = None
+        self,
+        x: Tensor,
+        cache: NSACache,
+        seqs: Sequence[int],
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        plan: ShardPlan | None = None,
+        cp_group: dist.ProcessGroup | Comm | None = None,
     ) -> Tensor:
         """The next chunk of each sequence, packed: x [T, hidden] -> [T, hidden]. As `nsa_prefill`."""
-        bounds = torch.tensor(as_bounds([0, len(x)] if cu_seqlens is None else cu_seqlens), dtype=torch.int64)
         start = torch.tensor([cache.length(seq) for seq in seqs], dtype=torch.int64)
-        fits = len(start) == len(bounds) - 1  # else nsa_prefill says what is wrong
-        position = runs(start, bounds.diff()) if fits else torch.zeros(len(x), dtype=torch.int64)
+        if plan is None:
+            cu_seqlens = torch.tensor(as_bounds([0, len(x)] if cu_seqlens is None else cu_seqlens), dtype=torch.int64)
+            fits = len(start) == len(cu_seqlens) - 1  # else nsa_prefill says what is wrong
+            position = runs(start, cu_seqlens.diff()) if fits else torch.zeros(len(x), dtype=torch.int64)
+        else:
+            rank = cp_group.rank if isinstance(cp_group, Comm) else Comm(cp_group).rank
+            position = plan.document_positions(rank)
+            if len(start) == plan.num_documents:
+                document = plan.local_blocks(rank).document.repeat_interleave(plan.block_len)
+                position = position + start[document]
         projected = self.project(x, put_on(x.device, position))
-        out = nsa_prefill(*projected, cache, seqs, cu_seqlens=bounds)
+        out = nsa_prefill(*projected, cache, seqs, cu_seqlens=cu_seqlens, plan=plan, cp_group=cp_group)
         assert isinstance(out, Tensor)
         return self.proj(out.flatten(1))
 
     @torch.no_grad()
-    def decode(self, x: Tensor, cache: NSACache, seqs: Sequence[int]) -> Tensor:
+    def decode(
+        self, x: Tensor, cache: NSACache, seqs: Sequence[int], cp_group: dist.ProcessGroup | Comm | None = None
+    ) -> Tensor:
         """1 to 8 new tokens of each sequence: x [B, new, hidden] -> [B, new, hidden]. As `nsa_decode`."""
         new = x.shape[1]
         start = torch.tensor([0 if seq == EMPTY_SLOT else cache.length(seq) for seq in seqs], dtype=torch.int64)
         position = (start[:, None] + torch.arange(new)).flatten()
         q, kv, gates = self.project(x.flatten(0, 1), put_on(x.device, position))
         q, gates, *pairs = (y.unflatten(0, (len(seqs), new)) for y in (q, gates, *kv))
-        out = nsa_decode(q, BranchKV(*pairs), gates, cache, seqs)
+        out = nsa_decode(q, BranchKV(*pairs), gates, cache, seqs, cp_group=cp_group)
         assert isinstance(out, Tensor)
         return self.proj(out.flatten(2))
 

@@ -145,7 +145,7 @@ class Play:
         for chunk in chunks:
             bounds.append(bounds[-1] + len(chunk))
         rows = self.case.rows([token for chunk in chunks for token in chunk])
-        out, blocks = nsa_prefill(*rows, self.cache, seqs, cu_seqlens=bounds, return_block_indices=True)
+        out, blocks = self.prefilled(rows, seqs, bounds)
         for seq, chunk, start, stop in zip(seqs, chunks, bounds, bounds[1:], strict=False):
             self.told[seq].add(chunk, out[start:stop], blocks[start:stop])
 
@@ -158,13 +158,19 @@ class Play:
             seqs += [-1] * self.rng.randint(0, 2)
             self.rng.shuffle(seqs)
             tokens = [self.draw(new) for _ in seqs]
-            out, blocks = nsa_decode(*self.case.batch(tokens), self.cache, seqs, return_block_indices=True)
+            out, blocks = self.decoded(self.case.batch(tokens), seqs)
             for slot, seq in enumerate(seqs):
                 if seq == -1:
                     assert not out[slot].any()
                     assert (blocks[slot] == -1).all()
                 else:
                     self.told[seq].add(tokens[slot], out[slot], blocks[slot])
+
+    def prefilled(self, rows: tuple[Tensor, BranchKV, Tensor], seqs: list[int], bounds: list[int]):
+        return nsa_prefill(*rows, self.cache, seqs, cu_seqlens=bounds, return_block_indices=True)
+
+    def decoded(self, batch: tuple[Tensor, BranchKV, Tensor], seqs: list[int]):
+        return nsa_decode(*batch, self.cache, seqs, return_block_indices=True)
 
     def fork(self) -> None:
         if len(self.told) < 6:

@@ -78,7 +78,7 @@ def _read(model: GPT, prompt: Sequence[int], cache: ModelCache, seq: int, device
     """Prefill in chunks; the logits [vocab] behind the last token."""
     for start in range(0, len(prompt), PREFILL_CHUNK):
         chunk = torch.tensor(prompt[start : start + PREFILL_CHUNK], device=device)
-        logits = model.prefill(chunk, cache, [seq])[-1]
+        logits = model.prefill(chunk, cache, [seq], rows=torch.tensor([len(chunk) - 1], device=device))[-1]
     return logits.cpu()
 
 
