@@ -1,0 +1,56 @@
+"""Tile sizes of decoding, chosen by shapes alone: never by lengths, so that a captured graph stays valid."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from nsa_kernels.common.sizes import cdiv, next_power_of_2
+
+TILE_CELLS = 128  # compressed rows of a tile
+CHUNK_BLOCKS = 128  # selection blocks whose candidates one program finds
+CANDIDATES = 128  # looked at together
+SPLIT_TILES = (4, 2, 1)  # tiles of compressed rows of one program, the largest with which there are ENOUGH_PROGRAMS
+ENOUGH_PROGRAMS = 512
+MOST_ROWS = 64  # (token, head) rows of a tile
+
+
+class Split(NamedTuple):
+    """How the pages of a sequence are cut for compressed attention."""
+
+    tile_pages: int
+    split_pages: int  # a multiple of tile_pages
+    num_splits: int
+
+
+def split(batch: int, num_kv_heads: int, max_pages: int, cells_slc: int) -> Split:
+    """Short splits where there are few sequences, so that they fill the card."""
+    tile_pages = max(1, TILE_CELLS // next_power_of_2(cells_slc))
+    for tiles in SPLIT_TILES:
+        num_splits = cdiv(max_pages, tile_pages * tiles)
+        if batch * num_kv_heads * num_splits >= ENOUGH_PROGRAMS or tiles == SPLIT_TILES[-1]:
+            break
+    return Split(tile_pages, tile_pages * tiles, num_splits)
+
+
+def block_rows(num_rows: int) -> int:
+    """Of `num_rows` (token, head) rows that share keys, those of a tile; a dot takes 16 at least."""
+    return max(16, min(MOST_ROWS, next_power_of_2(num_rows)))
+
+
+def compressed_options(dtype: torch.dtype) -> dict[str, Any]:
+    return {"num_warps": 4, "num_stages": 2 if dtype == torch.float32 else 3}
+
+
+def blocks_of_part(queries: int, num_slc_blocks: int) -> int:
+    """Blocks, of 64 tokens say, that one program of selected and window attention takes in turn.
+
+    queries     sequences * new tokens * key-value heads
+    """
+    for blocks in (8, 4, 2):
+        if queries * cdiv(num_slc_blocks, blocks) * 2 >= ENOUGH_PROGRAMS:
+            return blocks
+    return 1
+
+
+def chosen_options(dtype: torch.dtype) -> dict[str, Any]:
+    return {"num_warps": 4, "num_stages": 2 if dtype == torch.float32 else 3}
