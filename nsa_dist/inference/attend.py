@@ -4,7 +4,8 @@
     compressed attention --softmax_lse--> selection --> selected attention, from the chosen pages
     k_win, v_win --ring, new--> window attention                    and at the end the rings take what is new
 
-`nsa_prefill` cuts tiles where training does; `nsa_decode` takes a row for each token. Nothing else differs.
+`nsa_prefill` cuts tiles where training does; `nsa_decode` takes a row for each token. Nothing else differs. Where there
+are kernels made for decoding (`decode`), `nsa_decode` takes those.
 """
 
 from collections.abc import Sequence
@@ -21,10 +22,9 @@ from nsa_dist.branches import BranchKV
 from nsa_dist.compress import BlockPlaces, compress_both
 from nsa_dist.cp.plan import as_bounds
 from nsa_dist.inference.cache import NSACache
+from nsa_dist.inference.decode import EMPTY_SLOT, any_whole, decode_step, decoding, has_kernels, slots_of
 from nsa_dist.inference.places import Extended, Places, places
 from nsa_dist.inference.storage import MOST_BACK, Pair
-
-EMPTY_SLOT = -1
 
 
 def nsa_prefill(
@@ -92,6 +92,8 @@ def nsa_decode(
     seqs            B ids of distinct sequences; -1: an empty slot, whose output is 0 and whose blocks are -1
     returns         out [B, new, Hq, Dv]; with return_block_indices also int32 [B, new, Hkv, n]
 
+    On a GPU through kernels of its own, `nsa_kernels.decode`; on CPUs, in fp64 and with `ops` that have none, through the
+    operators of training. The same blocks, but for ties of importances within rounding; the host does not wait.
     Raises as `nsa_prefill`.
     """
     _refuse_ranks(plan, cp_group)
@@ -104,6 +106,12 @@ def nsa_decode(
     used = [slot for slot, seq in enumerate(seqs) if seq != EMPTY_SLOT]
     taken = [seqs[slot] for slot in used]
     _check_distinct(taken)
+    ops = ops or default_ops(q)
+    if has_kernels(ops, cache):
+        with_phi = any_whole(cache, seqs, new)
+        with decoding(cache, seqs, new):
+            results = decode_step(q, kv, gates, cache, slots_of(cache, seqs), ops, softmax_scale, with_phi=with_phi)
+        return results if return_block_indices else results[0]
     if len(used) < batch:
         slots = torch.tensor(used, dtype=torch.int64, device=q.device)
         packed = [x.index_select(0, slots).flatten(0, 1) for x in (q, *kv, gates)]
