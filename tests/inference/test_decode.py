@@ -8,9 +8,11 @@ from cases import SMALL
 from inference_cases import Case, Play
 from kernels.interpreter import repair
 from kernels.judge import assert_twice
+from kernels.pace import SLOW_WITHOUT_A_GPU
 from nsa_dist import BranchKV, NSAConfig, nsa_attention
-from nsa_dist.inference import NSACache, nsa_decode
-from nsa_dist.inference.decode import decode_step, decoding, paged, slots_of
+from nsa_dist.inference import NSACache, generate, nsa_decode, nsa_prefill
+from nsa_dist.inference.decode import decode_step, decoding, slots_of
+from nsa_dist.inference.model import GPT, GPTConfig
 from nsa_kernels import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,11 +54,20 @@ class Rounded(Case):
 
 class KernelPlay(Play):
     case_type, decode_ops = Rounded, nsa_kernels
-    configs = SMALL, NSAConfig(16, 4, 16, 6, 2, 2, 33), NSAConfig(32, 16, 64, 3, 0, 1, 70), NSAConfig(8, 8, 32, 4, 1, 1, 1)
+    configs = (
+        SMALL,
+        NSAConfig(16, 4, 16, 6, 2, 2, 33),
+        NSAConfig(32, 16, 64, 3, 0, 1, 70),
+        NSAConfig(8, 8, 32, 4, 1, 1, 1),
+    )
     heads = (4, 2, 16, 16), (3, 1, 32, 16)
 
 
-@pytest.mark.parametrize("seed", range(8))
+def test_a_drawn_case():
+    KernelPlay(0, most=40, steps=8).run()
+
+
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=SLOW_WITHOUT_A_GPU) for seed in range(8)])
 def test_drawn_cases(seed):
     KernelPlay(seed, most=120 if seed % 4 else 300, steps=10).run()
 
@@ -66,3 +77,57 @@ def test_drawn_cases(seed):
 def test_three_hundred_drawn_cases(hundred):
     for seed in range(1000 + 100 * hundred, 1100 + 100 * hundred):
         KernelPlay(seed, most=1500 if seed % 10 == 0 else 400, steps=12).run()
+
+
+NEEDS_A_GPU = (
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+)  # fmt: skip
+
+
+def gpu_case():
+    case = Rounded.of(1500, NSAConfig(num_slc_blocks=6, window_len=200), "mlp", False, seed=1, heads=(8, 2, 64, 64))
+    return case, case.cache(80, max_sequences=4, max_tokens=2048)
+
+
+@pytest.mark.parametrize("new", [pytest.param(new, marks=NEEDS_A_GPU) for new in (1, 3)])
+def test_a_graph_stays_valid_while_sequences_grow(new):
+    """Bits of replays are those of calls; pages are added, blocks become whole, a sequence takes another's slot."""
+    case, cache = gpu_case()
+    seqs = [cache.new_sequence() for _ in range(3)]
+    nsa_prefill(*case.rows(range(900)), cache, seqs, cu_seqlens=[0, 500, 500, 900])
+    others = [cache.fork(seq) for seq in seqs]
+    order = [seqs[0], -1, seqs[1], seqs[2]]
+    static = case.batch([[0] * new] * 4)
+    slots = slots_of(cache, [-1] * 4)
+    with decoding(cache, [-1] * 4, new):
+        decode_step(*static, cache, slots, nsa_kernels)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, blocks = decode_step(*static, cache, slots, nsa_kernels)
+    for step in range(40):
+        values = case.batch([[100 + 7 * step + 31 * b + i for i in range(new)] for b in range(4)])
+        for target, source in zip((static[0], *static[1], static[2]), (values[0], *values[1], values[2]), strict=True):
+            target.copy_(source)
+        with decoding(cache, order, new):
+            slots.copy_(slots_of(cache, order))
+            graph.replay()
+        theirs = [others[seqs.index(seq)] if seq != -1 else -1 for seq in order]
+        expected, expected_blocks = nsa_decode(*values, cache, theirs, return_block_indices=True)
+        assert torch.equal(blocks, expected_blocks)
+        assert torch.equal(out, expected)
+        if step == 20:
+            order = [order[3], order[0], order[2], -1]
+
+
+@pytest.mark.parametrize("prompts", [pytest.param(3, marks=NEEDS_A_GPU)])
+def test_text_from_a_graph_is_text_from_calls(prompts, monkeypatch):
+    sizes = GPTConfig(
+        num_layers=2, hidden_size=64, num_q_heads=4, num_kv_heads=1, head_dim=16, ffn_hidden_size=128, nsa=NSAConfig()
+    )
+    torch.manual_seed(0)
+    model = GPT(sizes, device="cuda")
+    given = [[1 + (7 * i) % 250 for i in range(40 * n + 1)] for n in range(prompts)]
+    replayed = list(generate.generate(model, given, 100, generate.Sampling(seed=3)))
+    monkeypatch.setattr(generate, "can_capture", lambda *_: False)
+    assert list(generate.generate(model, given, 100, generate.Sampling(seed=3))) == replayed

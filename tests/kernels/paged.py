@@ -87,7 +87,10 @@ def draw(
             _fill(x, table[slot].long(), slot, which // 2, tokens, sizes, normal(tokens, num_heads, dims[which % 2]))
     batch = (len(lengths), new)
     kv = [normal(*batch, num_heads, dim) for dim in dims * 3]
-    q, gates = normal(*batch, num_q_heads, dims[0]), torch.rand(*batch, num_q_heads, 3, generator=gen).to(dtype).double()
+    q, gates = (
+        normal(*batch, num_q_heads, dims[0]),
+        torch.rand(*batch, num_q_heads, 3, generator=gen).to(dtype).double(),
+    )
     return Drawn(cache, slots, q, gates, kv, sizes)
 
 

@@ -5,9 +5,8 @@ import torch
 
 from kernels.judge import assert_twice
 from kernels.pace import SLOW_WITHOUT_A_GPU
-from kernels.paged import PAPER, draw
+from kernels.paged import draw
 from nsa_kernels.decode import append, attention
-from nsa_kernels.decode.call import DecodeSizes
 from nsa_kernels.reference import decode as reference
 
 
