@@ -1,8 +1,9 @@
 """Native Sparse Attention kernels: Triton functions, and in `nsa_kernels.reference` a PyTorch twin of each.
 
 A room for every operator: `phi` (compression), `interval` (attention to [begin, end): the branches cmp and win),
-`selection`, `selected` (the branch slc), `gates`, and `decode` (new tokens and a paged cache); in each the public face in one file, plain Triton and Hopper kernels
-beside it, and `tiles`. `contracts` says how the attention functions are called, `cpu` is for training without a GPU.
+`selection`, `selected` (the branch slc), `gates`, `decode` (new tokens and a paged cache); in each the public face in
+one file, plain Triton and Hopper kernels beside it, and `tiles`. `contracts` says how the attention functions are
+called, `cpu` is for training without a GPU.
 
 The public names below are imported when they are first used, so that `import nsa_kernels.reference` works, and stays
 cheap, where triton is not installed. See kernels/README.md for the mathematics and the measurements.
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from nsa_kernels.decode.append import decode_store as decode_store
     from nsa_kernels.decode.attention import decode_attention as decode_attention
     from nsa_kernels.decode.attention import decode_takes as decode_takes
+    from nsa_kernels.decode.phi import decode_compress_mlp as decode_compress_mlp
     from nsa_kernels.gates.combine import combine as combine
     from nsa_kernels.gates.deltas import gate_deltas as gate_deltas
     from nsa_kernels.gates.merge import merge as merge
@@ -58,6 +60,7 @@ _ALONE = {
     "WHOLE_TILES": "common.wild",
     "decode_append": "decode.append",
     "decode_attention": "decode.attention",
+    "decode_compress_mlp": "decode.phi",
     "decode_store": "decode.append",
     "decode_takes": "decode.attention",
 }

@@ -16,7 +16,7 @@ from nsa_dist.compress import BlockPlaces, compress_both
 from nsa_dist.cp.device import put_on
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.inference.storage import CacheShape
-from nsa_kernels.decode.call import DecodeSizes, PagedCache
+from nsa_kernels.decode.call import Appended, DecodeSizes, PagedCache
 
 EMPTY_SLOT = -1
 
@@ -76,11 +76,19 @@ def decode_step(
     with torch.autocast(q.device.type, enabled=False):
         appended = ops.decode_append(*kv, pages, slots, sizes=sizes)
         if with_phi:
-            at = BlockPlaces(appended.block_rows, appended.block_start, sizes.cmp_block_len)
-            raw = (appended.k_raw, appended.v_raw)
-            compressed = compress_both((cache.compress_k, cache.compress_v), raw, at, ops)
-            ops.decode_store(*compressed, appended, pages, slots, sizes=sizes)
+            _compress(appended, cache, pages, ops)
         return ops.decode_attention(q, gates, appended, pages, slots, sizes=sizes, softmax_scale=scale)
+
+
+def _compress(appended: Appended, cache: NSACache, pages: PagedCache, ops: ModuleType) -> None:
+    """phi of the blocks that have become whole: MLPs in two launches, any other function of all places."""
+    phis = cache.compress_k, cache.compress_v
+    weights = [getattr(phi, "mlp_weights", lambda: None)() for phi in phis]
+    if None not in weights:
+        ops.decode_compress_mlp(appended, pages, *weights)
+        return
+    at = BlockPlaces(appended.block_rows, appended.block_start, cache.cfg.cmp_block_len)
+    ops.decode_store(*compress_both(phis, (appended.k_raw, appended.v_raw), at, ops), appended, pages)
 
 
 def sizes_of(shape: CacheShape) -> DecodeSizes:

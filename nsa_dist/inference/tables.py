@@ -55,7 +55,9 @@ class Tables:
         rings, width = self.page_table.shape
         if num_rings <= rings and num_pages <= width:
             return
-        wider = width if num_pages <= width else max(self.most_pages, 1 << (num_pages - 1).bit_length())
+        wider = max(width, self.most_pages)
+        if num_pages > wider:
+            wider = 1 << (num_pages - 1).bit_length()
         table = torch.zeros(max(rings, num_rings), wider, dtype=torch.int32, device=self.device)
         lengths = torch.zeros(len(table), dtype=torch.int32, device=self.device)
         table[:rings, :width] = self.page_table

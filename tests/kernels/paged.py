@@ -37,12 +37,14 @@ class Drawn:
         new = [put(x) for x in self.new]
         return Drawn(cache, put(self.slots), put(self.q), put(self.gates), new, self.sizes)
 
-    def decode(self, ops, phi=None) -> tuple[Tensor, Tensor]:
-        """The four steps with the functions of `ops`; phi is the mean, or `phi(x [M, l, Hkv, D])`."""
+    def decode(self, ops, phis: tuple | None = None) -> tuple[Tensor, Tensor]:
+        """The steps with the functions of `ops`; phi is the mean, or an MLP of the weights of `phis`."""
         appended = ops.decode_append(*self.new, self.cache, self.slots, sizes=self.sizes)
-        blocks = [x.unflatten(0, (-1, self.sizes.cmp_block_len)) for x in (appended.k_raw, appended.v_raw)]
-        made = [phi(x) if phi else x.mean(1) for x in blocks]
-        ops.decode_store(*made, appended, self.cache, self.slots, sizes=self.sizes)
+        if phis:
+            ops.decode_compress_mlp(appended, self.cache, *phis)
+        else:
+            blocks = [x.unflatten(0, (-1, self.sizes.cmp_block_len)) for x in (appended.k_raw, appended.v_raw)]
+            ops.decode_store(*(x.mean(1) for x in blocks), appended, self.cache)
         return ops.decode_attention(
             self.q, self.gates, appended, self.cache, self.slots, sizes=self.sizes, softmax_scale=self.scale
         )

@@ -15,12 +15,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.limits import check_dtypes
 from nsa_kernels.common.rows import token_head_strides, unit_stride
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.decode.call import MOST_NEW, Appended, DecodeSizes, PagedCache
+from nsa_kernels.decode.tiles import following
 
 
 @triton.jit
@@ -39,14 +41,17 @@ def _load_token(x_ptr, token, stride_t, stride_h, head, dim, mask):
 def _append_kernel(
     k_cmp_ptr, v_cmp_ptr, k_slc_ptr, v_slc_ptr, k_win_ptr, v_win_ptr, slots_ptr, page_table_ptr, lengths_ptr,
     k_page_ptr, v_page_ptr, k_win_ring_ptr, v_win_ring_ptr, k_raw_ring_ptr, v_raw_ring_ptr,
-    ends_ptr, k_raw_ptr, v_raw_ptr, block_rows_ptr, block_start_ptr,
+    ends_ptr, k_raw_ptr, v_raw_ptr, block_rows_ptr, block_start_ptr, cell_rows_ptr,
     max_pages, num_heads, win_ring, raw_ring, new,
     stride_kct, stride_kch, stride_vct, stride_vch, stride_kst, stride_ksh, stride_vst, stride_vsh,
     stride_kwt, stride_kwh, stride_vwt, stride_vwh,
     NUM_FRESH: tl.constexpr, CMP_LEN: tl.constexpr, CMP_STRIDE: tl.constexpr, SLC_LEN: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    CELLS_SLC: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """Unit u < new of a sequence writes its new token u; the others lay out a token each of the blocks become whole."""
+    if FOLLOWS:
+        gdc_launch_dependents()
+        gdc_wait()
     batch = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(1)
     slot = tl.load(slots_ptr + batch).to(tl.int64)
@@ -62,6 +67,10 @@ def _append_kernel(
         for i in tl.static_range(NUM_FRESH):
             block = num_whole(length, CMP_LEN, CMP_STRIDE) + i
             is_fresh = block < num_whole(end, CMP_LEN, CMP_STRIDE)
+            cell = block + (CMP_LEN // CMP_STRIDE - 1)
+            page = tl.load(page_table_ptr + slot * max_pages + cell // CELLS_SLC, mask=is_fresh, other=0)
+            cell_row = tl.where(is_fresh, page * CELLS_SLC + cell % CELLS_SLC, -1)
+            tl.store(cell_rows_ptr + batch * NUM_FRESH + i, cell_row)
             tl.store(block_start_ptr + batch * NUM_FRESH + i, tl.where(is_fresh, block * CMP_STRIDE, 0).to(tl.int64))
             tl.store(block_rows_ptr + batch * NUM_FRESH + i, ((batch * NUM_FRESH + i) * CMP_LEN).to(tl.int32))
     if (unit < new) & (end > 0):
@@ -100,31 +109,26 @@ def _append_kernel(
 @launchable
 @triton.jit
 def _store_kernel(
-    k_ptr, v_ptr, slots_ptr, page_table_ptr, lengths_ptr, ends_ptr,
+    k_ptr, v_ptr, cell_rows_ptr,
     k_page_ptr, v_page_ptr,
-    max_pages, num_heads, stride_kt, stride_kh, stride_vt, stride_vh,
-    NUM_FRESH: tl.constexpr, CMP_LEN: tl.constexpr, CMP_STRIDE: tl.constexpr, CELLS_SLC: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    num_heads, stride_kt, stride_kh, stride_vt, stride_vh,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """One compressed block into its page."""
-    batch = tl.program_id(0).to(tl.int64) // NUM_FRESH
-    slot = tl.load(slots_ptr + batch).to(tl.int64)
-    end = tl.load(ends_ptr + batch)
-    length = tl.load(lengths_ptr + tl.maximum(slot, 0))
-    block = num_whole(length, CMP_LEN, CMP_STRIDE) + tl.program_id(0) % NUM_FRESH
-    if (end > 0) & (block < num_whole(end, CMP_LEN, CMP_STRIDE)):
-        cell = block + (CMP_LEN // CMP_STRIDE - 1)
-        page = tl.load(page_table_ptr + slot * max_pages + cell // CELLS_SLC).to(tl.int64)
-        row = (page * CELLS_SLC + cell % CELLS_SLC) * num_heads
-        source = tl.program_id(0).to(tl.int64)
+    if FOLLOWS:
+        gdc_launch_dependents()
+        gdc_wait()
+    source = tl.program_id(0).to(tl.int64)
+    row = tl.load(cell_rows_ptr + source).to(tl.int64) * num_heads
+    if row >= 0:
         in_k = tl.arange(0, BLOCK_K)
         in_v = tl.arange(0, BLOCK_V)
-        head, dim, mask = in_k // DK, in_k % DK, in_k < num_heads * DK
-        k = _load_token(k_ptr, source, stride_kt, stride_kh, head, dim, mask)
+        mask = in_k < num_heads * DK
+        k = _load_token(k_ptr, source, stride_kt, stride_kh, in_k // DK, in_k % DK, mask)
         tl.store(k_page_ptr + row * DK + in_k, k.to(k_page_ptr.dtype.element_ty), mask=mask)
-        mask_v = in_v < num_heads * DV
-        v = _load_token(v_ptr, source, stride_vt, stride_vh, in_v // DV, in_v % DV, mask_v)
-        tl.store(v_page_ptr + row * DV + in_v, v.to(v_page_ptr.dtype.element_ty), mask=mask_v)
+        mask = in_v < num_heads * DV
+        v = _load_token(v_ptr, source, stride_vt, stride_vh, in_v // DV, in_v % DV, mask)
+        tl.store(v_page_ptr + row * DV + in_v, v.to(v_page_ptr.dtype.element_ty), mask=mask)
 
 
 @torch.no_grad()
@@ -152,6 +156,7 @@ def decode_append(
         k_cmp.new_empty(rows, num_heads, dim_v),
         slots.new_empty(batch * num_fresh),
         slots.new_empty(batch * num_fresh, dtype=torch.int64),
+        slots.new_empty(batch * num_fresh),
     )
     _append_kernel[(batch, new + num_fresh * sizes.cmp_block_len)](
         *given, slots, cache.page_table, cache.lengths,
@@ -160,29 +165,22 @@ def decode_append(
         cache.page_table.shape[1], num_heads, cache.k_win.shape[1], cache.k_raw.shape[1], new,
         *token_head_strides(*given),
         NUM_FRESH=num_fresh, CMP_LEN=sizes.cmp_block_len, CMP_STRIDE=sizes.cmp_stride, SLC_LEN=sizes.slc_block_len,
-        DK=dim_k, DV=dim_v, BLOCK_K=next_power_of_2(num_heads * dim_k), BLOCK_V=next_power_of_2(num_heads * dim_v),
-        num_warps=2,
+        CELLS_SLC=sizes.cells_slc, DK=dim_k, DV=dim_v, BLOCK_K=next_power_of_2(num_heads * dim_k), BLOCK_V=next_power_of_2(num_heads * dim_v),
+        num_warps=2, **following(slots),
     )  # fmt: skip
     return made
 
 
 @torch.no_grad()
-def decode_store(
-    k: Tensor, v: Tensor, appended: Appended, cache: PagedCache, slots: Tensor,
-    *, sizes: DecodeSizes,
-) -> None:  # fmt: skip
-    """Put what phi made of `appended` into the pages, for the blocks that have become whole.
-
-    k, v        [B * F, Hkv, Dk or Dv]
-    """
+def decode_store(k: Tensor, v: Tensor, appended: Appended, cache: PagedCache) -> None:
+    """Put what phi made of `appended`, [B * F, Hkv, Dk or Dv], into the pages, for the blocks that have become whole."""
     num_heads, dim_k = k.shape[1:]
     dim_v = v.shape[2]
-    num_fresh = len(appended.block_rows) // len(slots)
     k, v = unit_stride(k), unit_stride(v)
-    _store_kernel[(len(appended.block_rows),)](
-        k, v, slots, cache.page_table, cache.lengths, appended.ends,
+    _store_kernel[(len(appended.cell_rows),)](
+        k, v, appended.cell_rows,
         cache.k_cmp, cache.v_cmp,
-        cache.page_table.shape[1], num_heads, *token_head_strides(k, v),
-        NUM_FRESH=num_fresh, CMP_LEN=sizes.cmp_block_len, CMP_STRIDE=sizes.cmp_stride, CELLS_SLC=sizes.cells_slc,
-        DK=dim_k, DV=dim_v, BLOCK_K=next_power_of_2(num_heads * dim_k), BLOCK_V=next_power_of_2(num_heads * dim_v), num_warps=2,
+        num_heads, *token_head_strides(k, v),
+        DK=dim_k, DV=dim_v, BLOCK_K=next_power_of_2(num_heads * dim_k), BLOCK_V=next_power_of_2(num_heads * dim_v),
+        num_warps=2, **following(k),
     )  # fmt: skip

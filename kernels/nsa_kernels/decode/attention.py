@@ -21,12 +21,13 @@ from torch import Tensor
 
 from nsa_kernels.common.limits import check_dtypes, check_head_dim
 from nsa_kernels.common.rows import unit_stride
+from nsa_kernels.common.sizes import next_power_of_2
 from nsa_kernels.decode.call import Appended, DecodeSizes, PagedCache, check_call
 from nsa_kernels.decode.candidates import find_candidates
 from nsa_kernels.decode.chosen import attend_chosen
 from nsa_kernels.decode.compressed import attend_compressed
 from nsa_kernels.decode.merge import merge_parts
-from nsa_kernels.decode.tiles import split
+from nsa_kernels.decode.tiles import chunk_blocks, split
 
 
 def decode_takes(dtype: torch.dtype, dim_k: int, dim_v: int, slc_block_len: int) -> bool:
@@ -74,8 +75,11 @@ def decode_attention(
     q = unit_stride(q)
     ends = appended.ends
     compressed = attend_compressed(q, cache, slots, ends, cut, sizes, softmax_scale)
-    candidates = find_candidates(compressed, ends, new, cut, sizes, max_pages)
-    chosen = attend_chosen(q, candidates, cache, slots, ends, sizes, softmax_scale)
+    chosen_pad = max(2, next_power_of_2(sizes.num_slc_blocks))
+    group_pad = next_power_of_2(num_q_heads // num_heads)
+    chunk = chunk_blocks(batch * new * num_heads, group_pad, max_pages, max(chosen_pad, cut.tile_pages))
+    candidates = find_candidates(compressed, ends, new, cut, sizes, chunk, chosen_pad)
+    chosen = attend_chosen(q, candidates, chunk, cache, slots, ends, sizes, softmax_scale)
     out = q.new_empty(batch, new, num_q_heads, dim_v)
     merge_parts(compressed, chosen, gates, cache, slots, ends, out, cut, sizes)
     return out, chosen.block_indices

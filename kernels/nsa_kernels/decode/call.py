@@ -77,6 +77,7 @@ class Appended(NamedTuple):
                     for each sequence; places without a block hold anything
     block_rows      int32 [B * F]: 0, l, 2 l, ..: where each block begins in them
     block_start     int64 [B * F]: and in its sequence; 0 where there is none
+    cell_rows       int32 [B * F]: row of the flat compressed pages that it goes to; -1 where there is none
     """
 
     ends: Tensor
@@ -84,6 +85,7 @@ class Appended(NamedTuple):
     v_raw: Tensor
     block_rows: Tensor
     block_start: Tensor
+    cell_rows: Tensor
 
 
 def check_call(q: Tensor, gates: Tensor, cache: PagedCache, slots: Tensor, sizes: DecodeSizes) -> None:

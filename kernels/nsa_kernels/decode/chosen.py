@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
@@ -24,7 +25,7 @@ from nsa_kernels.common.tiles import dot_precision
 from nsa_kernels.decode.call import DecodeSizes, PagedCache
 from nsa_kernels.decode.candidates import FAR
 from nsa_kernels.decode.compressed import LOG2_E
-from nsa_kernels.decode.tiles import CANDIDATES, CHUNK_BLOCKS, blocks_of_part, chosen_options
+from nsa_kernels.decode.tiles import CANDIDATES, blocks_of_part, chosen_options, following
 from nsa_kernels.selection.top import _merge_sorted
 
 
@@ -48,8 +49,11 @@ def _chosen_kernel(
     G: tl.constexpr, G_PAD: tl.constexpr, SLC_LEN: tl.constexpr, WINDOW: tl.constexpr, NUM_CHOSEN: tl.constexpr,
     CHOSEN_PAD: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr,
     SLC_PARTS: tl.constexpr, PART_BLOCKS: tl.constexpr,
-    DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+    DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
+    if FOLLOWS:
+        gdc_launch_dependents()
+        gdc_wait()
     part = tl.program_id(0)
     head = tl.program_id(1) % num_heads
     query = (tl.program_id(1) // num_heads).to(tl.int64)  # sequence * new + token
@@ -132,7 +136,7 @@ def _chosen_kernel(
 
 
 def attend_chosen(
-    q: Tensor, candidates: Tensor, cache: PagedCache, slots: Tensor, ends: Tensor, sizes: DecodeSizes,
+    q: Tensor, candidates: Tensor, chunk: int, cache: PagedCache, slots: Tensor, ends: Tensor, sizes: DecodeSizes,
     softmax_scale: float,
 ) -> ChosenParts:  # fmt: skip
     """q [B, new, Hq, Dk], its last stride 1."""
@@ -160,8 +164,9 @@ def attend_chosen(
         new, num_heads, cache.page_table.shape[1], num_chunks, cache.k_win.shape[1], num_parts,
         softmax_scale * LOG2_E, *packed.stride()[:2],
         G=group, G_PAD=max(16, next_power_of_2(group)), SLC_LEN=sizes.slc_block_len, WINDOW=sizes.window_len,
-        NUM_CHOSEN=sizes.num_slc_blocks, CHOSEN_PAD=chosen_pad, CHUNK=max(CHUNK_BLOCKS, chosen_pad),
+        NUM_CHOSEN=sizes.num_slc_blocks, CHOSEN_PAD=chosen_pad, CHUNK=chunk,
         CANDIDATES=max(CANDIDATES, chosen_pad), SLC_PARTS=slc_parts, PART_BLOCKS=part_blocks,
-        DK_A=dk_a, DK_B=dk_b, DV=dim_v, PRECISION=dot_precision(q.dtype), **chosen_options(q.dtype),
+        DK_A=dk_a, DK_B=dk_b, DV=dim_v, PRECISION=dot_precision(q.dtype),
+        **chosen_options(q.dtype), **following(q),
     )  # fmt: skip
     return parts

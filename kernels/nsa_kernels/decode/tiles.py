@@ -3,14 +3,18 @@
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from nsa_kernels.common.device import on_hopper
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 
 TILE_CELLS = 128  # compressed rows of a tile
-CHUNK_BLOCKS = 128  # selection blocks whose candidates one program finds
-CANDIDATES = 128  # looked at together
-SPLIT_TILES = (4, 2, 1)  # tiles of compressed rows of one program, the largest with which there are ENOUGH_PROGRAMS
+SPLIT_TILES = (8, 4, 2, 1)  # tiles of one program, the largest number with which there are ENOUGH_SPLITS programs
+ENOUGH_SPLITS = 256
+CHUNK_BLOCKS = (512, 256, 128)  # selection blocks whose candidates one program finds, likewise
 ENOUGH_PROGRAMS = 512
+MOST_SHARES = 8192  # heads * blocks of a chunk
+CANDIDATES = 128  # looked at together
 MOST_ROWS = 64  # (token, head) rows of a tile
 
 
@@ -27,9 +31,25 @@ def split(batch: int, num_kv_heads: int, max_pages: int, cells_slc: int) -> Spli
     tile_pages = max(1, TILE_CELLS // next_power_of_2(cells_slc))
     for tiles in SPLIT_TILES:
         num_splits = cdiv(max_pages, tile_pages * tiles)
-        if batch * num_kv_heads * num_splits >= ENOUGH_PROGRAMS or tiles == SPLIT_TILES[-1]:
+        if batch * num_kv_heads * num_splits >= ENOUGH_SPLITS or tiles == SPLIT_TILES[-1]:
             break
     return Split(tile_pages, tile_pages * tiles, num_splits)
+
+
+def chunk_blocks(queries: int, group_pad: int, max_pages: int, least: int) -> int:
+    """Selection blocks of a chunk, `least` or more.
+
+    queries     sequences * new tokens * key-value heads
+    """
+    for chunk in CHUNK_BLOCKS:
+        if chunk * group_pad <= MOST_SHARES and queries * cdiv(max_pages, chunk) >= ENOUGH_PROGRAMS:
+            break
+    return max(chunk, least)
+
+
+def following(x: Tensor) -> dict[str, Any]:
+    """Options of a kernel that is brought onto the card while the one before it ends, and waits for it there."""
+    return {"FOLLOWS": True, "launch_pdl": True} if on_hopper(x) else {"FOLLOWS": False}
 
 
 def block_rows(num_rows: int) -> int:
@@ -37,8 +57,8 @@ def block_rows(num_rows: int) -> int:
     return max(16, min(MOST_ROWS, next_power_of_2(num_rows)))
 
 
-def compressed_options(dtype: torch.dtype) -> dict[str, Any]:
-    return {"num_warps": 4, "num_stages": 2 if dtype == torch.float32 else 3}
+def compressed_options(dtype: torch.dtype, block_m: int) -> dict[str, Any]:
+    return {"num_warps": 8 if block_m == MOST_ROWS else 4, "num_stages": 2 if dtype == torch.float32 else 3}
 
 
 def blocks_of_part(queries: int, num_slc_blocks: int) -> int:

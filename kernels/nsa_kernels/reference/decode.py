@@ -10,6 +10,7 @@ from torch import Tensor
 from nsa_kernels.decode.call import Appended, DecodeSizes, PagedCache
 from nsa_kernels.reference.gates import combine
 from nsa_kernels.reference.interval import compressed_attention, window_attention
+from nsa_kernels.reference.phi import compress_mlp
 from nsa_kernels.reference.selected import selected_attention
 from nsa_kernels.reference.selection import select_blocks
 
@@ -29,6 +30,7 @@ def decode_append(
     num_fresh = -(-new // sizes.cmp_stride)
     ends = torch.zeros_like(slots)
     starts = slots.new_zeros(batch * num_fresh, dtype=torch.int64)
+    cell_rows = slots.new_full((batch * num_fresh,), -1)
     raw = [x.new_zeros(batch * num_fresh, sizes.cmp_block_len, *x.shape[2:]) for x in (k_cmp, v_cmp)]
     for b, slot in enumerate(slots.tolist()):
         if slot < 0:
@@ -47,25 +49,29 @@ def decode_append(
         for i in range(num_whole(length + new, sizes) - had):
             start = (had + i) * sizes.cmp_stride
             starts[b * num_fresh + i] = start
+            page, row = divmod(had + i + sizes.cells_cmp - 1, sizes.cells_slc)
+            cell_rows[b * num_fresh + i] = cache.page_table[slot, page] * sizes.cells_slc + row
             for rows, ring in zip(raw, (cache.k_raw, cache.v_raw), strict=True):
                 token = torch.arange(start, start + sizes.cmp_block_len, device=rows.device)
                 rows[b * num_fresh + i] = ring[slot, token % ring.shape[1]]
     block_rows = torch.arange(batch * num_fresh, device=slots.device, dtype=torch.int32) * sizes.cmp_block_len
-    return Appended(ends, *(x.flatten(0, 1) for x in raw), block_rows, starts)
+    return Appended(ends, *(x.flatten(0, 1) for x in raw), block_rows, starts, cell_rows)
 
 
 @torch.no_grad()
-def decode_store(
-    k: Tensor, v: Tensor, appended: Appended, cache: PagedCache, slots: Tensor, *, sizes: DecodeSizes
+def decode_store(k: Tensor, v: Tensor, appended: Appended, cache: PagedCache) -> None:
+    whole = appended.cell_rows >= 0
+    rows = appended.cell_rows[whole].long()
+    for x, pages in ((k, cache.k_cmp), (v, cache.v_cmp)):
+        pages.view(-1, *pages.shape[2:])[rows] = x[whole].to(pages.dtype)
+
+
+@torch.no_grad()
+def decode_compress_mlp(
+    appended: Appended, cache: PagedCache, phi_k: tuple[Tensor, ...], phi_v: tuple[Tensor, ...]
 ) -> None:
-    num_fresh = len(appended.block_rows) // len(slots)
-    for b, slot in enumerate(slots.tolist()):
-        had = num_whole(int(cache.lengths[slot]), sizes)
-        for i in range(num_whole(int(appended.ends[b]), sizes) - had if slot >= 0 else 0):
-            cell = had + i + sizes.cells_cmp - 1
-            page = int(cache.page_table[slot, cell // sizes.cells_slc])
-            for x, pages in ((k, cache.k_cmp), (v, cache.v_cmp)):
-                pages[page, cell % sizes.cells_slc] = x[b * num_fresh + i].to(pages.dtype)
+    k, v = (compress_mlp(x, appended.block_rows, *phi) for x, phi in ((appended.k_raw, phi_k), (appended.v_raw, phi_v)))
+    decode_store(k, v, appended, cache)
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ class Layer:
         ends = torch.full_like(slots[index], self.cache.length(self.seqs[0]))
         none = self.q.new_empty(0)
         return reference.decode_attention(
-            self.q[index], self.gates[index], Appended(ends, none, none, none, none), paged(self.cache), slots[index],
+            self.q[index], self.gates[index], Appended(ends, none, none, none, none, none), paged(self.cache), slots[index],
             sizes=sizes_of(self.cache.shape), softmax_scale=self.q.shape[-1] ** -0.5,
         )  # fmt: skip
 
