@@ -6,7 +6,7 @@ import torch
 from kernels.judge import assert_twice
 from kernels.pace import SLOW_WITHOUT_A_GPU
 from kernels.paged import draw
-from nsa_kernels.decode import append, attention, phi, tiles
+from nsa_kernels.decode import append, attention, chosen, phi, tiles
 from nsa_kernels.decode.call import DecodeSizes
 from nsa_kernels.reference import decode as reference
 
@@ -78,8 +78,8 @@ def test_other_block_lengths(sizes, device):
 def test_splits_and_chunks_are_merged(device, monkeypatch):
     """Many of them, where a small case has one: the blocks are the same, the output to rounding."""
     monkeypatch.setattr(tiles, "TILE_CELLS", 16)
-    monkeypatch.setattr(tiles, "CHUNK_BLOCKS", (8,))
-    monkeypatch.setattr(tiles, "CANDIDATES", 16)
+    monkeypatch.setattr(attention, "CHUNK_BLOCKS", 8)
+    monkeypatch.setattr(chosen, "CANDIDATES", 16)
     check(draw([700, 200], 1, (2, 1, 16, 16)), torch.bfloat16, device)
 
 

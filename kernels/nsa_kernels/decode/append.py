@@ -11,18 +11,18 @@ Work        bytes: the new tokens, and l tokens of the compressed branch for eac
 Reference   nsa_kernels.reference.decode
 """
 
+from math import gcd
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.limits import check_dtypes
 from nsa_kernels.common.rows import token_head_strides, unit_stride
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.decode.call import MOST_NEW, Appended, DecodeSizes, PagedCache
-from nsa_kernels.decode.tiles import following
 
 
 @triton.jit
@@ -45,13 +45,11 @@ def _append_kernel(
     max_pages, num_heads, win_ring, raw_ring, new,
     stride_kct, stride_kch, stride_vct, stride_vch, stride_kst, stride_ksh, stride_vst, stride_vsh,
     stride_kwt, stride_kwh, stride_vwt, stride_vwh,
-    NUM_FRESH: tl.constexpr, CMP_LEN: tl.constexpr, CMP_STRIDE: tl.constexpr, SLC_LEN: tl.constexpr,
-    CELLS_SLC: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, FOLLOWS: tl.constexpr,
+    NUM_FRESH: tl.constexpr, UNIT_TOKENS: tl.constexpr,
+    CMP_LEN: tl.constexpr, CMP_STRIDE: tl.constexpr, SLC_LEN: tl.constexpr,
+    CELLS_SLC: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Unit u < new of a sequence writes its new token u; the others lay out a token each of the blocks become whole."""
-    if FOLLOWS:
-        gdc_launch_dependents()
-        gdc_wait()
+    """Unit u < new of a sequence writes its new token u; the others lay out tokens of the blocks become whole."""
     batch = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(1)
     slot = tl.load(slots_ptr + batch).to(tl.int64)
@@ -91,19 +89,21 @@ def _append_kernel(
         tl.store(v_win_ring_ptr + win * DV + in_v, v, mask=mask_v)
         v = _load_token(v_cmp_ptr, token, stride_vct, stride_vch, head_v, dim_v, mask_v)
         tl.store(v_raw_ring_ptr + raw * DV + in_v, v, mask=mask_v)
-    block = num_whole(length, CMP_LEN, CMP_STRIDE) + (unit - new) // CMP_LEN
+    first = (unit - new) * UNIT_TOKENS  # counted over the blocks
+    block = num_whole(length, CMP_LEN, CMP_STRIDE) + first // CMP_LEN
     if (unit >= new) & (block < num_whole(end, CMP_LEN, CMP_STRIDE)):
-        position = block * CMP_STRIDE + (unit - new) % CMP_LEN
-        is_new = position >= length
-        raw = (slot * raw_ring + position % raw_ring) * num_heads
-        token = batch * new + position - length
-        to = (batch * NUM_FRESH * CMP_LEN + unit - new) * num_heads
-        k = _load_token(k_cmp_ptr, token, stride_kct, stride_kch, head_k, dim_k, mask_k & is_new)
-        k += tl.load(k_raw_ring_ptr + raw * DK + in_k, mask=mask_k & ~is_new, other=0.0)
-        tl.store(k_raw_ptr + to * DK + in_k, k, mask=mask_k)
-        v = _load_token(v_cmp_ptr, token, stride_vct, stride_vch, head_v, dim_v, mask_v & is_new)
-        v += tl.load(v_raw_ring_ptr + raw * DV + in_v, mask=mask_v & ~is_new, other=0.0)
-        tl.store(v_raw_ptr + to * DV + in_v, v, mask=mask_v)
+        for i in tl.static_range(UNIT_TOKENS):
+            position = block * CMP_STRIDE + first % CMP_LEN + i
+            is_new = position >= length
+            raw = (slot * raw_ring + position % raw_ring) * num_heads
+            token = batch * new + position - length
+            to = (batch * NUM_FRESH * CMP_LEN + first + i) * num_heads
+            k = _load_token(k_cmp_ptr, token, stride_kct, stride_kch, head_k, dim_k, mask_k & is_new)
+            k += tl.load(k_raw_ring_ptr + raw * DK + in_k, mask=mask_k & ~is_new, other=0.0)
+            tl.store(k_raw_ptr + to * DK + in_k, k, mask=mask_k)
+            v = _load_token(v_cmp_ptr, token, stride_vct, stride_vch, head_v, dim_v, mask_v & is_new)
+            v += tl.load(v_raw_ring_ptr + raw * DV + in_v, mask=mask_v & ~is_new, other=0.0)
+            tl.store(v_raw_ptr + to * DV + in_v, v, mask=mask_v)
 
 
 @launchable
@@ -112,12 +112,9 @@ def _store_kernel(
     k_ptr, v_ptr, cell_rows_ptr,
     k_page_ptr, v_page_ptr,
     num_heads, stride_kt, stride_kh, stride_vt, stride_vh,
-    DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, FOLLOWS: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One compressed block into its page."""
-    if FOLLOWS:
-        gdc_launch_dependents()
-        gdc_wait()
     source = tl.program_id(0).to(tl.int64)
     row = tl.load(cell_rows_ptr + source).to(tl.int64) * num_heads
     if row >= 0:
@@ -150,6 +147,7 @@ def decode_append(
     given = [unit_stride(x).flatten(0, 1) for x in (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)]
     num_fresh = cdiv(new, sizes.cmp_stride)
     rows = batch * num_fresh * sizes.cmp_block_len
+    unit_tokens = gcd(sizes.cmp_block_len, 4)
     made = Appended(
         slots.new_empty(batch),
         k_cmp.new_empty(rows, num_heads, dim_k),
@@ -158,15 +156,16 @@ def decode_append(
         slots.new_empty(batch * num_fresh, dtype=torch.int64),
         slots.new_empty(batch * num_fresh),
     )
-    _append_kernel[(batch, new + num_fresh * sizes.cmp_block_len)](
+    _append_kernel[(batch, new + num_fresh * sizes.cmp_block_len // unit_tokens)](
         *given, slots, cache.page_table, cache.lengths,
         cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.k_raw, cache.v_raw,
         *made,
         cache.page_table.shape[1], num_heads, cache.k_win.shape[1], cache.k_raw.shape[1], new,
         *token_head_strides(*given),
-        NUM_FRESH=num_fresh, CMP_LEN=sizes.cmp_block_len, CMP_STRIDE=sizes.cmp_stride, SLC_LEN=sizes.slc_block_len,
+        NUM_FRESH=num_fresh, UNIT_TOKENS=unit_tokens,
+        CMP_LEN=sizes.cmp_block_len, CMP_STRIDE=sizes.cmp_stride, SLC_LEN=sizes.slc_block_len,
         CELLS_SLC=sizes.cells_slc, DK=dim_k, DV=dim_v, BLOCK_K=next_power_of_2(num_heads * dim_k), BLOCK_V=next_power_of_2(num_heads * dim_v),
-        num_warps=2, **following(slots),
+        num_warps=2,
     )  # fmt: skip
     return made
 
@@ -182,5 +181,5 @@ def decode_store(k: Tensor, v: Tensor, appended: Appended, cache: PagedCache) ->
         cache.k_cmp, cache.v_cmp,
         num_heads, *token_head_strides(k, v),
         DK=dim_k, DV=dim_v, BLOCK_K=next_power_of_2(num_heads * dim_k), BLOCK_V=next_power_of_2(num_heads * dim_v),
-        num_warps=2, **following(k),
+        num_warps=2,
     )  # fmt: skip

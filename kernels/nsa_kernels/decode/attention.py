@@ -27,7 +27,7 @@ from nsa_kernels.decode.candidates import find_candidates
 from nsa_kernels.decode.chosen import attend_chosen
 from nsa_kernels.decode.compressed import attend_compressed
 from nsa_kernels.decode.merge import merge_parts
-from nsa_kernels.decode.tiles import chunk_blocks, split
+from nsa_kernels.decode.tiles import CHUNK_BLOCKS, split
 
 
 def decode_takes(dtype: torch.dtype, dim_k: int, dim_v: int, slc_block_len: int) -> bool:
@@ -76,8 +76,7 @@ def decode_attention(
     ends = appended.ends
     compressed = attend_compressed(q, cache, slots, ends, cut, sizes, softmax_scale)
     chosen_pad = max(2, next_power_of_2(sizes.num_slc_blocks))
-    group_pad = next_power_of_2(num_q_heads // num_heads)
-    chunk = chunk_blocks(batch * new * num_heads, group_pad, max_pages, max(chosen_pad, cut.tile_pages))
+    chunk = max(CHUNK_BLOCKS, chosen_pad, cut.tile_pages)
     candidates = find_candidates(compressed, ends, new, cut, sizes, chunk, chosen_pad)
     chosen = attend_chosen(q, candidates, chunk, cache, slots, ends, sizes, softmax_scale)
     out = q.new_empty(batch, new, num_q_heads, dim_v)

@@ -3,11 +3,11 @@
     imp[t, h, j] = sum_g 2 ** -lse[t, g] * sum_layer 2 ** tile_max * imp[g, layer, j + layer]
 
 lse, in powers of 2, is merged over the splits in ascending order. A chunk's candidates are its n best blocks: of the
-best n of all, none lies outside of them. An int64 a block orders them, the bits of its importance above those of ~j:
-larger importance first, then the lower index; forced blocks have more than any.
+best n of all, none lies outside of them. An int64 a block, its key, orders them, the bits of its importance above those
+of ~j: larger importance first, then the lower index; forced blocks have more than any.
 
 Shapes      n_pad = the power of two from n on
-    candidates      int64 [B, new, Hkv, chunks, n_pad], descending, -1 for none; of chunks that a token sees
+    candidates      keys, int64 [B, new, Hkv, chunks, n_pad], descending, -1 for none; of chunks that a token sees
 Source      Yuan et al. 2025, arXiv:2502.11089, eq. 9 to 12
 """
 
@@ -15,14 +15,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.decode.append import num_whole
 from nsa_kernels.decode.call import DecodeSizes
 from nsa_kernels.decode.compressed import CompressedParts
-from nsa_kernels.decode.tiles import Split, following
+from nsa_kernels.decode.tiles import CANDIDATE_WARPS, Split
 
 FAR = tl.constexpr(2**31 - 1)
 INFINITY_BITS = tl.constexpr(0x7F800000)  # of fp32: more than any importance
@@ -66,12 +65,9 @@ def _candidates_kernel(
     CELLS_CMP: tl.constexpr, CELLS_SLC: tl.constexpr, SLC_LEN: tl.constexpr, NUM_LAYERS: tl.constexpr,
     NUM_SPLITS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_PAGES: tl.constexpr,
     TILE_PAGES: tl.constexpr, CHUNK_TILES: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
-    CHOSEN_PAD: tl.constexpr, FOLLOWS: tl.constexpr,
+    CHOSEN_PAD: tl.constexpr,
 ):  # fmt: skip
     """A chunk is CHUNK_TILES tiles of pages, of which each row's importances have one scale."""
-    if FOLLOWS:
-        gdc_launch_dependents()
-        gdc_wait()
     chunk = tl.program_id(0)
     head = tl.program_id(1) % num_heads
     query = tl.program_id(1) // num_heads  # sequence * new + token
@@ -108,8 +104,8 @@ def _candidates_kernel(
     total = tl.sum(imp, 0)
     forced = (block < NUM_INIT) | (block > own - NUM_LOCAL)
     bits = tl.where(forced, INFINITY_BITS, total.to(tl.int32, bitcast=True))
-    packed = tl.where(block <= own, (bits.to(tl.int64) << 32) | (block ^ FAR).to(tl.int64), -1)
-    best = tl.topk(tl.reshape(packed, [1, CHUNK_TILES * TILE_PAGES]), CHOSEN_PAD)
+    key = tl.where(block <= own, (bits.to(tl.int64) << 32) | (block ^ FAR).to(tl.int64), -1)
+    best = tl.topk(tl.reshape(key, [1, CHUNK_TILES * TILE_PAGES]), CHOSEN_PAD)
     to = candidates_ptr + ((query.to(tl.int64) * num_heads + head) * num_chunks + chunk) * CHOSEN_PAD
     tl.store(to + tl.arange(0, CHOSEN_PAD)[None, :], best)
 
@@ -132,6 +128,6 @@ def find_candidates(
         NUM_SPLITS=num_splits, SPLITS=min(16, next_power_of_2(num_splits)), SPLIT_PAGES=cut.split_pages,
         TILE_PAGES=cut.tile_pages, CHUNK_TILES=chunk // cut.tile_pages,
         NUM_INIT=sizes.num_init_blocks, NUM_LOCAL=sizes.num_local_blocks, CHOSEN_PAD=chosen_pad,
-        num_warps=8 if chunk > 256 else 4, **following(ends),
+        num_warps=CANDIDATE_WARPS,
     )  # fmt: skip
     return candidates

@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
@@ -25,8 +24,8 @@ from nsa_kernels.common.tiles import dot_precision
 from nsa_kernels.decode.call import DecodeSizes, PagedCache
 from nsa_kernels.decode.candidates import FAR
 from nsa_kernels.decode.compressed import LOG2_E
-from nsa_kernels.decode.tiles import CANDIDATES, blocks_of_part, chosen_options, following
-from nsa_kernels.selection.top import _merge_sorted
+from nsa_kernels.decode.tiles import CANDIDATES, blocks_of_part, chosen_options
+from nsa_kernels.selection.top import merge_sorted
 
 
 class ChosenParts(NamedTuple):
@@ -49,11 +48,8 @@ def _chosen_kernel(
     G: tl.constexpr, G_PAD: tl.constexpr, SLC_LEN: tl.constexpr, WINDOW: tl.constexpr, NUM_CHOSEN: tl.constexpr,
     CHOSEN_PAD: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr,
     SLC_PARTS: tl.constexpr, PART_BLOCKS: tl.constexpr,
-    DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, FOLLOWS: tl.constexpr,
+    DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if FOLLOWS:
-        gdc_launch_dependents()
-        gdc_wait()
     part = tl.program_id(0)
     head = tl.program_id(1) % num_heads
     query = (tl.program_id(1) // num_heads).to(tl.int64)  # sequence * new + token
@@ -83,8 +79,8 @@ def _chosen_kernel(
         count = (own // CHUNK + 1) * CHOSEN_PAD
         for first in tl.range(0, count, CANDIDATES):
             index = first + tl.arange(0, CANDIDATES)[None, :]
-            found = tl.load(candidates + index, mask=index < count, other=-1)
-            best = _merge_sorted(best, tl.topk(found, CHOSEN_PAD))
+            key = tl.load(candidates + index, mask=index < count, other=-1)
+            best = merge_sorted(best, tl.topk(key, CHOSEN_PAD))
         block_ids = tl.where((best >= 0) & (rank < NUM_CHOSEN), (best & FAR).to(tl.int32) ^ FAR, FAR)
         block_ids = tl.sort(block_ids)  # the unchosen go last
         if part == 0:
@@ -167,6 +163,6 @@ def attend_chosen(
         NUM_CHOSEN=sizes.num_slc_blocks, CHOSEN_PAD=chosen_pad, CHUNK=chunk,
         CANDIDATES=max(CANDIDATES, chosen_pad), SLC_PARTS=slc_parts, PART_BLOCKS=part_blocks,
         DK_A=dk_a, DK_B=dk_b, DV=dim_v, PRECISION=dot_precision(q.dtype),
-        **chosen_options(q.dtype), **following(q),
+        **chosen_options(q.dtype),
     )  # fmt: skip
     return parts

@@ -25,14 +25,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
 from nsa_kernels.common.tiles import dot_precision
 from nsa_kernels.decode.append import num_whole
 from nsa_kernels.decode.call import DecodeSizes, PagedCache
-from nsa_kernels.decode.tiles import Split, block_rows, compressed_options, following
+from nsa_kernels.decode.tiles import Split, block_rows, compressed_options
 
 LOG2_E = 1.4426950408889634
 
@@ -56,11 +55,8 @@ def _compressed_kernel(
     G: tl.constexpr, ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr,
     CMP_LEN: tl.constexpr, CMP_STRIDE: tl.constexpr, CELLS_CMP: tl.constexpr, CELLS_SLC: tl.constexpr,
     SLC_PAD: tl.constexpr, NUM_LAYERS: tl.constexpr, TILE_PAGES: tl.constexpr, SPLIT_PAGES: tl.constexpr,
-    DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, FOLLOWS: tl.constexpr,
+    DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if FOLLOWS:
-        gdc_launch_dependents()
-        gdc_wait()
     head = tl.program_id(0) % num_heads
     split = tl.program_id(0) // num_heads // ROW_TILES
     row = tl.program_id(0) // num_heads % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -165,6 +161,6 @@ def attend_compressed(
         CELLS_SLC=sizes.cells_slc, SLC_PAD=next_power_of_2(sizes.cells_slc), NUM_LAYERS=sizes.num_layers,
         TILE_PAGES=cut.tile_pages, SPLIT_PAGES=cut.split_pages,
         DK_A=dk_a, DK_B=dk_b, DV=dim_v, PRECISION=dot_precision(q.dtype),
-        **compressed_options(q.dtype, block_m), **following(q),
+        **compressed_options(q.dtype, block_m),
     )  # fmt: skip
     return parts

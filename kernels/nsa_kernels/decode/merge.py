@@ -11,7 +11,6 @@ Source      Milakov & Gimelshein 2018, arXiv:1805.02867, section 3.1
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import next_power_of_2
@@ -19,7 +18,7 @@ from nsa_kernels.decode.append import num_whole
 from nsa_kernels.decode.call import DecodeSizes, PagedCache
 from nsa_kernels.decode.chosen import ChosenParts
 from nsa_kernels.decode.compressed import CompressedParts
-from nsa_kernels.decode.tiles import Split, following
+from nsa_kernels.decode.tiles import MERGE_WARPS, Split
 
 
 @launchable
@@ -32,12 +31,8 @@ def _merge_kernel(
     SLC_LEN: tl.constexpr, WINDOW: tl.constexpr, NUM_CHOSEN: tl.constexpr,
     NUM_SPLITS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_PAGES: tl.constexpr,
     SLC_PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, PART_BLOCKS: tl.constexpr, DV: tl.constexpr,
-    FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """A row of the output. No branches and no loops whose length is unknown, so that all loads are under way at once."""
-    if FOLLOWS:
-        gdc_launch_dependents()
-        gdc_wait()
     row = tl.program_id(0).to(tl.int64)  # (sequence * new + token) * Hq + head
     query = row // num_q_heads
     q_head = row % num_q_heads
@@ -109,7 +104,7 @@ def merge_parts(
         G=num_q_heads // compressed.maximum.shape[1], CMP_LEN=sizes.cmp_block_len, CMP_STRIDE=sizes.cmp_stride,
         CELLS_CMP=sizes.cells_cmp, CELLS_SLC=sizes.cells_slc, SLC_LEN=sizes.slc_block_len, WINDOW=sizes.window_len,
         NUM_CHOSEN=sizes.num_slc_blocks,
-        NUM_SPLITS=cut.num_splits, SPLITS=min(16, next_power_of_2(cut.num_splits)), SPLIT_PAGES=cut.split_pages,
+        NUM_SPLITS=cut.num_splits, SPLITS=min(8, next_power_of_2(cut.num_splits)), SPLIT_PAGES=cut.split_pages,
         SLC_PARTS=chosen.slc_parts, PARTS_PAD=next_power_of_2(num_parts), PART_BLOCKS=chosen.part_blocks, DV=dim_v,
-        num_warps=4, **following(out),
+        num_warps=MERGE_WARPS,
     )  # fmt: skip

@@ -15,14 +15,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.common.tiles import dot_precision
 from nsa_kernels.decode.append import decode_store
 from nsa_kernels.decode.call import Appended, PagedCache
-from nsa_kernels.decode.tiles import following
 from nsa_kernels.phi.compress import compress_mlp
 from nsa_kernels.phi.mlp import _gelu_parts, _power_of_2_part, _whose
 
@@ -37,11 +35,8 @@ def _first_product_kernel(
     parts_ptr,
     num_blocks, block_len, width, num_heads,
     PARTS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, FOLLOWS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if FOLLOWS:
-        gdc_launch_dependents()
-        gdc_wait()
     part = tl.program_id(0)
     block = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     cell_row = tl.load(cell_rows_ptr + block, mask=block < num_blocks, other=-1)
@@ -83,11 +78,8 @@ def _second_product_kernel(
     page_ptr, page2_ptr,
     num_blocks, width, num_heads,
     PARTS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, FOLLOWS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if FOLLOWS:
-        gdc_launch_dependents()
-        gdc_wait()
     block = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     cell_row = tl.load(cell_rows_ptr + block, mask=block < num_blocks, other=-1)
     if tl.max(cell_row) < 0:
@@ -146,12 +138,11 @@ def decode_compress_mlp(
         parts,
         num_blocks, block_len, width, num_heads,
         PARTS=PARTS, D=dim, BLOCK_M=BLOCK_M, BLOCK_F=block_f, BLOCK_K=block_d, PRECISION=precision, num_warps=4,
-        **following(w1),
     )  # fmt: skip
     _second_product_kernel[(dim // block_d, 2 * num_heads, tiles)](
         parts, appended.cell_rows, w2, w22,
         cache.k_cmp, cache.v_cmp,
         num_blocks, width, num_heads,
         PARTS=PARTS, D=dim, BLOCK_M=BLOCK_M, BLOCK_F=min(block_f, 64), BLOCK_D=block_d, PRECISION=precision, num_warps=4,
-        num_stages=1, **following(w1),
+        num_stages=1,
     )  # fmt: skip

@@ -3,18 +3,17 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from nsa_kernels.common.device import on_hopper
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 
 TILE_CELLS = 128  # compressed rows of a tile
 SPLIT_TILES = (8, 4, 2, 1)  # tiles of one program, the largest number with which there are ENOUGH_SPLITS programs
 ENOUGH_SPLITS = 256
-CHUNK_BLOCKS = (512, 256, 128)  # selection blocks whose candidates one program finds, likewise
-ENOUGH_PROGRAMS = 512
-MOST_SHARES = 8192  # heads * blocks of a chunk
+CHUNK_BLOCKS = 128  # selection blocks whose candidates one program finds
 CANDIDATES = 128  # looked at together
+ENOUGH_PROGRAMS = 512  # of selected and window attention
+CANDIDATE_WARPS = 4
+MERGE_WARPS = 1  # of a row of the output: sums over few parts then need no barriers
 MOST_ROWS = 64  # (token, head) rows of a tile
 
 
@@ -34,22 +33,6 @@ def split(batch: int, num_kv_heads: int, max_pages: int, cells_slc: int) -> Spli
         if batch * num_kv_heads * num_splits >= ENOUGH_SPLITS or tiles == SPLIT_TILES[-1]:
             break
     return Split(tile_pages, tile_pages * tiles, num_splits)
-
-
-def chunk_blocks(queries: int, group_pad: int, max_pages: int, least: int) -> int:
-    """Selection blocks of a chunk, `least` or more.
-
-    queries     sequences * new tokens * key-value heads
-    """
-    for chunk in CHUNK_BLOCKS:
-        if chunk * group_pad <= MOST_SHARES and queries * cdiv(max_pages, chunk) >= ENOUGH_PROGRAMS:
-            break
-    return max(chunk, least)
-
-
-def following(x: Tensor) -> dict[str, Any]:
-    """Options of a kernel that is brought onto the card while the one before it ends, and waits for it there."""
-    return {"FOLLOWS": True, "launch_pdl": True} if on_hopper(x) else {"FOLLOWS": False}
 
 
 def block_rows(num_rows: int) -> int:

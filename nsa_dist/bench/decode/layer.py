@@ -18,7 +18,7 @@ from nsa_kernels.reference import decode as reference
 
 @dataclass
 class Layer:
-    """One layer of `case`: all that is in its cache is drawn, its pages lie in no order."""
+    """One layer of `case`: all that is in its cache is drawn, its pages lie in no order. The first call completes it."""
 
     case: DecodeCase
     cache: NSACache
@@ -84,6 +84,6 @@ def _fill(cache: NSACache, seqs: list[int], case: DecodeCase) -> None:
     order = torch.cat([state.pages for state in states])[torch.randperm(sum(len(state.pages) for state in states))]
     for state, pages in zip(states, order.chunk(len(states)), strict=True):
         state.pages = pages.clone()
-        state.length = state.longest = case.tokens
+        state.length = state.longest = case.tokens - 1
     for x in (*cache.storage.slc, *cache.storage.cmp, *cache.storage.win, *cache.storage.raw):
         x.normal_()

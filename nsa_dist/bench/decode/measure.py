@@ -74,25 +74,23 @@ def check(layer: Layer) -> Row:
 
 
 def _graph_seconds(layer: Layer, clock: Clock) -> Row:
-    """Of a replay, of empty launches in as many nodes, and how many launches it has."""
-    slots, lengths = layer.tables(), layer.cache.tables.lengths
+    """Of a replay in which no block becomes whole, and in which one of each sequence does, so that phi runs; of empty
+    launches in as many nodes; and how many launches it has."""
+    slots, lengths, cfg = layer.tables(), layer.cache.tables.lengths, layer.case.cfg
     at = lengths.clone()
-
-    def rewind() -> None:
-        lengths.copy_(at)
-
+    whole = at // cfg.cmp_stride * cfg.cmp_stride - 1
     launches = _launches(lambda: layer.step(slots))
-    rewind()
+    lengths.copy_(at)
     graph = captured(lambda: layer.step(slots))
-    rewind()
     tiny = torch.zeros(1, device=lengths.device)
     floor = captured(lambda: [tiny.add_(1) for _ in range(launches)])
     found = {
         "launches": launches,
-        "graph_s": clock.seconds(graph.replay, before=rewind),
+        "graph_s": clock.seconds(graph.replay, before=lambda: lengths.copy_(at)),
+        "whole_s": clock.seconds(graph.replay, before=lambda: lengths.copy_(whole)),
         "floor_s": clock.seconds(floor.replay),
     }
-    rewind()
+    lengths.copy_(at)
     return found
 
 

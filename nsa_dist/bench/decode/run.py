@@ -15,7 +15,10 @@ from nsa_dist.bench.show.report import Report, machine
 BATCHES = (1, 8, 64)
 TOKENS = (4096, 16384, 65536, 262144, 1048576)
 TINY_HEADS = (4, 2, 16, 16)
-HEADER = f"{'':>16}{'graph':>9}{'floor':>9}{'call':>9}{'NSA bytes':>11}{'of rate':>9}{'dense bytes':>13}{'times':>7}  dense kernels"
+HEADER = (
+    f"{'':>16}{'graph':>9}{'phi':>9}{'floor':>9}{'call':>9}{'NSA bytes':>11}{'of rate':>9}{'dense bytes':>13}{'times':>7}"
+    "  dense kernels"
+)
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,13 @@ def _line(row: Row) -> str:
     if row["wrong"]:
         return f"{name}  WRONG: {row['wrong']}"
     if "graph_s" not in row:
-        return f"{name}{'':>18}{_us(row['call_s'])}"
+        return f"{name}{'':>27}{_us(row['call_s'])}"
     graph, own, dense = row["graph_s"], row["nsa_bytes_s"], row["dense_bytes_s"]
     kernels = ", ".join(
         f"{name} {1e6 * s:,.0f}" if isinstance(s, float) else f"{name}: {s}" for name, s in row["dense"].items()
     )
     return (
-        f"{name}{_us(graph)}{_us(row['floor_s'])}{_us(row['call_s'])}{_us(own, 11)}{own / graph:>9.0%}"
+        f"{name}{_us(graph)}{_us(row['whole_s'])}{_us(row['floor_s'])}{_us(row['call_s'])}{_us(own, 11)}{own / graph:>9.0%}"
         f"{_us(dense, 13)}{dense / graph:>6.1f}x  {kernels}"
     )
 
