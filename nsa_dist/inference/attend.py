@@ -92,8 +92,8 @@ def nsa_decode(
     seqs            B ids of distinct sequences; -1: an empty slot, whose output is 0 and whose blocks are -1
     returns         out [B, new, Hq, Dv]; with return_block_indices also int32 [B, new, Hkv, n]
 
-    On a GPU through kernels of its own, `nsa_kernels.decode`; on CPUs, in fp64 and with `ops` that have none, through the
-    operators of training. The same blocks, but for ties of importances within rounding; the host does not wait.
+    On a GPU through kernels of its own, `nsa_kernels.decode`; on CPUs, in fp64 and with `ops` that have none, through
+    the operators of training. The same blocks, but for ties of importances within rounding; the host does not wait.
     Raises as `nsa_prefill`.
     """
     _refuse_ranks(plan, cp_group)

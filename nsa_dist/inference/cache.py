@@ -36,7 +36,7 @@ class NSACache:
     dtype, device               of keys and values, as `nsa_prefill` and `nsa_decode` will be given them
     compress_k, compress_v      phi, as `nsa_attention` takes it
     max_sequences               rings to make at once; more are added when there are more sequences
-    max_tokens                  of one sequence, for which tables on the device are made at once; longer ones make them anew
+    max_tokens                  of one sequence: tables on the device are made for so many at once, and anew for longer
 
     Kept are keys and values of the selected branch for all tokens, of the window branch for the last w + 8, of the
     compressed branch for the last l + 8, and one compressed key and value every d tokens: `num_bytes`.

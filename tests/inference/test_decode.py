@@ -1,11 +1,11 @@
-"""`nsa_decode` through the kernels made for it, against training's forward: in the interpreter, or on a GPU as it is."""
+"""`nsa_decode` through the kernels made for it, against training's forward: in the interpreter, or on a GPU."""
 
 import pytest
 import torch
 
 import nsa_kernels
 from cases import SMALL
-from inference_cases import Case, Play
+from inference_cases import Case, Play, Told
 from kernels.interpreter import repair
 from kernels.judge import assert_twice
 from kernels.pace import SLOW_WITHOUT_A_GPU
@@ -47,9 +47,11 @@ class Rounded(Case):
             )  # fmt: skip
 
     def compare(self, tokens, out, blocks):
-        exact, expected_blocks = self.trained_in(torch.float64, tokens)
+        """The last tokens, of which there are answers."""
+        rows = slice(len(tokens) - len(out), None)
+        exact, expected_blocks = (x[rows] for x in self.trained_in(torch.float64, tokens))
         assert torch.equal(blocks, expected_blocks)
-        assert_twice("out", out, self.trained_in(torch.float32, tokens)[0], exact)
+        assert_twice("out", out, self.trained_in(torch.float32, tokens)[0][rows], exact)
 
 
 class KernelPlay(Play):
@@ -63,8 +65,35 @@ class KernelPlay(Play):
     heads = (4, 2, 16, 16), (3, 1, 32, 16)
 
 
-def test_a_drawn_case():
-    KernelPlay(0, most=40, steps=8).run()
+def test_forks_truncations_and_empty_slots():
+    """Pages are added, copied and given back, a block is retracted and becomes whole again with other tokens."""
+    case = Rounded.of(60, SMALL, "mlp", False, seed=2, heads=(2, 1, 16, 16))
+    cache = case.cache(20)
+    told = {cache.new_sequence(): Told(), cache.new_sequence(): Told()}
+    a, b = told
+    nsa_prefill(*case.rows(range(30)), cache, [a])
+    told[a].tokens = list(range(30))
+
+    def decode(tokens):
+        new = [tokens.get(seq) or [0] * len(next(iter(tokens.values()))) for seq in (a, -1, b)]
+        slots = [a if a in tokens else -1, -1, b if b in tokens else -1]
+        out, blocks = nsa_decode(*case.batch(new), cache, slots, ops=nsa_kernels, return_block_indices=True)
+        for slot, seq in ((0, a), (2, b)):
+            if seq in tokens:
+                told[seq].add(tokens[seq], out[slot], blocks[slot])
+
+    decode({a: [31, 32, 33], b: [1, 2, 3]})
+    cache.free(b)
+    b = cache.fork(a)
+    told[b] = told[a].cut(33)
+    cache.truncate(a, 30)
+    told[a] = told[a].cut(30)
+    told[a].outs, told[a].blocks = [], []
+    decode({a: [40, 41, 42], b: [50, 51, 52]})
+    decode({b: [53]})
+    for seq in (a, b):
+        out, blocks = told[seq].outs, told[seq].blocks
+        case.compare(told[seq].tokens, torch.stack(out), torch.stack(blocks))
 
 
 @pytest.mark.parametrize("seed", [pytest.param(seed, marks=SLOW_WITHOUT_A_GPU) for seed in range(8)])

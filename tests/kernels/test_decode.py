@@ -1,4 +1,4 @@
-"""Decoding from a paged cache against the fp64 reference: outputs by the twice rule, blocks, and what the cache holds."""
+"""Decoding from a paged cache against the fp64 reference: outputs by the twice rule, blocks, what the cache holds."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def check(drawn, dtype, device, phis=None):
     ("heads", "dtype"),
     [
         ((4, 2, 16, 16), torch.bfloat16),
-        ((3, 1, 48, 32), torch.float16),
+        pytest.param((3, 1, 48, 32), torch.float16, marks=SLOW_WITHOUT_A_GPU),
         pytest.param((2, 2, 16, 16), torch.float32, marks=SLOW_WITHOUT_A_GPU),
         pytest.param((64, 1, 16, 16), torch.bfloat16, marks=SLOW_WITHOUT_A_GPU),
         pytest.param((32, 2, 128, 128), torch.bfloat16, marks=SLOW_WITHOUT_A_GPU),
@@ -52,7 +52,7 @@ def check(drawn, dtype, device, phis=None):
     ],
 )
 def test_mixed_lengths_and_an_empty_slot(heads, dtype, device):
-    check(draw([700, None, 0, 31, 1100], 1, heads, dtype=dtype), dtype, device)
+    check(draw([620, None, 0, 31], 1, heads, dtype=dtype), dtype, device)
 
 
 @pytest.mark.parametrize(("dims", "width"), [((16, 16), 24), pytest.param((32, 16), 16, marks=SLOW_WITHOUT_A_GPU)])
@@ -63,7 +63,7 @@ def test_several_new_tokens_and_phi_as_an_mlp(dims, width, device):
         [torch.randn(s).bfloat16().double() / s[1] ** 0.5 for s in ((1, 8, d), (1, 8 * d, width), (1, width, d))]
         for d in dims
     ]
-    check(draw([90, 3, 0, None], 6, (2, 1, *dims), sizes), torch.bfloat16, device, phis)
+    check(draw([41, 3, 0], 6, (2, 1, *dims), sizes), torch.bfloat16, device, phis)
 
 
 @pytest.mark.parametrize(

@@ -164,15 +164,15 @@ def decode_append(
         *token_head_strides(*given),
         NUM_FRESH=num_fresh, UNIT_TOKENS=unit_tokens,
         CMP_LEN=sizes.cmp_block_len, CMP_STRIDE=sizes.cmp_stride, SLC_LEN=sizes.slc_block_len,
-        CELLS_SLC=sizes.cells_slc, DK=dim_k, DV=dim_v, BLOCK_K=next_power_of_2(num_heads * dim_k), BLOCK_V=next_power_of_2(num_heads * dim_v),
-        num_warps=2,
+        CELLS_SLC=sizes.cells_slc, DK=dim_k, DV=dim_v,
+        BLOCK_K=next_power_of_2(num_heads * dim_k), BLOCK_V=next_power_of_2(num_heads * dim_v), num_warps=2,
     )  # fmt: skip
     return made
 
 
 @torch.no_grad()
 def decode_store(k: Tensor, v: Tensor, appended: Appended, cache: PagedCache) -> None:
-    """Put what phi made of `appended`, [B * F, Hkv, Dk or Dv], into the pages, for the blocks that have become whole."""
+    """Put what phi made of `appended`, [B * F, Hkv, Dk or Dv], into the pages: of blocks that have become whole."""
     num_heads, dim_k = k.shape[1:]
     dim_v = v.shape[2]
     k, v = unit_stride(k), unit_stride(v)

@@ -11,8 +11,8 @@ end of a short sequence leave at once. No atomics, and all sums in a fixed order
 
 Numerics    scores, statistics, importances and partial results are fp32; probabilities enter products in the dtype of
             the values; the result is rounded once
-Bytes       a sequence of T tokens and a key-value head, (Dk + Dv) numbers each: T/d compressed rows, 64 n selected and w
-            window tokens; and, of fp32, 2 rows * layers * T/64 importances written and read
+Bytes       a sequence of T tokens and a key-value head, (Dk + Dv) numbers each: T/d compressed rows, n l' selected and
+            w window tokens; and, of fp32, rows * layers * T/l' importances, written and read
 Reference   nsa_kernels.reference.decode
 """
 

@@ -3,10 +3,10 @@
     page    l' tokens       k_slc, v_slc of each, and the l'/d compressed keys and values whose last token lies in it
     ring    one sequence    k_win, v_win of its last tokens; k_raw, v_raw: k_cmp, v_cmp before phi, likewise
 
-Cells       Compressed block i is the cell `i + l/d - 1` of its sequence: the stride of d tokens that it ends with. Page p
-            holds the cells p*S .. p*S+S-1, S = l'/d. Cell r of a page gives to selection block p (layer 0), p-1 (layer 1),
-            ..., by eq. 9's weights: for 32/16/64 cells 0..3 give 1, 2, 2, 2 to their own block, and cell 0 gives 1 to the
-            block before.
+Cells       Compressed block i is the cell `i + l/d - 1` of its sequence: the stride of d tokens that it ends with.
+            Page p holds the cells p*S .. p*S+S-1, S = l'/d. Cell r of a page gives to selection block p (layer 0), p-1
+            (layer 1), ..., by eq. 9's weights: for 32/16/64 cells 0..3 give 1, 2, 2, 2 to their own block, and cell 0
+            gives 1 to the block before.
 """
 
 from typing import NamedTuple
@@ -73,8 +73,8 @@ class Appended(NamedTuple):
     """What `decode_append` leaves to phi, `decode_store` and `decode_attention`.
 
     ends            int32 [B]: tokens of each sequence with the new ones; 0: an empty slot
-    k_raw, v_raw    [B * F * l, Hkv, Dk or Dv]: the tokens of the blocks that have become whole, F = ceil(new / d) places
-                    for each sequence; places without a block hold anything
+    k_raw, v_raw    [B * F * l, Hkv, Dk or Dv]: the tokens of the blocks that have become whole, F = ceil(new / d)
+                    places for each sequence; places without a block hold anything
     block_rows      int32 [B * F]: 0, l, 2 l, ..: where each block begins in them
     block_start     int64 [B * F]: and in its sequence; 0 where there is none
     cell_rows       int32 [B * F]: row of the flat compressed pages that it goes to; -1 where there is none

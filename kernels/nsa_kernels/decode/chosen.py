@@ -1,9 +1,9 @@
 """Selected and window attention of the new tokens in one launch; the blocks are chosen on the way.
 
 The programs of a token and key-value head split its blocks: the first `slc_parts` take `part_blocks` chosen blocks
-each, in ascending order, the others as many blocks of the window, counted from its first token. Each program of the first kind
-sorts the candidates again, which costs less than a launch, and the first writes down what is chosen. A program leaves
-m, sum and out as `compressed` does; one without blocks leaves nothing, and nothing of it is read.
+each, in ascending order, the others as many blocks of the window, counted from its first token. Each program of the
+first kind sorts the candidates again, which costs less than a launch, and the first writes down what is chosen. A
+program leaves m, sum and out as `compressed` does; one without blocks leaves nothing, and nothing of it is read.
 
 Shapes
     part_max, part_sum      fp32 [B, new, Hq, parts]        part_out fp32 [B, new, Hq, parts, Dv]

@@ -11,8 +11,8 @@ A program takes the (token, head) rows of a key-value head and the pages of one 
 so that k is read once, though the softmax is known at the end only. Splits that begin past a sequence's end do nothing,
 and what they leave is not read.
 
-Example     32/16/64, one row, scores 0: page 0 has cells 1, 2, 3 (block 0, 1, 2), page 1 cells 4 .. 7. imp[0] = 6, 7 and
-            imp[1] = 0, 1 (cell 0 of page 0 is no block's), so blocks 0 and 1 have the importances 7 and 7 + imp[1, 2].
+Example     32/16/64, one row, scores 0: page 0 has cells 1, 2, 3 (blocks 0, 1, 2), page 1 cells 4 .. 7. imp[0] = 6, 7
+            and imp[1] = 0, 1 (cell 0 of page 0 is no block's), so block 0 has the importance 6 + 1.
 Shapes      rows = new * G, row r is token r // G, head r % G
     part_max, part_sum      fp32 [B, Hkv, rows, splits]         part_out fp32 [B, Hkv, rows, splits, Dv]
     imp                     fp32 [B, Hkv, rows, layers, max_pages]      tile_max fp32 [B, Hkv, rows, tiles]

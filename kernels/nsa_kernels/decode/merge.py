@@ -32,7 +32,7 @@ def _merge_kernel(
     NUM_SPLITS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_PAGES: tl.constexpr,
     SLC_PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, PART_BLOCKS: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """A row of the output. No branches and no loops whose length is unknown, so that all loads are under way at once."""
+    """A row of the output. Without branches and loops of unknown length, so that all loads are under way at once."""
     row = tl.program_id(0).to(tl.int64)  # (sequence * new + token) * Hq + head
     query = row // num_q_heads
     q_head = row % num_q_heads

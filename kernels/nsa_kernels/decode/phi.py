@@ -22,7 +22,7 @@ from nsa_kernels.common.tiles import dot_precision
 from nsa_kernels.decode.append import decode_store
 from nsa_kernels.decode.call import Appended, PagedCache
 from nsa_kernels.phi.compress import compress_mlp
-from nsa_kernels.phi.mlp import _gelu_parts, _power_of_2_part, _whose
+from nsa_kernels.phi.mlp import gelu_parts, power_of_2_part, whose
 
 PARTS = 16
 BLOCK_M = 16
@@ -44,9 +44,9 @@ def _first_product_kernel(
         return
     whole = (cell_row >= 0)[:, None]
     slot = tl.program_id(1).to(tl.int64)
-    x_ptr = _whose(slot, num_heads, x_ptr, x2_ptr)
-    pos_emb_ptr = _whose(slot, num_heads, pos_emb_ptr, pos_emb2_ptr)
-    w1_ptr = _whose(slot, num_heads, w1_ptr, w12_ptr)
+    x_ptr = whose(slot, num_heads, x_ptr, x2_ptr)
+    pos_emb_ptr = whose(slot, num_heads, pos_emb_ptr, pos_emb2_ptr)
+    w1_ptr = whose(slot, num_heads, w1_ptr, w12_ptr)
     head = slot % num_heads
     x_rows = x_ptr + (block.to(tl.int64) * block_len * num_heads + head)[:, None] * D
     k = tl.arange(0, BLOCK_K)
@@ -86,8 +86,8 @@ def _second_product_kernel(
         return
     whole = (cell_row >= 0)[:, None]
     slot = tl.program_id(1).to(tl.int64)
-    w2_ptr = _whose(slot, num_heads, w2_ptr, w22_ptr)
-    page_ptr = _whose(slot, num_heads, page_ptr, page2_ptr)
+    w2_ptr = whose(slot, num_heads, w2_ptr, w22_ptr)
+    page_ptr = whose(slot, num_heads, page_ptr, page2_ptr)
     head = slot % num_heads
     dim = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -98,7 +98,7 @@ def _second_product_kernel(
         for part in tl.static_range(PARTS):
             at = ((part * tl.num_programs(1) + slot) * num_blocks + block)[:, None] * width + f[None, :]
             pre += tl.load(parts_ptr + at, mask=whole & inside, other=0.0)
-        gate, _ = _gelu_parts(pre)
+        gate, _ = gelu_parts(pre)
         w2 = tl.load(w2_ptr + (head * width + f)[:, None] * D + dim[None, :], mask=(f < width)[:, None], other=0.0)
         acc = tl.dot((pre * gate).to(w2.dtype), w2, acc, input_precision=PRECISION)
     to = (cell_row.to(tl.int64) * num_heads + head)[:, None] * D + dim[None, :]
@@ -131,7 +131,7 @@ def decode_compress_mlp(
     parts = w1.new_empty(PARTS, 2 * num_heads, num_blocks, width, dtype=torch.float32)
     tiles = cdiv(num_blocks, BLOCK_M)
     block_f = max(16, min(128, next_power_of_2(width)))
-    block_d = _power_of_2_part(dim, 64)
+    block_d = power_of_2_part(dim, 64)
     precision = dot_precision(w1.dtype)
     _first_product_kernel[(PARTS, 2 * num_heads, tiles)](
         *xs, appended.cell_rows, pos_emb, pos_emb2, w1, w12,
@@ -143,6 +143,6 @@ def decode_compress_mlp(
         parts, appended.cell_rows, w2, w22,
         cache.k_cmp, cache.v_cmp,
         num_blocks, width, num_heads,
-        PARTS=PARTS, D=dim, BLOCK_M=BLOCK_M, BLOCK_F=min(block_f, 64), BLOCK_D=block_d, PRECISION=precision, num_warps=4,
-        num_stages=1,
+        PARTS=PARTS, D=dim, BLOCK_M=BLOCK_M, BLOCK_F=min(block_f, 64), BLOCK_D=block_d, PRECISION=precision,
+        num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -9,10 +9,10 @@ from nsa_kernels.common.sizes import cdiv, next_power_of_2
 TILE_CELLS = 128  # compressed rows of a tile
 SPLIT_TILES = (8, 4, 2, 1)  # tiles of one program, the largest number with which there are ENOUGH_SPLITS programs
 ENOUGH_SPLITS = 256
-CHUNK_BLOCKS = 128  # selection blocks whose candidates one program finds
+CHUNK_BLOCKS = 64  # selection blocks whose candidates one program finds
 CANDIDATES = 128  # looked at together
 ENOUGH_PROGRAMS = 512  # of selected and window attention
-CANDIDATE_WARPS = 4
+CANDIDATE_WARPS = 2  # of a chunk
 MERGE_WARPS = 1  # of a row of the output: sums over few parts then need no barriers
 MOST_ROWS = 64  # (token, head) rows of a tile
 

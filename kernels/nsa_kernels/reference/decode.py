@@ -55,7 +55,8 @@ def decode_append(
                 token = torch.arange(start, start + sizes.cmp_block_len, device=rows.device)
                 rows[b * num_fresh + i] = ring[slot, token % ring.shape[1]]
     block_rows = torch.arange(batch * num_fresh, device=slots.device, dtype=torch.int32) * sizes.cmp_block_len
-    return Appended(ends, *(x.flatten(0, 1) for x in raw), block_rows, starts, cell_rows)
+    k_raw, v_raw = (x.flatten(0, 1) for x in raw)
+    return Appended(ends, k_raw, v_raw, block_rows, starts, cell_rows)
 
 
 @torch.no_grad()
@@ -99,24 +100,24 @@ def _attend(q: Tensor, gates: Tensor, cache: PagedCache, slot: int, end: int, si
 
     cells = [x[pages].flatten(0, 1) for x in (cache.k_cmp, cache.v_cmp)]
     first = sizes.cells_cmp - 1
-    rows = [x[first : first + num_whole(end, sizes)] for x in cells]
+    k_cmp, v_cmp = (x[first : first + num_whole(end, sizes)] for x in cells)
     seen = torch.tensor([num_whole(int(p) + 1, sizes) for p in position], device=q.device, dtype=torch.int32)
-    out_cmp, lse = compressed_attention(q, *rows, zeros, seen, softmax_scale=scale)
+    out_cmp, lse = compressed_attention(q, k_cmp, v_cmp, zeros, seen, softmax_scale=scale)
     block_indices = select_blocks(
-        q, rows[0], lse, zeros, seen, position, zeros, softmax_scale=scale,
+        q, k_cmp, lse, zeros, seen, position, zeros, softmax_scale=scale,
         cmp_block_len=sizes.cmp_block_len, cmp_stride=sizes.cmp_stride, slc_block_len=length,
         num_slc_blocks=sizes.num_slc_blocks, num_init_blocks=sizes.num_init_blocks,
         num_local_blocks=sizes.num_local_blocks,
     )  # fmt: skip
 
     tokens = [x[pages].flatten(0, 1) for x in (cache.k_slc, cache.v_slc)]
-    tokens = [torch.cat([x[:end], x.new_zeros(len(x) - end, *x.shape[1:])]) for x in tokens]
-    table = torch.arange(len(pages), device=q.device, dtype=torch.int32).expand(tokens[0].shape[1], -1)
+    k_slc, v_slc = (torch.cat([x[:end], x.new_zeros(len(x) - end, *x.shape[1:])]) for x in tokens)
+    table = torch.arange(len(pages), device=q.device, dtype=torch.int32).expand(k_slc.shape[1], -1)
     out_slc, _ = selected_attention(
-        q, *tokens, block_indices, table, position, slc_block_len=length, softmax_scale=scale
+        q, k_slc, v_slc, block_indices, table, position, slc_block_len=length, softmax_scale=scale
     )
     begin = (position - (sizes.window_len - 1)).clamp(min=0)
     token = torch.arange(int(begin[0]), end, device=q.device)
-    window = [x[slot, token % x.shape[1]] for x in (cache.k_win, cache.v_win)]
-    out_win, _ = window_attention(q, *window, begin - begin[0], position + 1 - begin[0], softmax_scale=scale)
+    k_win, v_win = (x[slot, token % x.shape[1]] for x in (cache.k_win, cache.v_win))
+    out_win, _ = window_attention(q, k_win, v_win, begin - begin[0], position + 1 - begin[0], softmax_scale=scale)
     return combine(gates, out_cmp, out_slc, out_win), block_indices

@@ -18,7 +18,7 @@ from nsa_kernels.reference import decode as reference
 
 @dataclass
 class Layer:
-    """One layer of `case`: all that is in its cache is drawn, its pages lie in no order. The first call completes it."""
+    """One layer of `case`: what is in its cache is drawn, its pages lie in no order. It lacks one token of the case."""
 
     case: DecodeCase
     cache: NSACache
@@ -69,10 +69,12 @@ class Layer:
     def expected(self, slots: Tensor, which: list[int]) -> tuple[Tensor, Tensor]:
         """The reference's of some sequences, after a call."""
         index = torch.tensor(which, device=self.q.device)
-        ends = torch.full_like(slots[index], self.cache.length(self.seqs[0]))
+        q, gates, slots = self.q[index], self.gates[index], slots[index]
+        ends = torch.full_like(slots, self.cache.length(self.seqs[0]))
         none = self.q.new_empty(0)
+        appended = Appended(ends, none, none, none, none, none)
         return reference.decode_attention(
-            self.q[index], self.gates[index], Appended(ends, none, none, none, none, none), paged(self.cache), slots[index],
+            q, gates, appended, paged(self.cache), slots,
             sizes=sizes_of(self.cache.shape), softmax_scale=self.q.shape[-1] ** -0.5,
         )  # fmt: skip
 

@@ -16,8 +16,8 @@ BATCHES = (1, 8, 64)
 TOKENS = (4096, 16384, 65536, 262144, 1048576)
 TINY_HEADS = (4, 2, 16, 16)
 HEADER = (
-    f"{'':>16}{'graph':>9}{'phi':>9}{'floor':>9}{'call':>9}{'NSA bytes':>11}{'of rate':>9}{'dense bytes':>13}{'times':>7}"
-    "  dense kernels"
+    f"{'':>16}{'graph':>9}{'phi':>9}{'floor':>9}{'call':>9}{'NSA bytes':>11}{'of rate':>9}{'dense bytes':>13}"
+    f"{'times':>7}  dense kernels"
 )
 
 
@@ -37,13 +37,13 @@ class DecodeRequest:
     def __post_init__(self) -> None:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError(
-                "--device cuda was given, but torch sees no GPU here, and kernels for GPUs cannot be timed without one; "
-                "leave it out, or give --device cpu"
+                "--device cuda was given, but torch sees no GPU here, and kernels for GPUs cannot be timed without "
+                "one; leave it out, or give --device cpu"
             )
         if min([1, *(self.batches or ()), *(self.tokens or ())]) < 1 or (self.heads and len(self.heads) != 4):
             raise ValueError(
-                f"--batch {self.batches}, --tokens {self.tokens} and --heads {self.heads} must be numbers from 1 on, and "
-                f"heads four, Hq,Hkv,Dk,Dv; give for example --batch 1,8 --tokens 4096 --heads 64,4,128,128"
+                f"--batch {self.batches}, --tokens {self.tokens} and --heads {self.heads} must be numbers from 1 "
+                f"on, as they are counts, and heads four, Hq,Hkv,Dk,Dv; give for example --batch 1,8 --tokens 4096 --heads 64,4,128,128"
             )
 
     def cases(self, on_gpu: bool) -> list[DecodeCase]:
@@ -111,8 +111,8 @@ def _line(row: Row) -> str:
         f"{name} {1e6 * s:,.0f}" if isinstance(s, float) else f"{name}: {s}" for name, s in row["dense"].items()
     )
     return (
-        f"{name}{_us(graph)}{_us(row['whole_s'])}{_us(row['floor_s'])}{_us(row['call_s'])}{_us(own, 11)}{own / graph:>9.0%}"
-        f"{_us(dense, 13)}{dense / graph:>6.1f}x  {kernels}"
+        f"{name}{_us(graph)}{_us(row['whole_s'])}{_us(row['floor_s'])}{_us(row['call_s'])}{_us(own, 11)}"
+        f"{own / graph:>9.0%}{_us(dense, 13)}{dense / graph:>6.1f}x  {kernels}"
     )
 
 
