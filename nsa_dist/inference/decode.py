@@ -16,7 +16,7 @@ from nsa_dist.compress import BlockPlaces, compress_both
 from nsa_dist.cp.device import put_on
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.inference.storage import CacheShape
-from nsa_kernels.decode.call import Appended, DecodeSizes, PagedCache
+from nsa_kernels.decode_contracts import Appended, DecodeSizes, PagedCache
 
 EMPTY_SLOT = -1
 

@@ -1,4 +1,4 @@
-"""`nsa-dist bench decode` without a GPU: what it counts, writes, and says of wrong results. Times are a GPU's affair."""
+"""`nsa-dist bench decode`, for the most part without a GPU: what it counts, writes, and says of wrong results."""
 
 import json
 

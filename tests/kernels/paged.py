@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsa_kernels.decode.call import DecodeSizes, PagedCache
+from nsa_kernels.decode_contracts import DecodeSizes, PagedCache
 from nsa_kernels.reference.decode import num_whole
 
 PAPER = DecodeSizes(32, 16, 64, 5, 1, 2, 130)

@@ -6,7 +6,7 @@ most F = ceil(new / d). Tokens of theirs come from the ring or, where they are n
 loses in the same launch is older than any of them.
 
 Example     l, d = 32, 16; 46 tokens, 3 new: 46 hold 1 block, 49 hold 2; block 1 is tokens 16 .. 47
-Shapes      `call`; new keys and values packed [B * new, Hkv, D], any strides but the last
+Shapes      `decode_contracts`; new keys and values packed [B * new, Hkv, D], any strides but the last
 Work        bytes: the new tokens, and l tokens of the compressed branch for each block that has become whole
 Reference   nsa_kernels.reference.decode
 """
@@ -22,7 +22,7 @@ from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.limits import check_dtypes
 from nsa_kernels.common.rows import token_head_strides, unit_stride
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
-from nsa_kernels.decode.call import MOST_NEW, Appended, DecodeSizes, PagedCache
+from nsa_kernels.decode_contracts import MOST_NEW, Appended, DecodeSizes, PagedCache
 
 
 @triton.jit

@@ -22,12 +22,12 @@ from torch import Tensor
 from nsa_kernels.common.limits import check_dtypes, check_head_dim
 from nsa_kernels.common.rows import unit_stride
 from nsa_kernels.common.sizes import next_power_of_2
-from nsa_kernels.decode.call import Appended, DecodeSizes, PagedCache, check_call
 from nsa_kernels.decode.candidates import find_candidates
 from nsa_kernels.decode.chosen import attend_chosen
 from nsa_kernels.decode.compressed import attend_compressed
 from nsa_kernels.decode.merge import merge_parts
 from nsa_kernels.decode.tiles import CHUNK_BLOCKS, split
+from nsa_kernels.decode_contracts import Appended, DecodeSizes, PagedCache, check_call
 
 
 def decode_takes(dtype: torch.dtype, dim_k: int, dim_v: int, slc_block_len: int) -> bool:

@@ -19,9 +19,9 @@ from torch import Tensor
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.decode.append import num_whole
-from nsa_kernels.decode.call import DecodeSizes
 from nsa_kernels.decode.compressed import CompressedParts
 from nsa_kernels.decode.tiles import CANDIDATE_WARPS, Split
+from nsa_kernels.decode_contracts import DecodeSizes
 
 FAR = tl.constexpr(2**31 - 1)
 INFINITY_BITS = tl.constexpr(0x7F800000)  # of fp32: more than any importance

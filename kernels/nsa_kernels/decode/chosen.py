@@ -21,10 +21,10 @@ from torch import Tensor
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
 from nsa_kernels.common.tiles import dot_precision
-from nsa_kernels.decode.call import DecodeSizes, PagedCache
 from nsa_kernels.decode.candidates import FAR
 from nsa_kernels.decode.compressed import LOG2_E
 from nsa_kernels.decode.tiles import CANDIDATES, blocks_of_part, chosen_options
+from nsa_kernels.decode_contracts import DecodeSizes, PagedCache
 from nsa_kernels.selection.top import merge_sorted
 
 

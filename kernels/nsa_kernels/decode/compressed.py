@@ -30,8 +30,8 @@ from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
 from nsa_kernels.common.tiles import dot_precision
 from nsa_kernels.decode.append import num_whole
-from nsa_kernels.decode.call import DecodeSizes, PagedCache
 from nsa_kernels.decode.tiles import Split, block_rows, compressed_options
+from nsa_kernels.decode_contracts import DecodeSizes, PagedCache
 
 LOG2_E = 1.4426950408889634
 

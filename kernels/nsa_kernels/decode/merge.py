@@ -15,10 +15,10 @@ from torch import Tensor
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import next_power_of_2
 from nsa_kernels.decode.append import num_whole
-from nsa_kernels.decode.call import DecodeSizes, PagedCache
 from nsa_kernels.decode.chosen import ChosenParts
 from nsa_kernels.decode.compressed import CompressedParts
 from nsa_kernels.decode.tiles import MERGE_WARPS, Split
+from nsa_kernels.decode_contracts import DecodeSizes, PagedCache
 
 
 @launchable

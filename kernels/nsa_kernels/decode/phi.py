@@ -20,7 +20,7 @@ from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.common.tiles import dot_precision
 from nsa_kernels.decode.append import decode_store
-from nsa_kernels.decode.call import Appended, PagedCache
+from nsa_kernels.decode_contracts import Appended, PagedCache
 from nsa_kernels.phi.compress import compress_mlp
 from nsa_kernels.phi.mlp import gelu_parts, power_of_2_part, whose
 

@@ -7,7 +7,7 @@ to the new tokens; lengths are read on the host. Same names, shapes and results 
 import torch
 from torch import Tensor
 
-from nsa_kernels.decode.call import Appended, DecodeSizes, PagedCache
+from nsa_kernels.decode_contracts import Appended, DecodeSizes, PagedCache
 from nsa_kernels.reference.gates import combine
 from nsa_kernels.reference.interval import compressed_attention, window_attention
 from nsa_kernels.reference.phi import compress_mlp

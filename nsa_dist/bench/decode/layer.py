@@ -12,7 +12,7 @@ from nsa_dist.compress import CompressMLP
 from nsa_dist.inference.attend import nsa_decode
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.inference.decode import decode_step, has_kernels, paged, sizes_of, slots_of
-from nsa_kernels.decode.call import Appended
+from nsa_kernels.decode_contracts import Appended
 from nsa_kernels.reference import decode as reference
 
 

@@ -42,8 +42,9 @@ class DecodeRequest:
             )
         if min([1, *(self.batches or ()), *(self.tokens or ())]) < 1 or (self.heads and len(self.heads) != 4):
             raise ValueError(
-                f"--batch {self.batches}, --tokens {self.tokens} and --heads {self.heads} must be numbers from 1 "
-                f"on, as they are counts, and heads four, Hq,Hkv,Dk,Dv; give for example --batch 1,8 --tokens 4096 --heads 64,4,128,128"
+                f"--batch {self.batches}, --tokens {self.tokens} and --heads {self.heads} must be numbers "
+                "from 1 on, as they are counts, and heads four, Hq,Hkv,Dk,Dv; give for example --batch 1,8 --tokens "
+                "4096 --heads 64,4,128,128"
             )
 
     def cases(self, on_gpu: bool) -> list[DecodeCase]:

@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_kernels.common.sizes import cdiv
-
 MOST_NEW = 8  # new tokens a sequence
 
 
@@ -43,7 +41,7 @@ class DecodeSizes(NamedTuple):
     @property
     def num_layers(self) -> int:
         """Selection blocks that a compressed row can give to."""
-        return 1 + cdiv(self.cells_cmp - 1, self.cells_slc)
+        return 1 - (1 - self.cells_cmp) // self.cells_slc
 
 
 class PagedCache(NamedTuple):
