@@ -25,12 +25,10 @@ from nsa_dist.config import NSAConfig
 from nsa_dist.cp.call import Call
 from nsa_dist.cp.comm import Comm, Traffic
 from nsa_dist.cp.layout import RankLayout, rank_layout
-from nsa_dist.cp.options import FetchOptions
+from nsa_dist.cp.one_sided.choice import with_transport
+from nsa_dist.cp.options import MOST_IN_LINE, FetchOptions
 from nsa_dist.cp.plan import ShardPlan, as_bounds
 from nsa_dist.cp.trace import Trace
-
-# Elements of q. At 16k tokens of 64 heads of 128 the device is twice as long as its host.
-_MOST_TAPED = 2**27
 
 
 class Heads(NamedTuple):
@@ -109,10 +107,11 @@ def nsa_attention(
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     fetch, ops = fetch or FetchOptions(), ops or default_ops(q)
+    comm = with_transport(comm, fetch, q)
     tiles = Tiles.of(ops, q.shape[1] // kv.k_cmp.shape[1], cfg, local_plan.num_documents)
     layout = _agreed_layout(local_plan, cfg, q, kv, comm, fetch, tiles.key_alignment)
-    tapes = _tapes(local_plan, q, ops, comm, (cfg, softmax_scale, *tiles.options.items()))
-    call = Call(cfg, layout, comm, ops, fetch, softmax_scale, tiles.options, tapes)
+    tapes, sent = _tapes(local_plan, q, ops, comm, (cfg, softmax_scale, fetch, *tiles.options.items()))
+    call = Call(cfg, layout, comm, ops, fetch, softmax_scale, tiles.options, tapes, sent)
     prepare = local_plan.shard if plan is None else local_plan.blank_padding
     with torch.autocast(q.device.type, enabled=False):
         inputs = [prepare(x, comm.rank) for x in (q, *kv, gates)]
@@ -181,17 +180,19 @@ def check_agreement(plan: ShardPlan, cfg: NSAConfig, heads: Heads, fetch: FetchO
         )
 
 
-def _tapes(plan: ShardPlan, q: Tensor, ops: ModuleType, comm: Comm, key: tuple) -> Mapping[str, Any]:
-    """Where kernels keep tapes, those of a lone rank's call that is short enough to wait for its host.
+def _tapes(
+    plan: ShardPlan, q: Tensor, ops: ModuleType, comm: Comm, key: tuple
+) -> tuple[Mapping[str, Any], dict[tuple, dict[str, int]]]:
+    """Where kernels keep tapes, those of a call that is short enough to wait for its host; and what its parts send.
 
     They live and die with the plan, as the index tensors do whose addresses are in them; `key` is what else they hold.
     """
-    if comm.size > 1 or comm.trace is not None or not q.is_cuda or q.numel() > _MOST_TAPED:
-        return {}
-    if not hasattr(ops, "Tapes"):
-        return {}
-    parts = "window", "phi", "forward", "backward", "phi backward"
-    return plan.memo(("tapes", ops, q.device, *key), lambda: {part: ops.Tapes() for part in parts})
+    alone = comm.size == 1 and q.numel() <= MOST_IN_LINE
+    if not (alone or comm.in_line) or comm.trace is not None or not q.is_cuda or not hasattr(ops, "Tapes"):
+        return {}, {}
+    parts = "halo", "window", "phi", "forward", "backward", "phi backward", "halo backward"
+    key = ("tapes", ops, q.device, comm.group, comm.generation, *key)
+    return plan.memo(key, lambda: ({part: ops.Tapes() for part in parts}, {}))
 
 
 class Tiles(NamedTuple):

@@ -12,7 +12,7 @@ sums, so outputs and dQ have the same bits for any number of ranks as long as no
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ from torch.autograd.function import once_differentiable
 
 from nsa_dist.compress import BlockPlaces, Compress, compress_both
 from nsa_dist.cp.call import Call, Stage, forward_stages, head_groups
+from nsa_dist.cp.fetch import Route
 from nsa_dist.cp.gather import CompressedGather, CompressedReturn
 from nsa_dist.cp.halo import extended, post_halos
-from nsa_dist.cp.selected import SelectedForward
-from nsa_dist.cp.selected_backward import SelectedBackward
-from nsa_dist.cp.window import WindowBackward, WindowForward
+from nsa_dist.cp.one_sided.counting import count_read
+from nsa_dist.cp.one_sided.selected import SelectedOverRanks, selected_backward, selected_forward
+from nsa_dist.cp.window import WholeWindow, WindowBackward, WindowForward
 
 
 class BranchKV(NamedTuple):
@@ -45,6 +46,11 @@ def attend(
     layout, comm = call.layout, call.comm
     comm.enter("forward")
     k_rows, v_rows = kv.k_cmp, kv.v_cmp
+    if comm.in_line:
+        from nsa_dist.cp.one_sided.rows import with_halos
+
+        rows, in_window = with_halos((kv.k_cmp, kv.v_cmp), (kv.k_win, kv.v_win), call)
+        return _after_halos(q, kv, gates, rows, compress, WholeWindow(q, *in_window, call), call)
     with torch.no_grad():
         window = WindowForward(q, kv.k_win, kv.v_win, call)
         if comm.size > 1:
@@ -56,9 +62,17 @@ def attend(
             window.halo_arrived(*received[2:])
     if comm.size > 1:
         k_rows, v_rows = extended([k_rows, v_rows], layout.cmp_halo, received[:2], comm)
-    with comm.computing("phi", "phi"):
-        places = BlockPlaces(layout.cmp_rows, layout.cmp_block_start, call.cfg.cmp_block_len)
-        k_cmp, v_cmp = compress_both(compress, (k_rows, v_rows), places, call.ops, call.run if call.tapes else None)
+    return _after_halos(q, kv, gates, (k_rows, v_rows), compress, window, call)
+
+
+def _after_halos(
+    q: Tensor, kv: BranchKV, gates: Tensor, rows: tuple[Tensor, Tensor],
+    compress: tuple[Compress | None, Compress | None], window: WindowForward | WholeWindow, call: Call,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`attend`, once phi has its `rows` and the window its own."""
+    with call.comm.computing("phi", "phi"):
+        places = BlockPlaces(call.layout.cmp_rows, call.layout.cmp_block_start, call.cfg.cmp_block_len)
+        k_cmp, v_cmp = compress_both(compress, rows, places, call.ops, call.run if call.tapes else None)
     return _Branches.apply(q, k_cmp, v_cmp, kv.k_slc, kv.v_slc, kv.k_win, kv.v_win, gates, window, call)
 
 
@@ -70,28 +84,20 @@ class _Branches(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, window: WindowForward, call: Call):
-        gather = CompressedGather(k_cmp, v_cmp, call.layout, call.comm)
-        out_win, lse_win = window.attend_rest()
-        k_cmp_all, v_cmp_all = gather.wait()
+    def forward(ctx, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, window, call: Call):
         groups = head_groups(q.shape[1], k_slc.shape[1], len(q), call)
         stages = forward_stages(groups, k_slc.shape[1], call)
-        ctx.rounds, kept = [[]], []
-
-        def body(inputs: list[Tensor]) -> list[Tensor]:
-            nonlocal kept
-            q, k_slc, v_slc, k_cmp, v_cmp, gates, out_win = inputs
-            selected = SelectedForward(q, k_slc, v_slc, stages, call)
-            results = _forward(q, k_cmp, v_cmp, gates, out_win, groups, stages, selected, call)
-            ctx.rounds, kept = selected.finish(), selected.kept  # of a lone rank nothing, so a tape need not know
-            return results
-
-        out, *saved = call.run("forward", body, [q, k_slc, v_slc, k_cmp_all, v_cmp_all, gates, out_win])
-        ctx.call, ctx.groups, ctx.num_kept, ctx.num_own = call, groups, len(kept), len(k_cmp)
+        run = _forward_in_line if call.comm.in_line else _forward_overlapped
+        out, done = run(q, k_cmp, v_cmp, k_slc, v_slc, gates, window, groups, stages, call)
+        ctx.call, ctx.groups, ctx.num_own, ctx.routes = call, groups, len(k_cmp), done.routes
+        ctx.num_kept, ctx.num_marks = len(done.kept), len(done.marks)
         ctx.save_for_backward(
-            q, k_cmp_all, v_cmp_all, k_slc, v_slc, window.k, window.v, gates, lse_win, out_win, *saved, *kept
-        )
-        block_indices = _cat(saved[2::5])
+            q, *done.compressed, k_slc, v_slc, window.k, window.v, gates, *done.window, *done.parts, *done.kept,
+            *done.marks,
+        )  # fmt: skip
+        if done.marks:
+            count_read(done.marks, (k_slc.shape[2], v_slc.shape[2]), k_slc.dtype, call, "pages")
+        block_indices = _cat(done.parts[2::5])
         ctx.mark_non_differentiable(block_indices)
         ctx.set_materialize_grads(False)  # or backward would be handed zeros for it
         return out, block_indices
@@ -101,15 +107,77 @@ class _Branches(torch.autograd.Function):
     def backward(ctx, grad_out: Tensor, _):
         if grad_out is None:  # nothing depends on the output
             return (None,) * 10
-        inputs = [grad_out, *ctx.saved_tensors]
+        inputs, call = [grad_out, *ctx.saved_tensors], ctx.call
+        if ctx.num_marks:
+            kinds = ("pages.grad",) if ctx.num_kept else ("pages.grad", "pages")
+            dims = inputs[4].shape[2], inputs[5].shape[2]
+            count_read(inputs[-ctx.num_marks :], dims, inputs[4].dtype, call, *kinds)
         ctx.maybe_clear_saved_tensors()  # what `_backward` drops is freed at once, not when it is over
         with torch.autocast(grad_out.device.type, enabled=False):
-            return *ctx.call.run("backward", lambda inputs: _backward(inputs, ctx), inputs), None, None
+            return *call.run("backward", lambda inputs: _backward(inputs, ctx), inputs), None, None
+
+
+class _Done(NamedTuple):
+    """What a forward leaves for its backward."""
+
+    compressed: Sequence[Tensor]  # keys and values of the whole sequence
+    window: Sequence[Tensor]  # softmax_lse, out
+    parts: Sequence[Tensor]  # out_cmp, lse_cmp, block_indices, out_slc, lse_slc of every head group
+    kept: Sequence[Tensor]  # fetched pages, if `FetchOptions.keep_pages`
+    marks: Sequence[Tensor]  # of every head group, where ranks read each other's pages
+    routes: list[list[Route]]  # of every head group, where pages are sent; [[]] of a lone rank
+
+
+def _forward_overlapped(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, gates: Tensor, window: WindowForward,
+    groups: list[Stage], stages: list[Stage], call: Call,
+) -> tuple[Tensor, _Done]:  # fmt: skip
+    """The schedule at the head of this file. `selected` over ranks is begun first: where ranks read, they put it."""
+    over_ranks = selected_forward(q, k_slc, v_slc, stages, call) if call.comm.size > 1 else None
+    gather = CompressedGather(k_cmp, v_cmp, call.layout, call.comm)
+    out_win, lse_win = window.attend_rest()
+    compressed = gather.wait()
+    fetched: list[Any] = [[]]
+    kept: list[Tensor] = []
+
+    def body(inputs: list[Tensor]) -> list[Tensor]:
+        nonlocal fetched, kept
+        q, k_slc, v_slc, k_cmp, v_cmp, gates, out_win = inputs
+        selected = over_ranks or selected_forward(q, k_slc, v_slc, stages, call)
+        results = _forward(q, k_cmp, v_cmp, gates, out_win, groups, stages, selected, call)
+        fetched, kept = selected.finish(), selected.kept  # of a lone rank nothing, so a tape need not know
+        return results
+
+    out, *parts = call.run("forward", body, [q, k_slc, v_slc, *compressed, gates, out_win])
+    marks = fetched if call.comm.reads_memory else []
+    return out, _Done(compressed, (lse_win, out_win), parts, kept, marks, [] if marks else fetched)
+
+
+def _forward_in_line(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, gates: Tensor, window: WholeWindow,
+    groups: list[Stage], stages: list[Stage], call: Call,
+) -> tuple[Tensor, _Done]:  # fmt: skip
+    """One thing after the other, exchanges included, so that all of it can be repeated from a tape."""
+    from nsa_dist.cp.one_sided.rows import gather_compressed
+
+    out_win, lse_win = window.attend_rest()
+
+    def body(inputs: list[Tensor]) -> list[Tensor]:
+        q, k_slc, v_slc, k_cmp, v_cmp, gates, out_win = inputs
+        selected = selected_forward(q, k_slc, v_slc, stages, call)
+        compressed = gather_compressed(k_cmp, v_cmp, call.layout, call.comm)
+        results = _forward(q, *compressed, gates, out_win, groups, stages, selected, call)
+        return [*results, *compressed, *selected.finish(), *selected.kept]
+
+    out, *found = call.run("forward", body, [q, k_slc, v_slc, k_cmp, v_cmp, gates, out_win])
+    parts, (k_all, v_all, *rest) = found[: 5 * len(groups)], found[5 * len(groups) :]
+    marks, kept = rest[: len(groups)], rest[len(groups) :]
+    return out, _Done((k_all, v_all), (lse_win, out_win), parts, kept, marks, [])
 
 
 def _forward(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, out_win: Tensor,
-    groups: list[Stage], stages: list[Stage], selected: SelectedForward, call: Call,
+    groups: list[Stage], stages: list[Stage], selected: SelectedOverRanks, call: Call,
 ) -> list[Tensor]:  # fmt: skip
     """out, then out_cmp, lse_cmp, block_indices, out_slc, lse_slc of every head group."""
     cmp: list[tuple[Tensor, Tensor, Tensor]] = []  # out, softmax_lse, block_indices of each stage
@@ -136,8 +204,9 @@ def _backward(inputs: list[Tensor], ctx) -> Sequence[Tensor]:
     call.comm.enter("backward")
     grad_out, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, lse_win, out_win, *rest = inputs
     inputs.clear()
+    marks = [rest.pop() for _ in range(ctx.num_marks)][::-1]
     kept = [rest.pop() for _ in range(ctx.num_kept)][::-1]
-    selected = SelectedBackward(k_slc, v_slc, groups, ctx.rounds, kept, call)
+    selected = selected_backward(k_slc, v_slc, groups, marks or ctx.routes, kept, call)
     selected.start()
     deltas, left = _deltas(groups, grad_out, out_win, rest, call)
     del out_win, rest, kept

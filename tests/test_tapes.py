@@ -48,7 +48,7 @@ def test_repeated_launches_give_the_same_bits(name, fused, monkeypatch):
     phis = [CompressMLP(heads[1], dim, 32, device="cuda", dtype=torch.bfloat16) for dim in heads[2:]]
     plan, plain = ShardPlan.contiguous(documents, 1), ShardPlan.contiguous(documents, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "_MOST_TAPED", 0)
+        patch.setattr(attention, "MOST_IN_LINE", 0)
         expected = {seed: results(plain, draw(plan, heads, seed, fused), phis) for seed in range(3)}
     for seed in (0, 1, 2, 1, 0):
         found = results(plan, draw(plan, heads, seed, fused), phis)
@@ -70,8 +70,8 @@ def test_no_more_memory_than_without(monkeypatch):
     documents, heads = CASES["Hopper kernels"]
     phis = [CompressMLP(heads[1], dim, 32, device="cuda", dtype=torch.bfloat16) for dim in heads[2:]]
     peaks = {}
-    for most in (0, attention._MOST_TAPED):
-        monkeypatch.setattr(attention, "_MOST_TAPED", most)
+    for most in (0, attention.MOST_IN_LINE):
+        monkeypatch.setattr(attention, "MOST_IN_LINE", most)
         plan = ShardPlan.contiguous(documents, 1)
         inputs = draw(plan, heads, 0, fused=False)
         for _ in range(3):

@@ -39,7 +39,8 @@ class Case:
     cfg: NSAConfig = field(default_factory=NSAConfig)
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     page_budget_bytes: int | None = None  # fetched pages held at once
-    head_groups: int = HEAD_GROUPS  # in which the kv heads travel; without meaning where all is gathered
+    head_groups: int | None = HEAD_GROUPS  # in which the kv heads travel; without meaning where all is gathered
+    transport: str = "auto"  # FetchOptions.transport
 
     @property
     def name(self) -> str:
@@ -57,6 +58,8 @@ class Case:
             way += f" u={self.union_fraction:g}{budget}"
         if not self.gathers and self.head_groups != HEAD_GROUPS:
             way += f", head groups {self.head_groups}"
+        if self.transport != "auto":
+            way += f", {self.transport}"
         return way
 
     @property
@@ -76,7 +79,7 @@ class Case:
     @property
     def fetch_options(self) -> FetchOptions:
         fraction = 1e-9 if self.mode == "whole shard" else 1.0
-        return FetchOptions(self.page_budget_bytes, whole_shard_fraction=fraction, head_groups=self.head_groups)
+        return FetchOptions(self.page_budget_bytes, fraction, transport=self.transport, head_groups=self.head_groups)
 
     def plan(self) -> ShardPlan:
         make = {"zigzag": ShardPlan.zigzag, "contiguous": ShardPlan.contiguous}[self.layout]
@@ -97,7 +100,9 @@ class Case:
 
 
 def ways(
-    case: Case, union_fractions: tuple[float, ...] = UNION_FRACTIONS, head_groups: tuple[int, ...] = (HEAD_GROUPS,)
+    case: Case,
+    union_fractions: tuple[float, ...] = UNION_FRACTIONS,
+    head_groups: tuple[int | None, ...] = (HEAD_GROUPS,),
 ) -> Iterator[Case]:
     """`case` in every mode: fetching at each u, whole shards, each in so many groups of heads; both all-gathers.
 

@@ -18,7 +18,9 @@ class Sizes:
     tokens_per_rank: tuple[int, ...]  # of what grows with the ranks: scaling (the last), memory (all)
     checked_tokens: int  # of the comparison with one rank
     page_budget_bytes: int  # of the memory curve
-    head_groups: tuple[int, ...] = (HEAD_GROUPS,)  # of what is timed
+    head_groups: tuple[int | None, ...] = (HEAD_GROUPS,)  # of what is timed
+    everyday_per_rank: tuple[int, ...] = (2**11, 2**12, 2**13, 2**14, 2**15, 2**17)  # tokens
+    everyday_heads: tuple[HeadSizes, ...] = (HeadSizes(64, 4, 128, 128), HeadSizes(16, 4, 128, 128))
 
     def case(self, tokens: int, cp_size: int, **changes) -> Case:
         return replace(Case(tokens, cp_size, heads=self.heads[0], cfg=self.cfg), **changes)
@@ -37,6 +39,14 @@ class Sizes:
                 yield case
                 if cp_size > 1:
                     yield replace(case, mode="all-gather", page_budget_bytes=None)
+
+    def everyday(self, cp_size: int, transports: tuple[str, ...]) -> Iterator[tuple[Case, ...]]:
+        """Every length and head size in all ways, everybody choosing everything."""
+        for heads in self.everyday_heads:
+            for per_rank in self.everyday_per_rank:
+                case = self.case(per_rank * cp_size, cp_size, heads=heads, union_fraction=1.0)
+                fetched = tuple(replace(case, transport=transport) for transport in transports)
+                yield (*fetched, replace(case, mode="all-gather"), replace(case, mode="shared all-gather"))
 
     def scaling(self, cp_sizes: list[int]) -> Iterator[Case]:
         for cp_size in cp_sizes:
@@ -58,6 +68,8 @@ TINY = Sizes(
     tokens_per_rank=(512, 1024),
     checked_tokens=1024,
     page_budget_bytes=2**16,
+    everyday_per_rank=(256,),
+    everyday_heads=(HeadSizes(4, 2, 16, 16, element_bytes=4),),
 )
 
 

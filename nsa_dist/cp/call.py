@@ -29,7 +29,8 @@ class Call:
     fetch: FetchOptions
     softmax_scale: float
     tiles: dict[str, bool] = field(default_factory=dict)  # options of the attention of intervals, cmp and win
-    tapes: Mapping[str, "Tapes"] = field(default_factory=dict)  # of the parts of a short call of one rank
+    tapes: Mapping[str, "Tapes"] = field(default_factory=dict)  # of the parts of a short call
+    sent: dict[tuple, dict[str, int]] = field(default_factory=dict)  # what such parts send, by kind
 
     def sum_dtype(self, x: Tensor) -> torch.dtype | None:
         """Of gradients to which those of other ranks or rounds are added: fp32 or better. One rank: None, as x."""
@@ -38,8 +39,23 @@ class Call:
     def run(
         self, part: str, body: Callable[[list[Tensor]], Sequence[Tensor]], inputs: list[Tensor]
     ) -> Sequence[Tensor]:
-        """`body(inputs)`; where the part has tapes, by what they recorded (`nsa_kernels.Tapes`)."""
-        return self.tapes[part].run(body, inputs) if part in self.tapes else body(inputs)
+        """`body(inputs)`; where the part has tapes, by what they recorded (`nsa_kernels.Tapes`).
+
+        A repetition sends what the recorded call sent, and counts it.
+        """
+        if part not in self.tapes:
+            return body(inputs)
+        if self.comm.size == 1:
+            return self.tapes[part].run(body, inputs)
+        key = (part, *((x.shape, x.dtype) for x in inputs))
+        sent: dict[str, int] = {}
+        with self.comm.traffic.noting(sent):
+            results = self.tapes[part].run(body, inputs)
+        if sent:
+            self.sent[key] = sent
+        for kind, num_bytes in self.sent.get(key, {}).items():
+            self.comm.traffic.add(kind, num_bytes)
+        return results
 
 
 def cut(x: Tensor, rows: slice, heads: slice | None = None) -> Tensor:
@@ -73,8 +89,8 @@ class Stage:
 
 
 def head_groups(num_q_heads: int, num_kv_heads: int, num_tokens: int, call: Call) -> list[Stage]:
-    """All queries, kv head by kv head or a few at a time: at most `FetchOptions.head_groups`. One rank: one stage."""
-    count = 1 if call.comm.size == 1 else min(num_kv_heads, call.fetch.head_groups)
+    """All queries, kv head by kv head or a few at a time: `FetchOptions.num_head_groups`. One rank: one stage."""
+    count = 1 if call.comm.size == 1 else call.fetch.num_head_groups(num_kv_heads, in_line=call.comm.in_line)
     group = num_q_heads // num_kv_heads
     bounds = [num_kv_heads * i // count for i in range(count + 1)]
     return [
@@ -85,7 +101,7 @@ def head_groups(num_q_heads: int, num_kv_heads: int, num_tokens: int, call: Call
 
 def forward_stages(groups: list[Stage], num_kv_heads: int, call: Call) -> list[Stage]:
     """The head groups, or halves of queries (`FetchOptions`), the second of which fetches what the first did not."""
-    if call.comm.size == 1 or not call.fetch.halves_queries(num_kv_heads):
+    if call.comm.size == 1 or call.comm.in_line or not call.fetch.halves_queries(num_kv_heads):
         return groups
     first, stop = groups[0], groups[0].rows.stop
     block_len = call.cfg.slc_block_len

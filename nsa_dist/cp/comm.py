@@ -9,9 +9,10 @@ ones that work over NCCL, over gloo on CPUs, and over gloo with several ranks on
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,31 +24,76 @@ from nsa_dist.cp.trace import Trace
 # torch 2.13 renamed both and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_MOST_OWED = 4096  # counts of a Traffic that is never read, which keep what they are to count
 
 
-@dataclass
 class Traffic:
     """Bytes this rank sent to other ranks, by kind: `halo`, `compressed`, `bitmap`, `pages`, `layout`, `tokens`.
 
     Forward and backward are counted apart: the gradient of `pages` travels as `pages.grad`. A ring or tree inside a
     collective may move them more than once; what is counted is the data each rank contributes to each other rank.
+    Where ranks read each other's memory, `pages` are what this rank read: over all ranks the same.
     `union_fractions` has for each call, in order, u of every kv head: chosen remote blocks / remote blocks.
     """
 
-    sent_bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    union_fractions: list[list[float]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._sent_bytes: dict[str, int] = defaultdict(int)
+        self._union_fractions: list[list[float]] = []
+        self._owed: list[Callable[[], None]] = []
+
+    @property
+    def sent_bytes(self) -> dict[str, int]:
+        self._settle()
+        return self._sent_bytes
+
+    @property
+    def union_fractions(self) -> list[list[float]]:
+        self._settle()
+        return self._union_fractions
+
+    @union_fractions.setter
+    def union_fractions(self, fractions: list[list[float]]) -> None:
+        self._union_fractions = fractions
 
     def add(self, kind: str, num_bytes: int) -> None:
-        self.sent_bytes[kind] += num_bytes
+        self._sent_bytes[kind] += num_bytes
+
+    @contextmanager
+    def noting(self, sent: dict[str, int]) -> Iterator[None]:
+        """Inside, what is sent is added to `sent` instead."""
+        outer, self._sent_bytes = self._sent_bytes, defaultdict(int)
+        try:
+            yield
+        finally:
+            sent |= self._sent_bytes
+            self._sent_bytes = outer
 
     def count_union(self, chosen: Tensor, num_local: int) -> None:
         """chosen bool [Hkv, num_blocks] on the CPU: the remote blocks this rank's queries chose."""
         num_remote = chosen.shape[1] - num_local
-        self.union_fractions.append((chosen.sum(1) / max(1, num_remote)).tolist())
+        self._union_fractions.append((chosen.sum(1) / max(1, num_remote)).tolist())
+
+    def owe(self, count: Callable[[], None]) -> None:
+        """`count()` adds what only the device knows: it is called when somebody asks, or when too many are owed."""
+        self._owed.append(count)
+        if len(self._owed) > _MOST_OWED:
+            self._settle()
+
+    def _settle(self) -> None:
+        owed, self._owed = self._owed, []
+        for count in owed:
+            count()
 
     @property
     def total_bytes(self) -> int:
         return sum(self.sent_bytes.values())
+
+
+class Work(Protocol):
+    """What a collective hands back that is under way."""
+
+    def wait(self) -> Any:
+        """Make the current stream wait for it (gloo: the host)."""
 
 
 class Handle:
@@ -60,7 +106,7 @@ class Handle:
     def __init__(
         self,
         result: Tensor,
-        work: dist.Work | None = None,
+        work: Work | None = None,
         sent: Tensor | None = None,
         label: tuple[str, str] = ("", ""),
         trace: Trace | None = None,
@@ -123,6 +169,25 @@ class Comm:
     trace: Trace | None = None
 
     @property
+    def reads_memory(self) -> bool:
+        """Whether ranks read each other's memory (`cp.one_sided`)."""
+        return False
+
+    def for_call(self, q: Tensor) -> "Comm":
+        """This one as it is to serve a call with these queries."""
+        return self
+
+    @property
+    def generation(self) -> int:
+        """Changes on all ranks alike when memory that they read has moved."""
+        return 0
+
+    @property
+    def in_line(self) -> bool:
+        """Whether exchanges run between the kernels of the current stream, none of them under another."""
+        return False
+
+    @property
     def size(self) -> int:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
@@ -149,9 +214,13 @@ class Comm:
         return Handle(out, self._start_reduce_scatter(out, sent, kind), sent, label, self.trace)
 
     def post_all_to_all(
-        self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int], kind: str, name: str = ""
-    ) -> Handle:
-        """Rows of `x` [sum(send_sizes), ...] by destination -> [sum(recv_sizes), ...] by source. Its own dual."""
+        self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int], kind: str, name: str = "",
+        most_sent: int | None = None,
+    ) -> Handle:  # fmt: skip
+        """Rows of `x` [sum(send_sizes), ...] by destination -> [sum(recv_sizes), ...] by source. Its own dual.
+
+        most_sent       sum(send_sizes) of the rank that sends most, for transports that keep room for it
+        """
         if self.size == 1:
             return Handle(x)
         sent, out = x.contiguous(), x.new_empty(sum(recv_sizes), *x.shape[1:])
@@ -177,15 +246,15 @@ class Comm:
             self.trace.add("post", *label, num_bytes)
         return label
 
-    def _start_all_gather(self, out: Tensor, x: Tensor, kind: str) -> dist.Work | None:
+    def _start_all_gather(self, out: Tensor, x: Tensor, kind: str) -> Work | None:
         return _all_gather(out.flatten(), x.flatten(), group=self.group, async_op=True)
 
-    def _start_reduce_scatter(self, out: Tensor, x: Tensor, kind: str) -> dist.Work | None:
+    def _start_reduce_scatter(self, out: Tensor, x: Tensor, kind: str) -> Work | None:
         return _reduce_scatter(out.flatten(), x.flatten(), group=self.group, async_op=True)
 
     def _start_all_to_all(
         self, out: Tensor, x: Tensor, recv_sizes: list[int], send_sizes: list[int], kind: str
-    ) -> dist.Work | None:
+    ) -> Work | None:
         return dist.all_to_all_single(out, x, recv_sizes, send_sizes, group=self.group, async_op=True)
 
     # --- at once ---------------------------------------------------------------------------------------------
@@ -210,6 +279,44 @@ class Comm:
         if self.trace is not None:
             self.trace.phase = phase
 
+    def note(self, action: str, name: str, kind: str) -> None:
+        """An event of the trace (`Trace.add`) that moves no bytes which are known by now."""
+        if self.trace is not None:
+            self.trace.add(action, name, kind)
+
     def computing(self, name: str, kind: str) -> AbstractContextManager[None]:
         """A block that computes; `kind` names the branch."""
         return nullcontext() if self.trace is None else self.trace.span(name, kind)
+
+
+class CannotShare(RuntimeError):
+    """Why the ranks of a group cannot read each other's memory."""
+
+
+def shared_memory(group: dist.ProcessGroup, num_bytes: int, device: torch.device) -> tuple[Tensor, list[int], object]:
+    """Zeros that all ranks of the group can read: own uint8 [num_bytes], its address on each rank, what keeps it there.
+
+    A collective: every rank of the group calls it with the same number. The host waits.
+    """
+    from torch.distributed import _symmetric_memory as symmetric
+
+    memory = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
+    memory.zero_()
+    torch.cuda.synchronize(device)  # before anybody knows the address
+    handle = symmetric.rendezvous(memory, group)
+    if handle is None:
+        raise CannotShare("torch's symmetric memory gave no handle for this group")
+    return memory, list(handle.buffer_ptrs), handle
+
+
+def timeout_s(group: dist.ProcessGroup, device: torch.device) -> float:
+    """How long the group's collectives wait for a rank."""
+    return group._get_backend(device).options._timeout.total_seconds()
+
+
+def gather_facts(group: dist.ProcessGroup, facts: list[int], device: torch.device) -> list[list[int]]:
+    """Small numbers of every rank, on every rank; the host waits."""
+    mine = torch.tensor(facts, dtype=torch.int64, device=device if dist.get_backend(group) == "nccl" else "cpu")
+    found = mine.new_empty(dist.get_world_size(group) * len(facts))
+    _all_gather(found, mine, group=group)
+    return found.view(-1, len(facts)).tolist()

@@ -9,8 +9,12 @@ from torch import Tensor
 
 @cache
 def _transfer_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for each device, because memory freed on a stream is used again on that stream only."""
-    return torch.cuda.Stream(device)
+    """One for each device, because memory freed on a stream is used again on that stream only.
+
+    Before others: a GPU begins all programs of a kernel before those of a later one, so a chain of small kernels, each
+    of which other ranks wait for, would take a step only whenever a long one has begun its last.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class Side:

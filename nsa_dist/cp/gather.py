@@ -48,11 +48,16 @@ class CompressedReturn:
     """
 
     def __init__(self, dk: Tensor, dv: Tensor, num_own: int, layout: RankLayout, comm: Comm, name: str):
-        if layout.cmp_place is not None:
-            dk, dv = (grad.index_select(0, layout.cmp_place) for grad in (dk, dv))
-        self._grads: tuple[Tensor, ...] = (dk, dv)
         self._num_own, self._dims = num_own, (dk.shape[2], dv.shape[2])
         self._handle: Handle | None = None
+        if comm.in_line:
+            from nsa_dist.cp.one_sided.rows import return_compressed
+
+            self._grads: tuple[Tensor, ...] = return_compressed(dk, dv, num_own, layout, comm)
+            return
+        if layout.cmp_place is not None:
+            dk, dv = (grad.index_select(0, layout.cmp_place) for grad in (dk, dv))
+        self._grads = (dk, dv)
         if comm.size > 1:
             total = dk.new_zeros(comm.size * layout.num_cmp_max, dk.shape[1], sum(self._dims))
             for part, grad in zip(total.split(self._dims, -1), (dk, dv), strict=True):

@@ -8,6 +8,7 @@ One exchange brings the halos of several tensors. It is posted, and waited for w
 A sent row is used on several ranks, so its gradient is the sum of what each of them found for it.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,13 +35,15 @@ class RowExchange:
 def post_halos(tensors: Sequence[Tensor], halos: Sequence[Halo], comm: Comm) -> RowExchange:
     """Send the rows of each x [T, ...] that others need; its `wait()` gives the received rows of each."""
     parts = [x.index_select(0, halo.send_rows) for x, halo in zip(tensors, halos, strict=True)]
-    return _post(parts, [h.send_sizes for h in halos], [h.recv_sizes for h in halos], comm, "halo")
+    most = [halo.most_sent for halo in halos]
+    return _post(parts, [h.send_sizes for h in halos], [h.recv_sizes for h in halos], most, comm, "halo")
 
 
 def post_halo_gradients(grads: Sequence[Tensor], halos: Sequence[Halo], comm: Comm) -> RowExchange:
     """Send the gradients of received rows home: dy [E, ...] of extended tensors, in fp32 or better."""
     parts = [dy.index_select(0, halo.recv_rows) for dy, halo in zip(grads, halos, strict=True)]
-    return _post(parts, [h.recv_sizes for h in halos], [h.send_sizes for h in halos], comm, "halo.grad")
+    most = [halo.most_received for halo in halos]
+    return _post(parts, [h.recv_sizes for h in halos], [h.send_sizes for h in halos], most, comm, "halo.grad")
 
 
 def extend(x: Tensor, halo: Halo) -> Tensor:
@@ -80,29 +83,37 @@ class _Extended(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
-        dtype = torch.promote_types(grads[0].dtype, torch.float32)
-        wide = [dy.to(dtype) for dy in grads]
-        returned = post_halo_gradients(wide, [ctx.halo] * len(wide), ctx.comm).wait()
-        found = [gather_gradients(dy, ctx.halo, rows) for dy, rows in zip(wide, returned, strict=True)]
-        return None, None, None, *(dx.to(dy.dtype) for dx, dy in zip(found, grads, strict=True))
+        return None, None, None, *_gradients(grads, ctx.halo, ctx.comm)
+
+
+def _gradients(grads: Sequence[Tensor], halo: Halo, comm: Comm) -> list[Tensor]:
+    """Of tensors from those of their extensions by one kind of halo, in their dtype, summed in fp32 or better."""
+    dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    wide = [dy.to(dtype) for dy in grads]
+    returned = post_halo_gradients(wide, [halo] * len(wide), comm).wait()
+    found = [gather_gradients(dy, halo, rows) for dy, rows in zip(wide, returned, strict=True)]
+    return [dx.to(dy.dtype) for dx, dy in zip(found, grads, strict=True)]
 
 
 def _post(
     parts: Sequence[Tensor],
     send_sizes: Sequence[Sequence[int]],
     recv_sizes: Sequence[Sequence[int]],
+    most_sent: Sequence[int],
     comm: Comm,
     kind: str,
 ) -> RowExchange:
-    """Part p has send_sizes[p][rank] rows for each rank and gets recv_sizes[p][rank]."""
+    """Part p has send_sizes[p][rank] rows for each rank and gets recv_sizes[p][rank]; most_sent[p] no rank exceeds."""
     widths = [part.shape[1:].numel() for part in parts]
+    unit = math.gcd(*widths)  # rows of what is sent: one width for all parts
     pieces = [part.split(list(sizes)) for part, sizes in zip(parts, send_sizes, strict=True)]
-    flat = torch.cat([piece[rank].reshape(-1) for rank in range(comm.size) for piece in pieces])
+    flat = torch.cat([piece[rank].reshape(-1) for rank in range(comm.size) for piece in pieces]).view(-1, unit)
 
     def lengths(sizes: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Numbers of each part, for each rank."""
-        return [[s[rank] * width for s, width in zip(sizes, widths, strict=True)] for rank in range(comm.size)]
+        """Rows of each part, for each rank."""
+        return [[s[rank] * width // unit for s, width in zip(sizes, widths, strict=True)] for rank in range(comm.size)]
 
     sent, got = lengths(send_sizes), lengths(recv_sizes)
-    handle = comm.post_all_to_all(flat, [sum(n) for n in sent], [sum(n) for n in got], kind)
+    most = sum(count * width // unit for count, width in zip(most_sent, widths, strict=True))
+    handle = comm.post_all_to_all(flat, [sum(n) for n in sent], [sum(n) for n in got], kind, most_sent=most)
     return RowExchange(handle, [n for of_rank in got for n in of_rank], [part.shape[1:] for part in parts])

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 GATHER_BYTES_PER_S, COPY_BYTES_PER_S = 331e9, 980e9
 
 
+# Elements of a call's queries up to which it waits for its host: at 16k tokens of 64 heads of 128 an H200 takes twice
+# as long as its host (docs/decisions/host-time.md). So far launches are repeated, and exchanges run in line.
+MOST_IN_LINE = 2**27
+
+TRANSPORTS = ("auto", "one_sided", "all_to_all")
+
+
 @dataclass(frozen=True)
 class FetchOptions:
     """How the remote blocks of the selected branch are moved. Every rank of a group must use the same.
@@ -17,7 +24,8 @@ class FetchOptions:
     kv_fetch_budget_bytes: int | None = None  # pages held at once on a rank; None: those of two head groups
     whole_shard_fraction: float = 1.0  # of an (owner, kv head)'s blocks chosen: from here on all of them are sent
     keep_pages: bool = False  # keep fetched pages for backward instead of fetching them again
-    head_groups: int = 4  # kv heads travel in so many groups, each under the computation of others; 1: all at once
+    transport: str = "auto"  # one of TRANSPORTS: how pages and all else move; auto: one-sided where ranks can
+    head_groups: int | None = None  # kv heads travel in so many groups, each under others' work; None: 4, in line 1
 
     def __post_init__(self) -> None:
         if self.kv_fetch_budget_bytes is not None and self.kv_fetch_budget_bytes < 1:
@@ -30,7 +38,12 @@ class FetchOptions:
                 f"whole_shard_fraction={self.whole_shard_fraction} is a fraction of an owner's blocks and must lie in "
                 f"(0, 1]; 1 sends only what was chosen"
             )
-        if self.head_groups < 1:
+        if self.transport not in TRANSPORTS:
+            raise ValueError(
+                f"transport={self.transport!r} must be one of {', '.join(TRANSPORTS)}: ranks read each other's memory, "
+                f"or send by collectives; pass 'auto' to read where that can be"
+            )
+        if self.head_groups is not None and self.head_groups < 1:
             raise ValueError(
                 f"head_groups={self.head_groups} must be at least 1: the kv heads travel in so many groups; pass 1 to "
                 f"move all of them at once, with nothing to hide it"
@@ -68,13 +81,18 @@ class FetchOptions:
             return None
         return max(1, self.kv_fetch_budget_bytes // page_bytes // 2)
 
+    def num_head_groups(self, num_kv_heads: int, *, in_line: bool = False) -> int:
+        """Groups in which the kv heads of a rank travel; `in_line`: nothing travels under anything."""
+        wanted = self.head_groups or (1 if in_line else 4)
+        return min(num_kv_heads, wanted)
+
     def halves_queries(self, num_kv_heads: int) -> bool:
         """Whether the queries of a rank's only kv head go in two halves, so that one's fetch hides under the other.
 
         Both halves' pages are held until the end, so not under a budget; pages that are kept are not cut in two.
         """
         bounded = self.kv_fetch_budget_bytes is not None or self.keep_pages
-        return num_kv_heads == 1 and self.head_groups > 1 and not bounded
+        return num_kv_heads == 1 and self.head_groups != 1 and not bounded
 
     def fetches_ahead(self, page_bytes: int) -> bool:
         """Whether two rounds fit in the budget. If not, each is fetched only when the one before is done with."""

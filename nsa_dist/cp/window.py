@@ -50,6 +50,24 @@ class WindowForward:
             self._parts[rows.start] = self._call.run("window", attend, [cut(self._q, rows), self.k, self.v])
 
 
+class WholeWindow:
+    """k [E, Hkv, Dk], v [E, Hkv, Dv] with their halos, which have come: all queries at once."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: Call):
+        self._q, self.k, self.v, self._call = q, k, v, call
+
+    def attend_rest(self) -> tuple[Tensor, Tensor]:
+        """out [T, Hq, Dv], softmax_lse [T, Hq] of all queries."""
+        call = self._call
+
+        def attend(inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+            begin, end = call.layout.win_begin, call.layout.win_end
+            return call.ops.window_attention(*inputs, begin, end, softmax_scale=call.softmax_scale, **call.tiles)
+
+        out, lse = call.run("window", attend, [self._q, self.k, self.v])
+        return out, lse
+
+
 class WindowBackward:
     """Gradients by head group over the extended k [E, Hkv, Dk], v [E, Hkv, Dv]; the halo's go home at the end."""
 
@@ -76,5 +94,9 @@ class WindowBackward:
         if self._call.comm.size == 1:
             return grads
         halo = self._call.layout.win_halo
+        if self._call.comm.in_line:
+            from nsa_dist.cp.one_sided.rows import halo_gradients
+
+            return list(halo_gradients((grads[0], grads[1]), halo, self._call.comm))
         returned = post_halo_gradients(grads, [halo, halo], self._call.comm).wait()
         return [gather_gradients(dy, halo, rows) for dy, rows in zip(grads, returned, strict=True)]

@@ -140,7 +140,14 @@ class ParallelSection(Section):
         description="GB that a rank sends in a second; sets whole_shard_fraction where both ways are as quick",
     )
     keep_pages: bool = Field(default=False, description="keep fetched pages for backward instead of fetching again")
-    head_groups: int = Field(default=4, description="kv heads travel in so many groups, each under others' computation")
+    head_groups: int | None = Field(
+        default=None,
+        description="kv heads travel in so many groups, each under others' work; null: 4, or 1 in short calls",
+    )
+    transport: Literal["auto", "one_sided", "all_to_all"] = Field(
+        default="auto",
+        description="ranks read each other's GPU memory, or send by collectives; auto: they read where they can",
+    )
 
     @model_validator(mode="after")
     def _check_fetch(self) -> "ParallelSection":
@@ -153,6 +160,7 @@ class ParallelSection(Section):
             "kv_fetch_budget_bytes": self.kv_fetch_budget_bytes,
             "keep_pages": self.keep_pages,
             "head_groups": self.head_groups,
+            "transport": self.transport,
         }
         if self.link_gb_per_s is None:
             return FetchOptions(whole_shard_fraction=self.whole_shard_fraction, **others)

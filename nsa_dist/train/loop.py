@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from nsa_dist.cp.one_sided.mailboxes import naming_the_missing
 from nsa_dist.train import checkpoint
 from nsa_dist.train.checkpoint import Position
 from nsa_dist.train.config import TrainConfig
@@ -53,7 +54,7 @@ def train(config: TrainConfig, hooks: Hooks, device: torch.device) -> TrainResul
     checkpoint of a run to go on with is intact.
     """
     output = OutputDir(config.run.output_dir)
-    with entered(config, device) as world:
+    with entered(config, device) as world, naming_the_missing():
         world.agreed(lambda: prepare_output(config))
         intact = newest_intact(output, world)
         if world.is_main:
@@ -67,7 +68,7 @@ def train(config: TrainConfig, hooks: Hooks, device: torch.device) -> TrainResul
             for text in notices.not_given_yet(output, texts):
                 hooks.on_notice(text)
         start = Position() if intact.path is None else checkpoint.restore(model, intact.path)
-        meter = TrafficMeter(config, cutter.plan)
+        meter = TrafficMeter(config, cutter.plan, world.transport.name == "one_sided")
         monitor = Monitor(config, world, model, cutter)
         run = _Run(config, hooks, output, world, model, cutter, datasets, meter, monitor, Patience(config.run))
         with run.logging(start.step):
@@ -183,6 +184,7 @@ class _Run:
                 "layout": parallel.layout,
                 "load_imbalance": self.meter.load_imbalance,
                 **asdict(parallel.fetch_options()),
+                "transport": str(self.world.transport),
                 "link_gb_per_s": parallel.link_gb_per_s,
             }
         )

@@ -41,6 +41,7 @@ class TrafficMeter:
 
     config: TrainConfig
     plan: ShardPlan
+    one_sided: bool = False  # the transport of the context-parallel groups
 
     @property
     def is_on(self) -> bool:
@@ -140,7 +141,9 @@ class TrafficMeter:
         """By kind, of one layer and step over all ranks, had nobody chosen a remote block."""
         none, heads = [[0] * self.plan.cp_size] * self.plan.cp_size, self._heads
         halves = self.config.parallel.fetch_options().halves_queries(heads.num_kv_heads)
-        ranks = cost.sent_bytes(self.plan, self.config.nsa.sizes(), heads, none, refetch=True, halves=halves)
+        ranks = cost.sent_bytes(
+            self.plan, self.config.nsa.sizes(), heads, none, refetch=True, halves=halves, one_sided=self.one_sided
+        )
         groups = self.config.run.global_batch_size * self.config.parallel.tensor_model_parallel_size
         return {
             kind: groups * (1 if kind.endswith(".grad") else self._forward_runs) * num_bytes

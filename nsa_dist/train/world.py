@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
 from nsa_dist.cp.comm import Comm
+from nsa_dist.cp.one_sided.choice import Transport, transport_of
 from nsa_dist.mcore.cpu import megatron_on_cpu
 from nsa_dist.mcore.groups import groups_of_this_rank, set_timeout, timeout_of
 from nsa_dist.train.config import TrainConfig
@@ -28,6 +29,7 @@ class World:
     dp_rank: int
     dp_size: int
     cp: Comm
+    transport: Transport = field(default_factory=lambda: Transport("alone"))  # of `cp`
 
     @property
     def is_main(self) -> bool:
@@ -110,7 +112,7 @@ def entered(config: TrainConfig, device: torch.device) -> Iterator[World]:
             for group in groups_of_this_rank():
                 set_timeout(group, timeout)  # Megatron forgets the gloo twin of the experts' replicas
             _seed(config.run.seed)
-            yield _this_process(device)
+            yield _this_process(config, device)
         except BaseException:
             parallel_state.destroy_model_parallel()  # closing a group may wait for a rank that is gone
             raise
@@ -134,12 +136,24 @@ def _seed(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
 
 
-def _this_process(device: torch.device) -> World:
+def _transport(config: TrainConfig, cp: Comm, device: torch.device) -> Transport:
+    """That of the context-parallel groups."""
+    if cp.group is None or cp.size == 1:
+        return Transport("alone")
+    try:
+        return transport_of(cp.group, config.parallel.fetch_options(), device)
+    except ValueError as error:
+        raise Refused(f"parallel.{error}") from error
+
+
+def _this_process(config: TrainConfig, device: torch.device) -> World:
+    cp = Comm(parallel_state.get_context_parallel_group())
     return World(
         device=device,
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        cp=Comm(parallel_state.get_context_parallel_group()),
+        cp=cp,
+        transport=_transport(config, cp, device),
     )

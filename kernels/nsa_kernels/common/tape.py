@@ -223,7 +223,7 @@ class _Recording(TorchDispatchMode, Listener):
             if slot is None:
                 self.constants.append(base)
                 continue
-            pointer = (number, slot, base.data_ptr() - self._begins[slot][0])
+            pointer = (number, slot, self._offset(slot, base))
             if isinstance(x, Tensor):
                 pointers.append(pointer)
             else:
@@ -237,10 +237,10 @@ class _Recording(TorchDispatchMode, Listener):
         if slot is None:
             self.constants.append(x)
             return x
-        address, shape, stride, dtype = self._begins[slot]
+        _, shape, stride, dtype = self._begins[slot]
         if dtype != x.dtype:
             self.obstacle = self.obstacle or f"a view of {dtype} as {x.dtype}"
-        offset = (x.data_ptr() - address) // x.element_size()
+        offset = self._offset(slot, x) // x.element_size()
         return _Place(slot, x.shape, x.stride(), offset, offset == 0 and (x.shape, x.stride()) == (shape, stride))
 
     def _note(self, function, args: tuple, kwargs: dict[str, Any], results: Any) -> None:
@@ -267,6 +267,10 @@ class _Recording(TorchDispatchMode, Listener):
 
     def _slot_of(self, x: Tensor) -> int | None:
         return self._slot_at.get(x.untyped_storage().data_ptr())
+
+    def _offset(self, slot: int, x: Tensor) -> int:
+        """Bytes from the first of the slot's tensor to that of `x`; torch says that a tensor without any is at 0."""
+        return x.data_ptr() - self._begins[slot][0] if x.numel() else 0
 
     def _new_slot(self, x: Tensor) -> int:
         slot, storage = len(self._begins), x.untyped_storage()

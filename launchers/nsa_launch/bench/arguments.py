@@ -19,6 +19,7 @@ _CP_EXAMPLES = (
     "nsa-dist bench cp --out runs/cp              # a rank of 8 with 1M tokens in every mode, and memory as ranks grow",
     "nsa-dist bench cp --out runs/cp --trace      # ... and a timeline of one layer",
     "nsa-dist bench cp --gpus all --out runs/cp   # a rank on each GPU over NCCL",
+    "nsa-dist bench cp --gpus all --everyday --out runs/cp   # ... with 2k to 131k tokens each, by every transport",
     "nsa-dist bench cp --ranks 2 --out runs/cp    # two ranks on one GPU (or CPU) over gloo",
 )
 _KERNELS_EXAMPLES = (
@@ -78,7 +79,7 @@ def _cp_arguments(parser: argparse.ArgumentParser) -> None:
         "--head-groups",
         type=_numbers,
         metavar="N,N",
-        help="kv heads travel in so many groups; each is timed; default 4",
+        help="kv heads travel in so many groups; each is timed; default 4, or 1 in short calls",
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds this text")
     parser.add_argument(
@@ -90,6 +91,7 @@ def _cp_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-memory-curve", action="store_true", help="one rank of many: leave the curve out")
     parser.add_argument("--no-training", action="store_true", help="real ranks: leave the training run out")
+    parser.add_argument("--everyday", action="store_true", help="real ranks: few tokens a rank, by every transport")
     parser.add_argument("--trace", action="store_true", help="draw a timeline of one layer")
     parser.set_defaults(command=_cp)
 

@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from nsa_dist.bench.case import Case
+from nsa_dist.bench.everyday import Everyday
+from nsa_dist.bench.show import everyday as show_everyday
 from nsa_dist.bench.show import lines, pictures, timeline
 from nsa_dist.bench.show.report import Report, Row, machine
 from nsa_dist.bench.tasks import Alone, Compare, Links, Measure
@@ -31,6 +33,10 @@ class Bench:
         self.request, self.place, self.team, self.report = request, place, team, report
         self.sizes = [size for size in (2, 4, 8, 16) if size < place.num_ranks] + [place.num_ranks]
         self.predictor = _predictor(request, place, report)
+
+    @property
+    def steps(self) -> tuple[Callable[[], None], ...]:
+        return self.checks, self.links, self.scaling, self.cases
 
     def checks(self) -> None:
         self.report.say("\nAgainst one rank: is it the same?")
@@ -78,6 +84,21 @@ class Bench:
             row = self._timed(case)
             if row is not None:
                 self.report.add("cases", row, lines.case(row))
+
+    def everyday(self) -> None:
+        """Few tokens a rank by every transport; the slowest rank of each run."""
+        self.report.say("\nFew tokens a rank: ms forward + backward, slowest rank; host; above an instant transport")
+        transports = ("all_to_all",) if self.place.backend != "nccl" else ("one_sided", "all_to_all")
+        for cases in self.request.sizes.everyday(self.place.num_ranks, transports):
+            per_rank = cases[0].tokens // cases[0].cp_size
+            name = f"{per_rank} tokens a rank, {cases[0].heads.num_q_heads}/{cases[0].heads.num_kv_heads} heads"
+            found = self._run(name, Everyday(cases, 20 if per_rank <= 2**14 else 5, divides=per_rank == 2**13))
+            if isinstance(found, str):
+                self.report.add("everyday", {"name": name, "error": found}, f"  {name} FAILED: {found}")
+            elif found is not None:
+                for row in show_everyday.slowest(found):
+                    row = {"name": name, "per_rank": per_rank, "heads": cases[0].heads.num_q_heads, **row}
+                    self.report.add("everyday", row, show_everyday.line(row))
 
     def timeline(self) -> None:
         """Of the first rank, fetching, the first length."""
@@ -133,12 +154,16 @@ def run(request: Request, place: Place) -> bool:
     report = Report(request.out, machine(request.device, 1 if place.shared else place.num_ranks, ranks))
     with Team(place) as team:
         bench = Bench(request, place, team, report)
-        for step in (bench.checks, bench.links, bench.scaling, bench.cases):
+        for step in (bench.checks, bench.links) if request.everyday else bench.steps:
             step()
         if request.trace:
             bench.timeline()
-    if request.training:
+        if request.everyday:
+            bench.everyday()
+    if request.training and not request.everyday:
         training.run(request, place, report)
+    if any("error" not in row for row in report.data.get("everyday", [])):
+        show_everyday.draw(report.data, request.out / "everyday.png")
     if any("error" not in row for row in report.data.get("cases", [])):
         pictures.draw_ways(report.data, request.out / "cp.png")
     return report.failed()

@@ -28,6 +28,7 @@ class Request:
     memory_curve: bool
     training: bool
     trace: bool
+    everyday: bool
     cluster: Path | None  # None: the planner's own
 
     @classmethod
@@ -59,6 +60,7 @@ class Request:
             memory_curve=not arguments.no_memory_curve,
             training=not arguments.no_training,
             trace=arguments.trace,
+            everyday=arguments.everyday,
             cluster=arguments.cluster,
         )
 

@@ -101,11 +101,22 @@ def _paths() -> Iterator[Finding]:
         remedy = "" if _version("triton") else "the GPU kernels are written in it; pip install triton"
         yield Finding("attention", f"Triton {_version('triton') or 'not installed'} kernels (nsa_kernels)", remedy)
         yield Finding("ranks", "one GPU each, over NCCL")
+        yield Finding("transport", _transport())
     else:
         yield Finding("attention", "PyTorch (nsa_kernels.cpu): the Triton kernels need a GPU")
         yield Finding("ranks", "CPU processes, over gloo")
     engine = _version("transformer-engine")
     yield Finding("layers", f"Transformer Engine {engine}" if engine else "Megatron-core's own (no Transformer Engine)")
+
+
+def _transport() -> str:
+    """Of context parallelism between the GPUs of this machine."""
+    import torch
+
+    from nsa_dist.cp.one_sided.choice import what_is_missing
+
+    why = what_is_missing(range(torch.cuda.device_count()))
+    return f"all_to_all, as {why}" if why else "one_sided: ranks on this machine read each other's pages"
 
 
 def _version(package: str) -> str:

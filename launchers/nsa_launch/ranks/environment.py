@@ -16,4 +16,8 @@ def of_nccl(num_ranks: int) -> dict[str, str]:
         # on with what they left for a result until the end comes, which took up to 25 s more (torch 2.11).
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
         "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": str(ceil(1000 * beat_s(num_ranks))),
+        # Ranks read each other's memory (`nsa_dist.cp.one_sided`). Where each sees one GPU, all say number 0, which
+        # torch would take for one and the same; whether it is, the ranks compare by the GPUs' own names.
+        "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
+        "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",  # nobody multicasts, and setting it up fails on some machines
     }

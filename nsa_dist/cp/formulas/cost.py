@@ -13,6 +13,9 @@ g = bytes of a number of a gradient in flight (fp32 or better):
     pages             pages others fetch from it * l' * (Dk + Dv) * e, twice if backward fetches them again
     pages.grad        pages it fetched * l' * (Dk + Dv) * g
 
+Where ranks read each other's memory (`one_sided`) `pages` are what a rank reads, over all ranks the same; instead of
+bitmaps it reads a byte for each of its blocks and each other rank.
+
 The alternatives (`whole_sequence_bytes`) move raw K/V instead of pages: an all-gather, a ring and a stream of whole
 shards differ in memory and in the number of messages, not in bytes.
 """
@@ -196,27 +199,38 @@ def _stream_blocks(plan: ShardPlan) -> Tensor:
 
 
 def sent_bytes(
-    plan: ShardPlan, cfg: NSAConfig, heads: HeadSizes, pages: Matrix, *, refetch: bool, halves: bool = False
-) -> list[dict[str, int]]:
+    plan: ShardPlan, cfg: NSAConfig, heads: HeadSizes, pages: Matrix, *, refetch: bool, halves: bool = False,
+    one_sided: bool = False,
+) -> list[dict[str, int]]:  # fmt: skip
     """What each rank sends in one forward and backward of one layer, by kind, as `Traffic.sent_bytes` counts it.
 
     pages       from `pages_of` or `pages_at`
     refetch     backward fetches the pages again instead of keeping them
     halves      `FetchOptions.halves_queries`
+    one_sided   ranks read each other's pages: `pages` are what a rank reads, and in backward it reads which of its own
+                blocks others chose, a byte each
     A group of one sends nothing. The check of the layouts (kind `layout`, once per shape) is not in it.
     """
     others, page = plan.cp_size - 1, plan.block_len * (heads.dim_k + heads.dim_v)
+    bits = (2 if halves else 1) * -(-plan.num_blocks // 8)
+    if one_sided:
+        bits = plan.tokens_per_rank // plan.block_len
     row_bytes, row_grad_bytes = heads.row_elements * heads.element_bytes, heads.row_elements * heads.grad_bytes
     halos = [halo_rows(plan, length) for length in halo_lengths(cfg)]
     most = max(own_cmp_blocks(plan, cfg, rank) for rank in range(plan.cp_size))
+
+    def moved(rank: int) -> int:
+        """Pages that others get from it; one-sided, that it gets from others."""
+        return sum(pages[rank]) if one_sided else sum(row[rank] for row in pages)
+
     return [
         {
             "halo": sum(row[rank] for halo in halos for row in halo) * row_bytes,
             "halo.grad": sum(sum(halo[rank]) for halo in halos) * row_grad_bytes,
             "compressed": others * most * row_bytes,
             "compressed.grad": others * most * row_grad_bytes,
-            "bitmap": (2 if halves else 1) * others * heads.num_kv_heads * -(-plan.num_blocks // 8),
-            "pages": (2 if refetch else 1) * sum(row[rank] for row in pages) * page * heads.element_bytes,
+            "bitmap": others * heads.num_kv_heads * bits,
+            "pages": (2 if refetch else 1) * moved(rank) * page * heads.element_bytes,
             "pages.grad": sum(pages[rank]) * page * heads.grad_bytes,
         }
         for rank in range(plan.cp_size)

@@ -105,7 +105,7 @@ def trips(strategy: Strategy, options: Options) -> int:
 
 def head_groups(core: Core, options: Options) -> int:
     """In how many groups the kv heads are worked on, as `nsa_dist.cp.call` cuts them: one without other ranks."""
-    return 1 if core.plan.cp_size == 1 else min(core.heads.num_kv_heads, options.fetch.head_groups)
+    return 1 if core.plan.cp_size == 1 else options.fetch.num_head_groups(core.heads.num_kv_heads)
 
 
 def num_gathers(core: Core, strategy: Strategy) -> int:

@@ -1,0 +1,120 @@
+"""Which transport a group uses, found once: what its ranks say of themselves decides, the same on every rank."""
+
+import hashlib
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nsa_dist.cp.comm import Comm, gather_facts
+from nsa_dist.cp.options import FetchOptions
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True)
+class Transport:
+    """`name` is one of `TRANSPORTS` but auto, or `alone`; `why` says why it is not one-sided."""
+
+    name: str
+    why: str = ""
+
+    def __str__(self) -> str:
+        return self.name if not self.why else f"{self.name}, as {self.why}"
+
+
+_FOUND: WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Transport]] = WeakKeyDictionary()
+
+
+def with_transport(comm: Comm, fetch: FetchOptions, q: Tensor) -> Comm:
+    """`comm`, or one that reads other ranks' memory in its stead, in line where the call is short.
+
+    A `Comm` of another class stays what it is. ValueError on every rank if one-sided transport is asked for where it
+    cannot be.
+    """
+    if comm.size == 1:
+        return comm
+    if type(comm) is Comm and comm.group is not None:
+        if transport_of(comm.group, fetch, q.device).name != "one_sided":
+            return comm
+        from nsa_dist.cp.one_sided.comm import OneSidedComm
+        from nsa_dist.cp.one_sided.mailboxes import shared_mailboxes
+
+        comm = OneSidedComm(comm.group, comm.traffic, comm.trace, shared_mailboxes(comm.group, q.device))
+    return comm.for_call(q)
+
+
+def transport_of(group: dist.ProcessGroup, fetch: FetchOptions, device: torch.device) -> Transport:
+    """What `fetch.transport` means for a group. The first time, all its ranks call this, and their hosts wait."""
+    if fetch.transport == "all_to_all" or device.type != "cuda":
+        chosen = Transport("all_to_all", "it was asked for" if device.type == "cuda" else "ranks are on CPUs")
+    else:
+        of_devices = _FOUND.setdefault(group, {})
+        if device not in of_devices:
+            of_devices[device] = _find(group, device)
+        chosen = of_devices[device]
+    if fetch.transport == "one_sided" and chosen.name != "one_sided":
+        raise ValueError(
+            f"transport='one_sided' was given, but {chosen.why}: ranks could not read each other's memory; take "
+            f"transport='auto' or 'all_to_all', or one GPU a rank on one host"
+        )
+    return chosen
+
+
+def what_is_missing(devices: Sequence[int]) -> str:
+    """Why GPUs of this process could not read each other's memory; empty if they can."""
+    if len(devices) < 2:
+        return "there is one GPU" if devices else "there is no GPU"
+    if not _has_symmetric_memory():
+        return f"torch {torch.__version__} has no symmetric memory"
+    if not all(_sees_peers(torch.device("cuda", index)) for index in devices):
+        return "some of its GPUs cannot reach each other's memory"
+    return ""
+
+
+def _find(group: dist.ProcessGroup, device: torch.device) -> Transport:
+    properties = torch.cuda.get_device_properties(device)
+    facts = [_number(_host()), _number(str(properties.uuid)), int(_has_symmetric_memory()), int(_sees_peers(device))]
+    return decided(gather_facts(group, facts, device))
+
+
+def decided(facts: list[list[int]]) -> Transport:
+    """facts      of every rank: host, GPU, whether torch has symmetric memory, whether its GPU reaches the others"""
+    hosts, devices, able, sees = zip(*facts, strict=True)
+    if not all(able):
+        return Transport("all_to_all", "torch has no symmetric memory on some rank")
+    if len(set(hosts)) > 1:
+        return Transport("all_to_all", f"its ranks are on {len(set(hosts))} hosts")
+    if len(set(devices)) < len(devices):
+        return Transport("all_to_all", "some of its ranks share a GPU")
+    if not all(sees):
+        return Transport("all_to_all", "some of its GPUs cannot reach each other's memory")
+    return Transport("one_sided")
+
+
+def _host() -> str:
+    """Of the running kernel: containers of one host have it in common."""
+    return _BOOT_ID.read_text() if _BOOT_ID.is_file() else socket.gethostname()
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _has_symmetric_memory() -> bool:
+    try:
+        from torch.distributed import _symmetric_memory
+    except ImportError:
+        return False
+    return hasattr(_symmetric_memory, "rendezvous") and hasattr(_symmetric_memory, "empty")
+
+
+def _sees_peers(device: torch.device) -> bool:
+    """Whether the GPUs that this process sees reach each other. One that sees only its own cannot say no."""
+    others = [other for other in range(torch.cuda.device_count()) if other != device.index]
+    return all(torch.cuda.can_device_access_peer(device, other) for other in others)
