@@ -19,6 +19,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     repair()
 
+NEEDS_A_GPU = (pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device"))
+
 
 class Rounded(Case):
     """In fp32, on the device; what the cache answers is held to fp64 by the twice rule."""
@@ -96,21 +98,20 @@ def test_forks_truncations_and_empty_slots():
         case.compare(told[seq].tokens, torch.stack(out), torch.stack(blocks))
 
 
-@pytest.mark.parametrize("seed", [pytest.param(seed, marks=SLOW_WITHOUT_A_GPU) for seed in range(8)])
+SEEDS = [pytest.param(seed, marks=SLOW_WITHOUT_A_GPU if seed < 3 else NEEDS_A_GPU) for seed in range(8)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_drawn_cases(seed):
     KernelPlay(seed, most=120 if seed % 4 else 300, steps=10).run()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hundred", range(3))
+@pytest.mark.parametrize("hundred", [pytest.param(hundred, marks=NEEDS_A_GPU) for hundred in range(3)])
 def test_three_hundred_drawn_cases(hundred):
+    """Without a GPU they would take hours."""
     for seed in range(1000 + 100 * hundred, 1100 + 100 * hundred):
         KernelPlay(seed, most=1500 if seed % 10 == 0 else 400, steps=12).run()
-
-
-NEEDS_A_GPU = (
-    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-)  # fmt: skip
 
 
 def gpu_case():
