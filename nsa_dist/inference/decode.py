@@ -1,7 +1,9 @@
 """Decoding with the kernels made for it: what the host does before a step, and the step, which a graph can hold.
 
-with decoding(cache, seqs, new):            host: pages for the new tokens, tables on the device
-    decode_step(q, kv, gates, cache, slots) device: launches of fixed shape, no wait; may be a graph's replay
+    with decoding(cache, seqs, new):            host: pages for the new tokens, tables on the device
+        decode_step(q, kv, gates, cache, slots) device: launches of fixed shape, no wait; may be a graph's replay
+
+`attend.nsa_decode` is the two of them; `captured` has them for a whole model.
 """
 
 from collections.abc import Iterator, Sequence

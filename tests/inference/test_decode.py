@@ -84,15 +84,14 @@ def test_forks_truncations_and_empty_slots():
             if seq in tokens:
                 told[seq].add(tokens[seq], out[slot], blocks[slot])
 
-    decode({a: [31, 32, 33], b: [1, 2, 3]})
+    decode({a: [31, 32], b: [1, 2]})
     cache.free(b)
     b = cache.fork(a)
-    told[b] = told[a].cut(33)
+    told[b] = told[a].cut(32)
     cache.truncate(a, 30)
     told[a] = told[a].cut(30)
     told[a].outs, told[a].blocks = [], []
-    decode({a: [40, 41, 42], b: [50, 51, 52]})
-    decode({b: [53]})
+    decode({a: [40, 41], b: [50, 51]})
     for seq in (a, b):
         out, blocks = told[seq].outs, told[seq].blocks
         case.compare(told[seq].tokens, torch.stack(out), torch.stack(blocks))
