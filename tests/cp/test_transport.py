@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from cp_cases import make_plan
 from nsa_dist.cp.comm import Comm, Traffic
 from nsa_dist.cp.formulas import cost
 from nsa_dist.cp.formulas.cost import HeadSizes
-from nsa_dist.cp.one_sided import mailboxes
+from nsa_dist.cp.one_sided import choice, mailboxes
 from nsa_dist.cp.one_sided.choice import Transport, decided, transport_of, with_transport
 from nsa_dist.cp.one_sided.mailboxes import naming_the_missing
 from nsa_dist.cp.options import FetchOptions
@@ -37,6 +38,23 @@ def test_others_send_and_say_why(rank, fact, value, why):
     facts = [list(row) for row in ABLE]
     facts[rank][fact] = value
     assert str(decided(facts)) == f"all_to_all, as {why}"
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_ranks_whose_torch_shares_no_memory_send(monkeypatch, refused):
+    """As where each rank sees its own GPU alone, and nobody told torch that this is meant."""
+
+    def shared_memory(*_):
+        if refused:
+            raise RuntimeError("rendezvous: detected allocations from overlapping devices from different ranks.")
+
+    monkeypatch.setattr(choice, "shared_memory", shared_memory)
+    monkeypatch.setattr(choice, "gather_facts", lambda _, facts, device: ABLE if len(facts) > 1 else [facts, facts])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="a"))
+    monkeypatch.setattr(choice, "_sees_peers", lambda _: True)
+    found = choice._find(None, torch.device("cuda", 0))
+    assert found.name == ("all_to_all" if refused else "one_sided")
+    assert ("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1" in found.why) == refused
 
 
 def test_ranks_on_cpus_send():

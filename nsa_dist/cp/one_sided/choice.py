@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nsa_dist.cp.comm import Comm, gather_facts
+from nsa_dist.cp.comm import Comm, gather_facts, shared_memory
 from nsa_dist.cp.options import FetchOptions
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -80,7 +80,24 @@ def what_is_missing(devices: Sequence[int]) -> str:
 def _find(group: dist.ProcessGroup, device: torch.device) -> Transport:
     properties = torch.cuda.get_device_properties(device)
     facts = [_number(_host()), _number(str(properties.uuid)), int(_has_symmetric_memory()), int(_sees_peers(device))]
-    return decided(gather_facts(group, facts, device))
+    found = decided(gather_facts(group, facts, device))
+    if found.name == "one_sided":
+        why = _refusal(group, device)
+        if any(refused for (refused,) in gather_facts(group, [int(bool(why))], device)):
+            return Transport("all_to_all", why or "another rank could not share memory")
+    return found
+
+
+def _refusal(group: dist.ProcessGroup, device: torch.device) -> str:
+    """Why torch does not let the group share memory; empty if it does. It refuses on all ranks or on none."""
+    try:
+        shared_memory(group, 1024, device)
+    except RuntimeError as error:
+        hint = ""
+        if "overlapping devices" in str(error):  # each rank sees its own GPU alone
+            hint = "; set TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1, as nsa-dist's launchers do"
+        return f"torch shares no memory here ({str(error).splitlines()[0]}{hint})"
+    return ""
 
 
 def decided(facts: list[list[int]]) -> Transport:
