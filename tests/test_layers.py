@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MOST_MODULES = 14
+CONTRACTS = {"nsa_kernels.contracts", "nsa_kernels.decode_contracts"}
 THIRD_PARTY = {"torch", "triton", "megatron", "ray", "pydantic", "yaml", "rich", "matplotlib", "tensorboard", "numpy"}
 KERNELS = {"torch", "triton", "nsa_kernels"}
 CP = {"torch", "nsa_kernels", "nsa_dist.cp", "nsa_dist.config"}
@@ -214,7 +215,7 @@ def test_no_module_state():
 def test_the_reference_never_calls_a_kernel():
     """Nor, through the contracts that it shares with them, anything of theirs."""
     known = modules()
-    names = {name for name in known if name.startswith("nsa_kernels.reference")} | {"nsa_kernels.contracts"}
+    names = {name for name in known if name.startswith("nsa_kernels.reference")} | CONTRACTS
     for name in names:
         assert imported_modules(known[name], known) <= names
         assert not any(module.startswith("triton") for module in imported(known[name]))

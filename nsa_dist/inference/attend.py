@@ -4,7 +4,8 @@
     compressed attention --softmax_lse--> selection --> selected attention, from the chosen pages
     k_win, v_win --ring, new--> window attention                    and at the end the rings take what is new
 
-`nsa_prefill` cuts tiles where training does; `nsa_decode` takes a row for each token. Nothing else differs.
+`nsa_prefill` cuts tiles where training does; `nsa_decode` takes a row for each token. Nothing else differs. Where there
+are kernels made for decoding (`decode`), `nsa_decode` takes those.
 """
 
 import functools
@@ -23,11 +24,10 @@ from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.plan import ShardPlan, as_bounds
 from nsa_dist.inference import over_ranks
 from nsa_dist.inference.cache import NSACache
+from nsa_dist.inference.decode import EMPTY_SLOT, any_whole, decode_step, decoding, has_kernels, slots_of
 from nsa_dist.inference.places import Places, places
 from nsa_dist.inference.rows import chosen_pages, compress_fresh, extended, write_rings
 from nsa_dist.inference.storage import MOST_BACK, Pair
-
-EMPTY_SLOT = -1
 
 
 def nsa_prefill(
@@ -119,6 +119,8 @@ def nsa_decode(
     plan            pages do not lie by it: its cp_size must be the group's, and no more is asked of it
     returns         out [B, new, Hq, Dv]; with return_block_indices also int32 [B, new, Hkv, n]
 
+    On a GPU through kernels of its own, `nsa_kernels.decode`; on CPUs, in fp64 and with `ops` that have none, through
+    the operators of training. The same blocks, but for ties of importances within rounding; the host does not wait.
     Raises as `nsa_prefill`.
     """
     comm = _ranks(cache, plan, cp_group, needs_plan=False)
@@ -131,11 +133,17 @@ def nsa_decode(
     used = [slot for slot, seq in enumerate(seqs) if seq != EMPTY_SLOT]
     taken = [seqs[slot] for slot in used]
     _check_distinct(taken)
+    ops = ops or default_ops(q)
+    if comm.size == 1 and has_kernels(ops, cache):
+        with_phi = any_whole(cache, seqs, new)
+        with decoding(cache, seqs, new):
+            results = decode_step(q, kv, gates, cache, slots_of(cache, seqs), ops, softmax_scale, with_phi=with_phi)
+        return results if return_block_indices else results[0]
     if len(used) < batch:
         slots = torch.tensor(used, dtype=torch.int64, device=q.device)
         packed = [x.index_select(0, slots).flatten(0, 1) for x in (q, *kv, gates)]
     results = _append(
-        packed[0], BranchKV(*packed[1:7]), packed[7], cache, taken, [new] * len(taken), ops or default_ops(q),
+        packed[0], BranchKV(*packed[1:7]), packed[7], cache, taken, [new] * len(taken), ops,
         q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, comm, is_prefill=False,
     )  # fmt: skip
     out, block_indices = (x.unflatten(0, (len(used), new)) for x in results)

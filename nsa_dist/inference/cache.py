@@ -11,6 +11,7 @@ from nsa_dist.compress import Compress
 from nsa_dist.config import NSAConfig
 from nsa_dist.inference.pool import PagePool
 from nsa_dist.inference.storage import MOST_BACK, CacheShape, Storage
+from nsa_dist.inference.tables import Tables
 
 
 @dataclass
@@ -23,6 +24,8 @@ class SequenceState:
     longest: int = 0  # so long it has been: of what lies MOST_BACK tokens before that, rings may hold no more
     pages: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # int64, on the CPU
     is_stale: bool = False  # behind its last token the page, shared at the time, holds what was taken back
+    told_pages: int = 0  # so many of its pages, and this length, the tables on the device say
+    told_length: int = -1
 
 
 class NSACache:
@@ -35,6 +38,7 @@ class NSACache:
     dtype, device               of keys and values, as `nsa_prefill` and `nsa_decode` will be given them
     compress_k, compress_v      phi, as `nsa_attention` takes it
     max_sequences               rings to make at once; more are added when there are more sequences
+    max_tokens                  of one sequence: tables on the device are made for so many at once, and anew for longer
 
     Kept are keys and values of the selected branch for all tokens, of the window branch for the last w + 8, of the
     compressed branch for the last l + 8, and one compressed key and value every d tokens: `num_bytes`.
@@ -58,6 +62,7 @@ class NSACache:
         compress_k: Compress | None = None,
         compress_v: Compress | None = None,
         max_sequences: int = 0,
+        max_tokens: int = 0,
     ) -> None:
         sizes = {"num_kv_heads": num_kv_heads, "head_dim_k": head_dim_k, "head_dim_v": head_dim_v}
         for name, value in {**sizes, "num_pages": num_pages}.items():
@@ -72,6 +77,7 @@ class NSACache:
         self.shape = CacheShape(cfg, num_kv_heads, head_dim_k, head_dim_v)
         self.storage = Storage(self.shape, num_pages, dtype, torch.device(device))
         self.storage.reserve_rings(max_sequences)
+        self.tables = Tables(self.storage.device, self._pages_of(max_tokens))
         self._pool = PagePool(num_pages)
         self._sequences: dict[int, SequenceState] = {}
         self._next_id = 0
@@ -130,6 +136,7 @@ class NSACache:
         kept = self._pages_of(length)
         self._pool.drop(state.pages[kept:])
         state.pages, state.length = state.pages[:kept], length
+        state.told_pages = min(state.told_pages, kept)
         self._blank_behind(state)
 
     def free(self, seq: int) -> None:
@@ -200,6 +207,7 @@ class NSACache:
         self.storage.blank_pages(state.pages[len(before) :])
         self._pool.drop(state.pages[len(before) :])
         state.pages = state.pages[: len(before)]  # a copied last page stays: it holds the same
+        state.told_pages, state.told_length = min(state.told_pages, len(before)), -1
         self._blank_behind(state)
 
     def _copy_last_page(self, state: SequenceState) -> None:
@@ -208,6 +216,7 @@ class NSACache:
         self.storage.blank_pages(page)
         self.storage.copy_page(int(state.pages[-1]), int(page), *self._in_last_page(state))
         state.pages[-1], state.is_stale = page[0], False
+        state.told_pages = min(state.told_pages, len(state.pages) - 1)
 
     def _blank_behind(self, state: SequenceState) -> None:
         """Zeros behind its last token; while others hold the page it is left, and copied before this one goes on."""

@@ -106,7 +106,7 @@ class GPT(nn.Module):
     def make_cache(self, num_tokens: int, num_sequences: int = 1) -> "ModelCache":
         """For `num_sequences` sequences at once, of `num_tokens` tokens at most each."""
         pages = num_sequences * -(-num_tokens // self.config.nsa.slc_block_len)
-        return ModelCache([block.attention.make_cache(pages, num_sequences) for block in self.layers])
+        return ModelCache([block.attention.make_cache(pages, num_sequences, num_tokens) for block in self.layers])
 
     @torch.no_grad()
     def prefill(
@@ -141,6 +141,15 @@ class GPT(nn.Module):
         x = self.embedding(tokens)
         for block, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = x + block.attention.decode(block.attention_norm(x), layer_cache, seqs, cp_group)
+            x = x + block.mlp(block.mlp_norm(x))
+        return self._logits(x)
+
+    @torch.no_grad()
+    def decode_step(self, tokens: Tensor, cache: "ModelCache", slots: Sequence[Tensor]) -> Tensor:
+        """`decode` as launches alone, which a CUDA graph can hold (`captured`): slots [B] of each layer's cache."""
+        x = self.embedding(tokens)
+        for block, layer_cache, layer_slots in zip(self.layers, cache.layers, slots, strict=True):
+            x = x + block.attention.decode_step(block.attention_norm(x), layer_cache, layer_slots)
             x = x + block.mlp(block.mlp_norm(x))
         return self._logits(x)
 
