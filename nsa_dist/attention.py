@@ -9,7 +9,7 @@ and the three outputs are summed under their gates. With one rank nothing is sen
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -103,7 +103,7 @@ def nsa_attention(
         _check_tokens(q, local_plan.num_tokens, "cu_seqlens[-1]")
     else:
         local_plan = plan
-        _check_plan(q, plan, cu_seqlens, comm)
+        check_plan(q, plan, cu_seqlens, comm)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     fetch, ops = fetch or FetchOptions(), ops or default_ops(q)
@@ -268,7 +268,8 @@ def _check_tokens(q: Tensor, expected: int, source: str) -> None:
         )
 
 
-def _check_plan(q: Tensor, plan: ShardPlan, cu_seqlens: Tensor | None, comm: Comm) -> None:
+def check_plan(q: Tensor, plan: ShardPlan, cu_seqlens: Tensor | Sequence[int] | None, comm: Comm) -> None:
+    """ValueError unless q is a shard of the plan, which is one of the group and of these documents."""
     if comm.size != plan.cp_size:
         raise ValueError(
             f"the plan is for cp_size={plan.cp_size}, but cp_group has {comm.size} ranks; build the plan with "

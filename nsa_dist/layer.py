@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nsa_dist.attention import nsa_attention
+from nsa_dist.attention import default_ops, nsa_attention
 from nsa_dist.branches import BranchKV
 from nsa_dist.compress import MeanCompress, TurnedCompressMLP
 from nsa_dist.config import NSAConfig
@@ -20,8 +20,9 @@ from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.device import put_on
 from nsa_dist.cp.options import FetchOptions
 from nsa_dist.cp.plan import ShardPlan, as_bounds, runs
-from nsa_dist.inference.attend import EMPTY_SLOT, nsa_decode, nsa_prefill
+from nsa_dist.inference.attend import nsa_decode, nsa_prefill
 from nsa_dist.inference.cache import NSACache
+from nsa_dist.inference.decode import EMPTY_SLOT, decode_step
 from nsa_dist.rope import rotate
 from nsa_dist.rope_scaling import Rotary
 
@@ -129,38 +130,65 @@ class NSALayer(nn.Module):
         assert isinstance(out, Tensor)
         return self.proj(out.flatten(1))
 
-    def make_cache(self, num_pages: int, max_sequences: int = 0) -> NSACache:
+    def make_cache(self, num_pages: int, max_sequences: int = 0, max_tokens: int = 0) -> NSACache:
         """For this layer, of its weights' dtype and device; `NSACache` says what pages are."""
         weight = self.qkv.weight
         return NSACache(
             self.cfg, self.num_kv_heads, self.head_dim, self.v_head_dim, num_pages, dtype=weight.dtype,
             device=weight.device, compress_k=self.compress_k, compress_v=self.compress_v, max_sequences=max_sequences,
+            max_tokens=max_tokens,
         )  # fmt: skip
 
     @torch.no_grad()
     def prefill(
-        self, x: Tensor, cache: NSACache, seqs: Sequence[int], cu_seqlens: Tensor | Sequence[int] | None = None
+        self,
+        x: Tensor,
+        cache: NSACache,
+        seqs: Sequence[int],
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        plan: ShardPlan | None = None,
+        cp_group: dist.ProcessGroup | Comm | None = None,
     ) -> Tensor:
         """The next chunk of each sequence, packed: x [T, hidden] -> [T, hidden]. As `nsa_prefill`."""
-        bounds = torch.tensor(as_bounds([0, len(x)] if cu_seqlens is None else cu_seqlens), dtype=torch.int64)
         start = torch.tensor([cache.length(seq) for seq in seqs], dtype=torch.int64)
-        fits = len(start) == len(bounds) - 1  # else nsa_prefill says what is wrong
-        position = runs(start, bounds.diff()) if fits else torch.zeros(len(x), dtype=torch.int64)
+        if plan is None:
+            cu_seqlens = torch.tensor(as_bounds([0, len(x)] if cu_seqlens is None else cu_seqlens), dtype=torch.int64)
+            fits = len(start) == len(cu_seqlens) - 1  # else nsa_prefill says what is wrong
+            position = runs(start, cu_seqlens.diff()) if fits else torch.zeros(len(x), dtype=torch.int64)
+        else:
+            rank = cp_group.rank if isinstance(cp_group, Comm) else Comm(cp_group).rank
+            position = plan.document_positions(rank)
+            if len(start) == plan.num_documents:
+                document = plan.local_blocks(rank).document.repeat_interleave(plan.block_len)
+                position = position + start[document]
         projected = self.project(x, put_on(x.device, position))
-        out = nsa_prefill(*projected, cache, seqs, cu_seqlens=bounds)
+        out = nsa_prefill(*projected, cache, seqs, cu_seqlens=cu_seqlens, plan=plan, cp_group=cp_group)
         assert isinstance(out, Tensor)
         return self.proj(out.flatten(1))
 
     @torch.no_grad()
-    def decode(self, x: Tensor, cache: NSACache, seqs: Sequence[int]) -> Tensor:
+    def decode(
+        self, x: Tensor, cache: NSACache, seqs: Sequence[int], cp_group: dist.ProcessGroup | Comm | None = None
+    ) -> Tensor:
         """1 to 8 new tokens of each sequence: x [B, new, hidden] -> [B, new, hidden]. As `nsa_decode`."""
         new = x.shape[1]
         start = torch.tensor([0 if seq == EMPTY_SLOT else cache.length(seq) for seq in seqs], dtype=torch.int64)
         position = (start[:, None] + torch.arange(new)).flatten()
         q, kv, gates = self.project(x.flatten(0, 1), put_on(x.device, position))
         q, gates, *pairs = (y.unflatten(0, (len(seqs), new)) for y in (q, gates, *kv))
-        out = nsa_decode(q, BranchKV(*pairs), gates, cache, seqs)
+        out = nsa_decode(q, BranchKV(*pairs), gates, cache, seqs, cp_group=cp_group)
         assert isinstance(out, Tensor)
+        return self.proj(out.flatten(2))
+
+    @torch.no_grad()
+    def decode_step(self, x: Tensor, cache: NSACache, slots: Tensor) -> Tensor:
+        """`decode` as launches alone, of `nsa_dist.inference.decode`: positions are read on the device."""
+        batch, new = x.shape[:2]
+        start = cache.tables.lengths.index_select(0, slots.clamp(min=0))
+        position = (start[:, None] + torch.arange(new, device=x.device)).flatten()
+        q, kv, gates = self.project(x.flatten(0, 1), position)
+        q, gates, *pairs = (y.unflatten(0, (batch, new)) for y in (q, gates, *kv))
+        out, _ = decode_step(q, BranchKV(*pairs), gates, cache, slots, default_ops(q))
         return self.proj(out.flatten(2))
 
     def project(self, x: Tensor, position: Tensor) -> tuple[Tensor, BranchKV, Tensor]:

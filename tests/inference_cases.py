@@ -77,6 +77,12 @@ class Case:
                 return_block_indices=True,
             )  # fmt: skip
 
+    def compare(self, tokens: Sequence[int], out: Tensor, blocks: Tensor) -> None:
+        """What the cache answered, with training's forward."""
+        expected, expected_blocks = self.trained(tokens)
+        assert torch.equal(blocks, expected_blocks)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+
 
 @dataclass
 class Told:
@@ -98,19 +104,22 @@ class Told:
 
     def check(self, case: Case) -> None:
         if self.tokens:
-            out, blocks = case.trained(self.tokens)
-            assert torch.equal(torch.stack(self.blocks), blocks)
-            torch.testing.assert_close(torch.stack(self.outs), out, rtol=0, atol=1e-10)
+            case.compare(self.tokens, torch.stack(self.outs), torch.stack(self.blocks))
 
 
 class Play:
     """One drawn case: `steps` things done to a few sequences of at most `most` tokens."""
 
+    case_type: type[Case] = Case
+    configs: Sequence[NSAConfig] = CONFIGS
+    heads: Sequence[tuple[int, int, int, int]] = ((4, 2, 8, 6), (3, 1, 4, 8), (2, 2, 6, 6))
+    decode_ops: ModuleType | None = None
+
     def __init__(self, seed: int, most: int, steps: int) -> None:
         self.rng = rng = random.Random(seed)
-        self.case = Case.of(
-            most, rng.choice(CONFIGS), rng.choice(["mlp", "turned", "mean", "callable"]), rng.random() < 0.3, seed,
-            rng.choice([(4, 2, 8, 6), (3, 1, 4, 8), (2, 2, 6, 6)]),
+        self.case = self.case_type.of(
+            most, rng.choice(self.configs), rng.choice(["mlp", "turned", "mean", "callable"]), rng.random() < 0.3,
+            seed, rng.choice(self.heads),
         )  # fmt: skip
         self.most, self.steps = most, steps
         self.cache = self.case.cache(7 * -(-most // self.case.cfg.slc_block_len))
@@ -146,7 +155,7 @@ class Play:
         for chunk in chunks:
             bounds.append(bounds[-1] + len(chunk))
         rows = self.case.rows([token for chunk in chunks for token in chunk])
-        out, blocks = nsa_prefill(*rows, self.cache, seqs, cu_seqlens=bounds, return_block_indices=True)
+        out, blocks = self.prefilled(rows, seqs, bounds)
         for seq, chunk, start, stop in zip(seqs, chunks, bounds, bounds[1:], strict=False):
             self.told[seq].add(chunk, out[start:stop], blocks[start:stop])
 
@@ -159,13 +168,19 @@ class Play:
             seqs += [-1] * self.rng.randint(0, 2)
             self.rng.shuffle(seqs)
             tokens = [self.draw(new) for _ in seqs]
-            out, blocks = nsa_decode(*self.case.batch(tokens), self.cache, seqs, return_block_indices=True)
+            out, blocks = self.decoded(self.case.batch(tokens), seqs)
             for slot, seq in enumerate(seqs):
                 if seq == -1:
                     assert not out[slot].any()
                     assert (blocks[slot] == -1).all()
                 else:
                     self.told[seq].add(tokens[slot], out[slot], blocks[slot])
+
+    def prefilled(self, rows: tuple[Tensor, BranchKV, Tensor], seqs: list[int], bounds: list[int]):
+        return nsa_prefill(*rows, self.cache, seqs, cu_seqlens=bounds, return_block_indices=True)
+
+    def decoded(self, batch: tuple[Tensor, BranchKV, Tensor], seqs: list[int]):
+        return nsa_decode(*batch, self.cache, seqs, return_block_indices=True, ops=self.decode_ops)
 
     def fork(self) -> None:
         if len(self.told) < 6:

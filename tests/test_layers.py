@@ -9,13 +9,21 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MOST_MODULES = 14
+CONTRACTS = {"nsa_kernels.contracts", "nsa_kernels.decode_contracts"}
 THIRD_PARTY = {"torch", "triton", "megatron", "ray", "pydantic", "yaml", "rich", "matplotlib", "tensorboard", "numpy"}
 KERNELS = {"torch", "triton", "nsa_kernels"}
 CP = {"torch", "nsa_kernels", "nsa_dist.cp", "nsa_dist.config"}
 BRANCHES = CP | {"nsa_dist.branches", "nsa_dist.compress"}
 ATTENTION = BRANCHES | {"nsa_dist.attention", "nsa_dist.saved"}
 INFERENCE = ATTENTION | {"nsa_dist", "nsa_dist.layer", "nsa_dist.inference", "nsa_dist.rope", "nsa_dist.rope_scaling"}
-MCORE = ATTENTION | {"nsa_dist", "nsa_dist.rope", "nsa_dist.rope_scaling", "nsa_dist.mcore", "megatron"}
+MCORE = ATTENTION | {
+    "nsa_dist",
+    "nsa_dist.rope",
+    "nsa_dist.rope_scaling",
+    "nsa_dist.inference",
+    "nsa_dist.mcore",
+    "megatron",
+}
 TRAIN = MCORE | INFERENCE | {"nsa_dist.train", "pydantic", "yaml", "rich", "matplotlib", "numpy"}
 PLANNER = TRAIN | {"nsa_dist.planner"}
 BENCH = PLANNER | {"nsa_dist.bench"}
@@ -216,7 +224,7 @@ def test_no_module_state():
 def test_the_reference_never_calls_a_kernel():
     """Nor, through the contracts that it shares with them, anything of theirs."""
     known = modules()
-    names = {name for name in known if name.startswith("nsa_kernels.reference")} | {"nsa_kernels.contracts"}
+    names = {name for name in known if name.startswith("nsa_kernels.reference")} | CONTRACTS
     for name in names:
         assert imported_modules(known[name], known) <= names
         assert not any(module.startswith("triton") for module in imported(known[name]))

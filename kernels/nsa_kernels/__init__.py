@@ -1,8 +1,9 @@
 """Native Sparse Attention kernels: Triton functions, and in `nsa_kernels.reference` a PyTorch twin of each.
 
 A room for every operator: `phi` (compression), `interval` (attention to [begin, end): the branches cmp and win),
-`selection`, `selected` (the branch slc), `gates`; in each the public face in one file, plain Triton and Hopper kernels
-beside it, and `tiles`. `contracts` says how the attention functions are called, `cpu` is for training without a GPU.
+`selection`, `selected` (the branch slc), `gates`, `decode` (new tokens and a paged cache); in each the public face in
+one file, plain Triton and Hopper kernels beside it, and `tiles`. `contracts` says how the attention functions are
+called, `cpu` is for training without a GPU.
 
 The public names below are imported when they are first used, so that `import nsa_kernels.reference` works, and stays
 cheap, where triton is not installed. See kernels/README.md for the mathematics and the measurements.
@@ -14,6 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nsa_kernels.common.tape import Tapes as Tapes
     from nsa_kernels.common.wild import WHOLE_TILES as WHOLE_TILES
+    from nsa_kernels.decode.append import decode_append as decode_append
+    from nsa_kernels.decode.append import decode_store as decode_store
+    from nsa_kernels.decode.attention import decode_attention as decode_attention
+    from nsa_kernels.decode.attention import decode_takes as decode_takes
+    from nsa_kernels.decode.phi import decode_compress_mlp as decode_compress_mlp
     from nsa_kernels.gates.combine import combine as combine
     from nsa_kernels.gates.deltas import gate_deltas as gate_deltas
     from nsa_kernels.gates.merge import merge as merge
@@ -47,15 +53,24 @@ _MODULES = {
     "window_attention_backward": "interval.attention",
 }
 
-# Of these kernels alone: the reference has no tiles and launches nothing.
-_ALONE = {"Tapes": "tape", "WHOLE_TILES": "wild"}
+# Of these kernels alone: the reference has no tiles and launches nothing; its twins of decoding are in
+# `nsa_kernels.reference.decode`, as everything else decodes with the operators of training.
+_ALONE = {
+    "Tapes": "common.tape",
+    "WHOLE_TILES": "common.wild",
+    "decode_append": "decode.append",
+    "decode_attention": "decode.attention",
+    "decode_compress_mlp": "decode.phi",
+    "decode_store": "decode.append",
+    "decode_takes": "decode.attention",
+}
 
 __all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
     if name in _ALONE:
-        return getattr(import_module(f"{__name__}.common.{_ALONE[name]}"), name)
+        return getattr(import_module(f"{__name__}.{_ALONE[name]}"), name)
     if name not in _MODULES:
         raise AttributeError(
             f"module {__name__!r} has no attribute {name!r}; its public names are {', '.join(__all__)}"

@@ -15,7 +15,7 @@ from nsa_dist.cp.plan import ShardPlan
 Mode = Literal["fetch", "whole shard", "all-gather", "shared all-gather"]
 MODES: tuple[Mode, ...] = ("fetch", "whole shard", "all-gather", "shared all-gather")
 UNION_FRACTIONS = (0.05, 0.2, 1.0)
-HEAD_GROUPS = FetchOptions().head_groups
+HEAD_GROUPS = 4  # as of a long call
 _FLOPS = (forward_flops, backward_flops)
 _DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
@@ -56,7 +56,7 @@ class Case:
         if self.mode == "fetch":
             budget = f", {self.page_budget_bytes / 2**20:g} MiB" if self.page_budget_bytes else ""
             way += f" u={self.union_fraction:g}{budget}"
-        if not self.gathers and self.head_groups != HEAD_GROUPS:
+        if not self.gathers and self.head_groups not in (None, HEAD_GROUPS):
             way += f", head groups {self.head_groups}"
         if self.transport != "auto":
             way += f", {self.transport}"

@@ -44,7 +44,7 @@ class Sizes:
         """Every length and head size in all ways, everybody choosing everything."""
         for heads in self.everyday_heads:
             for per_rank in self.everyday_per_rank:
-                case = self.case(per_rank * cp_size, cp_size, heads=heads, union_fraction=1.0)
+                case = self.case(per_rank * cp_size, cp_size, heads=heads, union_fraction=1.0, head_groups=None)
                 fetched = tuple(replace(case, transport=transport) for transport in transports)
                 yield (*fetched, replace(case, mode="all-gather"), replace(case, mode="shared all-gather"))
 

@@ -4,27 +4,30 @@
     compressed attention --softmax_lse--> selection --> selected attention, from the chosen pages
     k_win, v_win --ring, new--> window attention                    and at the end the rings take what is new
 
-`nsa_prefill` cuts tiles where training does; `nsa_decode` takes a row for each token. Nothing else differs.
+`nsa_prefill` cuts tiles where training does; `nsa_decode` takes a row for each token. Nothing else differs. Where there
+are kernels made for decoding (`decode`), `nsa_decode` takes those.
 """
 
+import functools
 from collections.abc import Sequence
 from itertools import pairwise
 from operator import index
 from types import ModuleType
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from nsa_dist.attention import Tiles, check_inputs, default_ops
+from nsa_dist.attention import Tiles, check_inputs, check_plan, default_ops
 from nsa_dist.branches import BranchKV
-from nsa_dist.compress import BlockPlaces, compress_both
-from nsa_dist.cp.plan import as_bounds
+from nsa_dist.cp.comm import Comm
+from nsa_dist.cp.plan import ShardPlan, as_bounds
+from nsa_dist.inference import over_ranks
 from nsa_dist.inference.cache import NSACache
-from nsa_dist.inference.places import Extended, Places, places
+from nsa_dist.inference.decode import EMPTY_SLOT, any_whole, decode_step, decoding, has_kernels, slots_of
+from nsa_dist.inference.places import Places, places
+from nsa_dist.inference.rows import chosen_pages, compress_fresh, extended, write_rings
 from nsa_dist.inference.storage import MOST_BACK, Pair
-
-EMPTY_SLOT = -1
 
 
 def nsa_prefill(
@@ -35,8 +38,8 @@ def nsa_prefill(
     seqs: Sequence[int],
     *,
     cu_seqlens: Tensor | Sequence[int] | None = None,
-    plan: Any = None,
-    cp_group: Any = None,
+    plan: ShardPlan | None = None,
+    cp_group: dist.ProcessGroup | Comm | None = None,
     ops: ModuleType | None = None,
     softmax_scale: float | None = None,
     return_block_indices: bool = False,
@@ -46,29 +49,49 @@ def nsa_prefill(
     q, kv, gates    as `nsa_attention` takes them, T tokens; RoPE applied at the position in the sequence, which begins
                     at `cache.length(seq)`
     seqs            ids of distinct sequences
-    cu_seqlens      [len(seqs) + 1], where chunks begin and end in the pack; None: one sequence. A chunk may be empty
+    cu_seqlens      [len(seqs) + 1], where chunks begin and end in the pack; None: one sequence, or the plan's. A chunk
+                    may be empty
+    plan, cp_group  both given: q, kv and gates are `plan.shard(..., rank)` of the packed chunks, out is too, and the
+                    cache lies over the ranks of the group, as its first call of more than one rank makes it
     ops, softmax_scale      as `nsa_attention`
     returns         out [T, Hq, Dv]; with return_block_indices also int32 [T, Hkv, n], blocks of each sequence from 0
 
     Whatever the chunks, results are those of `nsa_attention` on the whole sequence: of whole sequences and first chunks
     bit for bit, and of later ones as far as the operators give a query the same bits in any company. No gradient.
+    Over ranks first chunks of all the sequences go through `nsa_attention` with the plan; later ones are gathered on
+    every rank, so their memory grows with the chunk there.
 
-    Raises ValueError for what does not fit together, for unknown or freed ids, and for `plan` or `cp_group`: a cache
-    over ranks is not there yet. `CacheFullError` before anything is written.
+    Raises ValueError for what does not fit together, for unknown or freed ids, and for a cache that lies over another
+    group, or whole. `CacheFullError` on all ranks, before anything is written.
     """
-    _refuse_ranks(plan, cp_group)
     check_inputs(q, kv, gates, softmax_scale)
     _check_cache(q, kv, cache)
-    bounds = as_bounds([0, len(q)] if cu_seqlens is None else cu_seqlens)
+    comm = _ranks(cache, plan, cp_group, needs_plan=True)
+    if plan is not None:
+        check_plan(q, plan, cu_seqlens, comm)
+        bounds, num_tokens = plan.cu_seqlens, plan.num_tokens
+    else:
+        bounds, num_tokens = as_bounds([0, len(q)] if cu_seqlens is None else cu_seqlens), len(q)
     added = [stop - start for start, stop in pairwise(bounds)]
-    if len(added) != len(seqs) or bounds[0] != 0 or bounds[-1] != len(q) or min(added, default=0) < 0:
+    if len(added) != len(seqs) or bounds[0] != 0 or bounds[-1] != num_tokens or min(added, default=0) < 0:
         raise ValueError(
-            f"cu_seqlens={list(bounds)} must rise from 0 to the {len(q)} tokens of q, with one chunk for each of the "
-            f"{len(seqs)} sequences; pass [0, length of the first chunk, ...], {len(seqs) + 1} numbers"
+            f"cu_seqlens={list(bounds)} must rise from 0 to the {num_tokens} tokens of q, with one chunk for each of "
+            f"the {len(seqs)} sequences; pass [0, length of the first chunk, ...], {len(seqs) + 1} numbers"
         )
     seqs = [index(seq) for seq in seqs]
     _check_distinct(seqs)
-    out, block_indices = _append(q, kv, gates, cache, seqs, added, ops, softmax_scale, is_prefill=True)
+    ops = ops or default_ops(q)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    call = functools.partial(_append, cache=cache, seqs=seqs, added=added, ops=ops, scale=scale, comm=comm)
+    if plan is None:
+        out, block_indices = call(q, kv, gates, is_prefill=True)
+    elif comm.size > 1 and all(cache.length(seq) == 0 for seq in seqs):
+        out, block_indices = over_ranks.first_chunks(q, kv, gates, cache, seqs, plan, comm, ops, scale)
+    else:
+        whole = over_ranks.gathered([q, *kv, gates], plan, comm)
+        out, block_indices = over_ranks.own_rows(
+            call(whole[0], BranchKV(*whole[1:7]), whole[7], is_prefill=True), plan, comm
+        )
     return (out, block_indices) if return_block_indices else out
 
 
@@ -79,8 +102,8 @@ def nsa_decode(
     cache: NSACache,
     seqs: Sequence[int],
     *,
-    plan: Any = None,
-    cp_group: Any = None,
+    plan: ShardPlan | None = None,
+    cp_group: dist.ProcessGroup | Comm | None = None,
     ops: ModuleType | None = None,
     softmax_scale: float | None = None,
     return_block_indices: bool = False,
@@ -90,11 +113,17 @@ def nsa_decode(
     q               [B, new, Hq, Dk]; kv six of [B, new, Hkv, Dk or Dv]; gates [B, new, Hq, 3]; otherwise as
                     `nsa_prefill`. New token i of a sequence is at position `cache.length(seq) + i`
     seqs            B ids of distinct sequences; -1: an empty slot, whose output is 0 and whose blocks are -1
+    cp_group        of a cache over ranks. All that is given must be the same on every rank, bit for bit, and so is what
+                    is returned: each rank appends to its own window and compresses for itself. On CPUs it is compared;
+                    on a GPU the host would have to wait for that, and nothing is compared
+    plan            pages do not lie by it: its cp_size must be the group's, and no more is asked of it
     returns         out [B, new, Hq, Dv]; with return_block_indices also int32 [B, new, Hkv, n]
 
+    On a GPU through kernels of its own, `nsa_kernels.decode`; on CPUs, in fp64 and with `ops` that have none, through
+    the operators of training. The same blocks, but for ties of importances within rounding; the host does not wait.
     Raises as `nsa_prefill`.
     """
-    _refuse_ranks(plan, cp_group)
+    comm = _ranks(cache, plan, cp_group, needs_plan=False)
     _check_batch(q, kv, gates, seqs)
     batch, new = q.shape[:2]
     packed = [x.flatten(0, 1) for x in (q, *kv, gates)]
@@ -104,12 +133,18 @@ def nsa_decode(
     used = [slot for slot, seq in enumerate(seqs) if seq != EMPTY_SLOT]
     taken = [seqs[slot] for slot in used]
     _check_distinct(taken)
+    ops = ops or default_ops(q)
+    if comm.size == 1 and has_kernels(ops, cache):
+        with_phi = any_whole(cache, seqs, new)
+        with decoding(cache, seqs, new):
+            results = decode_step(q, kv, gates, cache, slots_of(cache, seqs), ops, softmax_scale, with_phi=with_phi)
+        return results if return_block_indices else results[0]
     if len(used) < batch:
         slots = torch.tensor(used, dtype=torch.int64, device=q.device)
         packed = [x.index_select(0, slots).flatten(0, 1) for x in (q, *kv, gates)]
     results = _append(
-        packed[0], BranchKV(*packed[1:7]), packed[7], cache, taken, [new] * len(taken), ops, softmax_scale,
-        is_prefill=False,
+        packed[0], BranchKV(*packed[1:7]), packed[7], cache, taken, [new] * len(taken), ops,
+        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, comm, is_prefill=False,
     )  # fmt: skip
     out, block_indices = (x.unflatten(0, (len(used), new)) for x in results)
     if len(used) < batch:
@@ -123,31 +158,27 @@ def nsa_decode(
 @torch.no_grad()
 def _append(
     q: Tensor, kv: BranchKV, gates: Tensor, cache: NSACache, seqs: Sequence[int], added: Sequence[int],
-    ops: ModuleType | None, softmax_scale: float | None, *, is_prefill: bool,
+    ops: ModuleType, scale: float, comm: Comm, *, is_prefill: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [T, Hq, Dv] and block_indices [T, Hkv, n] of packed new tokens."""
     shape, storage = cache.shape, cache.storage
-    ops = ops or default_ops(q)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if not len(q):
         for seq in seqs:
             cache.state(seq)
         return q.new_zeros(0, q.shape[1], shape.head_dim_v), _no_blocks(q, cache)
+    if comm.size > 1:
+        return over_ranks.append(q, kv, gates, cache, seqs, added, ops, scale, comm)
     with cache.appending(seqs, added) as states, torch.autocast(q.device.type, enabled=False):
         tiles = _tiles(ops, q, cache, len(seqs), is_prefill)
         at = places(states, added, shape, q.device, aligned=is_prefill, key_alignment=tiles.key_alignment)
         storage.slc.write(at.new_slots, Pair(kv.k_slc, kv.v_slc))
-        _compress(Pair(kv.k_cmp, kv.v_cmp), cache, at, ops)
-        window = _extended(Pair(kv.k_win, kv.v_win), storage.win, at.win)
+        compress_fresh(Pair(kv.k_cmp, kv.v_cmp), cache, at, ops)
+        window = extended(Pair(kv.k_win, kv.v_win), storage.win, at.win)
         queries, weights = _padded(q, at), _padded(gates, at)
         out, block_indices = _attend(queries, weights, window, cache, at, ops, scale, tiles)
         if at.token_rows is not None:
             out, block_indices = (x.index_select(0, at.token_rows) for x in (out, block_indices))
-        for ring, new, kept in (
-            (storage.win, Pair(kv.k_win, kv.v_win), at.win),
-            (storage.raw, Pair(kv.k_cmp, kv.v_cmp), at.raw),
-        ):
-            ring.write(kept.kept_to, Pair(*(x.index_select(0, kept.kept) for x in new)))
+        write_rings(kv, cache, at)
     return out, block_indices.to(torch.int32)
 
 
@@ -163,7 +194,7 @@ def _attend(
         cmp_block_len=cfg.cmp_block_len, cmp_stride=cfg.cmp_stride, slc_block_len=cfg.slc_block_len,
         num_slc_blocks=cfg.num_slc_blocks, num_init_blocks=cfg.num_init_blocks, num_local_blocks=cfg.num_local_blocks,
     )  # fmt: skip
-    pages, block_table = _pages(cache, at, block_indices)
+    pages, block_table = chosen_pages(cache, at.block_page, block_indices)
     out_slc, _ = ops.selected_attention(
         q, *pages, block_indices, block_table, at.position, slc_block_len=cfg.slc_block_len, softmax_scale=scale
     )
@@ -173,51 +204,12 @@ def _attend(
     return out, torch.where(block_indices >= 0, block_indices - first, -1)
 
 
-def _compress(new: Pair, cache: NSACache, at: Places, ops: ModuleType) -> None:
-    """phi of the blocks that have become whole, into their pages."""
-    if len(at.fresh_slots):
-        rows = _extended(new, cache.storage.raw, at.raw)
-        block_places = BlockPlaces(at.fresh_rows, at.fresh_start, cache.cfg.cmp_block_len)
-        compressed = compress_both((cache.compress_k, cache.compress_v), (rows.k, rows.v), block_places, ops)
-        cache.storage.cmp.write(at.fresh_slots, Pair(*compressed))
-
-
-def _extended(new: Pair, rings: Pair, at: Extended) -> Pair:
-    """The rows that `at` describes; those that are no token's are zero."""
-    if at.num_rows == len(new.k):
-        return new
-    old = rings.read(at.ring_rows)
-
-    def put(x: Tensor, before: Tensor) -> Tensor:
-        rows = x.new_zeros(at.num_rows, *x.shape[1:])
-        return rows.index_copy_(0, at.ring_to, before).index_copy_(0, at.new_to, x)
-
-    return Pair(put(new.k, old.k), put(new.v, old.v))
-
-
 def _compressed(cache: NSACache, at: Places) -> Pair:
     """All compressed keys and values of the sequences, [M, Hkv, D]."""
     found = cache.storage.cmp.read(at.cmp_slots)
     if at.cmp_to is None:
         return found
     return Pair(*(x.new_zeros(at.num_cmp_rows, *x.shape[1:]).index_copy_(0, at.cmp_to, x) for x in found))
-
-
-def _pages(cache: NSACache, at: Places, block_indices: Tensor) -> tuple[Pair, Tensor]:
-    """Rows that hold the chosen blocks, whole pages, and the table from a block of the stream to its page there.
-
-    On a GPU the whole pool, as it lies. The operators for CPUs look at all the rows that they are given, so they are
-    given the chosen pages only.
-    """
-    if block_indices.is_cuda:
-        pages, table = cache.storage.slc.flat(), at.block_page
-    else:
-        chosen = block_indices.unique()
-        chosen = chosen[chosen >= 0].long()
-        index = at.block_page[chosen]
-        pages = Pair(*(x.index_select(0, index).flatten(0, 1) for x in cache.storage.slc))
-        table = torch.full_like(at.block_page, -1).index_copy_(0, chosen, torch.arange(len(chosen)))
-    return pages, table.to(torch.int32).expand(cache.shape.num_kv_heads, -1).contiguous()
 
 
 def _padded(x: Tensor, at: Places) -> Tensor:
@@ -238,13 +230,23 @@ def _no_blocks(q: Tensor, cache: NSACache) -> Tensor:
     return torch.empty(sizes, dtype=torch.int32, device=q.device)
 
 
-def _refuse_ranks(plan: Any, cp_group: Any) -> None:
-    given = [name for name, value in (("plan", plan), ("cp_group", cp_group)) if value is not None]
-    if given:
+def _ranks(
+    cache: NSACache, plan: ShardPlan | None, cp_group: dist.ProcessGroup | Comm | None, *, needs_plan: bool
+) -> Comm:
+    comm = cp_group if isinstance(cp_group, Comm) else Comm(cp_group)
+    if plan is None and needs_plan and comm.size > 1:
         raise ValueError(
-            f"{' and '.join(given)} was given, but a cache cannot be cut over ranks yet: each rank would hold and "
-            f"choose from a part of the keys only; leave {' and '.join(given)} out and keep the whole cache on one rank"
+            f"cp_group of {comm.size} ranks was given without a plan: which tokens of the chunk this rank holds is "
+            f"unknown; pass the ShardPlan with which q, kv and gates were sharded"
         )
+    if plan is not None and plan.cp_size != comm.size:
+        raise ValueError(
+            f"the plan is for cp_size={plan.cp_size}, but cp_group has {comm.size} ranks: the cache lies over those; "
+            f"build the plan with cp_size={comm.size}, or pass the group of {plan.cp_size}"
+        )
+    if comm.size == 1:
+        over_ranks.refuse_part(cache)
+    return comm
 
 
 def _check_cache(q: Tensor, kv: BranchKV, cache: NSACache) -> None:

@@ -11,6 +11,7 @@ from nsa_dist.compress import Compress
 from nsa_dist.config import NSAConfig
 from nsa_dist.inference.pool import PagePool
 from nsa_dist.inference.storage import MOST_BACK, CacheShape, Storage
+from nsa_dist.inference.tables import Tables
 
 
 @dataclass
@@ -18,10 +19,13 @@ class SequenceState:
     """Of one sequence."""
 
     ring: int
+    home: int = 0  # over P ranks its page i is on rank (home + i) % P; forks have their parent's
     length: int = 0
     longest: int = 0  # so long it has been: of what lies MOST_BACK tokens before that, rings may hold no more
     pages: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # int64, on the CPU
     is_stale: bool = False  # behind its last token the page, shared at the time, holds what was taken back
+    told_pages: int = 0  # so many of its pages, and this length, the tables on the device say
+    told_length: int = -1
 
 
 class NSACache:
@@ -29,13 +33,18 @@ class NSACache:
 
     cfg                         sizes of the branches; a page is one selection block, l' tokens
     num_kv_heads, head_dim_k, head_dim_v
-    num_pages                   of all sequences together: their tokens, each sequence rounded up to whole pages
+    num_pages                   of all sequences together: their tokens, each sequence rounded up to whole pages; of a
+                                cache over P ranks those of each, about a P-th of that
     dtype, device               of keys and values, as `nsa_prefill` and `nsa_decode` will be given them
     compress_k, compress_v      phi, as `nsa_attention` takes it
     max_sequences               rings to make at once; more are added when there are more sequences
+    max_tokens                  of one sequence: tables on the device are made for so many at once, and anew for longer
 
     Kept are keys and values of the selected branch for all tokens, of the window branch for the last w + 8, of the
     compressed branch for the last l + 8, and one compressed key and value every d tokens: `num_bytes`.
+
+    The first call of `nsa_prefill` or `nsa_decode` with a `cp_group` makes it one rank's part of a cache over ranks
+    (`over_ranks`). Sequences are then made, forked, truncated and freed on every rank alike.
 
     Raises ValueError for sizes below one, unknown and freed ids; `CacheFullError`, a ValueError, for a full pool.
     """
@@ -53,6 +62,7 @@ class NSACache:
         compress_k: Compress | None = None,
         compress_v: Compress | None = None,
         max_sequences: int = 0,
+        max_tokens: int = 0,
     ) -> None:
         sizes = {"num_kv_heads": num_kv_heads, "head_dim_k": head_dim_k, "head_dim_v": head_dim_v}
         for name, value in {**sizes, "num_pages": num_pages}.items():
@@ -67,13 +77,25 @@ class NSACache:
         self.shape = CacheShape(cfg, num_kv_heads, head_dim_k, head_dim_v)
         self.storage = Storage(self.shape, num_pages, dtype, torch.device(device))
         self.storage.reserve_rings(max_sequences)
+        self.tables = Tables(self.storage.device, self._pages_of(max_tokens))
         self._pool = PagePool(num_pages)
         self._sequences: dict[int, SequenceState] = {}
         self._next_id = 0
 
     @property
     def num_free_pages(self) -> int:
+        """Over ranks, of the one that has fewest."""
         return self._pool.num_free
+
+    def hold_over_ranks(self, storage: Storage, cp_size: int) -> None:
+        """From now on `storage` holds what one of `cp_size` ranks does. ValueError if a sequence has tokens already."""
+        used = [seq for seq, state in self._sequences.items() if state.length]
+        if used:
+            raise ValueError(
+                f"cp_group was given, but sequences {used[:5]} lie here whole, as they were appended without one; free "
+                f"them first, or make another NSACache and append over the {cp_size} ranks from the first token on"
+            )
+        self.storage, self._pool = storage, PagePool(self._pool.num_pages, cp_size)
 
     def num_bytes(self) -> int:
         """Of all its tensors, by `CacheShape.num_bytes`: pages, and rings of as many sequences as there ever were."""
@@ -81,7 +103,7 @@ class NSACache:
 
     def new_sequence(self) -> int:
         """The id of an empty sequence; ids are never used again."""
-        return self._add(SequenceState(self.storage.take_ring()))
+        return self._add(SequenceState(self.storage.take_ring(), self._next_id))
 
     def fork(self, seq: int) -> int:
         """The id of a sequence that begins as `seq` is now. Full pages are shared; a partial page and rings are copied.
@@ -90,8 +112,8 @@ class NSACache:
         """
         old = self.state(seq)
         full, partial = divmod(old.length, self.cfg.slc_block_len)
-        self._pool.need(int(partial > 0), f"fork of sequence {seq}")
-        new = SequenceState(self.storage.take_ring(), old.length, old.longest, old.pages.clone())
+        self._pool.need([old.home + full] * (partial > 0), f"fork of sequence {seq}")
+        new = SequenceState(self.storage.take_ring(), old.home, old.length, old.longest, old.pages.clone())
         self.storage.copy_ring(old.ring, new.ring)
         self._pool.share(old.pages[:full])
         if partial:
@@ -114,6 +136,7 @@ class NSACache:
         kept = self._pages_of(length)
         self._pool.drop(state.pages[kept:])
         state.pages, state.length = state.pages[:kept], length
+        state.told_pages = min(state.told_pages, kept)
         self._blank_behind(state)
 
     def free(self, seq: int) -> None:
@@ -158,10 +181,14 @@ class NSACache:
 
     def _reserve(self, states: Sequence[SequenceState], added: Sequence[int]) -> None:
         wanted = [self._pages_of(state.length + count) for state, count in zip(states, added, strict=True)]
-        more = [max(0, total - len(state.pages)) for total, state in zip(wanted, states, strict=True)]
+        more = [
+            range(state.home + len(state.pages), state.home + total)
+            for total, state in zip(wanted, states, strict=True)
+        ]  # fmt: skip
         # The last page changes: one that others hold as well, as after a truncation, is copied first.
         copies = [state for state, count in zip(states, added, strict=True) if count and self._is_last_shared(state)]
-        self._pool.need(sum(more) + len(copies), f"{sum(added)} new tokens of {len(states)} sequences")
+        turns = [turn for some in more for turn in some] + [self._last_turn(state) for state in copies]
+        self._pool.need(turns, f"{sum(added)} new tokens of {len(states)} sequences")
         for state in states:
             if state.is_stale:
                 self._blank_behind(state)
@@ -170,9 +197,9 @@ class NSACache:
             old = state.pages[-1:].clone()
             self._copy_last_page(state)
             self._pool.drop(old)
-        for state, count in zip(states, more, strict=True):
-            if count:
-                pages = self._pool.take(count)
+        for state, some in zip(states, more, strict=True):
+            if some:
+                pages = self._pool.take(some)
                 self.storage.blank_pages(pages)
                 state.pages = torch.cat([state.pages, pages])
 
@@ -180,14 +207,16 @@ class NSACache:
         self.storage.blank_pages(state.pages[len(before) :])
         self._pool.drop(state.pages[len(before) :])
         state.pages = state.pages[: len(before)]  # a copied last page stays: it holds the same
+        state.told_pages, state.told_length = min(state.told_pages, len(before)), -1
         self._blank_behind(state)
 
     def _copy_last_page(self, state: SequenceState) -> None:
         """Give it a page of its own for its last, partial one; the pool is asked before."""
-        page = self._pool.take(1)
+        page = self._pool.take([self._last_turn(state)])
         self.storage.blank_pages(page)
         self.storage.copy_page(int(state.pages[-1]), int(page), *self._in_last_page(state))
         state.pages[-1], state.is_stale = page[0], False
+        state.told_pages = min(state.told_pages, len(state.pages) - 1)
 
     def _blank_behind(self, state: SequenceState) -> None:
         """Zeros behind its last token; while others hold the page it is left, and copied before this one goes on."""
@@ -195,6 +224,9 @@ class NSACache:
         state.is_stale = self._is_last_shared(state)
         if tokens and not state.is_stale:
             self.storage.blank_tail(int(state.pages[-1]), tokens, num_cmp)
+
+    def _last_turn(self, state: SequenceState) -> int:
+        return state.home + len(state.pages) - 1
 
     def _in_last_page(self, state: SequenceState) -> tuple[int, int]:
         """Tokens and compressed blocks in its last page, if that is a partial one; or 0, 0."""

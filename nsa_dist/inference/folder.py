@@ -1,21 +1,30 @@
-"""An exported model: a folder with `config.json` and `model.safetensors`. Its tokens are bytes."""
+"""An exported model: a folder with `config.json`, `model.safetensors`, and its tokenizer's files."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from nsa_dist.inference.model import GPT, GPTConfig
 from nsa_dist.inference.tensors import read_tensors, write_tensors
+from nsa_dist.inference.text import byte_tokenizer_files
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def save_model(model: GPT, folder: Path) -> None:
-    """Write both files into `folder`, which is made."""
+def save_model(model: GPT, folder: Path, tokenizer: Mapping[str, bytes] | None = None) -> None:
+    """Write the files into `folder`, which is made.
+
+    tokenizer       name and content of its files, tokenizer.json and those beside it; of bytes they are made here
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(model.config.as_json(), indent=2) + "\n", encoding="utf-8")
+    if not tokenizer and model.config.tokenizer == "bytes":
+        tokenizer = {name: text.encode() for name, text in byte_tokenizer_files().items()}
+    for name, content in (tokenizer or {}).items():
+        (folder / name).write_bytes(content)
 
 
 def load_model(folder: Path | str, device: torch.device | str = "cpu") -> GPT:

@@ -1,11 +1,14 @@
 """Texts that a model goes on with, several at once, token by token as they come."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nsa_dist.cp.device import put_on
+from nsa_dist.inference.captured import CapturedDecode, can_capture
+from nsa_dist.inference.decode import EMPTY_SLOT
 from nsa_dist.inference.model import GPT, ModelCache
 
 PREFILL_CHUNK = 4096  # tokens of a prompt at once: bounds memory
@@ -53,6 +56,7 @@ def generate(
     seqs = [cache.new_sequence() for _ in prompts]
     running = list(range(len(prompts)))
     logits = [_read(model, prompt, cache, seq, device) for prompt, seq in zip(prompts, seqs, strict=True)]
+    step = _step(model, cache, seqs)
     for number in range(max_new_tokens):
         tokens = [draw(x, sampling, generators[index]) for x, index in zip(logits, running, strict=True)]
         going = [(index, token) for index, token in zip(running, tokens, strict=True) if token != end]
@@ -60,8 +64,7 @@ def generate(
         running = [index for index, _ in going]
         if not running or number == max_new_tokens - 1:
             return
-        new = torch.tensor([[token] for _, token in going], device=device)
-        logits = list(model.decode(new, cache, [seqs[index] for index in running])[:, -1].cpu())
+        logits = step(dict(going))
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -74,11 +77,32 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     return int(tokens[torch.multinomial(ordered * kept, 1, generator=generator)])
 
 
+def _step(model: GPT, cache: ModelCache, seqs: Sequence[int]) -> Callable[[dict[int, int]], list[Tensor]]:
+    """A function of the next token of each prompt that goes on: their logits [vocab]. On a GPU a graph's replay."""
+    device = model.embedding.weight.device
+    if not can_capture(model, cache):
+
+        def called(tokens: dict[int, int]) -> list[Tensor]:
+            new = torch.tensor([[token] for token in tokens.values()], device=device)
+            return list(model.decode(new, cache, [seqs[index] for index in tokens])[:, -1].cpu())
+
+        return called
+    captured = CapturedDecode(model, cache, len(seqs))
+
+    def replayed(tokens: dict[int, int]) -> list[Tensor]:
+        new = torch.tensor([[tokens.get(index, 0)] for index in range(len(seqs))])
+        slots = [seq if index in tokens else EMPTY_SLOT for index, seq in enumerate(seqs)]
+        logits = captured(put_on(device, new), slots)[:, -1].cpu()
+        return [logits[index] for index in tokens]
+
+    return replayed
+
+
 def _read(model: GPT, prompt: Sequence[int], cache: ModelCache, seq: int, device: torch.device) -> Tensor:
     """Prefill in chunks; the logits [vocab] behind the last token."""
     for start in range(0, len(prompt), PREFILL_CHUNK):
         chunk = torch.tensor(prompt[start : start + PREFILL_CHUNK], device=device)
-        logits = model.prefill(chunk, cache, [seq])[-1]
+        logits = model.prefill(chunk, cache, [seq], rows=torch.tensor([len(chunk) - 1], device=device))[-1]
     return logits.cpu()
 
 

@@ -5,10 +5,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nsa_dist.config import NSAConfig
+from nsa_dist.cp.comm import Comm
+from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.layer import NSALayer
 from nsa_dist.rope_scaling import Rotary, scaling_of
@@ -109,36 +112,63 @@ class GPT(nn.Module):
     def layers(self) -> list["Block"]:
         return cast(list[Block], list(self.blocks))
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor | Sequence[int] | None = None) -> Tensor:
-        """tokens [T], packed documents, or [B, T] -> logits [..., vocab]."""
+    def forward(
+        self, tokens: Tensor, cu_seqlens: Tensor | Sequence[int] | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """tokens [T], packed documents, or [B, T] -> logits [..., vocab]; rows: of these tokens [T] alone."""
         x = self.embedding(tokens)
         for block in self.layers:
             x = x + block.attention(block.attention_norm(x), cu_seqlens=cu_seqlens)
             x = x + block.mlp(block.mlp_norm(x))
-        return self._logits(x)
+        return self._logits(x if rows is None else x[rows])
 
     def make_cache(self, num_tokens: int, num_sequences: int = 1) -> "ModelCache":
         """For `num_sequences` sequences at once, of `num_tokens` tokens at most each."""
         pages = num_sequences * -(-num_tokens // self.config.nsa.slc_block_len)
-        return ModelCache([block.attention.make_cache(pages, num_sequences) for block in self.layers])
+        return ModelCache([block.attention.make_cache(pages, num_sequences, num_tokens) for block in self.layers])
 
     @torch.no_grad()
     def prefill(
-        self, tokens: Tensor, cache: "ModelCache", seqs: Sequence[int], cu_seqlens: Tensor | Sequence[int] | None = None
+        self,
+        tokens: Tensor,
+        cache: "ModelCache",
+        seqs: Sequence[int],
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        plan: ShardPlan | None = None,
+        cp_group: dist.ProcessGroup | Comm | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """The next chunk of each sequence, packed: tokens [T] -> logits [T, vocab]."""
+        """The next chunk of each sequence, packed: tokens [T] -> logits [T, vocab], or those of `rows` alone.
+
+        plan, cp_group      of a cache over ranks, as `nsa_prefill` takes them: tokens are `plan.shard(..., rank)`
+        """
         x = self.embedding(tokens)
         for block, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x = x + block.attention.prefill(block.attention_norm(x), layer_cache, seqs, cu_seqlens)
+            x = x + block.attention.prefill(block.attention_norm(x), layer_cache, seqs, cu_seqlens, plan, cp_group)
+            x = x + block.mlp(block.mlp_norm(x))
+        return self._logits(x if rows is None else x[rows])
+
+    @torch.no_grad()
+    def decode(
+        self,
+        tokens: Tensor,
+        cache: "ModelCache",
+        seqs: Sequence[int],
+        cp_group: dist.ProcessGroup | Comm | None = None,
+    ) -> Tensor:
+        """1 to 8 new tokens of each sequence: tokens [B, new] -> logits [B, new, vocab], over ranks the same on all."""
+        x = self.embedding(tokens)
+        for block, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x = x + block.attention.decode(block.attention_norm(x), layer_cache, seqs, cp_group)
             x = x + block.mlp(block.mlp_norm(x))
         return self._logits(x)
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, cache: "ModelCache", seqs: Sequence[int]) -> Tensor:
-        """1 to 8 new tokens of each sequence: tokens [B, new] -> logits [B, new, vocab]."""
+    def decode_step(self, tokens: Tensor, cache: "ModelCache", slots: Sequence[Tensor]) -> Tensor:
+        """`decode` as launches alone, which a CUDA graph can hold (`captured`): slots [B] of each layer's cache."""
         x = self.embedding(tokens)
-        for block, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x = x + block.attention.decode(block.attention_norm(x), layer_cache, seqs)
+        for block, layer_cache, layer_slots in zip(self.layers, cache.layers, slots, strict=True):
+            x = x + block.attention.decode_step(block.attention_norm(x), layer_cache, layer_slots)
             x = x + block.mlp(block.mlp_norm(x))
         return self._logits(x)
 

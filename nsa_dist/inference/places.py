@@ -96,7 +96,7 @@ def places(
         win=win,
         raw=raw,
     )
-    return found if device.type == "cpu" else _put(found, device)
+    return found if device.type == "cpu" else put(found, device)
 
 
 class _Maker:
@@ -185,13 +185,13 @@ def _before(counts: Tensor) -> Tensor:
     return counts.cumsum(0) - counts
 
 
-def _put(found: Found, device: torch.device) -> Found:
+def put(found: Found, device: torch.device) -> Found:
     """The same on `device`."""
     changed: dict[str, Any] = {}
     for name in (field.name for field in fields(found)):
         value = getattr(found, name)
         if is_dataclass(value):
-            changed[name] = _put(value, device)
+            changed[name] = put(value, device)
         elif isinstance(value, Tensor):
             changed[name] = put_on(device, value)
     return replace(found, **changed)

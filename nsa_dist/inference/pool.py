@@ -1,5 +1,7 @@
 """Which pages of the cache are whose: counted, not held. A page may belong to several sequences, read-only then."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,32 +11,38 @@ class CacheFullError(ValueError):
 
 
 class PagePool:
-    """`num_pages` page ids, each with the number of sequences that hold it. On the CPU, whatever the pages are on."""
+    """`num_pages` page ids of each of `cp_size` ranks, each with the number of sequences that hold it. On the CPU.
 
-    def __init__(self, num_pages: int) -> None:
-        self._holders = torch.zeros(num_pages, dtype=torch.int32)
-        self._free = list(range(num_pages - 1, -1, -1))  # the next one last
+    A page is asked for by its turn: turn i is on rank i % P, and page p of rank r has the id p * P + r. Every rank
+    counts the pages of all, so all of them find the same.
+    """
 
-    @property
-    def num_pages(self) -> int:
-        return len(self._holders)
+    def __init__(self, num_pages: int, cp_size: int = 1) -> None:
+        self.num_pages, self.cp_size = num_pages, cp_size
+        self._holders = torch.zeros(num_pages * cp_size, dtype=torch.int32)
+        # The next one last.
+        self._free = [[page * cp_size + rank for page in range(num_pages - 1, -1, -1)] for rank in range(cp_size)]
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Of the rank that has fewest."""
+        return min(len(pages) for pages in self._free)
 
-    def need(self, count: int, what: str) -> None:
-        """CacheFullError if there are not `count` free pages for `what`."""
-        if count > self.num_free:
-            raise CacheFullError(
-                f"{what} needs {count} pages, but {self.num_free} of the cache's {self.num_pages} are free, and "
-                f"nothing is dropped unasked; free sequences that are done, or build the NSACache with num_pages="
-                f"{self.num_pages + count - self.num_free} or more. Nothing was written"
-            )
+    def need(self, turns: Sequence[int], what: str) -> None:
+        """CacheFullError if there are not the free pages of these turns for `what`."""
+        for rank, free in enumerate(self._free):
+            count = sum(turn % self.cp_size == rank for turn in turns)
+            if count > len(free):
+                where = f" of rank {rank}" if self.cp_size > 1 else ""
+                raise CacheFullError(
+                    f"{what} needs {count} pages{where}, but {len(free)} of the cache's {self.num_pages} are free, and "
+                    f"nothing is dropped unasked; free sequences that are done, or build the NSACache with num_pages="
+                    f"{self.num_pages + count - len(free)} or more. Nothing was written"
+                )
 
-    def take(self, count: int) -> Tensor:
-        """`count` free pages, int64, held once from now on. `need` says whether there are so many."""
-        pages = torch.tensor([self._free.pop() for _ in range(count)], dtype=torch.int64)
+    def take(self, turns: Sequence[int]) -> Tensor:
+        """A free page for each turn, int64, held once from now on. `need` says whether there are so many."""
+        pages = torch.tensor([self._free[turn % self.cp_size].pop() for turn in turns], dtype=torch.int64)
         self._holders[pages] = 1
         return pages
 
@@ -45,7 +53,8 @@ class PagePool:
     def drop(self, pages: Tensor) -> None:
         """A sequence holds these distinct pages no longer; those that none holds are free."""
         self._holders[pages] -= 1
-        self._free += reversed(pages[self._holders[pages] == 0].tolist())
+        for page in reversed(pages[self._holders[pages] == 0].tolist()):
+            self._free[page % self.cp_size].append(page)
 
     def is_shared(self, page: int) -> bool:
         return int(self._holders[page]) > 1

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist.config import NSAConfig
+from nsa_dist.cp.device import put_on
 
 MOST_BACK = 8  # tokens that may be taken back, and new ones of a decoding call
 
@@ -114,8 +115,9 @@ class Storage:
 
     def blank_pages(self, pages: Tensor) -> None:
         """Zeros: what a freed sequence left there may be NaN, and 0 times NaN is NaN."""
+        index = put_on(self.device, pages)
         for x in (*self.slc, *self.cmp):
-            x.index_fill_(0, pages.to(self.device), 0)
+            x.index_fill_(0, index, 0)
 
     def blank_tail(self, page: int, num_tokens: int, num_cmp: int) -> None:
         """All but the first tokens and compressed blocks of a page."""

@@ -49,6 +49,24 @@ class Arrivals:
             f"(Megatron-LM: no --reset-attention-mask, but --dataloader-inter-document-masking or --sft)"
         )
 
+    def check_chunk_mask(self, mask: Tensor | None, tokens: int, offset: int) -> None:
+        """ValueError for a mask that is not causal, of `tokens` new tokens behind `offset` of a cache.
+
+        As Megatron has it: bool, true where a key is not seen, [..., tokens, offset + tokens].
+        """
+        if mask is None or self._is_known(mask, ("chunk", offset)):
+            return
+        if mask.dtype == torch.bool and tuple(mask.shape[-2:]) == (tokens, offset + tokens):
+            later = torch.ones(tokens, offset + tokens, dtype=torch.bool, device=mask.device).triu(offset + 1)
+            if bool((mask == later).all()):
+                self._remember(mask, ("chunk", offset))
+                return
+        raise ValueError(
+            f"attention_mask of {mask.dtype} and shape {tuple(mask.shape)} is no causal mask [..., {tokens}, "
+            f"{offset + tokens}] of {tokens} tokens behind {offset}, but NSA reads no mask: a token sees what is "
+            f"before it; pass attention_mask=None, and rows without padding"
+        )
+
     def check_rotary(self, angles: Tensor | None, head_dim: int, rotary: Rotary) -> None:
         """ValueError for rotary angles that are not those of `rotary` over a head of that width.
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -18,6 +19,7 @@ from nsa_dist.attention import check_agreement
 from nsa_dist.cp.comm import Comm
 from nsa_dist.mcore.config import NSATransformerConfig, need_nsa_config
 from nsa_dist.mcore.core import NSACoreAttention
+from nsa_dist.mcore.inference.static import check_context
 from nsa_dist.mcore.norm import NormedKeys, norm_of_heads
 from nsa_dist.mcore.plans import Place, PlanCache, RankPlan, local_heads
 
@@ -40,7 +42,10 @@ class PlannedSelfAttention(Attention):
     `packs.pack_order` says; the layer derives their positions itself. An `attention_mask` must be causal, a
     `rotary_pos_emb` that of the layer's own base (`arrivals.py`): neither is read for anything else.
 
-    Raises ValueError for what the layer does not do: inference caches, attention biases, cross attention; and for
+    A static `inference_context` has the keys and values so far, and `hidden_states` are the tokens behind them, of all
+    rows equally many (`inference/static.py`).
+
+    Raises ValueError for what the layer does not do: dynamic inference contexts, attention biases, cross attention; for
     lengths that would let a selection block span two context-parallel ranks.
     """
 
@@ -94,6 +99,13 @@ class PlannedSelfAttention(Attention):
     @abstractmethod
     def _split(self, mixed: Tensor) -> tuple[Tensor, ...]:
         """[s, b, columns of `linear_qkv`] -> what the core takes."""
+
+    def _append(self, mixed: Tensor, context: Any) -> Tensor:
+        """[s, b, columns of `linear_qkv`] of new tokens -> [s, b, Hq * Dv], by the cache of a static context."""
+        raise ValueError(
+            f"{type(self).__name__} was given a {type(context).__name__}, and it keeps no cache: it is the twin that "
+            f"NSA is compared with; leave the context out, and give whole sequences"
+        )
 
     @property
     def comm(self) -> Comm:
@@ -176,8 +188,6 @@ class PlannedSelfAttention(Attention):
         _refuse(
             type(self).__name__,
             key_value_states=key_value_states,
-            inference_context=inference_context,
-            inference_params=inference_params,
             attention_bias=attention_bias,
             sequence_len_offset=sequence_len_offset,
             rotary_pos_cos=rotary_pos_cos,
@@ -186,6 +196,13 @@ class PlannedSelfAttention(Attention):
             **later_versions,
         )
         mixed, _ = self.linear_qkv(hidden_states)
+        context = inference_params if inference_context is None else inference_context  # the older name
+        if context is not None:
+            _refuse(type(self).__name__, packed_seq_params=packed_seq_params)
+            check_context(context, self.training, get_pg_size(self.pg_collection.cp), type(self).__name__)
+            self.plans.arrivals.check_chunk_mask(attention_mask, len(mixed), int(context.sequence_len_offset))
+            self.plans.arrivals.check_rotary(rotary_pos_emb, self.config.kv_channels, self.config.rotary)
+            return self.linear_proj(self._append(mixed, context))
         rank_plan = self._rank_plan(mixed, packed_seq_params)
         self.plans.arrivals.check_mask(attention_mask, rank_plan.plan, rank_plan.given, rank_plan.rank)
         self.plans.arrivals.check_rotary(rotary_pos_emb, self.config.kv_channels, self.config.rotary)
@@ -251,6 +268,10 @@ class NSASelfAttention(PlannedSelfAttention):
 
     def _build_core(self) -> NSACoreAttention:
         return NSACoreAttention(self.config, self.pg_collection, self.rotary)
+
+    def _append(self, mixed: Tensor, context: Any) -> Tensor:
+        with torch.no_grad():
+            return self.core_attention.append(*self._split(mixed), context, self.layer_number)
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [s, b, Hq, Dk], kv [s, b, Hkv, pairs * (Dk + Dv)], gate logits [s, b, Hq, 3], local heads."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -12,8 +13,11 @@ from torch import Tensor
 from nsa_dist.attention import BranchKV, nsa_attention
 from nsa_dist.compress import MeanCompress
 from nsa_dist.cp.comm import Comm, Traffic
+from nsa_dist.cp.plan import ShardPlan
+from nsa_dist.inference.cache import NSACache
 from nsa_dist.mcore.compressor import GateBias, ParallelCompressMLP
 from nsa_dist.mcore.config import NSATransformerConfig
+from nsa_dist.mcore.inference.static import LayerCache, attend
 from nsa_dist.mcore.plans import RankPlan
 from nsa_dist.rope_scaling import Rotary
 
@@ -76,7 +80,7 @@ class NSACoreAttention(MegatronModule):
         plan = rank_plan.plan
         if plan.cp_size == 1:  # pads documents to whole blocks; more ranks were given whole blocks
             q, kv, gate_logits = (plan.shard(x, 0) for x in (q, kv, gate_logits))
-        gates = torch.sigmoid(self.gate(gate_logits.to(torch.promote_types(gate_logits.dtype, torch.float32))))
+        gates = self._gates(gate_logits)
         out, block_indices = nsa_attention(
             self._rotate(q, rank_plan),
             self._branches(kv, rank_plan),
@@ -98,6 +102,40 @@ class NSACoreAttention(MegatronModule):
         if self._recorded is not None:
             self._recorded.append(block_indices)
         return out
+
+    def append(self, q: Tensor, kv: Tensor, gate_logits: Tensor, context: Any, layer_number: int) -> Tensor:
+        """As `forward`, of new tokens behind those that the static inference context has of each sample."""
+        tokens, samples = q.shape[:2]
+        layer = context.key_value_memory_dict.get(layer_number)
+        if layer is None:
+            layer = LayerCache(self._make_cache(q, kv, context), context.max_batch_size)
+            context.key_value_memory_dict[layer_number] = layer
+        offset = int(context.sequence_len_offset)
+        seqs = layer.rows(int(context.batch_size_offset), samples, offset)
+        plan = ShardPlan.contiguous([0, samples * tokens], 1, self.config.nsa.slc_block_len)
+        position = (offset + torch.arange(tokens, device=q.device)).repeat(samples)
+        step = RankPlan(plan, 0, position, plan)  # what turns keys and queries asks for their positions
+
+        def by_sample(x: Tensor) -> Tensor:
+            return x.unflatten(0, (samples, tokens))
+
+        q, kv, gates = (x.transpose(0, 1).flatten(0, 1) for x in (q, kv, self._gates(gate_logits)))
+        branches = BranchKV(*map(by_sample, self._branches(kv, step)))
+        scale = self.config.softmax_scale
+        out = attend(by_sample(self._rotate(q, step)), branches, by_sample(gates), layer, seqs, scale)
+        return out.flatten(2).transpose(0, 1)
+
+    def _make_cache(self, q: Tensor, kv: Tensor, context: Any) -> NSACache:
+        config = self.config
+        pages = context.max_batch_size * -(-context.max_sequence_length // config.nsa.slc_block_len)
+        return NSACache(
+            config.nsa, kv.shape[2], config.kv_channels, config.v_head_dim, pages, dtype=q.dtype, device=q.device,
+            compress_k=self.compress_k, compress_v=self.compress_v, max_sequences=context.max_batch_size,
+        )  # fmt: skip
+
+    def _gates(self, logits: Tensor) -> Tensor:
+        """Their sigmoid, in fp32 or better."""
+        return torch.sigmoid(self.gate(logits.to(torch.promote_types(logits.dtype, torch.float32))))
 
     def _branches(self, kv: Tensor, rank_plan: RankPlan) -> BranchKV:
         """The pairs of `kv` [T, Hkv, pairs * (Dk + Dv)] as branches; keys that are rotated before use are."""

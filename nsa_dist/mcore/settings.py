@@ -49,7 +49,7 @@ REFUSED: dict[str, Refusal] = {
     "enable_cuda_graph": _only(False, _GRAPHS),
     "external_cuda_graph": _only(False, _GRAPHS),
     "experimental_attention_variant": _only(None, "the layer is a variant itself"),
-    "flash_decode": _only(False, "the layer trains and evaluates only"),
+    "flash_decode": _only(False, "it reads one dense key and value a layer, and the cache of NSA is another"),
     "fp4": _only(None, _NOT_RUN),
     "fp8": _only(None, _NOT_RUN),
     "fp8_dot_product_attention": _only(False, "its kernels have no fp8"),
@@ -76,9 +76,13 @@ REFUSED: dict[str, Refusal] = {
         (None, 1), _NOT_RUN, ("expert_tensor_parallel_size", "tensor_model_parallel_size")
     ),
     "tp_comm_overlap": _only(False, _NOT_RUN),
-    "transformer_impl": Refusal(("transformer_engine", "local"), "the layer trains and evaluates only"),
+    "transformer_impl": Refusal(
+        ("transformer_engine", "local"), "the layer is built of the linear layers that train, and generates with them"
+    ),
     "use_grouped_gemm_for_dense_mlp": _only(False, _NOT_RUN),
-    "use_inference_optimized_layers": _only(False, "the layer trains and evaluates only"),
+    "use_inference_optimized_layers": _only(
+        False, "the layer is built of the linear layers that train, and generates with them"
+    ),
     "use_kitchen": _only(False, _KITCHEN),
     "use_kitchen_attention": _only(False, _KITCHEN),
     "use_mup": _only(False, "phi's weights and the softmax scales of the branches do not follow its widths"),
@@ -170,7 +174,7 @@ IRRELEVANT: dict[str, frozenset[str]] = {
         moe_token_drop_policy moe_token_dropping moe_use_legacy_grouped_gemm moe_z_loss_coeff
         use_grouped_gemm_for_shared_expert"""
     ),
-    "inference, which the layer refuses when it is called for it": _names(
+    "inference around the layer, and dynamic contexts, which it refuses when it is called with one": _names(
         """inference_cuda_graph_scope inference_disable_triton_nvls_kernels inference_fuse_tp_communication
         inference_grouped_gemm_backend inference_moe_disable_fused_quant_kernels inference_moe_token_dispatcher_type
         inference_rng_tracker inference_sampling_seed mlp_chunks_for_prefill nccl_all_reduce_for_prefill

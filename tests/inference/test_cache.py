@@ -8,7 +8,7 @@ import torch
 import nsa_kernels
 from cases import PAPER, SMALL
 from inference_cases import CONFIGS, Case, Play
-from nsa_dist import BranchKV, NSAConfig, nsa_attention
+from nsa_dist import BranchKV, NSAConfig, ShardPlan, nsa_attention
 from nsa_dist.inference import CacheFullError, NSACache, nsa_decode, nsa_prefill
 from nsa_kernels import cpu, reference
 
@@ -204,8 +204,7 @@ def test_refusals():
         (lambda: nsa_decode(*one, cache, [seq]), r"must be \[B, new, heads, ...\].*unsqueeze\(1\)"),
         (lambda: nsa_decode(*batch, cache, [seq, 0]), "there are 2 sequences"),
         (lambda: nsa_prefill(*one, cache, [seq], cu_seqlens=[0, 2]), "must rise from 0 to the 1 tokens"),
-        (lambda: nsa_prefill(*one, cache, [seq], cp_group=object()), "cp_group was given.*leave cp_group"),
-        (lambda: nsa_decode(*batch, cache, [seq], plan=object()), "plan was given"),
+        (lambda: nsa_decode(*batch, cache, [seq], plan=ShardPlan.zigzag([0, 9], 2, 16)), "cp_group has 1 ranks"),
         (lambda: nsa_prefill(one[0].float(), single, one[2], cache, [seq]), "NSACache with dtype=torch"),
         (lambda: nsa_prefill(one[0][..., :4], one[1], one[2], cache, [seq]), "k_cmp has shape"),
         (lambda: NSACache(SMALL, 2, 8, 8, 0), "num_pages=0 must be at least 1"),

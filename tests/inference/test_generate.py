@@ -14,6 +14,7 @@ from nsa_dist.inference.folder import save_model
 from nsa_dist.inference.generate import Sampling, draw, generate
 from nsa_dist.inference.model import GPT, GPTConfig
 from nsa_dist.inference.tensors import read_tensors, write_tensors
+from nsa_dist.inference.text import ByteText
 from nsa_launch import cli, exit_codes
 from nsa_launch.commands import generate as command
 
@@ -114,7 +115,7 @@ def test_the_command_refuses(model, tmp_path, capsys):
 def test_characters_of_several_bytes_come_whole():
     out = io.StringIO()
     pieces = [command.Piece(0, byte) for byte in "\u00e9!".encode()] + [command.Piece(0, 0xE2)]
-    assert command._show(["h"], pieces, out) == 4
+    assert command._show(["h"], [ByteText().stream(b"h")], pieces, out) == 4
     assert out.getvalue() == "h\u00e9!\ufffd\n"
 
 

@@ -196,6 +196,6 @@ def test_a_run_on_tokens_goes_on_as_if_it_had_not_stopped_over_other_ranks(base)
     assert model.config.vocab_size == len(model.embedding.weight) == 384
     made = sets.read_all(config_of(base, "whole").data)[0]
     assert (model.config.tokenizer, model.config.end_of_document) == (made.tokenizer["kind"], made.end_of_document)
-    with pytest.raises(Refused, match="the tokenizer's numbers"):
+    with pytest.raises(ValueError, match="export the run again with --tokenizer DIR"):
         generate.run(generate.Request(base / "whole", ["1"], 1, Sampling(), "cpu"))
     assert len(records(base, "whole", "validation")) > 0

@@ -5,12 +5,15 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from nsa_dist.train.export import tokenizer as exported
 from nsa_dist.train.refused import Refused
+from nsa_dist.train.sections.data import DataSection
 from nsa_dist.train.tokens import build as building
 from nsa_dist.train.tokens import listing, sources, workers
 from nsa_dist.train.tokens.build import Request, build
@@ -267,6 +270,29 @@ def test_a_tokenizer_of_hugging_face(tmp_path):
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(Refused, match="name it with --end-of-document"):
         build(request)
+
+
+def test_a_run_is_exported_with_the_tokenizer_of_its_tokens_alone(tmp_path, monkeypatch):
+    folder = tokenizer_folder(tmp_path / "tokenizer")
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text("hello there " * (i + 1), encoding="utf-8")
+    places, prefix = [tmp_path / f"{i}.txt" for i in range(2)], tmp_path / "sets/a"
+    build(Request(places, prefix, tokenizer=str(folder)))
+    run = SimpleNamespace(data=DataSection(folder=None, tokens=str(prefix)))
+    monkeypatch.setattr(exported, "config_of", lambda _: run)
+    files = exported.tokenizer_files(tmp_path, folder)
+    assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "tokenizer_config.json").unlink()
+    assert json.loads(exported.tokenizer_files(tmp_path, folder)["tokenizer_config.json"])["eos_token"] == "<end>"
+    with pytest.raises(Refused, match=r"nothing was given.*give --tokenizer DIR"):
+        exported.tokenizer_files(tmp_path, None)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(Refused, match=r"one number would be two tokens; give the folder as it was then"):
+        exported.tokenizer_files(tmp_path, folder)
+    run.data = DataSection(folder=str(tmp_path))
+    assert exported.tokenizer_files(tmp_path, None) == {}
+    with pytest.raises(Refused, match=r"are bytes, which need no folder; leave it out"):
+        exported.tokenizer_files(tmp_path, folder)
 
 
 def test_a_tokenizer_without_its_package_or_its_file_says_what_to_do(request_, tmp_path, monkeypatch):

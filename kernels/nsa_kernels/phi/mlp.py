@@ -39,7 +39,7 @@ PARTS = 4  # of the sum over l * D; a constant, so that the bits of a block's y 
 
 
 @triton.jit
-def _gelu_parts(x):
+def gelu_parts(x):
     """sigmoid(2 z) and z' of gelu(x) = x (1 + tanh(z)) / 2 = x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)."""
     z = 0.7978845608028654 * x * (1.0 + 0.044715 * x * x)
     slope = 0.7978845608028654 * (1.0 + 3 * 0.044715 * x * x)
@@ -47,7 +47,7 @@ def _gelu_parts(x):
 
 
 @triton.jit
-def _whose(head, num_heads, first_ptr, second_ptr):
+def whose(head, num_heads, first_ptr, second_ptr):
     """The tensor that the head, counted over both, belongs to."""
     return tl.where(head < num_heads, first_ptr, second_ptr)
 
@@ -64,9 +64,9 @@ def _first_product_kernel(
     """One part of vec(block) @ w1 of BLOCK_M blocks and BLOCK_F hidden values of one head; block M is pos_emb."""
     part = tl.program_id(2) % PARTS
     slot = (tl.program_id(2) // PARTS).to(tl.int64)
-    x_ptr = _whose(slot, num_heads, x_ptr, x2_ptr)
-    pos_emb_ptr = _whose(slot, num_heads, pos_emb_ptr, pos_emb2_ptr)
-    w1_ptr = _whose(slot, num_heads, w1_ptr, w12_ptr)
+    x_ptr = whose(slot, num_heads, x_ptr, x2_ptr)
+    pos_emb_ptr = whose(slot, num_heads, pos_emb_ptr, pos_emb2_ptr)
+    w1_ptr = whose(slot, num_heads, w1_ptr, w12_ptr)
     head = slot % num_heads
     block = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -102,7 +102,7 @@ def _second_product_kernel(
     """pre and hidden of BLOCK_M blocks of one head, from the parts, and BLOCK_D dims of y."""
     slot = tl.program_id(2).to(tl.int64)
     num_slots = tl.num_programs(2)
-    w2_ptr = _whose(slot, num_heads, w2_ptr, w22_ptr)
+    w2_ptr = whose(slot, num_heads, w2_ptr, w22_ptr)
     head = slot % num_heads
     block = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     dim = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -117,7 +117,7 @@ def _second_product_kernel(
             pre += tl.load(parts[None, :] + block[:, None] * width, mask=mask, other=0.0)
             bias += tl.load(parts + num_blocks * width, mask=f < width, other=0.0)
         pre += bias[None, :]
-        gate, _ = _gelu_parts(pre)
+        gate, _ = gelu_parts(pre)
         hidden = (pre * gate).to(hidden_ptr.dtype.element_ty)
         if tl.program_id(1) == 0:
             place = (slot * num_blocks + block)[:, None] * width + f[None, :]
@@ -139,8 +139,8 @@ def _grad_pre_kernel(
 ):  # fmt: skip
     """dpre of BLOCK_M blocks and BLOCK_F hidden values of one head, and its sum over those blocks before rounding."""
     slot = tl.program_id(2).to(tl.int64)
-    grad_y_ptr = _whose(slot, num_heads, grad_y_ptr, grad_y2_ptr)
-    w2_ptr = _whose(slot, num_heads, w2_ptr, w22_ptr)
+    grad_y_ptr = whose(slot, num_heads, grad_y_ptr, grad_y2_ptr)
+    w2_ptr = whose(slot, num_heads, w2_ptr, w22_ptr)
     head = slot % num_heads
     block = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -154,7 +154,7 @@ def _grad_pre_kernel(
     place = (slot * num_blocks + block)[:, None] * width + f[None, :]
     mask = (block < num_blocks)[:, None] & (f < width)[None, :]
     pre = tl.load(pre_ptr + place, mask=mask, other=0.0)
-    gate, slope = _gelu_parts(pre)
+    gate, slope = gelu_parts(pre)
     grad_pre = tl.where(mask, acc * (gate + pre * gate * (1.0 - gate) * 2.0 * slope), 0.0)
     tl.store(grad_pre_ptr + place, grad_pre.to(grad_pre_ptr.dtype.element_ty), mask=mask)
     partial = (tl.program_id(0) * tl.num_programs(2) + slot) * width + f
@@ -175,9 +175,9 @@ def _grad_w1_kernel(
     """
     slot = tl.program_id(2).to(tl.int64)
     num_slots = tl.num_programs(2)
-    x_ptr = _whose(slot, num_heads, x_ptr, x2_ptr)
-    pos_emb_ptr = _whose(slot, num_heads, pos_emb_ptr, pos_emb2_ptr)
-    w1_ptr = _whose(slot, num_heads, w1_ptr, w12_ptr)
+    x_ptr = whose(slot, num_heads, x_ptr, x2_ptr)
+    pos_emb_ptr = whose(slot, num_heads, pos_emb_ptr, pos_emb2_ptr)
+    w1_ptr = whose(slot, num_heads, w1_ptr, w12_ptr)
     head = slot % num_heads
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     offset = tl.program_id(0) * BLOCK_K // D
@@ -246,7 +246,7 @@ def _grad_x_kernel(
     """dx of the rows start + offset that belong to BLOCK_M blocks, taken in the order of their starts."""
     offset = tl.program_id(1)
     slot = (tl.program_id(2) % num_slots).to(tl.int64)
-    w1_ptr = _whose(slot, num_heads, w1_ptr, w12_ptr)
+    w1_ptr = whose(slot, num_heads, w1_ptr, w12_ptr)
     head = slot % num_heads
     dim = tl.program_id(2) // num_slots * BLOCK_D + tl.arange(0, BLOCK_D)
     rank = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -283,7 +283,7 @@ def _grad_x_kernel(
     tl.store(grad_x, acc.to(grad_x_ptr.dtype.element_ty), mask=owned[:, None])
 
 
-def _power_of_2_part(number: int, most: int) -> int:
+def power_of_2_part(number: int, most: int) -> int:
     """The largest power of two that divides `number`, at most `most`."""
     return min(number & -number, most)
 
@@ -305,7 +305,7 @@ def mlp_forward(
     if num_blocks == 0:
         return y, pre, hidden
     tile = mlp_tile(x.dtype)
-    block_d = _power_of_2_part(head_dim, 64)
+    block_d = power_of_2_part(head_dim, 64)
     block_f = _width_tile(width)
     parts = x.new_empty(PARTS, num_slots, num_blocks + 1, width, dtype=torch.float32)
     _first_product_kernel[(cdiv(num_blocks + 1, tile["BLOCK_M"]), cdiv(width, block_f), num_slots * PARTS)](
@@ -340,7 +340,7 @@ def mlp_backward(
     if num_blocks == 0:
         return tuple([torch.zeros_like(t) for t in tensors] for tensors in (xs, pos_embs, w1s, w2s))
     tile = mlp_tile(x.dtype)
-    block_d = _power_of_2_part(head_dim, 64)
+    block_d = power_of_2_part(head_dim, 64)
     block_f = _width_tile(width)
     row_tiles = cdiv(num_blocks, tile["BLOCK_M"])
     grad_pre = torch.empty_like(hidden)

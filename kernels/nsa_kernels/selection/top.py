@@ -49,7 +49,7 @@ def _top_kernel(
         packed = _packed_importance(
             imp_rows, block, num_scored, own[:, None, None], num_blocks, CELLS_SLC, NUM_LAYERS, NUM_INIT, NUM_LOCAL
         )  # [BLOCK_Q, NUM_BUNDLES, BUNDLE]
-        best = _merge_sorted(best, tl.topk(tl.max(packed, 2), NUM_CHOSEN_PAD))
+        best = merge_sorted(best, tl.topk(tl.max(packed, 2), NUM_CHOSEN_PAD))
 
     bundle = tl.where(best >= 0, ((best & FAR) ^ FAR) // BUNDLE, FAR // BUNDLE).to(tl.int32)
     packed = _packed_importance(
@@ -85,7 +85,7 @@ def _packed_importance(
 
 
 @triton.jit
-def _merge_sorted(a, b):
+def merge_sorted(a, b):
     """The larger half of two descending sequences, descending: max(a[i], b[K-1-i]) is bitonic (Batcher 1968)."""
     half = tl.maximum(a, tl.flip(b, 1))
     return tl.bitonic_merge(half, descending=True)

@@ -27,6 +27,18 @@ _KERNELS_EXAMPLES = (
     "nsa-dist bench kernels --out runs/bench --preset full --only 1024k   # of all sizes those of this length",
     "nsa-dist bench kernels --out runs/new --compare runs/bench/bench.json",
 )
+_DECODE = """\
+Measure decoding: one layer, one new token for each of B sequences, from a cache with drawn contents. Each case is
+compared with the reference first, then timed as a CUDA graph; beside it dense attention by PyTorch's kernels, the times
+that NSA's and the dense cache's bytes take at this card's copy rate, and an empty graph of as many launches (floor).
+Figures go to OUT/decode.json, a table to OUT/decode.txt. Without a GPU small sizes are checked and called.
+
+Exit codes: 0 measured, 1 a result differs from the reference's, 2 refused.
+"""
+_DECODE_EXAMPLES = (
+    "nsa-dist bench decode --out runs/decode",
+    "nsa-dist bench decode --out runs/decode --batch 8 --tokens 65536,262144 --no-dense",
+)
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -42,6 +54,10 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "cp", help="context parallelism: one rank of many, or real ranks", **help_words(_CP, *_CP_EXAMPLES)
     )
     _cp_arguments(cp)
+    decode = subjects.add_parser(
+        "decode", help="decoding from a cache, beside dense attention", **help_words(_DECODE, *_DECODE_EXAMPLES)
+    )
+    _decode_arguments(decode)
     kernels = subjects.add_parser(
         "kernels",
         help="the kernels on one GPU, checked, timed, and held to an earlier run",
@@ -78,6 +94,32 @@ def _cp_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--everyday", action="store_true", help="real ranks: few tokens a rank, by every transport")
     parser.add_argument("--trace", action="store_true", help="draw a timeline of one layer")
     parser.set_defaults(command=_cp)
+
+
+def _decode_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    parser.add_argument("--batch", type=_numbers, metavar="B,B", help="sequences; default 1,8,64")
+    parser.add_argument("--tokens", type=_numbers, metavar="N,N", help="of each; default 4k, 16k, 64k, 256k, 1M")
+    parser.add_argument("--heads", type=_numbers, metavar="Hq,Hkv,Dk,Dv", help="default 64,4,128,128")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds this text")
+    parser.add_argument("--budget-s", type=float, default=540.0, metavar="S", help="start no case after so long")
+    parser.add_argument("--no-dense", action="store_true", help="leave dense attention out")
+    parser.set_defaults(command=_decode)
+
+
+def _decode(arguments: argparse.Namespace) -> int:
+    from nsa_dist.bench.decode.run import DecodeRequest, run
+
+    try:
+        request = DecodeRequest(
+            arguments.out, arguments.device, arguments.batch, arguments.tokens, arguments.heads, arguments.only,
+            arguments.budget_s, not arguments.no_dense,
+        )  # fmt: skip
+    except ValueError as error:
+        print(f"nsa-dist: {error}", file=sys.stderr)
+        return exit_codes.BAD_CONFIG
+    return exit_codes.FAILED if run(request) else exit_codes.OK
 
 
 def _cp(arguments: argparse.Namespace) -> int:

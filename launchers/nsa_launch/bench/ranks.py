@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from nsa_dist.bench.case import Case
-from nsa_dist.bench.everyday import Everyday
+from nsa_dist.bench.few.everyday import Everyday
 from nsa_dist.bench.show import everyday as show_everyday
 from nsa_dist.bench.show import lines, pictures, timeline
 from nsa_dist.bench.show.report import Report, Row, machine

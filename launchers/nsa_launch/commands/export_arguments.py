@@ -7,6 +7,8 @@ from pathlib import Path
 from nsa_launch import exit_codes
 from nsa_launch.commands.words import help_words
 
+_TOKENIZER = "of a run on such tokens: the folder that data build was given"
+
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add both commands to the command line."""
@@ -19,9 +21,9 @@ def _register_export(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         "export",
         help="a run's model as a folder that plain PyTorch reads",
         **help_words(
-            "Write config.json and model.safetensors from a checkpoint of a run, whatever ranks it was trained on. Its "
-            "files are compared with their digests first; nothing of the run is changed. Exit codes: 0 written, 2 "
-            "refused.",
+            "Write config.json, model.safetensors and the tokenizer from a checkpoint of a run, whatever ranks it was "
+            "trained on. Its files are compared with their digests first; nothing of the run is changed. Exit codes: 0 "
+            "written, 2 refused.",
             "nsa-dist export runs/first --to models/first",
             "nsa-dist export runs/first --to models/first-60 --step 60",
         ),
@@ -29,6 +31,7 @@ def _register_export(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     parser.add_argument("--step", type=int, metavar="N", help="of this checkpoint; default: the newest intact one")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help=_TOKENIZER)
     parser.set_defaults(command=_export)
 
 
@@ -51,6 +54,7 @@ def _register_generate(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="likeliest tokens only (default 0.95)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default 0)")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (default), cuda or cuda:1")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help=_TOKENIZER)
     parser.set_defaults(command=_generate)
 
 
@@ -58,7 +62,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from nsa_launch.commands import export
 
     try:
-        export.run(arguments.run, arguments.to, arguments.step)
+        export.run(arguments.run, arguments.to, arguments.step, arguments.tokenizer)
     except (ValueError, OSError) as error:
         print(f"nsa-dist: {error}", file=sys.stderr)
         return exit_codes.BAD_CONFIG

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nsa_dist.bench.everyday import INSTANT
+from nsa_dist.bench.few.everyday import INSTANT
 from nsa_dist.bench.show.report import Row, ms
 
 _COLOURS = {"one_sided": "#2a9d8f", "all_to_all": "#d1495b", "all-gather": "#30638e", "shared all-gather": "#8cb369"}

@@ -31,13 +31,14 @@ def machine(device_type: str, num_devices: int, ranks: str) -> Row:
 
 
 class Report:
-    """`FOLDER/cp.json` and `FOLDER/cp.txt`; both are whole after every row, so an early end loses nothing."""
+    """`FOLDER/NAME.json` and `FOLDER/NAME.txt`; both are whole after every row, so an early end loses nothing."""
 
-    def __init__(self, folder: Path, about: Row) -> None:
+    def __init__(self, folder: Path, about: Row, name: str = "cp") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.data: dict[str, Any] = {"machine": about, "not_run": []}
-        self._text = folder / "cp.txt"
+        self._text = folder / f"{name}.txt"
+        self._json = folder / f"{name}.json"
         self._text.write_text("")
         self.say(
             f"{about['num_devices']} x {about['device']}, {about['ranks']}, torch {about['torch']}, {about['date']}"
@@ -73,7 +74,7 @@ class Report:
         return any(row.get("wrong") for section in ("checks", "training") for row in self.data.get(section, []))
 
     def _write(self) -> None:
-        write_atomically(self.folder / "cp.json", json.dumps(self.data, indent=1) + "\n")
+        write_atomically(self._json, json.dumps(self.data, indent=1) + "\n")
 
 
 def ms(seconds: float) -> str:

@@ -49,7 +49,7 @@ def plain_model(run: Path, step: int | None = None) -> tuple[GPT, Chosen]:
 
 
 def _refuse_dense(run: Path) -> None:
-    model = _config(OutputDir(run)).model
+    model = config_of(OutputDir(run)).model
     if model.has_dense:
         raise Refused(
             f"{run} is a run with model.attention={model.attention}, and the plain model that export and generate make "
@@ -89,7 +89,7 @@ def choose(output: OutputDir, step: int | None = None) -> Chosen:
 def megatron_model(run: Path, step: int) -> Iterator[tuple[TrainConfig, GPTModel]]:
     """Inside, the run's configuration and its whole model in Megatron-core; needs no process group and leaves none."""
     output = OutputDir(run)
-    config = _config(output)
+    config = config_of(output)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -103,7 +103,7 @@ def megatron_model(run: Path, step: int) -> Iterator[tuple[TrainConfig, GPTModel
             dist.destroy_process_group()
 
 
-def _config(output: OutputDir) -> TrainConfig:
+def config_of(output: OutputDir) -> TrainConfig:
     """What may not change of a run, without parallelism: as the marker says it."""
     raw: dict[str, dict] = {"run": {"output_dir": str(output.root)}}
     for key, value in output.marker().identity.items():

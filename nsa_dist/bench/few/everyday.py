@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nsa_dist.attention import default_ops
 from nsa_dist.bench.case import Case
-from nsa_dist.bench.instant import InstantComm
+from nsa_dist.bench.few.instant import InstantComm
 from nsa_dist.bench.layer import layer_forward
 from nsa_dist.bench.measure import elapsed, mark
 from nsa_dist.bench.selection import Replay, with_selection

@@ -1,0 +1,84 @@
+"""Attention of one to eight new tokens a sequence to a paged cache, all branches: the public face of decoding.
+
+    decode_append      new keys and values into pages and rings; tokens of blocks that have become whole, for phi
+    (phi)              any function of them, of a fixed shape
+    decode_store       its results into their pages
+    decode_attention   compressed attention in splits, candidates, selected and window attention, merge: four launches
+
+Grids follow from shapes alone, the number of sequences and the width of the page table, and lengths are read on the
+device: a CUDA graph of the four steps stays valid while sequences grow, come and go in their slots. Programs past the
+end of a short sequence leave at once. No atomics, and all sums in a fixed order: the same shapes give the same bits.
+
+Numerics    scores, statistics, importances and partial results are fp32; probabilities enter products in the dtype of
+            the values; the result is rounded once
+Bytes       a sequence of T tokens and a key-value head, (Dk + Dv) numbers each: T/d compressed rows, n l' selected and
+            w window tokens; and, of fp32, rows * layers * T/l' importances, written and read
+Reference   nsa_kernels.reference.decode
+"""
+
+import torch
+from torch import Tensor
+
+from nsa_kernels.common.limits import check_dtypes, check_head_dim
+from nsa_kernels.common.rows import unit_stride
+from nsa_kernels.common.sizes import next_power_of_2
+from nsa_kernels.decode.candidates import find_candidates
+from nsa_kernels.decode.chosen import attend_chosen
+from nsa_kernels.decode.compressed import attend_compressed
+from nsa_kernels.decode.merge import merge_parts
+from nsa_kernels.decode.tiles import CHUNK_BLOCKS, split
+from nsa_kernels.decode_contracts import Appended, DecodeSizes, PagedCache, check_call
+
+
+def decode_takes(dtype: torch.dtype, dim_k: int, dim_v: int, slc_block_len: int) -> bool:
+    """Whether the kernels take these: bf16, fp16 or fp32, the head dims of training's kernels, blocks of 16, 32, ..."""
+    try:
+        check_sizes(torch.empty(0, dtype=dtype), dim_k, dim_v, slc_block_len)
+    except ValueError:
+        return False
+    return True
+
+
+def check_sizes(q: Tensor, dim_k: int, dim_v: int, slc_block_len: int) -> None:
+    """ValueError for what the kernels do not take."""
+    check_dtypes(q=q)
+    check_head_dim("Dk", dim_k, two=True)
+    check_head_dim("Dv", dim_v, two=False)
+    if slc_block_len < 16 or slc_block_len & (slc_block_len - 1):
+        raise ValueError(
+            f"slc_block_len={slc_block_len} must be a power of two from 16 on, because a page is one tile; choose such "
+            f"a length, or decode with the operators of training"
+        )
+
+
+@torch.no_grad()
+def decode_attention(
+    q: Tensor, gates: Tensor, appended: Appended, cache: PagedCache, slots: Tensor,
+    *, sizes: DecodeSizes, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gated sum of the three branches, and the chosen blocks; `cache.lengths` then counts the new tokens.
+
+    q           [B, new, Hq, Dk]    new token i is at position `lengths[slot] + i`
+    gates       [B, new, Hq, 3]     in the order cmp, slc, win
+    slots       int32 [B]           as given to `decode_append`, which returned `appended`
+    returns     out [B, new, Hq, Dv] in the dtype of q, 0 for an empty slot; block_indices int32 [B, new, Hkv, n], of
+                each sequence from 0, ascending, -1 for none
+    raises      ValueError on what does not fit together and on sizes that the kernels do not take
+    """
+    check_call(q, gates, cache, slots, sizes)
+    batch, new, num_q_heads, dim_k = q.shape
+    num_heads, dim_v = cache.v_slc.shape[2:]
+    check_dtypes(q=q, k_pages=cache.k_slc)
+    check_sizes(q, dim_k, dim_v, sizes.slc_block_len)
+    max_pages = cache.page_table.shape[1]
+    cut = split(batch, num_heads, max_pages, sizes.cells_slc)
+    q = unit_stride(q)
+    ends = appended.ends
+    compressed = attend_compressed(q, cache, slots, ends, cut, sizes, softmax_scale)
+    chosen_pad = max(2, next_power_of_2(sizes.num_slc_blocks))
+    chunk = max(CHUNK_BLOCKS, chosen_pad, cut.tile_pages)
+    candidates = find_candidates(compressed, ends, new, cut, sizes, chunk, chosen_pad)
+    chosen = attend_chosen(q, candidates, chunk, cache, slots, ends, sizes, softmax_scale)
+    out = q.new_empty(batch, new, num_q_heads, dim_v)
+    merge_parts(compressed, chosen, gates, cache, slots, ends, out, cut, sizes)
+    return out, chosen.block_indices

@@ -1,0 +1,68 @@
+"""Tile sizes of decoding, chosen by shapes alone: never by lengths, so that a captured graph stays valid."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from nsa_kernels.common.sizes import cdiv, next_power_of_2
+
+# Measured on one H200, bf16, Hq 64, Hkv 4, D 128, 64k tokens of each sequence, us of the kernel at batch 64 / 8.
+
+# Compressed rows of a tile. 128: 163 / 28; 64, two stages of copies more: 178 / 34.
+TILE_CELLS = 128
+# Tiles of one program, the largest number with which there are ENOUGH_SPLITS programs. Batch 64: 8 tiles 157, 4 163, 2
+# 175, 1 231. Batch 8: 4 tiles 28, 2 31, 1 35.
+SPLIT_TILES = (8, 4, 2, 1)
+ENOUGH_SPLITS = 256
+# Selection blocks whose candidates one program finds, and its warps. The whole step, 128 blocks and 4 warps 260 / 64.6;
+# 64 and 2 254 / 63.7. 512 blocks: candidates alone 66 instead of 27.
+CHUNK_BLOCKS = 64
+CANDIDATE_WARPS = 2
+CANDIDATES = 128  # looked at together when the best of all are found
+# Of selected and window attention. Batch 64: 8 blocks a program 58, 4 64, 2 76. Batch 8: 8 blocks 20, 4 15, 2 13, 1 16.
+ENOUGH_PROGRAMS = 512
+# Of a row of the output: 1 warp 6.3 / 3.9, 2 11 / 4.2, 4 25 / 6.7. Sums over few parts then need no barriers.
+MERGE_WARPS = 1
+MOST_ROWS = 64  # (token, head) rows of a tile
+
+
+class Split(NamedTuple):
+    """How the pages of a sequence are cut for compressed attention."""
+
+    tile_pages: int
+    split_pages: int  # a multiple of tile_pages
+    num_splits: int
+
+
+def split(batch: int, num_kv_heads: int, max_pages: int, cells_slc: int) -> Split:
+    """Short splits where there are few sequences, so that they fill the card."""
+    tile_pages = max(1, TILE_CELLS // next_power_of_2(cells_slc))
+    for tiles in SPLIT_TILES:
+        num_splits = cdiv(max_pages, tile_pages * tiles)
+        if batch * num_kv_heads * num_splits >= ENOUGH_SPLITS or tiles == SPLIT_TILES[-1]:
+            break
+    return Split(tile_pages, tile_pages * tiles, num_splits)
+
+
+def block_rows(num_rows: int) -> int:
+    """Of `num_rows` (token, head) rows that share keys, those of a tile; a dot takes 16 at least."""
+    return max(16, min(MOST_ROWS, next_power_of_2(num_rows)))
+
+
+def compressed_options(dtype: torch.dtype, block_m: int) -> dict[str, Any]:
+    return {"num_warps": 8 if block_m == MOST_ROWS else 4, "num_stages": 2 if dtype == torch.float32 else 3}
+
+
+def blocks_of_part(queries: int, num_slc_blocks: int) -> int:
+    """Blocks, of 64 tokens say, that one program of selected and window attention takes in turn.
+
+    queries     sequences * new tokens * key-value heads
+    """
+    for blocks in (8, 4, 2):
+        if queries * cdiv(num_slc_blocks, blocks) * 2 >= ENOUGH_PROGRAMS:
+            return blocks
+    return 1
+
+
+def chosen_options(dtype: torch.dtype) -> dict[str, Any]:
+    return {"num_warps": 4, "num_stages": 2 if dtype == torch.float32 else 3}

@@ -1,0 +1,123 @@
+"""Decoding from a paged cache in plain PyTorch, sequence by sequence: the twin of `nsa_kernels.decode`.
+
+The keys and values of each sequence are put in a row, in the order of its tokens, and the branches' equations applied
+to the new tokens; lengths are read on the host. Same names, shapes and results as the kernels; any dtype.
+"""
+
+import torch
+from torch import Tensor
+
+from nsa_kernels.decode_contracts import Appended, DecodeSizes, PagedCache
+from nsa_kernels.reference.gates import combine
+from nsa_kernels.reference.interval import compressed_attention, window_attention
+from nsa_kernels.reference.phi import compress_mlp
+from nsa_kernels.reference.selected import selected_attention
+from nsa_kernels.reference.selection import select_blocks
+
+
+def num_whole(length: int, sizes: DecodeSizes) -> int:
+    """Compressed blocks of a sequence of `length` tokens."""
+    return max(0, (length - sizes.cmp_block_len) // sizes.cmp_stride + 1)
+
+
+@torch.no_grad()
+def decode_append(
+    k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor,
+    cache: PagedCache, slots: Tensor, *, sizes: DecodeSizes,
+) -> Appended:  # fmt: skip
+    """As the kernel; places without a block that has become whole hold zeros."""
+    batch, new = k_cmp.shape[:2]
+    num_fresh = -(-new // sizes.cmp_stride)
+    ends = torch.zeros_like(slots)
+    starts = slots.new_zeros(batch * num_fresh, dtype=torch.int64)
+    cell_rows = slots.new_full((batch * num_fresh,), -1)
+    raw = [x.new_zeros(batch * num_fresh, sizes.cmp_block_len, *x.shape[2:]) for x in (k_cmp, v_cmp)]
+    for b, slot in enumerate(slots.tolist()):
+        if slot < 0:
+            continue
+        length = int(cache.lengths[slot])
+        ends[b] = length + new
+        for i in range(new):
+            page = int(cache.page_table[slot, (length + i) // sizes.slc_block_len])
+            for x, pages in ((k_slc, cache.k_slc), (v_slc, cache.v_slc)):
+                pages[page, (length + i) % sizes.slc_block_len] = x[b, i]
+            for x, ring in (
+                (k_win, cache.k_win), (v_win, cache.v_win), (k_cmp, cache.k_raw), (v_cmp, cache.v_raw)
+            ):  # fmt: skip
+                ring[slot, (length + i) % ring.shape[1]] = x[b, i]
+        had = num_whole(length, sizes)
+        for i in range(num_whole(length + new, sizes) - had):
+            start = (had + i) * sizes.cmp_stride
+            starts[b * num_fresh + i] = start
+            page, row = divmod(had + i + sizes.cells_cmp - 1, sizes.cells_slc)
+            cell_rows[b * num_fresh + i] = cache.page_table[slot, page] * sizes.cells_slc + row
+            for rows, ring in zip(raw, (cache.k_raw, cache.v_raw), strict=True):
+                token = torch.arange(start, start + sizes.cmp_block_len, device=rows.device)
+                rows[b * num_fresh + i] = ring[slot, token % ring.shape[1]]
+    block_rows = torch.arange(batch * num_fresh, device=slots.device, dtype=torch.int32) * sizes.cmp_block_len
+    k_raw, v_raw = (x.flatten(0, 1) for x in raw)
+    return Appended(ends, k_raw, v_raw, block_rows, starts, cell_rows)
+
+
+@torch.no_grad()
+def decode_store(k: Tensor, v: Tensor, appended: Appended, cache: PagedCache) -> None:
+    whole = appended.cell_rows >= 0
+    rows = appended.cell_rows[whole].long()
+    for x, pages in ((k, cache.k_cmp), (v, cache.v_cmp)):
+        pages.view(-1, *pages.shape[2:])[rows] = x[whole].to(pages.dtype)
+
+
+@torch.no_grad()
+def decode_compress_mlp(
+    appended: Appended, cache: PagedCache, phi_k: tuple[Tensor, ...], phi_v: tuple[Tensor, ...]
+) -> None:
+    k, v = (compress_mlp(x, appended.block_rows, *phi) for x, phi in ((appended.k_raw, phi_k), (appended.v_raw, phi_v)))
+    decode_store(k, v, appended, cache)
+
+
+@torch.no_grad()
+def decode_attention(
+    q: Tensor, gates: Tensor, appended: Appended, cache: PagedCache, slots: Tensor,
+    *, sizes: DecodeSizes, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, new, num_q_heads, _ = q.shape
+    num_heads, dim_v = cache.v_slc.shape[2:]
+    out = q.new_zeros(batch, new, num_q_heads, dim_v)
+    block_indices = slots.new_full((batch, new, num_heads, sizes.num_slc_blocks), -1)
+    for b, (slot, end) in enumerate(zip(slots.tolist(), appended.ends.tolist(), strict=True)):
+        if slot >= 0:
+            out[b], block_indices[b] = _attend(q[b], gates[b], cache, slot, end, sizes, softmax_scale)
+            cache.lengths[slot] = end
+    return out, block_indices
+
+
+def _attend(q: Tensor, gates: Tensor, cache: PagedCache, slot: int, end: int, sizes: DecodeSizes, scale: float):
+    """out [new, Hq, Dv] and block_indices [new, Hkv, n] of the last tokens of one sequence of `end` tokens."""
+    new, length = len(q), sizes.slc_block_len
+    pages = cache.page_table[slot, : -(-end // length)].long()
+    position = torch.arange(end - new, end, device=q.device, dtype=torch.int32)
+    zeros = torch.zeros_like(position)
+
+    cells = [x[pages].flatten(0, 1) for x in (cache.k_cmp, cache.v_cmp)]
+    first = sizes.cells_cmp - 1
+    k_cmp, v_cmp = (x[first : first + num_whole(end, sizes)] for x in cells)
+    seen = torch.tensor([num_whole(int(p) + 1, sizes) for p in position], device=q.device, dtype=torch.int32)
+    out_cmp, lse = compressed_attention(q, k_cmp, v_cmp, zeros, seen, softmax_scale=scale)
+    block_indices = select_blocks(
+        q, k_cmp, lse, zeros, seen, position, zeros, softmax_scale=scale,
+        cmp_block_len=sizes.cmp_block_len, cmp_stride=sizes.cmp_stride, slc_block_len=length,
+        num_slc_blocks=sizes.num_slc_blocks, num_init_blocks=sizes.num_init_blocks,
+        num_local_blocks=sizes.num_local_blocks,
+    )  # fmt: skip
+
+    tokens = [x[pages].flatten(0, 1) for x in (cache.k_slc, cache.v_slc)]
+    k_slc, v_slc = (torch.cat([x[:end], x.new_zeros(len(x) - end, *x.shape[1:])]) for x in tokens)
+    table = torch.arange(len(pages), device=q.device, dtype=torch.int32).expand(k_slc.shape[1], -1)
+    out_slc, _ = selected_attention(
+        q, k_slc, v_slc, block_indices, table, position, slc_block_len=length, softmax_scale=scale
+    )
+    begin = (position - (sizes.window_len - 1)).clamp(min=0)
+    token = torch.arange(int(begin[0]), end, device=q.device)
+    k_win, v_win = (x[slot, token % x.shape[1]] for x in (cache.k_win, cache.v_win))
+    out_win, _ = window_attention(q, k_win, v_win, begin - begin[0], position + 1 - begin[0], softmax_scale=scale)
+    return combine(gates, out_cmp, out_slc, out_win), block_indices

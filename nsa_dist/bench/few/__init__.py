@@ -1,0 +1,1 @@
+"""Few tokens a rank: every transport in turn, and one that takes no time."""

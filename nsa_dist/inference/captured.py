@@ -1,0 +1,66 @@
+"""Decoding with a model as the replay of a CUDA graph: one for each number of sequences and of new tokens."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from nsa_dist.attention import default_ops
+from nsa_dist.inference.decode import EMPTY_SLOT, decoding, has_kernels, paged, slots_of
+from nsa_dist.inference.model import GPT, ModelCache
+
+
+def can_capture(model: GPT, cache: ModelCache) -> bool:
+    """Whether a step is launches alone: on a GPU, with kernels that take the layers' sizes."""
+    weight = model.embedding.weight
+    return weight.is_cuda and all(has_kernels(default_ops(weight), layer) for layer in cache.layers)
+
+
+class CapturedDecode:
+    """`model.decode` for `batch` sequences, some of which may be empty slots, and `new` tokens of each.
+
+    Captured at the first call, and again when what the graph reads has moved: when the cache has made room for more
+    sequences, or the longest sequence has twice the pages. The host waits for nothing.
+    """
+
+    def __init__(self, model: GPT, cache: ModelCache, batch: int, new: int = 1) -> None:
+        self.model, self.cache, self.batch, self.new = model, cache, batch, new
+        device = model.embedding.weight.device
+        self._tokens = torch.zeros(batch, new, dtype=torch.int64, device=device)
+        self._slots = [torch.full((batch,), EMPTY_SLOT, dtype=torch.int32, device=device) for _ in cache.layers]
+        self._addresses: list[int] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+
+    def __call__(self, tokens: Tensor, seqs: Sequence[int]) -> Tensor:
+        """tokens [B, new] on the device and B ids -> logits [B, new, vocab], which the next call overwrites."""
+        with ExitStack() as stack:
+            for layer, slots in zip(self.cache.layers, self._slots, strict=True):
+                stack.enter_context(decoding(layer, seqs, self.new))
+                slots.copy_(slots_of(layer, seqs))
+            self._tokens.copy_(tokens)
+            addresses = [x.data_ptr() for layer in self.cache.layers for x in paged(layer)]
+            if addresses != self._addresses:
+                self._capture()
+                self._addresses = addresses
+            assert self._graph is not None
+            assert self._logits is not None
+            self._graph.replay()
+        return self._logits
+
+    def _capture(self) -> None:
+        """The step runs once before, as capturing wants, on empty slots, which change nothing."""
+        kept = [slots.clone() for slots in self._slots]
+        for slots in self._slots:
+            slots.fill_(EMPTY_SLOT)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.model.decode_step(self._tokens, self.cache, self._slots)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = self.model.decode_step(self._tokens, self.cache, self._slots)
+        for slots, before in zip(self._slots, kept, strict=True):
+            slots.copy_(before)

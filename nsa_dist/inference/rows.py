@@ -1,0 +1,66 @@
+"""Rows for the operators: new tokens behind those that rings hold, fresh compressed blocks, the chosen pages."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from nsa_dist.branches import BranchKV
+from nsa_dist.compress import BlockPlaces, compress_both
+from nsa_dist.inference.cache import NSACache
+from nsa_dist.inference.places import Extended, Places
+from nsa_dist.inference.storage import Pair
+
+
+def compress_fresh(new: Pair, cache: NSACache, at: Places, ops: ModuleType) -> None:
+    """phi of the blocks that have become whole, into their pages."""
+    if len(at.fresh_slots):
+        cache.storage.cmp.write(at.fresh_slots, compressed(new, cache, at, ops))
+
+
+def compressed(new: Pair, cache: NSACache, at: Places, ops: ModuleType) -> Pair:
+    """phi of the blocks that have become whole: [F, Hkv, D]."""
+    rows = extended(new, cache.storage.raw, at.raw)
+    block_places = BlockPlaces(at.fresh_rows, at.fresh_start, cache.cfg.cmp_block_len)
+    return Pair(*compress_both((cache.compress_k, cache.compress_v), (rows.k, rows.v), block_places, ops))
+
+
+def extended(new: Pair, rings: Pair, at: Extended) -> Pair:
+    """The rows that `at` describes; those that are no token's are zero."""
+    if at.num_rows == len(new.k):
+        return new
+    old = rings.read(at.ring_rows)
+
+    def put(x: Tensor, before: Tensor) -> Tensor:
+        rows = x.new_zeros(at.num_rows, *x.shape[1:])
+        return rows.index_copy_(0, at.ring_to, before).index_copy_(0, at.new_to, x)
+
+    return Pair(put(new.k, old.k), put(new.v, old.v))
+
+
+def chosen_pages(cache: NSACache, block_page: Tensor, block_indices: Tensor) -> tuple[Pair, Tensor]:
+    """Rows that hold the chosen blocks, whole pages, and the table from a block of the stream to its page there.
+
+    On a GPU the whole pool, as it lies. The operators for CPUs look at all the rows that they are given, so they are
+    given the chosen pages only.
+
+    block_page      int64 [blocks of the stream]: their pages
+    """
+    if block_indices.is_cuda:
+        pages, table = cache.storage.slc.flat(), block_page
+    else:
+        chosen = block_indices.unique()
+        chosen = chosen[chosen >= 0].long()
+        index = block_page[chosen]
+        pages = Pair(*(x.index_select(0, index).flatten(0, 1) for x in cache.storage.slc))
+        table = torch.full_like(block_page, -1).index_copy_(0, chosen, torch.arange(len(chosen)))
+    return pages, table.to(torch.int32).expand(cache.shape.num_kv_heads, -1).contiguous()
+
+
+def write_rings(kv: BranchKV, cache: NSACache, at: Places) -> None:
+    """The last of the new tokens into the rings, once nothing reads what was there."""
+    for ring, new, kept in (
+        (cache.storage.win, Pair(kv.k_win, kv.v_win), at.win),
+        (cache.storage.raw, Pair(kv.k_cmp, kv.v_cmp), at.raw),
+    ):
+        ring.write(kept.kept_to, Pair(*(x.index_select(0, kept.kept) for x in new)))

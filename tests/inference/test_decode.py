@@ -1,0 +1,162 @@
+"""`nsa_decode` through the kernels made for it, against training's forward: in the interpreter, or on a GPU."""
+
+import pytest
+import torch
+
+import nsa_kernels
+from cases import SMALL
+from inference_cases import Case, Play, Told
+from kernels.interpreter import repair
+from kernels.judge import assert_twice
+from kernels.pace import SLOW_WITHOUT_A_GPU
+from nsa_dist import BranchKV, NSAConfig, nsa_attention
+from nsa_dist.inference import NSACache, generate, nsa_decode, nsa_prefill
+from nsa_dist.inference.decode import decode_step, decoding, slots_of
+from nsa_dist.inference.model import GPT, GPTConfig
+from nsa_kernels import reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    repair()
+
+NEEDS_A_GPU = (pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device"))
+
+
+class Rounded(Case):
+    """In fp32, on the device; what the cache answers is held to fp64 by the twice rule."""
+
+    def rows(self, tokens):
+        q, kv, gates = super().rows(tokens)
+        return self.put(q), BranchKV(*map(self.put, kv)), self.put(gates)
+
+    def put(self, x):
+        return x.to(DEVICE, torch.float32)
+
+    def cache(self, num_pages, **options):
+        q, kv, _ = self.rows([0])
+        phis = [phi.to(DEVICE) if isinstance(phi, torch.nn.Module) else phi for phi in self.phis]
+        return NSACache(
+            self.cfg, kv.k_cmp.shape[1], q.shape[2], kv.v_cmp.shape[2], num_pages, device=DEVICE,
+            compress_k=phis[0], compress_v=phis[1], **options,
+        )  # fmt: skip
+
+    def trained_in(self, dtype, tokens):
+        q, kv, gates = self.rows(tokens)
+        with torch.no_grad():
+            return nsa_attention(
+                q.to(dtype), BranchKV(*(x.to(dtype) for x in kv)), gates.to(dtype), self.cfg,
+                compress_k=self.phis[0], compress_v=self.phis[1], ops=reference, return_block_indices=True,
+            )  # fmt: skip
+
+    def compare(self, tokens, out, blocks):
+        """The last tokens, of which there are answers."""
+        rows = slice(len(tokens) - len(out), None)
+        exact, expected_blocks = (x[rows] for x in self.trained_in(torch.float64, tokens))
+        assert torch.equal(blocks, expected_blocks)
+        assert_twice("out", out, self.trained_in(torch.float32, tokens)[0][rows], exact)
+
+
+class KernelPlay(Play):
+    case_type, decode_ops = Rounded, nsa_kernels
+    configs = (
+        SMALL,
+        NSAConfig(16, 4, 16, 6, 2, 2, 33),
+        NSAConfig(32, 16, 64, 3, 0, 1, 70),
+        NSAConfig(8, 8, 32, 4, 1, 1, 1),
+    )
+    heads = (4, 2, 16, 16), (3, 1, 32, 16)
+
+
+def test_forks_truncations_and_empty_slots():
+    """Pages are added, copied and given back, a block is retracted and becomes whole again with other tokens."""
+    case = Rounded.of(60, SMALL, "mlp", False, seed=2, heads=(2, 1, 16, 16))
+    cache = case.cache(20)
+    told = {cache.new_sequence(): Told(), cache.new_sequence(): Told()}
+    a, b = told
+    nsa_prefill(*case.rows(range(30)), cache, [a])
+    told[a].tokens = list(range(30))
+
+    def decode(tokens):
+        new = [tokens.get(seq) or [0] * len(next(iter(tokens.values()))) for seq in (a, -1, b)]
+        slots = [a if a in tokens else -1, -1, b if b in tokens else -1]
+        out, blocks = nsa_decode(*case.batch(new), cache, slots, ops=nsa_kernels, return_block_indices=True)
+        for slot, seq in ((0, a), (2, b)):
+            if seq in tokens:
+                told[seq].add(tokens[seq], out[slot], blocks[slot])
+
+    decode({a: [31, 32], b: [1, 2]})
+    cache.free(b)
+    b = cache.fork(a)
+    told[b] = told[a].cut(32)
+    cache.truncate(a, 30)
+    told[a] = told[a].cut(30)
+    told[a].outs, told[a].blocks = [], []
+    decode({a: [40, 41], b: [50, 51]})
+    for seq in (a, b):
+        out, blocks = told[seq].outs, told[seq].blocks
+        case.compare(told[seq].tokens, torch.stack(out), torch.stack(blocks))
+
+
+SEEDS = [pytest.param(seed, marks=SLOW_WITHOUT_A_GPU if seed < 3 else NEEDS_A_GPU) for seed in range(8)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_drawn_cases(seed):
+    KernelPlay(seed, most=120 if seed % 4 else 300, steps=10).run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hundred", [pytest.param(hundred, marks=NEEDS_A_GPU) for hundred in range(3)])
+def test_three_hundred_drawn_cases(hundred):
+    """Without a GPU they would take hours."""
+    for seed in range(1000 + 100 * hundred, 1100 + 100 * hundred):
+        KernelPlay(seed, most=1500 if seed % 10 == 0 else 400, steps=12).run()
+
+
+def gpu_case():
+    case = Rounded.of(1500, NSAConfig(num_slc_blocks=6, window_len=200), "mlp", False, seed=1, heads=(8, 2, 64, 64))
+    return case, case.cache(80, max_sequences=4, max_tokens=2048)
+
+
+@pytest.mark.parametrize("new", [pytest.param(new, marks=NEEDS_A_GPU) for new in (1, 3)])
+def test_a_graph_stays_valid_while_sequences_grow(new):
+    """Bits of replays are those of calls; pages are added, blocks become whole, a sequence takes another's slot."""
+    case, cache = gpu_case()
+    seqs = [cache.new_sequence() for _ in range(3)]
+    nsa_prefill(*case.rows(range(900)), cache, seqs, cu_seqlens=[0, 500, 500, 900])
+    others = [cache.fork(seq) for seq in seqs]
+    order = [seqs[0], -1, seqs[1], seqs[2]]
+    static = case.batch([[0] * new] * 4)
+    slots = slots_of(cache, [-1] * 4)
+    with decoding(cache, [-1] * 4, new):
+        decode_step(*static, cache, slots, nsa_kernels)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, blocks = decode_step(*static, cache, slots, nsa_kernels)
+    for step in range(40):
+        values = case.batch([[100 + 7 * step + 31 * b + i for i in range(new)] for b in range(4)])
+        for target, source in zip((static[0], *static[1], static[2]), (values[0], *values[1], values[2]), strict=True):
+            target.copy_(source)
+        with decoding(cache, order, new):
+            slots.copy_(slots_of(cache, order))
+            graph.replay()
+        theirs = [others[seqs.index(seq)] if seq != -1 else -1 for seq in order]
+        expected, expected_blocks = nsa_decode(*values, cache, theirs, return_block_indices=True)
+        assert torch.equal(blocks, expected_blocks)
+        assert torch.equal(out, expected)
+        if step == 20:
+            order = [order[3], order[0], order[2], -1]
+
+
+@pytest.mark.parametrize("prompts", [pytest.param(3, marks=NEEDS_A_GPU)])
+def test_text_from_a_graph_is_text_from_calls(prompts, monkeypatch):
+    sizes = GPTConfig(
+        num_layers=2, hidden_size=64, num_q_heads=4, num_kv_heads=1, head_dim=16, ffn_hidden_size=128, nsa=NSAConfig()
+    )
+    torch.manual_seed(0)
+    model = GPT(sizes, device="cuda")
+    given = [[1 + (7 * i) % 250 for i in range(40 * n + 1)] for n in range(prompts)]
+    replayed = list(generate.generate(model, given, 100, generate.Sampling(seed=3)))
+    monkeypatch.setattr(generate, "can_capture", lambda *_: False)
+    assert list(generate.generate(model, given, 100, generate.Sampling(seed=3))) == replayed

@@ -1,0 +1,232 @@
+"""The cache over ranks against training's forward in fp64: ranks are processes over gloo, or threads."""
+
+import math
+
+import pytest
+import torch
+
+import nsa_kernels
+from cases import SMALL
+from inference_cases import CONFIGS, Case
+from nsa_dist import BranchKV, NSAConfig, ShardPlan
+from nsa_dist.cp.comm import Comm
+from nsa_dist.inference import CacheFullError, nsa_decode, nsa_prefill
+from nsa_dist.inference.model import GPT, GPTConfig
+from nsa_dist.inference.over_ranks.storage import following_cells
+from nsa_dist.inference.over_ranks.traffic import decode_bytes
+from rank_cache_cases import RankPlay, over_processes, prefilled
+from ranks import run_ranks
+from thread_ranks import ThreadComm, run_threads
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_teacher_forcing_over_processes_is_training(world_size):
+    """Over every number of ranks up to that; threads stand for three and four below."""
+    answers = run_ranks(world_size, over_processes, world_size)
+    out, blocks = Case.of(70, SMALL, "mlp", False, seed=3).trained(range(70))
+    for size in range(1, world_size + 1):
+        for rank in range(size):
+            found = [torch.cat(x) for x in zip(*answers[rank][size], strict=True)]
+            torch.testing.assert_close(found[0], out, rtol=0, atol=1e-10)
+            assert torch.equal(found[1], blocks)
+            assert all(torch.equal(a[0], b[0]) for a, b in zip(answers[rank][size], answers[0][size], strict=True))
+
+
+def play_over_ranks(seed: int, **sizes: int) -> None:
+    run_threads(seed % 4 + 1, lambda comm: RankPlay(comm, seed, **sizes).run())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_drawn_cases(seed):
+    play_over_ranks(seed, most=120, steps=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hundred", range(4))
+def test_four_hundred_drawn_cases(hundred):
+    for seed in range(1000 + 100 * hundred, 1100 + 100 * hundred):
+        play_over_ranks(seed, most=3000 if seed % 20 == 0 else 400, steps=14)
+
+
+@pytest.mark.parametrize("cfg", CONFIGS[:3])
+def test_ties_go_to_the_lower_block_wherever_it_lies(cfg):
+    """Keys of zero: every score is 0, and every importance but the last one's the same."""
+    case = Case.of(64, cfg, "mean", False, seed=4)
+    case.inputs.kv = case.inputs.kv._replace(k_cmp=torch.zeros_like(case.inputs.kv.k_cmp).detach())
+    expected = case.trained(range(64))[1]
+
+    def forced(comm):
+        cache = case.cache(40)
+        seq = cache.new_sequence()
+        found = [
+            nsa_decode(*case.batch([[t]]), cache, [seq], cp_group=comm, return_block_indices=True)[1] for t in range(64)
+        ]
+        return torch.cat([blocks[0] for blocks in found])
+
+    for blocks in run_threads(3, forced):
+        assert torch.equal(blocks, expected)
+
+
+@pytest.mark.parametrize("ops", [None, nsa_kernels])
+def test_single_precision_is_near(ops):
+    """The operators for CPUs, and Triton's kernels in the interpreter, against the fp64 of training."""
+    case = Case.of(90, NSAConfig(32, 16, 64, 3, 1, 1, 40), "mean", False, seed=5, heads=(2, 1, 16, 16))
+    expected, expected_blocks = case.trained(range(90))
+
+    def single(rows):
+        return rows[0].float(), BranchKV(*(x.float() for x in rows[1])), rows[2].float()
+
+    def work(comm):
+        cache = case.cache(3, torch.float32)
+        seq = cache.new_sequence()
+        plan = ShardPlan.zigzag([0, 80], comm.size)
+        first = prefilled(single(case.rows(range(80))), cache, [seq], plan, comm, ops=ops)
+        batch = single(case.batch([list(range(80, 85))])), single(case.batch([list(range(85, 90))]))
+        steps = [nsa_decode(*x, cache, [seq], cp_group=comm, ops=ops, return_block_indices=True) for x in batch]
+        return [torch.cat([first[i], *(step[i][0] for step in steps)]) for i in (0, 1)]
+
+    for out, blocks in run_threads(2, work):
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(blocks, expected_blocks)
+
+
+def test_a_full_rank_refuses_on_all_and_leaves_everything_as_it_was():
+    case = Case.of(200, SMALL, "mlp", False, seed=6)
+
+    def work(comm):
+        cache = case.cache(2)  # 4 pages of 16 tokens over 2 ranks
+        a, b = cache.new_sequence(), cache.new_sequence()
+        nsa_decode(*case.batch([[0], [1]]), cache, [a, b], cp_group=comm)
+        nsa_decode(*case.batch([list(range(8))]), cache, [a], cp_group=comm)
+        match = r"needs 2 pages of rank 0, but 1 of the cache's 2 are free.*num_pages=3 or more.*Nothing was written"
+        with pytest.raises(CacheFullError, match=match):
+            prefilled(case.rows(range(60)), cache, [a], ShardPlan.zigzag([0, 60], 2, 16), comm)
+        assert (cache.length(a), cache.length(b), cache.num_free_pages) == (9, 1, 1)
+        out, _ = prefilled(case.rows(range(8, 23)), cache, [a], ShardPlan.zigzag([0, 15], 2, 16), comm)
+        return out
+
+    expected = case.trained([0, *range(8), *range(8, 23)])[0][9:]
+    for out in run_threads(2, work):
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+
+
+def test_nan_of_a_sequence_reaches_no_other():
+    case = Case.of(60, NSAConfig(16, 4, 8, 6, 2, 2, 33), "mlp", False, seed=8)
+    expected = case.trained(range(60))[0]
+    q, *kv, gates = (torch.full_like(x, math.nan).detach() for x in case.inputs.leaves())
+
+    def work(comm):
+        cache = case.cache(8)
+        seq = cache.new_sequence()
+        prefilled((q, BranchKV(*kv), gates), cache, [seq], ShardPlan.zigzag([0, 60], 3, 8), comm)
+        cache.free(seq)
+        seq = cache.new_sequence()
+        first, _ = prefilled(case.rows(range(50)), cache, [seq], ShardPlan.contiguous([0, 50], 3, 8), comm)
+        nsa_decode(q[None, :3], BranchKV(*(x[None, :3] for x in kv)), gates[None, :3], cache, [seq], cp_group=comm)
+        cache.truncate(seq, 50)
+        rest = [nsa_decode(*case.batch([list(range(t, t + 5))]), cache, [seq], cp_group=comm)[0] for t in (50, 55)]
+        return torch.cat([first, *rest])
+
+    for out in run_threads(3, work):
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+
+
+def test_what_differs_between_ranks_is_refused_on_all():
+    case = Case.of(20, SMALL, "mean", False, seed=9)
+
+    def work(comm):
+        cache = case.cache(2)
+        seq = cache.new_sequence()
+        with pytest.raises(ValueError, match=r"given different tokens or sequences.*a broadcast of the drawn token"):
+            nsa_decode(*case.batch([[comm.rank]]), cache, [seq], cp_group=comm)
+        assert cache.length(seq) == 0
+        nsa_decode(*case.batch([[0]]), cache, [seq], cp_group=comm)
+
+    run_threads(2, work)
+
+
+def test_refusals():
+    case = Case.of(40, SMALL, "mean", False, seed=10)
+    rows, batch = case.rows(range(20)), case.batch([[0]])
+
+    def work(comm):
+        cache, whole = case.cache(4), case.cache(4)
+        seq, other = cache.new_sequence(), whole.new_sequence()
+        nsa_decode(*batch, cache, [seq], cp_group=comm)
+        nsa_decode(*batch, whole, [other])
+        three = ThreadComm(board=type(comm.board)(3), index=comm.rank)
+        plan, short = ShardPlan.zigzag([0, 20], 3, 16), ShardPlan.zigzag([0, 30], 2, 16)
+        for call, match in [
+            (lambda: nsa_decode(*batch, cache, [seq]), "no cp_group was given.*pass the cp_group"),
+            (lambda: nsa_decode(*batch, cache, [seq], cp_group=three), "that of rank . of 2.*pass that group"),
+            (lambda: nsa_decode(*batch, whole, [other], cp_group=comm), "lie here whole.*make another NSACache"),
+            (lambda: nsa_decode(*batch, cache, [seq], cp_group=comm, plan=plan), "build the plan with cp_size=2"),
+            (lambda: nsa_prefill(*rows, cache, [seq], cp_group=comm), "without a plan.*pass the ShardPlan"),
+            (lambda: nsa_prefill(*rows, cache, [seq], plan=plan), "cp_group has 1 ranks"),
+            (lambda: nsa_prefill(*rows, cache, [seq], plan=short, cp_group=comm), "20 tokens, but"),
+        ]:  # fmt: skip
+            with pytest.raises(ValueError, match=match):
+                call()
+        assert cache.length(seq) == 1
+
+    run_threads(2, work)
+
+
+def test_a_model_over_ranks_says_what_it_says_alone():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(2, 32, 4, 2, 8, 48, SMALL, rotary_base=100.0)).requires_grad_(False).double()
+    tokens = torch.randint(0, 256, (70,))
+    expected = model(tokens)
+
+    def work(comm):
+        cache = model.make_cache(80)
+        seq, found = cache.new_sequence(), []
+        for start, stop in ((0, 40), (40, 62)):
+            plan = ShardPlan.zigzag([0, stop - start], comm.size, 16)
+            shard = plan.shard(tokens[start:stop], comm.rank)
+            logits = model.prefill(shard, cache, [seq], plan=plan, cp_group=comm)
+            found.append(plan.unshard(list(comm.all_gather(logits, "test"))))
+        return torch.cat([*found, model.decode(tokens[None, 62:], cache, [seq], cp_group=comm)[0]])
+
+    for logits in run_threads(2, work):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+
+
+def test_a_group_of_one_is_none():
+    case = Case.of(30, SMALL, "mlp", False, seed=11)
+    cache, plan = case.cache(4), ShardPlan.zigzag([0, 20], 1, 16)
+    seq = cache.new_sequence()
+    out, blocks = prefilled(case.rows(range(20)), cache, [seq], plan, Comm())
+    expected, expected_blocks = case.trained(range(20))
+    assert torch.equal(out, expected)
+    assert torch.equal(blocks, expected_blocks)
+    nsa_decode(*case.batch([[20]]), cache, [seq])
+
+
+@pytest.mark.parametrize("cfg", [NSAConfig(), *CONFIGS])
+def test_bytes(cfg):
+    """Of a rank what one has alone, and the keys that follow its pages."""
+    case = Case.of(20, cfg, "mean", False, seed=12)
+
+    def work(comm):
+        cache = case.cache(6)
+        alone, seq = cache.num_bytes(), cache.new_sequence()
+        nsa_decode(*case.batch([[0]]), cache, [seq], cp_group=comm)
+        rings = cache.shape.num_bytes(0, 1, torch.float64)
+        assert cache.num_bytes() == alone + rings + 6 * sum(following_cells(cache.shape)) * 2 * 8 * 8
+
+    run_threads(2, work)
+
+
+def test_what_a_step_sends():
+    case = Case.of(40, SMALL, "mlp", False, seed=13)
+
+    def work(comm):
+        cache = case.cache(9)
+        seqs = [cache.new_sequence(), cache.new_sequence()]
+        nsa_decode(*case.batch([[0, 1, 2], [3, 4, 5]]), cache, seqs, cp_group=comm)
+        expected = decode_bytes(cache.shape, num_q_heads=4, num_sequences=2, new=3, cp_size=3, dtype=torch.float64)
+        assert dict(comm.traffic.sent_bytes) == expected
+        assert expected["lse"] == 2 * (6 * 4 * 8 + 5 * 8)
+
+    run_threads(3, work)

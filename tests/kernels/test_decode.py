@@ -1,0 +1,121 @@
+"""Decoding from a paged cache against the fp64 reference: outputs by the twice rule, blocks, what the cache holds."""
+
+import pytest
+import torch
+
+from kernels.judge import assert_twice
+from kernels.pace import SLOW_WITHOUT_A_GPU
+from kernels.paged import draw
+from nsa_kernels.decode import append, attention, chosen, phi, tiles
+from nsa_kernels.decode_contracts import DecodeSizes
+from nsa_kernels.reference import decode as reference
+
+
+class Kernels:
+    decode_append = staticmethod(append.decode_append)
+    decode_store = staticmethod(append.decode_store)
+    decode_compress_mlp = staticmethod(phi.decode_compress_mlp)
+    decode_attention = staticmethod(attention.decode_attention)
+
+
+def check(drawn, dtype, device, phis=None):
+    """Returns the kernels' results. phis: weights of both, in fp64."""
+
+    def rounded_to(dtype, device="cpu"):
+        return phis and [[w.to(device, dtype) for w in phi] for phi in phis]
+
+    exact, plain, mine = drawn.to(torch.float64), drawn.to(dtype), drawn.to(dtype, device)
+    expected, expected_blocks = exact.decode(reference, phis)
+    rounded, _ = plain.decode(reference, rounded_to(dtype))
+    out, blocks = mine.decode(Kernels, rounded_to(dtype, device))
+    assert torch.equal(blocks.cpu(), expected_blocks)
+    assert_twice("out", out.cpu(), rounded, expected)
+    for name, held, wanted in zip(exact.cache._fields, mine.cache, exact.cache, strict=True):
+        if name in ("k_cmp", "v_cmp"):  # phi was computed in another dtype
+            wanted = plain.cache._asdict()[name]
+            torch.testing.assert_close(held.cpu(), wanted, rtol=1e-2, atol=1e-2, equal_nan=True)
+        else:
+            assert torch.equal(held.cpu().double().nan_to_num(7e7), wanted.double().nan_to_num(7e7)), name
+    return out, blocks
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [
+        ((4, 2, 16, 16), torch.bfloat16),
+        pytest.param((3, 1, 48, 32), torch.float16, marks=SLOW_WITHOUT_A_GPU),
+        pytest.param((2, 2, 16, 16), torch.float32, marks=SLOW_WITHOUT_A_GPU),
+        pytest.param((64, 1, 16, 16), torch.bfloat16, marks=SLOW_WITHOUT_A_GPU),
+        pytest.param((32, 2, 128, 128), torch.bfloat16, marks=SLOW_WITHOUT_A_GPU),
+        pytest.param((16, 1, 192, 128), torch.bfloat16, marks=SLOW_WITHOUT_A_GPU),
+        pytest.param((64, 8, 64, 64), torch.bfloat16, marks=SLOW_WITHOUT_A_GPU),
+    ],
+)
+def test_mixed_lengths_and_an_empty_slot(heads, dtype, device):
+    check(draw([620, None, 0, 31], 1, heads, dtype=dtype), dtype, device)
+
+
+@pytest.mark.parametrize(("dims", "width"), [((16, 16), 24), pytest.param((32, 16), 16, marks=SLOW_WITHOUT_A_GPU)])
+def test_several_new_tokens_and_phi_as_an_mlp(dims, width, device):
+    """Blocks of which each token is in two, more than one of which becomes whole; some of sequences that had none."""
+    sizes = DecodeSizes(8, 4, 16, 4, 1, 2, 20)
+    phis = [
+        [torch.randn(s).bfloat16().double() / s[1] ** 0.5 for s in ((1, 8, d), (1, 8 * d, width), (1, width, d))]
+        for d in dims
+    ]
+    check(draw([41, 3, 0], 6, (2, 1, *dims), sizes), torch.bfloat16, device, phis)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(32, 16, 16, 3, 0, 1, 40), (64, 16, 32, 4, 1, 1, 5), (16, 16, 64, 3, 1, 2, 64), (32, 8, 32, 2, 1, 1, 1)],
+    ids=["a row in three blocks", "a row in three blocks of two", "no overlap", "a window of one"],
+)
+def test_other_block_lengths(sizes, device):
+    check(draw([300, 33], 2, (2, 1, 16, 16), DecodeSizes(*sizes), torch.float32), torch.float32, device)
+
+
+def test_splits_and_chunks_are_merged(device, monkeypatch):
+    """Many of them, where a small case has one: the blocks are the same, the output to rounding."""
+    monkeypatch.setattr(tiles, "TILE_CELLS", 16)
+    monkeypatch.setattr(attention, "CHUNK_BLOCKS", 8)
+    monkeypatch.setattr(chosen, "CANDIDATES", 16)
+    check(draw([700, 200], 1, (2, 1, 16, 16)), torch.bfloat16, device)
+
+
+def test_a_wider_table_changes_no_bit(device):
+    """Programs past a sequence's end leave nothing that is read."""
+    drawn = [draw([400, None, 90], 1, (2, 1, 16, 16), max_pages=pages).to(torch.bfloat16, device) for pages in (7, 40)]
+    (out, blocks), (wide_out, wide_blocks) = (d.decode(Kernels) for d in drawn)
+    assert torch.equal(blocks, wide_blocks)
+    assert torch.equal(out, wide_out)
+
+
+def test_an_empty_slot_is_zero(device):
+    out, blocks = draw([None, 20], 2, (2, 1, 16, 16)).to(torch.bfloat16, device).decode(Kernels)
+    assert not out[0].any()
+    assert (blocks[0] == -1).all()
+    assert out[1].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        (lambda d: setattr(d, "slots", d.slots.long()), "pass slots of"),
+        (lambda d: setattr(d, "gates", d.gates[..., :2]), "pass the cache of this layer"),
+        (lambda d: setattr(d, "sizes", d.sizes._replace(window_len=400)), "make rings of"),
+        (lambda d: setattr(d, "q", d.q.double()), "cast them first"),
+    ],
+)
+def test_errors_name_the_remedy(change, remedy, device):
+    drawn = draw([20], 1, (2, 1, 16, 16)).to(torch.bfloat16, device)
+    change(drawn)
+    with pytest.raises(ValueError, match=remedy):
+        drawn.decode(Kernels)
+
+
+def test_what_the_kernels_take():
+    assert attention.decode_takes(torch.bfloat16, 192, 128, 64)
+    assert not attention.decode_takes(torch.float64, 128, 128, 64)
+    assert not attention.decode_takes(torch.bfloat16, 128, 96, 64)
+    assert not attention.decode_takes(torch.bfloat16, 128, 128, 48)
