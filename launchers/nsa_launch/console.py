@@ -162,8 +162,10 @@ class Console:
                 f"{record['load_imbalance']:.2f}; kv_fetch_budget_bytes={record['kv_fetch_budget_bytes']}, "
                 f"whole_shard_fraction={record['whole_shard_fraction']:.3g}"
                 f"{f' for links of {link:g} GB/s' if link else ''}, keep_pages={record['keep_pages']}, "
-                f"head_groups={record['head_groups'] or 'auto'}, transport={record['transport']}"
+                f"head_groups={record['head_groups'] or 'auto'}"
             )
+            if "transport" in record:  # not in records of earlier versions
+                self.say(f"transport: {record['transport']}")
 
     def _consequence(self) -> str:
         allowed = self._config.launch.max_failures

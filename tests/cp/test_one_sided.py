@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from cases import run
-from cp.test_cases import one_rank
+from cases import SMALL, make_inputs, run
+from cp.test_cases import PAGE_BYTES, one_rank
 from cp_cases import CASES, FETCH, LAYOUTS, compare, make_plan
+from nsa_dist.cp.options import FetchOptions
 from thread_mailboxes import run_readers
 
 
@@ -26,9 +27,33 @@ def check(inputs, expected, cfg, lengths, layout, size, ops, options, in_line=Tr
         compare((*got[:3], of_phi), expected, plan, rank)
 
 
-@pytest.mark.parametrize("in_line", [True, False], ids=["in line", "overlapped"])
-@pytest.mark.parametrize("name", CASES)
+# What meets every step of both schedules, and none for long; triton's interpreter is slow.
+QUICK = {
+    "fewer blocks than ranks": (True, False),
+    "all choose everything": (True,),
+    "window over several ranks": (True,),
+    "heads choose differently": (False,),
+    "one kv head, whole shards": (False,),
+}
+
+
+def listed():
+    for name in CASES:
+        for in_line in (True, False):
+            marks = () if in_line in QUICK.get(name, ()) else pytest.mark.slow
+            yield pytest.param(name, in_line, marks=marks, id=f"{name}, {'in line' if in_line else 'overlapped'}")
+
+
+@pytest.mark.parametrize(("name", "in_line"), listed())
 def test_agrees_with_one_rank(name, in_line):
     inputs, expected, cfg, lengths, ops = one_rank(name)
     number = list(CASES).index(name)
     check(inputs, expected, cfg, lengths, LAYOUTS[number % 3], (2, 3, 4)[number // 3 % 3], ops, FETCH[name], in_line)
+
+
+@pytest.mark.parametrize("in_line", [True, False], ids=["in line", "overlapped"])
+def test_ranges_under_a_budget(in_line):
+    lengths = [70, 20]
+    inputs = make_inputs(sum(lengths), 4, 2)
+    options = FetchOptions(kv_fetch_budget_bytes=4 * PAGE_BYTES, keep_pages=not in_line)
+    check(inputs, run(inputs, SMALL, lengths), SMALL, lengths, "zigzag", 2, None, options, in_line)
