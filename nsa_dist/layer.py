@@ -40,6 +40,7 @@ class NSALayer(nn.Module):
     compression             phi: "mlp", one for keys and one for values, or "mean", without parameters
     compress_before_rope    and turn the compressed key at its block's first position; else compress turned keys
     rotary                  how queries and keys are turned by their positions; `Rotary(percent=0)`: not at all
+    rotary_base             short for rotary=Rotary(rotary_base)
     qk_norm                 of queries, and of the keys of each branch, before they are compressed or turned: "rms",
                             "layer", or "l2", an RMS norm without weights; None: none
     norm_eps                of those norms
@@ -66,6 +67,7 @@ class NSALayer(nn.Module):
         compression: Literal["mlp", "mean"] = "mlp",
         compress_before_rope: bool = True,
         rotary: Rotary = PLAIN,
+        rotary_base: float | None = None,
         qk_norm: QKNorm | None = None,
         norm_eps: float = 1e-5,
         bias: bool = False,
@@ -75,6 +77,13 @@ class NSALayer(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(num_q_heads, num_kv_heads, head_dim, compression)
+        if rotary_base is not None:
+            if rotary != PLAIN:
+                raise ValueError(
+                    f"rotary_base={rotary_base} and rotary={rotary} are both given, and each has a base; leave "
+                    f"rotary_base out"
+                )
+            rotary = Rotary(rotary_base)
         self.cfg = cfg or NSAConfig()
         self.num_q_heads, self.num_kv_heads = num_q_heads, num_kv_heads
         self.head_dim, self.v_head_dim = head_dim, v_head_dim or head_dim

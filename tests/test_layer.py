@@ -8,6 +8,7 @@ from layer_cases import KINDS, LENGTHS, inputs, layer_of, over_ranks
 from nsa_dist import BranchKV, ShardPlan, nsa_attention
 from nsa_dist.layer import NSALayer
 from nsa_dist.rope import rotate
+from nsa_dist.rope_scaling import Rotary
 from ranks import run_ranks
 
 
@@ -71,6 +72,13 @@ def test_a_batch_is_documents():
     layer, x = layer_of("mlp"), inputs()[0]
     batch = x[:120].view(2, 60, -1)
     assert torch.equal(layer(batch).flatten(0, 1), layer(x[:120], cu_seqlens=[0, 60, 120]))
+
+
+def test_a_base_is_short_for_a_rotary():
+    sizes = {"hidden_size": 16, "num_q_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+    assert NSALayer(**sizes, rotary_base=500.0).rotary == Rotary(500.0)
+    with pytest.raises(ValueError, match="are both given, and each has a base; leave rotary_base out"):
+        NSALayer(**sizes, rotary_base=500.0, rotary=Rotary(percent=0.5))
 
 
 def test_refusals():

@@ -103,7 +103,8 @@ class ParallelSection(Section):
         default=None, description="bytes of other ranks' selected pages held at once; null: those of two head groups"
     )
     whole_shard_fraction: float = Field(
-        default=1.0, description="from this share of a rank's blocks chosen on all of them are fetched"
+        default=1.0,
+        description="from this share of a rank's blocks chosen on all of them are sent; read, each alone is as quick",
     )
     link_gb_per_s: float | None = Field(
         default=None,

@@ -18,6 +18,8 @@ from nsa_kernels.exchange import pages, parts, rows
 from nsa_kernels.exchange.mailbox import Mailbox, aligned
 from nsa_kernels.exchange.signals import meet
 
+_MOST_BEGINS = 1024  # of packs that never come back
+
 
 class Mailboxes:
     """Of rank `rank` of `size`, on `device`. Every rank asks for the same boxes in the same order.
@@ -83,6 +85,8 @@ class Mailboxes:
         """int64 [len(sizes) + 1] on the device: where each of so many rows begins, and where the last ends."""
         key = tuple(sizes)
         if key not in self._begins:
+            if len(self._begins) >= _MOST_BEGINS:
+                self._begins.clear()
             found = torch.tensor([0, *sizes]).cumsum(0)
             self._begins[key] = put_on(self.device, found)
         return self._begins[key]

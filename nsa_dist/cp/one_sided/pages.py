@@ -67,6 +67,7 @@ class Pages:
         self.comm: OneSidedComm = call.comm  # type: ignore[assignment]
         self._v_bytes = aligned(k.numel() * k.element_size())
         self._box = self.comm.boxes.of("pages", self._v_bytes + v.numel() * v.element_size())
+        self._published: tuple[Tensor, ...] = ()
 
     def publish(self) -> None:
         """Put the rank's own where the others read it, once a forward and once a backward."""
@@ -75,7 +76,7 @@ class Pages:
             self.comm.boxes.put(self._box, k)
             self.comm.boxes.put(self._box, v, self._v_bytes)
             self.comm.boxes.meet(self._box)
-            self._kept = k, v  # copies, until the stream that frees them has waited
+        self._published = k, v  # kept while they are read on the side stream
 
     def ranges(self, num_heads: int) -> list[Range]:
         """Of a stage of so many heads: one, or as many as the budget asks for."""
@@ -150,6 +151,8 @@ class PulledForward:
         self._halves = len(stages) > 1 and stages[0].kv_heads == stages[1].kv_heads
         self._marks: list[Tensor] = []
         self._under_way: list[Taken] = []
+        self._attended: Taken | None = None
+        self._wanted: Tensor | None = None
         self.kept: list[Tensor] = []
         self._pages.publish()
 
@@ -161,7 +164,7 @@ class PulledForward:
         if self._halves and stage.number == 1:  # what the first half did not take, beside what it did
             wanted, into = marks & ~self._marks[0], self._under_way[0].pages
         self._marks.append(marks)
-        self._wanted = wanted  # read on the side stream
+        self._wanted = wanted  # kept while it is read on the side stream
         with self._pages.comm.beside():
             self._under_way.append(self._pages.take(stage, wanted, self._pages.ranges(len(marks))[0], into))
 
@@ -195,7 +198,7 @@ class PulledForward:
     def release(self) -> None:
         """Free the pages of the range that was attended to last; a first half's stay for the second."""
         self._follow()
-        if not self._halves:
+        if self._attended is not None and not self._halves:
             self._attended.free()
 
     def _follow(self) -> None:
