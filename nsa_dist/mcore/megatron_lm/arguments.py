@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from nsa_dist.config import NSAConfig
-from nsa_dist.cp.options import FetchOptions
+from nsa_dist.cp.options import TRANSPORTS, FetchOptions
 from nsa_dist.mcore.config import NSATransformerConfig
 from nsa_dist.mcore.megatron_lm.refusals import refuse_arguments
 
@@ -29,6 +29,7 @@ def add_nsa_arguments(parser: ArgumentParser) -> ArgumentParser:
     for name, default in _numbers().items():
         kind = float if isinstance(default, float) else int
         group.add_argument(_flag(name), type=kind, default=default, help=f"nsa_dist: {name} (%(default)s)")
+    group.add_argument("--nsa-transport", choices=TRANSPORTS, default="auto", help="how context-parallel ranks exchange")
     group.add_argument("--nsa-keep-pages", action="store_true", help="keep fetched blocks for backward")
     group.add_argument("--nsa-shared-kv", action="store_true", help="one K/V for the three branches, not one each")
     group.add_argument("--nsa-compression", choices=["mlp", "mean"], default="mlp", help="how a block becomes one key")
@@ -97,7 +98,7 @@ def sizes_from_args(args: Namespace) -> NSAConfig:
 def _numbers() -> dict[str, Any]:
     """Fields that are numbers, with their defaults."""
     both = (*fields(NSAConfig), *fields(FetchOptions))
-    return {field.name: field.default for field in both if not isinstance(field.default, bool)}
+    return {field.name: field.default for field in both if not isinstance(field.default, bool | str)}
 
 
 def _flag(name: str) -> str:
