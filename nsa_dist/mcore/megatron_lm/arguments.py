@@ -29,7 +29,9 @@ def add_nsa_arguments(parser: ArgumentParser) -> ArgumentParser:
     for name, default in _numbers().items():
         kind = float if isinstance(default, float) else int
         group.add_argument(_flag(name), type=kind, default=default, help=f"nsa_dist: {name} (%(default)s)")
-    group.add_argument("--nsa-transport", choices=TRANSPORTS, default="auto", help="how context-parallel ranks exchange")
+    group.add_argument(
+        "--nsa-transport", choices=TRANSPORTS, default="auto", help="how context-parallel ranks exchange"
+    )
     group.add_argument("--nsa-keep-pages", action="store_true", help="keep fetched blocks for backward")
     group.add_argument("--nsa-shared-kv", action="store_true", help="one K/V for the three branches, not one each")
     group.add_argument("--nsa-compression", choices=["mlp", "mean"], default="mlp", help="how a block becomes one key")
