@@ -1,4 +1,4 @@
-"""The sizes of a whole bench: those of the issue at hand on GPUs, tiny ones with the same structure on CPUs."""
+"""The sizes of a whole bench: long sequences on GPUs, tiny ones with the same structure on CPUs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
