@@ -7,6 +7,7 @@ pages.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,14 @@ from torch import Tensor
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.device import put_on
 from nsa_dist.cp.plan import ShardPlan, runs
+
+
+class HaloPieces(NamedTuple):
+    """What the halos of all ranks take of each block, int64 on the CPU: from whom, for whom, so many rows."""
+
+    source: Tensor
+    destination: Tensor
+    size: Tensor
 
 
 @dataclass(frozen=True)
@@ -31,23 +40,7 @@ class Halo:
     recv_sizes: tuple[int, ...]
     most_sent: int  # rows of the rank that sends most
     most_received: int
-    # The same for ranks that read each other's memory, int32: where each extended row is to be read, and where other
-    # ranks have put the gradients of their copies of a row.
-    origin: Tensor  # [E]: the rank that sends it, -1 for own rows
-    source_row: Tensor  # [E]: its number among all rows that rank sends, or the own row
-    sent_number: Tensor  # [T]: numbers the rows that are sent, -1 for the others
-    sent_table: Tensor  # [P, copies, numbers]: that of each copy among all rows that a rank receives, or -1
-
-
-@dataclass(frozen=True)
-class BlockHolders:
-    """Where the selection blocks of the whole sequence lie, for a rank that reads them there: int32, on its device."""
-
-    owner: Tensor  # [num_blocks]: the rank that holds it
-    page: Tensor  # [num_blocks]: its page there
-    place: Tensor  # [num_blocks]: its number among the blocks that other ranks hold, ascending; -1 if it is own
-    remote: Tensor  # [num_blocks - T // l']: the blocks that other ranks hold, ascending
-    tables: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)  # made of these, by heads
+    pieces: HaloPieces
 
 
 @dataclass(frozen=True)
@@ -68,18 +61,27 @@ class RankLayout:
     cmp_block_start: Tensor  # int64 [own blocks]: position in its document of each own block's first token
     num_cmp_max: int  # own blocks of the rank that has most
     cmp_gather_rows: Tensor  # int64 [M]: row of each compressed block in the gathered [P * num_cmp_max]
-    cmp_origin: Tensor  # int32 [num_cmp_rows]: rank of each compressed row, and its number there, -1 between documents
-    cmp_source_row: Tensor
-    cmp_own_number: Tensor  # int32 [own blocks]: 0, 1, ...
-    cmp_own_rows: Tensor  # int32 [1, 1, own blocks]: compressed row of each own block, the same on all ranks
     num_cmp_rows: int  # compressed rows of the sequence: M, or more where documents are aligned
     cmp_place: Tensor | None  # int64 [M]: compressed row of each block; None: block i is row i
     local_blocks: Tensor  # int64 [T // l']: global id of each local selection block
     block_owner: Tensor  # int64 [num_blocks], on the CPU: rank that holds each selection block
     page_of_block: Tensor  # int64 [num_blocks], on the CPU: local page of each selection block, -1 if held elsewhere
     own_pages: Tensor  # the same, int32, on the device
-    holders: "BlockHolders"
     win_interior: slice  # queries whose windows lie in local rows, at most about half: they need no halo
+    cmp_halo: Halo
+    win_halo: Halo
+    host: "HostLayout" = field(compare=False, repr=False)
+    kept: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what others make of it
+
+
+class HostLayout(NamedTuple):
+    """What a layout was made of, on the CPU."""
+
+    plan: ShardPlan
+    rank: int
+    cmp_owner: Tensor  # int64 [M]: rank of each compressed block
+    cmp_gather_rows: Tensor
+    cmp_place: Tensor | None
     cmp_halo: Halo
     win_halo: Halo
 
@@ -116,62 +118,31 @@ def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device, k
     own = cmp_blocks.owner == rank
     place = None if first_row is first_cmp else runs(first_row[:-1], num_cmp)
     num_cmp_max = int(torch.bincount(cmp_blocks.owner, minlength=plan.cp_size).max())
+    gather_rows = _gather_rows(cmp_blocks.owner, plan.cp_size, num_cmp_max)
     last_row = cmp_halo.extended_rows[cmp_blocks.last_local_row[own]]
 
     local_blocks = plan.local_blocks(rank).start // plan.block_len
     page_of_block = torch.full((plan.num_blocks,), -1).index_copy_(0, local_blocks, torch.arange(len(local_blocks)))
     queries = _queries(plan, cfg, rank, first_row, win_halo)
     win_begin = queries["win_begin"]
+    on_device: dict[str, Any] = {name: put_on(device, x.flatten()) for name, x in queries.items()}
     return RankLayout(
-        **{name: put_on(device, x.flatten()) for name, x in queries.items()},
+        **on_device,
         cmp_rows=put_on(device, (last_row - (cfg.cmp_block_len - 1)).to(torch.int32)),
         cmp_block_start=put_on(device, cmp_blocks.doc_offset[own]),
         num_cmp_max=num_cmp_max,
-        cmp_gather_rows=put_on(device, _gather_rows(cmp_blocks.owner, plan.cp_size, num_cmp_max)),
-        **_of_compressed_rows(cmp_blocks.owner, rank, place, int(first_row[-1]), device),
+        cmp_gather_rows=put_on(device, gather_rows),
         num_cmp_rows=int(first_row[-1]),
         cmp_place=None if place is None else put_on(device, place),
         local_blocks=put_on(device, local_blocks),
         block_owner=plan.owner(torch.arange(plan.num_blocks) * plan.block_len)[0],
         page_of_block=page_of_block,
         own_pages=put_on(device, page_of_block.to(torch.int32)),
-        holders=_holders(plan, rank, device),
         win_interior=_interior(win_begin >= reach[:, None], plan.block_len),
         cmp_halo=_halo_to(cmp_halo, device),
         win_halo=_halo_to(win_halo, device),
+        host=HostLayout(plan, rank, cmp_blocks.owner, gather_rows, place, cmp_halo, win_halo),
     )
-
-
-def _of_compressed_rows(
-    owner: Tensor, rank: int, place: Tensor | None, num_rows: int, device: torch.device
-) -> dict[str, Tensor]:
-    """What `RankLayout` says of compressed rows for ranks that read each other's memory."""
-    at = torch.arange(len(owner)) if place is None else place
-    number = torch.zeros_like(owner)
-    for of in owner.unique().tolist():
-        mine = owner == of
-        number[mine] = torch.arange(int(mine.sum()))
-    origin = torch.zeros(num_rows, dtype=torch.int64).index_copy_(0, at, owner)
-    source_row = torch.full((num_rows,), -1).index_copy_(0, at, number)
-    own_rows = at[owner == rank]
-    found = {
-        "cmp_origin": origin,
-        "cmp_source_row": source_row,
-        "cmp_own_number": torch.arange(len(own_rows)),
-        "cmp_own_rows": own_rows[None, None],
-    }
-    return {name: put_on(device, x.to(torch.int32)) for name, x in found.items()}
-
-
-def _holders(plan: ShardPlan, rank: int, device: torch.device) -> BlockHolders:
-    owner, row = plan.owner(torch.arange(plan.num_blocks) * plan.block_len)
-    is_remote = owner != rank
-    place = torch.where(is_remote, is_remote.cumsum(0) - 1, -1)
-
-    def put(x: Tensor) -> Tensor:
-        return put_on(device, x.to(torch.int32))
-
-    return BlockHolders(put(owner), put(row // plan.block_len), put(place), put(is_remote.nonzero().squeeze(1)))
 
 
 def _queries(plan: ShardPlan, cfg: NSAConfig, rank: int, first_cmp: Tensor, win_halo: Halo) -> dict[str, Tensor]:
@@ -270,44 +241,18 @@ def _halo(plan: ShardPlan, rank: int, halo_len: int) -> tuple[Halo, Tensor]:
         """Rows of the rank that sends or receives most."""
         return int(torch.zeros(plan.cp_size, dtype=torch.int64).index_add_(0, peer, size).max())
 
-    sizes_between = torch.zeros(plan.cp_size, plan.cp_size, dtype=torch.int64)
-    sizes_between.index_put_((source, destination), size, accumulate=True)  # [source, destination]
-    num_rows, send_rows = int((reach + length)[own].sum()), runs(row[sent], size[sent])
-    extended_rows, recv_rows = runs(first_row, length[own]), runs(halo_row[received], size[received])
     halo = Halo(
-        **_for_readers(sizes_between, rank, num_rows, extended_rows, send_rows, recv_rows),
-        num_rows=num_rows,
-        extended_rows=extended_rows,
-        send_rows=send_rows,
-        recv_rows=recv_rows,
+        num_rows=int((reach + length)[own].sum()),
+        extended_rows=runs(first_row, length[own]),
+        send_rows=runs(row[sent], size[sent]),
+        recv_rows=runs(halo_row[received], size[received]),
         send_sizes=sizes(destination, sent),
         recv_sizes=sizes(source, received),
         most_sent=most(source),
         most_received=most(destination),
+        pieces=HaloPieces(source, destination, size),
     )
     return halo, first_row.repeat_interleave(length[own] // plan.block_len)
-
-
-def _for_readers(
-    sizes: Tensor, rank: int, num_rows: int, extended_rows: Tensor, send_rows: Tensor, recv_rows: Tensor
-) -> dict[str, Tensor]:
-    """What `Halo` says to ranks that read each other's memory; sizes [source, destination] of what goes between all."""
-    ranks = torch.arange(len(sizes))
-    received, sent = sizes[:, rank], sizes[rank]
-    origin = torch.full((num_rows,), -1).index_copy_(0, recv_rows, ranks.repeat_interleave(received))
-    source_row = torch.empty(num_rows, dtype=torch.int64)
-    source_row.index_copy_(0, extended_rows, torch.arange(len(extended_rows)))
-    source_row.index_copy_(0, recv_rows, runs(sizes[:, :rank].sum(1), received))
-    unique, column = send_rows.unique(return_inverse=True)
-    # The halos of a rank's segments may overlap: it then has a row more than once.
-    key = ranks.repeat_interleave(sent) * len(unique) + column
-    order = key.argsort(stable=True)
-    _, counts = key.unique(return_counts=True)
-    again = torch.empty_like(key).index_copy_(0, order, runs(torch.zeros_like(counts), counts))
-    table = torch.full((len(sizes), int(counts.max()) if len(counts) else 1, len(unique)), -1)
-    table[ranks.repeat_interleave(sent), again, column] = runs(sizes[:rank].sum(0), sent)
-    number = torch.full((len(extended_rows),), -1).index_copy_(0, unique, torch.arange(len(unique)))
-    return {"origin": origin, "source_row": source_row, "sent_number": number, "sent_table": table}
 
 
 def _interior(inside: Tensor, block_len: int) -> slice:
@@ -331,8 +276,4 @@ def _halo_to(halo: Halo, device: torch.device) -> Halo:
         extended_rows=put_on(device, halo.extended_rows),
         send_rows=put_on(device, halo.send_rows),
         recv_rows=put_on(device, halo.recv_rows),
-        origin=put_on(device, halo.origin.to(torch.int32)),
-        source_row=put_on(device, halo.source_row.to(torch.int32)),
-        sent_number=put_on(device, halo.sent_number.to(torch.int32)),
-        sent_table=put_on(device, halo.sent_table.to(torch.int32)),
     )

@@ -96,7 +96,9 @@ class WindowBackward:
         halo = self._call.layout.win_halo
         if self._call.comm.in_line:
             from nsa_dist.cp.one_sided.rows import halo_gradients
+            from nsa_dist.cp.one_sided.tables import reader_tables
 
-            return list(halo_gradients((grads[0], grads[1]), halo, self._call.comm))
+            tables = reader_tables(self._call.layout).win_halo
+            return list(halo_gradients((grads[0], grads[1]), halo, tables, self._call.comm))
         returned = post_halo_gradients(grads, [halo, halo], self._call.comm).wait()
         return [gather_gradients(dy, halo, rows) for dy, rows in zip(grads, returned, strict=True)]

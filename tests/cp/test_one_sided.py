@@ -44,7 +44,7 @@ def listed():
             yield pytest.param(name, in_line, marks=marks, id=f"{name}, {'in line' if in_line else 'overlapped'}")
 
 
-@pytest.mark.parametrize(("name", "in_line"), listed())
+@pytest.mark.parametrize(("name", "in_line"), list(listed()))
 def test_agrees_with_one_rank(name, in_line):
     inputs, expected, cfg, lengths, ops = one_rank(name)
     number = list(CASES).index(name)

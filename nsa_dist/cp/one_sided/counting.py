@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist.cp.call import Call
+from nsa_dist.cp.one_sided.tables import reader_tables
 
 
 def count_read(
@@ -17,7 +18,7 @@ def count_read(
     """
     if marks[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    traffic, remote = call.comm.traffic, call.layout.holders.remote
+    traffic, remote = call.comm.traffic, reader_tables(call.layout).blocks.remote
     numbers, wide = call.cfg.slc_block_len * sum(head_dims), torch.promote_types(dtype, torch.float32)
     page_bytes = {"pages": numbers * dtype.itemsize, "pages.grad": numbers * wide.itemsize}
 

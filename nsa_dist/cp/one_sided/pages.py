@@ -19,6 +19,7 @@ from torch import Tensor
 from nsa_dist.cp.call import Call, Stage
 from nsa_dist.cp.device import Side
 from nsa_dist.cp.one_sided.comm import OneSidedComm, Queued
+from nsa_dist.cp.one_sided.tables import reader_tables
 from nsa_dist.cp.pages import only_here, round_name
 from nsa_kernels.exchange.mailbox import aligned
 from nsa_kernels.exchange.pages import gradient_slot_bytes
@@ -64,6 +65,7 @@ class Pages:
 
     def __init__(self, k: Tensor, v: Tensor, call: Call) -> None:
         self._k, self._v, self._call = k, v, call
+        self._blocks = reader_tables(call.layout).blocks
         self.comm: OneSidedComm = call.comm  # type: ignore[assignment]
         self._v_bytes = aligned(k.numel() * k.element_size())
         self._box = self.comm.boxes.of("pages", self._v_bytes + v.numel() * v.element_size())
@@ -80,7 +82,7 @@ class Pages:
 
     def ranges(self, num_heads: int) -> list[Range]:
         """Of a stage of so many heads: one, or as many as the budget asks for."""
-        count = len(self._call.layout.holders.remote)
+        count = len(self._blocks.remote)
         page_bytes = self._call.cfg.slc_block_len * (self._k.shape[2] + self._v.shape[2]) * self._k.element_size()
         pages = self._call.fetch.round_pages(page_bytes)
         size = max(1, count if pages is None else pages // num_heads)
@@ -88,7 +90,7 @@ class Pages:
 
     def take(self, stage: Stage, marks: Tensor, part: Range, into: Tensor | None = None) -> Taken:
         """The marked pages of a range on their way. Call it `beside` the current stream."""
-        layout, dim_k = self._call.layout, self._k.shape[2]
+        dim_k = self._k.shape[2]
         name = round_name("pages", stage, part.number)
         self.comm.note("post", name, "pages")
         if into is None:
@@ -96,16 +98,16 @@ class Pages:
             sizes = places, self._call.cfg.slc_block_len, dim_k + self._v.shape[2]
             into = self.comm.boxes.page_buffer(self._k, sizes)
         self.comm.boxes.take_pages(
-            self._box, marks, into, layout.holders.remote[part.first : part.stop], layout.holders.owner,
-            layout.holders.page, self.place(part), v_bytes=self._v_bytes, first_head=stage.kv_heads.start,
+            self._box, marks, into, self._blocks.remote[part.first : part.stop], self._blocks.owner,
+            self._blocks.page, self.place(part), v_bytes=self._v_bytes, first_head=stage.kv_heads.start,
             num_heads=self._k.shape[1], dim_k=dim_k,
         )  # fmt: skip
         return Taken(into, name, self.comm)
 
     def place(self, part: Range) -> Tensor:
         """int32 [num_blocks]: where in a range each block is; -1: not there."""
-        of_all = self._call.layout.holders.place
-        if part.stop - part.first == len(self._call.layout.holders.remote):
+        of_all = self._blocks.place
+        if part.stop - part.first == len(self._blocks.remote):
             return of_all
         here = (of_all >= part.first) & (of_all < part.stop)
         return torch.where(here, of_all - part.first, -1)
@@ -113,9 +115,9 @@ class Pages:
     def table(self, heads: int, part: Range) -> Tensor:
         """block_table int32 [heads, num_blocks]: the rank's own pages, in the first range, and the range's."""
         layout = self._call.layout
-        is_whole = part.stop - part.first == len(layout.holders.remote)
-        if is_whole and heads in layout.holders.tables:
-            return layout.holders.tables[heads]
+        is_whole = part.stop - part.first == len(self._blocks.remote)
+        if is_whole and heads in self._blocks.tables:
+            return self._blocks.tables[heads]
         place, own = self.place(part), layout.own_pages
         if part.number > 0:
             own = torch.full_like(own, -1)
@@ -123,7 +125,7 @@ class Pages:
         first = len(layout.local_blocks) + head * (part.stop - part.first)
         table = torch.where(place >= 0, first + place, own)
         if is_whole:
-            layout.holders.tables[heads] = table
+            self._blocks.tables[heads] = table
         return table
 
     def arguments(self, stage: Stage, taken: Tensor, table: Tensor) -> dict[str, Any]:
@@ -299,7 +301,7 @@ class PulledBackward:
         self, totals: tuple[Tensor, Tensor], of_others: tuple[Tensor, Tensor], marks: Tensor, place: Tensor
     ) -> None:
         """Chunk by chunk of blocks: put what was found for others' pages, meet, add what others found for own ones."""
-        boxes, holders = self._pages.comm.boxes, self._call.layout.holders
+        boxes, holders = self._pages.comm.boxes, reader_tables(self._call.layout).blocks
         (heads, num_blocks), block_len = marks.shape, self._call.cfg.slc_block_len
         dim, itemsize = sum(x.shape[2] for x in totals), totals[0].element_size()
         chunk = max(1, min(num_blocks, CHUNK_BYTES // (heads * block_len * dim * itemsize)))

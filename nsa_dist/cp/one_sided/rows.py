@@ -13,6 +13,7 @@ from nsa_dist.cp.call import Call
 from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.layout import Halo, RankLayout
 from nsa_dist.cp.one_sided.comm import OneSidedComm
+from nsa_dist.cp.one_sided.tables import HaloTables, reader_tables
 from nsa_kernels.exchange.mailbox import aligned
 
 Pair = tuple[Tensor, Tensor]
@@ -20,7 +21,7 @@ Pair = tuple[Tensor, Tensor]
 
 def with_halos(cmp: Pair, win: Pair, call: Call) -> tuple[Pair, Pair]:
     """k, v [T, Hkv, D] of two branches with their halos, [E, Hkv, D]: differentiable of cmp, of win not."""
-    halos = call.layout.cmp_halo, call.layout.win_halo
+    halos, tables = (call.layout.cmp_halo, call.layout.win_halo), reader_tables(call.layout)
 
     def body(inputs: list[Tensor]) -> list[Tensor]:
         pairs = ((inputs[0], inputs[1]), (inputs[2], inputs[3]))
@@ -34,7 +35,7 @@ def with_halos(cmp: Pair, win: Pair, call: Call) -> tuple[Pair, Pair]:
         comm.boxes.meet(box)
         found = [
             comm.boxes.take_rows(box, pair, pair, halo.origin, halo.source_row, offset)
-            for pair, halo, offset in zip(pairs, halos, (0, room[0]), strict=True)
+            for pair, halo, offset in zip(pairs, (tables.cmp_halo, tables.win_halo), (0, room[0]), strict=True)
         ]
         return [x for pair in found for x in pair]
 
@@ -58,12 +59,13 @@ class _Received(torch.autograd.Function):
         call = ctx.call
 
         def body(grads: list[Tensor]) -> Sequence[Tensor]:
-            return halo_gradients((grads[0], grads[1]), call.layout.cmp_halo, call.comm)
+            tables = reader_tables(call.layout).cmp_halo
+            return halo_gradients((grads[0], grads[1]), call.layout.cmp_halo, tables, call.comm)
 
         return None, None, None, *call.run("halo backward", body, list(grads))
 
 
-def halo_gradients(grads: Pair, halo: Halo, comm: Comm) -> Pair:
+def halo_gradients(grads: Pair, halo: Halo, tables: HaloTables, comm: Comm) -> Pair:
     """dk, dv [T, h, D] of own rows, in the dtype of those of their extensions [E, h, D], summed in fp32 or better."""
     wide = torch.promote_types(grads[0].dtype, torch.float32)
     comm = _counted(comm, "halo.grad", [_bytes(grads, sum(halo.recv_sizes), wide)])
@@ -71,7 +73,7 @@ def halo_gradients(grads: Pair, halo: Halo, comm: Comm) -> Pair:
     comm.boxes.put_rows(box, *grads, halo.recv_rows, widen=True)
     comm.boxes.meet(box)
     dk, dv = (x.new_empty(len(halo.extended_rows), *x.shape[1:]) for x in grads)
-    comm.boxes.add_rows(box, grads, (dk, dv), halo.extended_rows, halo.sent_number, halo.sent_table)
+    comm.boxes.add_rows(box, grads, (dk, dv), halo.extended_rows, tables.sent_number, tables.sent_table)
     return dk, dv
 
 
@@ -81,7 +83,8 @@ def gather_compressed(k: Tensor, v: Tensor, layout: RankLayout, comm: Comm) -> P
     box = comm.boxes.of("compressed", _bytes((k, v), layout.num_cmp_max))
     comm.boxes.put_rows(box, k, v, None)
     comm.boxes.meet(box)
-    return comm.boxes.take_rows(box, None, (k, v), layout.cmp_origin, layout.cmp_source_row)
+    tables = reader_tables(layout)
+    return comm.boxes.take_rows(box, None, (k, v), tables.cmp_origin, tables.cmp_source_row)
 
 
 def return_compressed(dk: Tensor, dv: Tensor, num_own: int, layout: RankLayout, comm: Comm) -> Pair:
@@ -91,7 +94,8 @@ def return_compressed(dk: Tensor, dv: Tensor, num_own: int, layout: RankLayout, 
     comm.boxes.put_rows(box, dk, dv, None)
     comm.boxes.meet(box)
     k_own, v_own = (x.new_empty(num_own, *x.shape[1:]) for x in (dk, dv))
-    comm.boxes.add_rows(box, None, (k_own, v_own), None, layout.cmp_own_number, layout.cmp_own_rows)
+    tables = reader_tables(layout)
+    comm.boxes.add_rows(box, None, (k_own, v_own), None, tables.cmp_own_number, tables.cmp_own_rows)
     return k_own, v_own
 
 
