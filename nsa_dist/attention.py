@@ -7,7 +7,6 @@
 and the three outputs are summed under their gates. With one rank nothing is sent; the path is the same.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from nsa_dist.branches import BranchKV, attend
 from nsa_dist.compress import Compress
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.call import Call
-from nsa_dist.cp.comm import Comm, Traffic
+from nsa_dist.cp.comm import Comm, Traffic, fingerprint
 from nsa_dist.cp.layout import RankLayout, rank_layout
 from nsa_dist.cp.one_sided.choice import with_transport
 from nsa_dist.cp.options import MOST_IN_LINE, FetchOptions
@@ -151,7 +150,7 @@ def post_agreement(plan: ShardPlan, cfg: NSAConfig, heads: Heads, fetch: FetchOp
 
 def _fingerprint(plan: ShardPlan, cfg: NSAConfig, heads: Heads, fetch: FetchOptions) -> int:
     text = repr((plan.cu_seqlens, plan.cp_size, plan.block_len, plan.layout, cfg, heads, fetch))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    return fingerprint(text)
 
 
 def _agreed_layout(

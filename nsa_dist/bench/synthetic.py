@@ -15,24 +15,11 @@ MADE_UP = "made up"
 
 
 @dataclass(frozen=True)
-class SyntheticComm(Comm):
-    """A `Comm` of `num_ranks` ranks of which only `own_rank` exists.
-
-    Others' data are copies of the rank's own, but for their bitmaps, which are given: bool [P, num_blocks], row r
-    being what rank r would ask for, for every kv head.
-    """
+class OneOfMany(Comm):
+    """A `Comm` of `num_ranks` ranks of which only `own_rank` exists."""
 
     num_ranks: int = 1
     own_rank: int = 0
-    bitmaps: Tensor | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        shape = None if self.bitmaps is None else tuple(self.bitmaps.shape)
-        if shape is not None and (len(shape) != 2 or shape[0] != self.num_ranks):
-            raise ValueError(
-                f"bitmaps of shape {shape} must be [{self.num_ranks}, num_blocks], one row for each of num_ranks, as "
-                f"the other ranks ask for the same blocks for every kv head; leave the heads out"
-            )
 
     @property
     def size(self) -> int:
@@ -44,6 +31,25 @@ class SyntheticComm(Comm):
 
     def agree(self, value: int) -> bool:
         return True
+
+
+@dataclass(frozen=True)
+class SyntheticComm(OneOfMany):
+    """One of many whose exchanges are made up.
+
+    Others' data are copies of the rank's own, but for their bitmaps, which are given: bool [P, num_blocks], row r
+    being what rank r would ask for, for every kv head.
+    """
+
+    bitmaps: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        shape = None if self.bitmaps is None else tuple(self.bitmaps.shape)
+        if shape is not None and (len(shape) != 2 or shape[0] != self.num_ranks):
+            raise ValueError(
+                f"bitmaps of shape {shape} must be [{self.num_ranks}, num_blocks], one row for each of num_ranks, as "
+                f"the other ranks ask for the same blocks for every kv head; leave the heads out"
+            )
 
     def _start_all_gather(self, out: Tensor, x: Tensor, kind: str) -> None:
         with self.computing(f"{MADE_UP} {kind}", MADE_UP):

@@ -8,10 +8,12 @@ Only `all_reduce`, `all_gather_into_tensor`, `reduce_scatter_tensor` and `all_to
 ones that work over NCCL, over gloo on CPUs, and over gloo with several ranks on one GPU.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -309,14 +311,11 @@ def shared_memory(group: dist.ProcessGroup, num_bytes: int, device: torch.device
     return memory, list(handle.buffer_ptrs), handle
 
 
-def timeout_s(group: dist.ProcessGroup, device: torch.device) -> float:
-    """How long the group's collectives wait for a rank."""
-    return group._get_backend(device).options._timeout.total_seconds()
+def timeout_of(group: Any) -> timedelta:
+    """How late a rank may come to a collective of `group` before the others raise; the least of its backends."""
+    return min(group._get_backend(device).options._timeout for device in group._device_types)
 
 
-def gather_facts(group: dist.ProcessGroup, facts: list[int], device: torch.device) -> list[list[int]]:
-    """Small numbers of every rank, on every rank; the host waits."""
-    mine = torch.tensor(facts, dtype=torch.int64, device=device if dist.get_backend(group) == "nccl" else "cpu")
-    found = mine.new_empty(dist.get_world_size(group) * len(facts))
-    _all_gather(found, mine, group=group)
-    return found.view(-1, len(facts)).tolist()
+def fingerprint(text: str) -> int:
+    """56 bits of a text, for ranks to compare."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

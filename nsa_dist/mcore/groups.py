@@ -9,10 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-
-def timeout_of(group: Any) -> timedelta:
-    """How late a rank may come to a collective of `group` before the others raise; the least of its backends."""
-    return min(group._get_backend(device).options._timeout for device in group._device_types)
+from nsa_dist.cp.comm import timeout_of as timeout_of
 
 
 def set_timeout(group: Any, timeout: timedelta) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa_dist.bench.synthetic import OneOfMany
 from nsa_dist.cp.comm import Handle
 from nsa_dist.cp.one_sided.comm import OneSidedComm
 from nsa_dist.cp.one_sided.mailboxes import Mailboxes
@@ -61,26 +62,12 @@ class InstantMailboxes(Mailboxes):
 
 
 @dataclass(frozen=True)
-class InstantComm(OneSidedComm):
-    """Rank `own_rank` of `num_ranks`, of which it is the only one."""
-
-    num_ranks: int = 1
-    own_rank: int = 0
+class InstantComm(OneOfMany, OneSidedComm):
+    """One of many that finds what it needs."""
 
     @classmethod
     def of(cls, rank: int, size: int, device: torch.device, **others: Any) -> "InstantComm":
         return cls(mailboxes=InstantMailboxes(rank, size, device), num_ranks=size, own_rank=rank, **others)
-
-    @property
-    def size(self) -> int:
-        return self.num_ranks
-
-    @property
-    def rank(self) -> int:
-        return self.own_rank
-
-    def agree(self, value: int) -> bool:
-        return True
 
     def post_all_gather(self, x: Tensor, kind: str, name: str = "") -> Handle:
         return Handle(self._drawn(x, (self.size, *x.shape)))

@@ -1,6 +1,5 @@
 """Which transport a group uses, found once: what its ranks say of themselves decides, the same on every rank."""
 
-import hashlib
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nsa_dist.cp.comm import Comm, gather_facts, shared_memory
+from nsa_dist.cp.comm import Comm, fingerprint, shared_memory
 from nsa_dist.cp.options import FetchOptions
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -66,6 +65,12 @@ def transport_of(group: dist.ProcessGroup, fetch: FetchOptions, device: torch.de
     return chosen
 
 
+def gather_facts(group: dist.ProcessGroup, facts: list[int], device: torch.device) -> list[list[int]]:
+    """Small numbers of every rank, on every rank; the host waits."""
+    mine = torch.tensor(facts, device=device if dist.get_backend(group) == "nccl" else "cpu")
+    return Comm(group).all_gather(mine, "layout").tolist()
+
+
 def what_is_missing(devices: Sequence[int]) -> str:
     """Why GPUs of this process could not read each other's memory; empty if they can."""
     if len(devices) < 2:
@@ -79,7 +84,12 @@ def what_is_missing(devices: Sequence[int]) -> str:
 
 def _find(group: dist.ProcessGroup, device: torch.device) -> Transport:
     properties = torch.cuda.get_device_properties(device)
-    facts = [_number(_host()), _number(str(properties.uuid)), int(_has_symmetric_memory()), int(_sees_peers(device))]
+    facts = [
+        fingerprint(_host()),
+        fingerprint(str(properties.uuid)),
+        int(_has_symmetric_memory()),
+        int(_sees_peers(device)),
+    ]
     found = decided(gather_facts(group, facts, device))
     if found.name == "one_sided":
         why = _refusal(group, device)
@@ -117,10 +127,6 @@ def decided(facts: list[list[int]]) -> Transport:
 def _host() -> str:
     """Of the running kernel: containers of one host have it in common."""
     return _BOOT_ID.read_text() if _BOOT_ID.is_file() else socket.gethostname()
-
-
-def _number(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def _has_symmetric_memory() -> bool:

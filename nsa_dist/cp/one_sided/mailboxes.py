@@ -101,7 +101,7 @@ class SharedMailboxes(Mailboxes):
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group), device)
         self._group = group
-        self._limit_ns = int(1e9 * comm.timeout_s(group, device))
+        self._limit_ns = int(1e9 * comm.timeout_of(group).total_seconds())
         self._notice = torch.zeros(2, dtype=torch.int32, pin_memory=True)
 
     def meet(self, box: Mailbox) -> None:
