@@ -111,12 +111,9 @@ class NSACoreAttention(MegatronModule):
 
     def _show(self, gates: Tensor, block_indices: Tensor, rank_plan: RankPlan) -> None:
         """To who watches, sample by sample."""
-        samples = rank_plan.samples
-        for i, (its_gates, its_blocks) in enumerate(
-            zip(gates.chunk(samples), block_indices.chunk(samples), strict=True)
-        ):
-            first = i * rank_plan.blocks_of_sample
-            its_blocks = torch.where(its_blocks >= 0, its_blocks - first, its_blocks)
+        samples = [x.chunk(rank_plan.samples) for x in (gates, block_indices)]
+        for i, (its_gates, its_blocks) in enumerate(zip(*samples, strict=True)):
+            its_blocks = torch.where(its_blocks >= 0, its_blocks - i * rank_plan.blocks_of_sample, its_blocks)
             if self._observe is not None:
                 self._observe(its_gates, its_blocks)
             if self._recorded is not None:

@@ -56,7 +56,7 @@ class RankPlan:
             return self
         if samples not in self._batches:
             plan = batch_plan(self.plan, samples)
-            position = self.document_position[: self.plan.tokens_per_rank].repeat(samples)
+            position = self.document_position.repeat(samples)
             self._batches[samples] = RankPlan(plan, self.rank, position, plan, samples=samples)
         return self._batches[samples]
 
