@@ -1,6 +1,8 @@
 """What the ranks of tests/train/test_resharding.py do: checkpoints of every layout, gone on from in every other."""
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,7 +14,7 @@ from nsa_dist.train import checkpoint, loop
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.files.candidates import name_of
 from nsa_dist.train.files.output import OutputDir
-from nsa_dist.train.model import build
+from nsa_dist.train.model import Trainable, build
 from nsa_dist.train.world import entered
 from train_cases import StopAfter, run, small_config
 
@@ -53,17 +55,24 @@ def every_layout_saves(rank: int, base: Path, dtype: str) -> None:
 
 
 def every_layout_goes_on_in_every_other(rank: int, base: Path) -> None:
-    """Copies of what `every_layout_saves` left; and one that goes on without what it knew of its moments."""
+    """Copies of what `every_layout_saves` left; and one that goes on without its first moments."""
     with patch.object(loop, "plot_losses"), patch.object(loop, "plot_selection"):
         for source, target in PAIRS:
             _goes_on(rank, base, source, target, f"{source} to {target}")
-        with patch.object(checkpoint, "_load_optimizer"):
+        with patch.object(checkpoint, "_load_optimizer", partial(_forgets, checkpoint._load_optimizer)):
             _goes_on(rank, base, "CP4", "DP4", "without moments")
 
 
 def _goes_on(rank: int, base: Path, source: str, target: str, folder: str) -> None:
     _copied(rank, base / source, base / folder)
     run(config_of(base, folder, target).resuming())
+
+
+def _forgets(load: Callable, model: Trainable, state: dict) -> None:
+    load(model, state)
+    for part in getattr(model.optimizer, "chained_optimizers", [model.optimizer]):
+        for moments in part.optimizer.state.values():
+            moments["exp_avg"].zero_()
 
 
 def passed_on(rank: int, base: Path) -> None:
