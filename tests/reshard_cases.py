@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata, load
 
 from nsa_dist.train import checkpoint, loop
 from nsa_dist.train.config import TrainConfig
@@ -91,8 +91,14 @@ def passed_on(rank: int, base: Path) -> None:
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole."""
-    found = dist_checkpointing.load_plain_tensors(str(path))
-    return {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}
+    listed = FileSystemReader(path).read_metadata().state_dict_metadata
+    found = {
+        key: torch.empty(about.size, dtype=about.properties.dtype)
+        for key, about in listed.items()
+        if isinstance(about, TensorStorageMetadata)
+    }
+    load(found, checkpoint_id=path, no_dist=True)
+    return found
 
 
 def _copied(rank: int, source: Path, target: Path) -> None:
