@@ -45,10 +45,11 @@ class NSACoreAttention(MegatronModule):
         """
         count = call_plan(rank_plan.plan, q.shape[1], q[0, 0].numel()).num_documents if q.shape[1] > 1 else 1
         parts = (x.transpose(0, 1).split(count) for x in (q, kv, gate_logits))  # [count, T, ...] each
-        outs = [
-            self._attend(*(x.flatten(0, 1) for x in call), rank_plan.of_batch(count)).unflatten(0, (count, -1))
-            for call in zip(*parts, strict=True)
-        ]
+        outs = []
+        for its_q, its_kv, its_logits in zip(*parts, strict=True):
+            rows = [x.flatten(0, 1) for x in (its_q, its_kv, its_logits)]
+            out = self._attend(rows[0], rows[1], rows[2], rank_plan.of_batch(count))
+            outs.append(out.unflatten(0, (count, -1)))
         return torch.cat(outs).flatten(2).transpose(0, 1)
 
     @contextmanager
