@@ -2,6 +2,7 @@
 
 import hashlib
 
+import torch
 from torch import Tensor
 
 from nsa_dist.cp.comm import Comm
@@ -70,6 +71,13 @@ def following_cells(shape: CacheShape) -> list[int]:
     """
     left, per_page = shape.cfg.cmp_block_len // shape.cfg.cmp_stride - 1, shape.cmp_per_page
     return [min(per_page, left - taken) for taken in range(0, left, per_page)]
+
+
+def rank_bytes(shape: CacheShape, cp_size: int, num_pages: int, num_rings: int, dtype: torch.dtype) -> int:
+    """Of the tensors of one of `cp_size` ranks, a layer: `CacheShape.num_bytes`, and where there are several ranks the
+    keys that follow each page, sum(following_cells) * Hkv * Dk numbers."""
+    following = sum(following_cells(shape)) * shape.num_kv_heads * shape.head_dim_k * dtype.itemsize
+    return shape.num_bytes(num_pages, num_rings, dtype) + (num_pages * following if cp_size > 1 else 0)
 
 
 def spread(cache: NSACache, comm: Comm) -> RankStorage:
