@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nsa_dist.cp.comm import Comm
 from nsa_dist.inference.cache import NSACache
+from nsa_dist.inference.over_ranks.tables import RankTables
 from nsa_dist.inference.storage import CacheShape, Storage
 
 
@@ -96,6 +97,7 @@ def spread(cache: NSACache, comm: Comm) -> RankStorage:
         return storage
     text = repr((cache.shape, len(storage.slc.k), storage.dtype, comm.size))
     cache.hold_over_ranks(RankStorage(storage, comm.rank, comm.size), comm.size)
+    cache.tables = RankTables(storage.device, cache.tables.most_pages, comm.rank, comm.size)
     if not comm.agree(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")):
         raise ValueError(
             f"the ranks of cp_group made different caches: rank {comm.rank} has {text}; each counts the pages of all, "
