@@ -94,7 +94,7 @@ def _check_contents(parts: list[part.CachePart], plain: Drawn, drawn: Drawn) -> 
 @pytest.mark.parametrize(
     ("heads", "dtype", "step"),
     [
-        ((4, 2, 16, 16), torch.bfloat16, 3),
+        ((4, 2, 16, 16), torch.bfloat16, 2),
         pytest.param((4, 2, 16, 16), torch.float32, 1, marks=SLOW_WITHOUT_A_GPU),
         pytest.param((3, 1, 48, 32), torch.float16, 2, marks=SLOW_WITHOUT_A_GPU),
         pytest.param((64, 1, 16, 16), torch.bfloat16, 4, marks=SLOW_WITHOUT_A_GPU),
@@ -104,7 +104,7 @@ def _check_contents(parts: list[part.CachePart], plain: Drawn, drawn: Drawn) -> 
     ],
 )
 def test_mixed_lengths_and_an_empty_slot(heads, dtype, step, device):
-    check(draw([620, None, 0, 31], 1, heads, dtype=dtype), step, dtype, device)
+    check(draw([250, None, 31], 1, heads, dtype=dtype), step, dtype, device)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_mixed_lengths_and_an_empty_slot(heads, dtype, step, device):
     ids=["two become whole", "three keys follow", "no overlap", "one cell a page"],
 )
 def test_other_block_lengths(sizes, device):
-    check(draw([140, 41, 3, 61], 6, (2, 1, 16, 16), DecodeSizes(*sizes), torch.float32), 2, torch.float32, device)
+    check(draw([59, 3], 6, (2, 1, 16, 16), DecodeSizes(*sizes), torch.float32), 2, torch.float32, device)
 
 
 def test_splits_and_chunks_are_merged(device, monkeypatch):

@@ -31,13 +31,15 @@ _DECODE = """\
 Measure decoding: one layer, one new token for each of B sequences, from a cache with drawn contents. Each case is
 compared with the reference first, then timed as a CUDA graph; beside it dense attention by PyTorch's kernels, the times
 that NSA's and the dense cache's bytes take at this card's copy rate, and an empty graph of as many launches (floor).
-Figures go to OUT/decode.json, a table to OUT/decode.txt. Without a GPU small sizes are checked and called.
+Figures go to OUT/decode.json, a table to OUT/decode.txt. Without a GPU small sizes are checked and called. With --gpus
+or --ranks the cache lies over ranks: the time of a step and what of it is the exchange, in OUT/decode-ranks.json, .txt.
 
 Exit codes: 0 measured, 1 a result differs from the reference's, 2 refused.
 """
 _DECODE_EXAMPLES = (
     "nsa-dist bench decode --out runs/decode",
     "nsa-dist bench decode --out runs/decode --batch 8 --tokens 65536,262144 --no-dense",
+    "nsa-dist bench decode --out runs/decode --gpus all --batch 1,8 --tokens 1048576   # over ranks",
 )
 
 
@@ -99,6 +101,8 @@ def _cp_arguments(parser: argparse.ArgumentParser) -> None:
 def _decode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    parser.add_argument("--gpus", type=_all_or_number, metavar="all|N", help="over N GPUs, by NCCL")
+    parser.add_argument("--ranks", type=int, metavar="N", help="over N ranks that share one device, by gloo")
     parser.add_argument("--batch", type=_numbers, metavar="B,B", help="sequences; default 1,8,64")
     parser.add_argument("--tokens", type=_numbers, metavar="N,N", help="of each; default 4k, 16k, 64k, 256k, 1M")
     parser.add_argument("--heads", type=_numbers, metavar="Hq,Hkv,Dk,Dv", help="default 64,4,128,128")
@@ -110,8 +114,11 @@ def _decode_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _decode(arguments: argparse.Namespace) -> int:
     from nsa_dist.bench.decode.run import DecodeRequest, run
+    from nsa_launch.bench import decode_ranks
+    from nsa_launch.bench.request import place_of
 
     try:
+        place = place_of(arguments, decode_ranks.device_of(arguments.device))
         request = DecodeRequest(
             arguments.out, arguments.device, arguments.batch, arguments.tokens, arguments.heads, arguments.only,
             arguments.budget_s, not arguments.no_dense,
@@ -119,7 +126,8 @@ def _decode(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"nsa-dist: {error}", file=sys.stderr)
         return exit_codes.BAD_CONFIG
-    return exit_codes.FAILED if run(request) else exit_codes.OK
+    failed = run(request) if place is None else decode_ranks.run(request, place)
+    return exit_codes.FAILED if failed else exit_codes.OK
 
 
 def _cp(arguments: argparse.Namespace) -> int:
