@@ -122,7 +122,7 @@ def test_other_block_lengths(sizes, device):
 
 
 def test_splits_and_chunks_are_merged(device, monkeypatch):
-    monkeypatch.setattr(tiles, "TILE_CELLS", 8)
+    monkeypatch.setattr(tiles, "TILE_CELLS", 16)
     monkeypatch.setattr(tiles, "ENOUGH_SPLITS", 10**6)
     monkeypatch.setattr(attention, "CHUNK_BLOCKS", 4)
     monkeypatch.setattr(candidates, "CANDIDATES", 16)
