@@ -58,7 +58,7 @@ class RankKernelPlay(RankPlay):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 3, 5])  # 2, 3 and 4 ranks
+@pytest.mark.parametrize("seed", [0, 1, 5])  # over 2, 3 and 4 ranks
 def test_drawn_cases_by_kernels(seed):
     run_threads(seed % 3 + 2, lambda comm: RankKernelPlay(comm, seed, most=80, steps=6).run())
 
