@@ -1,4 +1,4 @@
-"""The core of the layer: from projected q, k, v and gate logits to the attention's output, sample by sample."""
+"""The core of the layer: from projected q, k, v and gate logits to the attention's output."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from nsa_dist.mcore.compressor import GateBias, ParallelCompressMLP
 from nsa_dist.mcore.config import NSATransformerConfig
 from nsa_dist.mcore.inference.dynamic import RequestCache, Step, attend_requests, pages_for, request_cache
 from nsa_dist.mcore.inference.static import LayerCache, attend
-from nsa_dist.mcore.plans import RankPlan
+from nsa_dist.mcore.plans import RankPlan, call_plan
 from nsa_dist.rope_scaling import Rotary
 
 
@@ -40,9 +40,17 @@ class NSACoreAttention(MegatronModule):
         self._observe: Callable[[Tensor, Tensor], None] | None = None
 
     def forward(self, q: Tensor, kv: Tensor, gate_logits: Tensor, rank_plan: RankPlan) -> Tensor:
-        """q [T, b, Hq, Dk], kv [T, b, Hkv, pairs * (Dk + Dv)], gate_logits [T, b, Hq, 3] -> [T, b, Hq * Dv]."""
-        samples = [self._attend(q[:, i], kv[:, i], gate_logits[:, i], rank_plan).flatten(1) for i in range(q.shape[1])]
-        return torch.stack(samples, 1)
+        """q [T, b, Hq, Dk], kv [T, b, Hkv, pairs * (Dk + Dv)], gate_logits [T, b, Hq, 3] -> [T, b, Hq * Dv].
+
+        A batch is a pack: its samples are documents one behind the other, as many in a call as `call_plan` says.
+        """
+        count = call_plan(rank_plan.plan, q.shape[1], q[0, 0].numel()).num_documents if q.shape[1] > 1 else 1
+        parts = (x.transpose(0, 1).split(count) for x in (q, kv, gate_logits))  # [count, T, ...] each
+        outs = [
+            self._attend(*(x.flatten(0, 1) for x in call), rank_plan.of_batch(count)).unflatten(0, (count, -1))
+            for call in zip(*parts, strict=True)
+        ]
+        return torch.cat(outs).flatten(2).transpose(0, 1)
 
     @contextmanager
     def recording_blocks(self) -> Iterator[list[Tensor]]:
@@ -98,11 +106,19 @@ class NSACoreAttention(MegatronModule):
         )
         if plan.cp_size == 1:
             out, block_indices = plan.unshard([out]), plan.unshard([block_indices])
-        if self._observe is not None:
-            self._observe(plan.unshard([gates]) if plan.cp_size == 1 else gates, block_indices)
-        if self._recorded is not None:
-            self._recorded.append(block_indices)
+        if self._observe is not None or self._recorded is not None:
+            self._show(plan.unshard([gates]) if plan.cp_size == 1 else gates, block_indices, rank_plan)
         return out
+
+    def _show(self, gates: Tensor, block_indices: Tensor, rank_plan: RankPlan) -> None:
+        """To who watches, sample by sample."""
+        samples = [x.chunk(rank_plan.samples) for x in (gates, block_indices)]
+        for i, (its_gates, its_blocks) in enumerate(zip(*samples, strict=True)):
+            its_blocks = torch.where(its_blocks >= 0, its_blocks - i * rank_plan.blocks_of_sample, its_blocks)
+            if self._observe is not None:
+                self._observe(its_gates, its_blocks)
+            if self._recorded is not None:
+                self._recorded.append(its_blocks)
 
     def append(self, q: Tensor, kv: Tensor, gate_logits: Tensor, context: Any, layer_number: int) -> Tensor:
         """As `forward`, of new tokens behind those that the inference context has of each sample or request."""
