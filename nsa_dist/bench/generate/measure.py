@@ -100,8 +100,6 @@ class Bench:
         times: dict[str, list[float]] = {}
         for backend in self._backends:
             ways: dict[str, Callable[[], object]] = {"step_s": partial(self._write, self.nsa.step)}
-            if self.prompts.is_cuda:
-                ways["launches_s"] = partial(self.nsa.replays, self.new)
             if self._goes(f"step by {backend}", partial(self.dense.capture, self.tokens, backend)):
                 ways[f"dense_step_s {backend}"] = partial(self._write, self.dense.step)
             for name, seconds in _all_times(ways, self.rounds // 2 + 1, self.prompts.device).items():

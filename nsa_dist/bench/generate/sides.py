@@ -37,16 +37,6 @@ class NSASide:
             return self.model.decode(tokens, self.cache, self.seqs)
         return self._captured(tokens, self.seqs)
 
-    def replays(self, count: int) -> None:
-        """The launches of as many steps, without what the host does for each; lengths are put back."""
-        assert self._captured is not None
-        assert self._captured._graph is not None
-        before = [layer.tables.lengths.clone() for layer in self.cache.layers]
-        for _ in range(count):
-            self._captured._graph.replay()
-        for layer, lengths in zip(self.cache.layers, before, strict=True):
-            layer.tables.lengths.copy_(lengths)
-
 
 class DenseSide:
     """The dense twin; a step is a graph's replay at one length, again and again: that of the prompt."""
