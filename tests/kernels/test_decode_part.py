@@ -34,7 +34,8 @@ def cut(drawn: Drawn, step: int) -> list[part.CachePart]:
         following[kept] = cache.k_cmp[kept, :count]
         table, behind = (torch.where(x, cache.page_table, -1) for x in (here, after))
         rest = [x.clone() for x in cache[4:8]]
-        mine = cache._replace(**dict(zip(cache._fields, [*pools, *rest, table, cache.lengths.clone()], strict=True)))
+        tensors = [*pools, *rest, table, cache.lengths.clone()]
+        mine = cache._replace(**dict(zip(cache._fields[: len(tensors)], tensors, strict=True)))
         first = ((index - slots) % step).to(torch.int32)
         parts.append(part.CachePart(mine, first, following, behind, step))
     return parts
