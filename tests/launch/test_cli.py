@@ -50,7 +50,7 @@ PARSERS = {parser.prog: parser for parser in parsers(cli.parser())}
 def test_there_are_all_the_commands():
     names = ("train", "plan", "config", "report", "bench", "bench cp", "bench kernels", "bench decode", "doctor")
     names += ("export", "generate", "submit", "status", "logs", "stop", "render", "data", "data build", "data check")
-    names += ("convert",)
+    names += ("convert", "bench generate")
     assert PARSERS.keys() == {"nsa-dist", *(f"nsa-dist {name}" for name in names)}
 
 
