@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nsa_kernels.decode.append import decode_store as decode_store
     from nsa_kernels.decode.attention import decode_attention as decode_attention
     from nsa_kernels.decode.attention import decode_takes as decode_takes
+    from nsa_kernels.decode.phi import decode_compress_mean as decode_compress_mean
     from nsa_kernels.decode.phi import decode_compress_mlp as decode_compress_mlp
     from nsa_kernels.gates.combine import combine as combine
     from nsa_kernels.gates.deltas import gate_deltas as gate_deltas
@@ -60,6 +61,7 @@ _ALONE = {
     "WHOLE_TILES": "common.wild",
     "decode_append": "decode.append",
     "decode_attention": "decode.attention",
+    "decode_compress_mean": "decode.phi",
     "decode_compress_mlp": "decode.phi",
     "decode_store": "decode.append",
     "decode_takes": "decode.attention",

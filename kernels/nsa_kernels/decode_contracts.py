@@ -76,6 +76,7 @@ class Appended(NamedTuple):
     block_rows      int32 [B * F]: 0, l, 2 l, ..: where each block begins in them
     block_start     int64 [B * F]: and in its sequence; 0 where there is none
     cell_rows       int32 [B * F]: row of the flat compressed pages that it goes to; -1 where there is none
+    arrived         int32 [B, 2 * Hkv]: zeros, with which phi's programs count themselves; None: of the reference
     """
 
     ends: Tensor
@@ -84,6 +85,7 @@ class Appended(NamedTuple):
     block_rows: Tensor
     block_start: Tensor
     cell_rows: Tensor
+    arrived: Tensor | None = None
 
 
 def check_call(q: Tensor, gates: Tensor, cache: PagedCache, slots: Tensor, sizes: DecodeSizes) -> None:

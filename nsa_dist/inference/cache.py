@@ -3,15 +3,17 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from nsa_dist.compress import Compress
+from nsa_dist.compress import Compress, PhiForm
 from nsa_dist.config import NSAConfig
 from nsa_dist.inference.pool import PagePool
 from nsa_dist.inference.storage import MOST_BACK, CacheShape, Storage
 from nsa_dist.inference.tables import Tables
+from nsa_dist.rope import turn_of
 
 
 @dataclass
@@ -81,6 +83,16 @@ class NSACache:
         self._pool = PagePool(num_pages)
         self._sequences: dict[int, SequenceState] = {}
         self._next_id = 0
+
+    @cached_property
+    def turns(self) -> list[Tensor | None]:
+        """By what compressed keys and values are turned, for decoding kernels: `turn_of`, on the device."""
+        forms = [PhiForm.of(phi, self.cfg.cmp_block_len) for phi in (self.compress_k, self.compress_v)]
+        dims = self.shape.head_dim_k, self.shape.head_dim_v
+        return [
+            turn_of(form.rotary, dim, self.storage.device) if form and form.rotary else None
+            for form, dim in zip(forms, dims, strict=True)
+        ]
 
     @property
     def num_free_pages(self) -> int:

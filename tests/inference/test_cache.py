@@ -7,7 +7,7 @@ import torch
 
 import nsa_kernels
 from cases import PAPER, SMALL
-from inference_cases import CONFIGS, Case, Play
+from inference_cases import CONFIGS, KINDS, Case, Play
 from nsa_dist import BranchKV, NSAConfig, ShardPlan, nsa_attention
 from nsa_dist.inference import CacheFullError, NSACache, nsa_decode, nsa_prefill
 from nsa_kernels import cpu, reference
@@ -26,7 +26,7 @@ def same(a: list, b: list) -> bool:
     return a[:2] == b[:2] and all(torch.equal(x, y) for x, y in zip(a[2:], b[2:], strict=True))
 
 
-@pytest.mark.parametrize("kind", ["mlp", "mean", "turned", "callable"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shared_kv", [False, True])
 def test_token_by_token_is_training(kind, shared_kv):
     case = Case.of(70, SMALL, kind, shared_kv, seed=3)

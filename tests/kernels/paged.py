@@ -37,11 +37,14 @@ class Drawn:
         new = [put(x) for x in self.new]
         return Drawn(cache, put(self.slots), put(self.q), put(self.gates), new, self.sizes)
 
-    def decode(self, ops, phis: tuple | None = None) -> tuple[Tensor, Tensor]:
-        """The steps with the functions of `ops`; phi is the mean, or an MLP of the weights of `phis`."""
+    def decode(self, ops, phis: tuple | None = None, turns: tuple | None = None) -> tuple[Tensor, Tensor]:
+        """The steps with the functions of `ops`; phi is an MLP of the weights of `phis`, or the mean, which with
+        `turns` is the one of `ops`."""
         appended = ops.decode_append(*self.new, self.cache, self.slots, sizes=self.sizes)
         if phis:
-            ops.decode_compress_mlp(appended, self.cache, *phis)
+            ops.decode_compress_mlp(appended, self.cache, *phis, *(turns or ()))
+        elif turns:
+            ops.decode_compress_mean(appended, self.cache, *turns)
         else:
             blocks = [x.unflatten(0, (-1, self.sizes.cmp_block_len)) for x in (appended.k_raw, appended.v_raw)]
             ops.decode_store(*(x.mean(1) for x in blocks), appended, self.cache)

@@ -15,19 +15,21 @@ class Kernels:
     decode_append = staticmethod(append.decode_append)
     decode_store = staticmethod(append.decode_store)
     decode_compress_mlp = staticmethod(phi.decode_compress_mlp)
+    decode_compress_mean = staticmethod(phi.decode_compress_mean)
     decode_attention = staticmethod(attention.decode_attention)
 
 
-def check(drawn, dtype, device, phis=None):
+def check(drawn, dtype, device, phis=None, turns=None):
     """Returns the kernels' results. phis: weights of both, in fp64."""
 
     def rounded_to(dtype, device="cpu"):
-        return phis and [[w.to(device, dtype) for w in phi] for phi in phis]
+        found = phis and [[w.to(device, dtype) for w in phi] for phi in phis]
+        return found, turns and [turn if turn is None else turn.to(device) for turn in turns]
 
     exact, plain, mine = drawn.to(torch.float64), drawn.to(dtype), drawn.to(dtype, device)
-    expected, expected_blocks = exact.decode(reference, phis)
-    rounded, _ = plain.decode(reference, rounded_to(dtype))
-    out, blocks = mine.decode(Kernels, rounded_to(dtype, device))
+    expected, expected_blocks = exact.decode(reference, phis, turns)
+    rounded, _ = plain.decode(reference, *rounded_to(dtype))
+    out, blocks = mine.decode(Kernels, *rounded_to(dtype, device))
     assert torch.equal(blocks.cpu(), expected_blocks)
     assert_twice("out", out.cpu(), rounded, expected)
     for name, held, wanted in zip(exact.cache._fields, mine.cache, exact.cache, strict=True):
@@ -55,15 +57,37 @@ def test_mixed_lengths_and_an_empty_slot(heads, dtype, device):
     check(draw([620, None, 0, 31], 1, heads, dtype=dtype), dtype, device)
 
 
-@pytest.mark.parametrize(("dims", "width"), [((16, 16), 24), pytest.param((32, 16), 16, marks=SLOW_WITHOUT_A_GPU)])
-def test_several_new_tokens_and_phi_as_an_mlp(dims, width, device):
+def turn(half, factor=1.25):
+    """Angles of `half` pairs, and a factor."""
+    return torch.cat([0.7 ** torch.arange(half, dtype=torch.float64), torch.tensor([factor], dtype=torch.float64)])
+
+
+@pytest.mark.parametrize(
+    ("dims", "widths", "turns"),
+    [
+        ((32, 16), (16, 24), (turn(6), None)),
+        pytest.param((16, 16), (24, 24), None, marks=SLOW_WITHOUT_A_GPU),
+        pytest.param((48, 32), (150, 40), (turn(24), turn(16)), marks=SLOW_WITHOUT_A_GPU),
+        pytest.param((192, 128), (192, 128), (turn(96), None), marks=SLOW_WITHOUT_A_GPU),
+        pytest.param((64, 64), (64, 64), (turn(16), None), marks=SLOW_WITHOUT_A_GPU),
+    ],
+)
+def test_several_new_tokens_and_phi_as_an_mlp(dims, widths, turns, device):
     """Blocks of which each token is in two, more than one of which becomes whole; some of sequences that had none."""
     sizes = DecodeSizes(8, 4, 16, 4, 1, 2, 20)
     phis = [
         [torch.randn(s).bfloat16().double() / s[1] ** 0.5 for s in ((1, 8, d), (1, 8 * d, width), (1, width, d))]
-        for d in dims
+        for d, width in zip(dims, widths, strict=True)
     ]
-    check(draw([41, 3, 0], 6, (2, 1, *dims), sizes), torch.bfloat16, device, phis)
+    check(draw([41, 3, 0], 6, (2, 1, *dims), sizes), torch.bfloat16, device, phis, turns)
+
+
+@pytest.mark.parametrize(
+    "turns", [(turn(5), None), pytest.param((None, turn(8)), marks=SLOW_WITHOUT_A_GPU), (None, None)]
+)
+def test_the_mean_turned(turns, device):
+    """Of a head dim that is no power of two, one block; the other sequence has none that becomes whole."""
+    check(draw([30, 40], 2, (2, 2, 48, 16)), torch.float32, device, None, turns)
 
 
 @pytest.mark.parametrize(

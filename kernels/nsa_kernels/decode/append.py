@@ -41,11 +41,11 @@ def _load_token(x_ptr, token, stride_t, stride_h, head, dim, mask):
 def _append_kernel(
     k_cmp_ptr, v_cmp_ptr, k_slc_ptr, v_slc_ptr, k_win_ptr, v_win_ptr, slots_ptr, page_table_ptr, lengths_ptr,
     k_page_ptr, v_page_ptr, k_win_ring_ptr, v_win_ring_ptr, k_raw_ring_ptr, v_raw_ring_ptr,
-    ends_ptr, k_raw_ptr, v_raw_ptr, block_rows_ptr, block_start_ptr, cell_rows_ptr,
+    ends_ptr, k_raw_ptr, v_raw_ptr, block_rows_ptr, block_start_ptr, cell_rows_ptr, arrived_ptr,
     max_pages, num_heads, win_ring, raw_ring, new,
     stride_kct, stride_kch, stride_vct, stride_vch, stride_kst, stride_ksh, stride_vst, stride_vsh,
     stride_kwt, stride_kwh, stride_vwt, stride_vwh,
-    NUM_FRESH: tl.constexpr, UNIT_TOKENS: tl.constexpr,
+    NUM_FRESH: tl.constexpr, UNIT_TOKENS: tl.constexpr, HEADS_PAD: tl.constexpr,
     CMP_LEN: tl.constexpr, CMP_STRIDE: tl.constexpr, SLC_LEN: tl.constexpr,
     CELLS_SLC: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -62,6 +62,8 @@ def _append_kernel(
     token = batch * new + unit
     if unit == 0:
         tl.store(ends_ptr + batch, end)
+        head = tl.arange(0, HEADS_PAD)
+        tl.store(arrived_ptr + batch * 2 * num_heads + head, tl.zeros_like(head), mask=head < 2 * num_heads)
         for i in tl.static_range(NUM_FRESH):
             block = num_whole(length, CMP_LEN, CMP_STRIDE) + i
             is_fresh = block < num_whole(end, CMP_LEN, CMP_STRIDE)
@@ -155,6 +157,7 @@ def decode_append(
         slots.new_empty(batch * num_fresh),
         slots.new_empty(batch * num_fresh, dtype=torch.int64),
         slots.new_empty(batch * num_fresh),
+        slots.new_empty(batch, 2 * num_heads),
     )
     _append_kernel[(batch, new + num_fresh * sizes.cmp_block_len // unit_tokens)](
         *given, slots, cache.page_table, cache.lengths,
@@ -162,7 +165,7 @@ def decode_append(
         *made,
         cache.page_table.shape[1], num_heads, cache.k_win.shape[1], cache.k_raw.shape[1], new,
         *token_head_strides(*given),
-        NUM_FRESH=num_fresh, UNIT_TOKENS=unit_tokens,
+        NUM_FRESH=num_fresh, UNIT_TOKENS=unit_tokens, HEADS_PAD=next_power_of_2(2 * num_heads),
         CMP_LEN=sizes.cmp_block_len, CMP_STRIDE=sizes.cmp_stride, SLC_LEN=sizes.slc_block_len,
         CELLS_SLC=sizes.cells_slc, DK=dim_k, DV=dim_v,
         BLOCK_K=next_power_of_2(num_heads * dim_k), BLOCK_V=next_power_of_2(num_heads * dim_v), num_warps=2,

@@ -10,7 +10,7 @@ from torch import Tensor
 from nsa_kernels.decode_contracts import Appended, DecodeSizes, PagedCache
 from nsa_kernels.reference.gates import combine
 from nsa_kernels.reference.interval import compressed_attention, window_attention
-from nsa_kernels.reference.phi import compress_mlp
+from nsa_kernels.reference.phi import compress_mean, compress_mlp
 from nsa_kernels.reference.selected import selected_attention
 from nsa_kernels.reference.selection import select_blocks
 
@@ -69,10 +69,32 @@ def decode_store(k: Tensor, v: Tensor, appended: Appended, cache: PagedCache) ->
 
 @torch.no_grad()
 def decode_compress_mlp(
-    appended: Appended, cache: PagedCache, phi_k: tuple[Tensor, ...], phi_v: tuple[Tensor, ...]
-) -> None:
+    appended: Appended, cache: PagedCache, phi_k: tuple[Tensor, ...], phi_v: tuple[Tensor, ...],
+    turn_k: Tensor | None = None, turn_v: Tensor | None = None,
+) -> None:  # fmt: skip
     k, v = (compress_mlp(x, appended.block_rows, *phi) for x, phi in ((appended.k_raw, phi_k), (appended.v_raw, phi_v)))
-    decode_store(k, v, appended, cache)
+    decode_store(turned(k, appended, turn_k), turned(v, appended, turn_v), appended, cache)
+
+
+@torch.no_grad()
+def decode_compress_mean(
+    appended: Appended, cache: PagedCache, turn_k: Tensor | None = None, turn_v: Tensor | None = None
+) -> None:
+    block_len = len(appended.k_raw) // len(appended.cell_rows)
+    k, v = (compress_mean(x, appended.block_rows, block_len) for x in (appended.k_raw, appended.v_raw))
+    decode_store(turned(k, appended, turn_k), turned(v, appended, turn_v), appended, cache)
+
+
+def turned(y: Tensor, appended: Appended, turn: Tensor | None) -> Tensor:
+    """Compressed rows [M, Hkv, D] turned by the position of each block, in y's dtype or fp32; rounded to y's."""
+    if turn is None:
+        return y
+    *angles, factor = turn.tolist()
+    half, dtype = len(angles), torch.promote_types(y.dtype, torch.float32)
+    angle = appended.block_start.double()[:, None, None] * turn[:-1]
+    cos, sin = (factor * angle.cos()).to(dtype), (factor * angle.sin()).to(dtype)
+    first, second, rest = y.to(dtype).split([half, half, y.shape[-1] - 2 * half], -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).to(y.dtype)
 
 
 @torch.no_grad()
