@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nsa_kernels.common.wild import WHOLE_TILES as WHOLE_TILES
     from nsa_kernels.decode.append import decode_append as decode_append
     from nsa_kernels.decode.append import decode_store as decode_store
+    from nsa_kernels.decode.attention import decode_append_and_attend as decode_append_and_attend
     from nsa_kernels.decode.attention import decode_attention as decode_attention
     from nsa_kernels.decode.attention import decode_takes as decode_takes
     from nsa_kernels.decode.phi import decode_compress_mean as decode_compress_mean
@@ -60,6 +61,7 @@ _ALONE = {
     "Tapes": "common.tape",
     "WHOLE_TILES": "common.wild",
     "decode_append": "decode.append",
+    "decode_append_and_attend": "decode.attention",
     "decode_attention": "decode.attention",
     "decode_compress_mean": "decode.phi",
     "decode_compress_mlp": "decode.phi",

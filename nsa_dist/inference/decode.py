@@ -76,9 +76,10 @@ def decode_step(
     sizes, pages = sizes_of(cache.shape), paged(cache)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     with torch.autocast(q.device.type, enabled=False):
+        if not with_phi:
+            return ops.decode_append_and_attend(q, gates, kv, pages, slots, sizes=sizes, softmax_scale=scale)
         appended = ops.decode_append(*kv, pages, slots, sizes=sizes)
-        if with_phi:
-            _compress(appended, cache, pages, ops)
+        _compress(appended, cache, pages, ops)
         return ops.decode_attention(q, gates, appended, pages, slots, sizes=sizes, softmax_scale=scale)
 
 

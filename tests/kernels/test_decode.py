@@ -17,6 +17,7 @@ class Kernels:
     decode_compress_mlp = staticmethod(phi.decode_compress_mlp)
     decode_compress_mean = staticmethod(phi.decode_compress_mean)
     decode_attention = staticmethod(attention.decode_attention)
+    decode_append_and_attend = staticmethod(attention.decode_append_and_attend)
 
 
 def check(drawn, dtype, device, phis=None, turns=None):

@@ -36,6 +36,38 @@ def _load_token(x_ptr, token, stride_t, stride_h, head, dim, mask):
     return tl.load(x_ptr + token * stride_t + head * stride_h + dim, mask=mask, other=0.0)
 
 
+@triton.jit
+def write_token(
+    k_cmp_ptr, v_cmp_ptr, k_slc_ptr, v_slc_ptr, k_win_ptr, v_win_ptr, table,
+    k_page_ptr, v_page_ptr, k_win_ring_ptr, v_win_ring_ptr, k_raw_ring_ptr, v_raw_ring_ptr,
+    token, slot, position, num_heads, win_ring, raw_ring,
+    stride_kct, stride_kch, stride_vct, stride_vch, stride_kst, stride_ksh, stride_vst, stride_vsh,
+    stride_kwt, stride_kwh, stride_vwt, stride_vwh,
+    SLC_LEN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Row `token` of what is given, at `position` of its sequence: to its page and rings. `table`: its pages."""
+    in_k = tl.arange(0, BLOCK_K)
+    in_v = tl.arange(0, BLOCK_V)
+    head_k, dim_k, mask_k = in_k // DK, in_k % DK, in_k < num_heads * DK
+    head_v, dim_v, mask_v = in_v // DV, in_v % DV, in_v < num_heads * DV
+    page = tl.load(table + position // SLC_LEN).to(tl.int64)
+    row = (page * SLC_LEN + position % SLC_LEN) * num_heads
+    win = (slot * win_ring + position % win_ring) * num_heads
+    raw = (slot * raw_ring + position % raw_ring) * num_heads
+    k_slc = _load_token(k_slc_ptr, token, stride_kst, stride_ksh, head_k, dim_k, mask_k)
+    v_slc = _load_token(v_slc_ptr, token, stride_vst, stride_vsh, head_v, dim_v, mask_v)
+    k_win = _load_token(k_win_ptr, token, stride_kwt, stride_kwh, head_k, dim_k, mask_k)
+    v_win = _load_token(v_win_ptr, token, stride_vwt, stride_vwh, head_v, dim_v, mask_v)
+    k_raw = _load_token(k_cmp_ptr, token, stride_kct, stride_kch, head_k, dim_k, mask_k)
+    v_raw = _load_token(v_cmp_ptr, token, stride_vct, stride_vch, head_v, dim_v, mask_v)
+    tl.store(k_win_ring_ptr + win * DK + in_k, k_win, mask=mask_k)
+    tl.store(v_win_ring_ptr + win * DV + in_v, v_win, mask=mask_v)
+    tl.store(k_raw_ring_ptr + raw * DK + in_k, k_raw, mask=mask_k)
+    tl.store(v_raw_ring_ptr + raw * DV + in_v, v_raw, mask=mask_v)
+    tl.store(k_page_ptr + row * DK + in_k, k_slc, mask=mask_k)
+    tl.store(v_page_ptr + row * DV + in_v, v_slc, mask=mask_v)
+
+
 @launchable
 @triton.jit
 def _append_kernel(
@@ -74,23 +106,13 @@ def _append_kernel(
             tl.store(block_start_ptr + batch * NUM_FRESH + i, tl.where(is_fresh, block * CMP_STRIDE, 0).to(tl.int64))
             tl.store(block_rows_ptr + batch * NUM_FRESH + i, ((batch * NUM_FRESH + i) * CMP_LEN).to(tl.int32))
     if (unit < new) & (end > 0):
-        position = length + unit
-        page = tl.load(page_table_ptr + slot * max_pages + position // SLC_LEN).to(tl.int64)
-        row = (page * SLC_LEN + position % SLC_LEN) * num_heads
-        win = (slot * win_ring + position % win_ring) * num_heads
-        raw = (slot * raw_ring + position % raw_ring) * num_heads
-        k = _load_token(k_slc_ptr, token, stride_kst, stride_ksh, head_k, dim_k, mask_k)
-        tl.store(k_page_ptr + row * DK + in_k, k, mask=mask_k)
-        k = _load_token(k_win_ptr, token, stride_kwt, stride_kwh, head_k, dim_k, mask_k)
-        tl.store(k_win_ring_ptr + win * DK + in_k, k, mask=mask_k)
-        k = _load_token(k_cmp_ptr, token, stride_kct, stride_kch, head_k, dim_k, mask_k)
-        tl.store(k_raw_ring_ptr + raw * DK + in_k, k, mask=mask_k)
-        v = _load_token(v_slc_ptr, token, stride_vst, stride_vsh, head_v, dim_v, mask_v)
-        tl.store(v_page_ptr + row * DV + in_v, v, mask=mask_v)
-        v = _load_token(v_win_ptr, token, stride_vwt, stride_vwh, head_v, dim_v, mask_v)
-        tl.store(v_win_ring_ptr + win * DV + in_v, v, mask=mask_v)
-        v = _load_token(v_cmp_ptr, token, stride_vct, stride_vch, head_v, dim_v, mask_v)
-        tl.store(v_raw_ring_ptr + raw * DV + in_v, v, mask=mask_v)
+        write_token(
+            k_cmp_ptr, v_cmp_ptr, k_slc_ptr, v_slc_ptr, k_win_ptr, v_win_ptr, page_table_ptr + slot * max_pages,
+            k_page_ptr, v_page_ptr, k_win_ring_ptr, v_win_ring_ptr, k_raw_ring_ptr, v_raw_ring_ptr,
+            token, slot, length + unit, num_heads, win_ring, raw_ring,
+            stride_kct, stride_kch, stride_vct, stride_vch, stride_kst, stride_ksh, stride_vst, stride_vsh,
+            stride_kwt, stride_kwh, stride_vwt, stride_vwh, SLC_LEN, DK, DV, BLOCK_K, BLOCK_V,
+        )  # fmt: skip
     first = (unit - new) * UNIT_TOKENS  # counted over the blocks
     block = num_whole(length, CMP_LEN, CMP_STRIDE) + first // CMP_LEN
     if (unit >= new) & (block < num_whole(end, CMP_LEN, CMP_STRIDE)):

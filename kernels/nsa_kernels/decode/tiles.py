@@ -17,12 +17,12 @@ ENOUGH_SPLITS = 256
 # Selection blocks whose candidates one program finds, and its warps. The whole step, 128 blocks and 4 warps 260 / 64.6;
 # 64 and 2 254 / 63.7. 512 blocks: candidates alone 66 instead of 27.
 CHUNK_BLOCKS = 64
-CANDIDATE_WARPS = 2
-CANDIDATES = 128  # looked at together when the best of all are found
+SECOND_WARPS = 2
+CANDIDATES = 128  # sorted side by side when the best of all are found, in up to CANDIDATE_ROWS rows
+CANDIDATE_ROWS = 4
 # Of selected and window attention. Batch 64: 8 blocks a program 58, 4 64, 2 76. Batch 8: 8 blocks 20, 4 15, 2 13, 1 16.
-ENOUGH_PROGRAMS = 512
-# Of a row of the output: 1 warp 6.3 / 3.9, 2 11 / 4.2, 4 25 / 6.7. Sums over few parts then need no barriers.
-MERGE_WARPS = 1
+ENOUGH_PROGRAMS = 256
+ENOUGH_OF_WINDOW = 128  # the same of the window
 MOST_ROWS = 64  # (token, head) rows of a tile
 
 
@@ -54,14 +54,27 @@ def compressed_options(dtype: torch.dtype, block_m: int) -> dict[str, Any]:
 
 
 def blocks_of_part(queries: int, num_slc_blocks: int) -> int:
-    """Blocks, of 64 tokens say, that one program of selected and window attention takes in turn.
+    """Blocks, of 64 tokens say, that one program of selected attention takes in turn.
 
     queries     sequences * new tokens * key-value heads
     """
     for blocks in (8, 4, 2):
-        if queries * cdiv(num_slc_blocks, blocks) * 2 >= ENOUGH_PROGRAMS:
+        if queries * cdiv(num_slc_blocks, blocks) >= ENOUGH_PROGRAMS:
             return blocks
     return 1
+
+
+def window_blocks(queries: int, num_blocks: int) -> int:
+    """Of the `num_blocks` of a window, those that one program takes in turn."""
+    for blocks in (4, 2):
+        if queries * cdiv(num_blocks, blocks) >= ENOUGH_OF_WINDOW:
+            return blocks
+    return 1
+
+
+def candidate_rows(count: int, most: int) -> int:
+    """Rows of `most` in which `count` candidates are sorted, so many at once."""
+    return min(CANDIDATE_ROWS, next_power_of_2(cdiv(count, most)))
 
 
 def chosen_options(dtype: torch.dtype) -> dict[str, Any]:

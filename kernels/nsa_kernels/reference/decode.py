@@ -4,6 +4,8 @@ The keys and values of each sequence are put in a row, in the order of its token
 to the new tokens; lengths are read on the host. Same names, shapes and results as the kernels; any dtype.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -111,6 +113,15 @@ def decode_attention(
             out[b], block_indices[b] = _attend(q[b], gates[b], cache, slot, end, sizes, softmax_scale)
             cache.lengths[slot] = end
     return out, block_indices
+
+
+def decode_append_and_attend(
+    q: Tensor, gates: Tensor, kv: Sequence[Tensor], cache: PagedCache, slots: Tensor,
+    *, sizes: DecodeSizes, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = kv
+    appended = decode_append(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, cache, slots, sizes=sizes)
+    return decode_attention(q, gates, appended, cache, slots, sizes=sizes, softmax_scale=softmax_scale)
 
 
 def _attend(q: Tensor, gates: Tensor, cache: PagedCache, slot: int, end: int, sizes: DecodeSizes, scale: float):
