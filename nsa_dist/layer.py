@@ -190,14 +190,14 @@ class NSALayer(nn.Module):
         return self.proj(out.flatten(2))
 
     @torch.no_grad()
-    def decode_step(self, x: Tensor, cache: NSACache, slots: Tensor) -> Tensor:
+    def decode_step(self, x: Tensor, cache: NSACache, slots: Tensor, *, with_phi: bool = True) -> Tensor:
         """`decode` as launches alone, of `nsa_dist.inference.decode`: positions are read on the device."""
         batch, new = x.shape[:2]
         start = cache.tables.lengths.index_select(0, slots.clamp(min=0))
         position = (start[:, None] + torch.arange(new, device=x.device)).flatten()
         q, kv, gates = self.project(x.flatten(0, 1), position)
         q, gates, *pairs = (y.unflatten(0, (batch, new)) for y in (q, gates, *kv))
-        out, _ = decode_step(q, BranchKV(*pairs), gates, cache, slots, default_ops(q))
+        out, _ = decode_step(q, BranchKV(*pairs), gates, cache, slots, default_ops(q), with_phi=with_phi)
         return self.proj(out.flatten(2))
 
     def project(self, x: Tensor, position: Tensor) -> tuple[Tensor, BranchKV, Tensor]:

@@ -11,7 +11,7 @@ from kernels.judge import assert_twice
 from kernels.pace import SLOW_WITHOUT_A_GPU
 from nsa_dist import BranchKV, NSAConfig, nsa_attention
 from nsa_dist.inference import NSACache, generate, nsa_decode, nsa_prefill
-from nsa_dist.inference.decode import decode_step, decoding, slots_of
+from nsa_dist.inference.decode import any_whole, decode_step, decoding, slots_of
 from nsa_dist.inference.model import GPT, GPTConfig
 from nsa_kernels import reference
 
@@ -128,23 +128,26 @@ def test_a_graph_stays_valid_while_sequences_grow(new):
     order = [seqs[0], -1, seqs[1], seqs[2]]
     static = case.batch([[0] * new] * 4)
     slots = slots_of(cache, [-1] * 4)
-    with decoding(cache, [-1] * 4, new):
-        decode_step(*static, cache, slots, nsa_kernels)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, blocks = decode_step(*static, cache, slots, nsa_kernels)
+    graphs = {}
+    for with_phi in (True, False):
+        with decoding(cache, [-1] * 4, new):
+            decode_step(*static, cache, slots, nsa_kernels, with_phi=with_phi)
+        torch.cuda.synchronize()
+        graphs[with_phi] = graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            graph.out, graph.blocks = decode_step(*static, cache, slots, nsa_kernels, with_phi=with_phi)
     for step in range(40):
         values = case.batch([[100 + 7 * step + 31 * b + i for i in range(new)] for b in range(4)])
         for target, source in zip((static[0], *static[1], static[2]), (values[0], *values[1], values[2]), strict=True):
             target.copy_(source)
+        graph = graphs[step % 3 == 0 or any_whole(cache, order, new)]
         with decoding(cache, order, new):
             slots.copy_(slots_of(cache, order))
             graph.replay()
         theirs = [others[seqs.index(seq)] if seq != -1 else -1 for seq in order]
         expected, expected_blocks = nsa_decode(*values, cache, theirs, return_block_indices=True)
-        assert torch.equal(blocks, expected_blocks)
-        assert torch.equal(out, expected)
+        assert torch.equal(graph.blocks, expected_blocks)
+        assert torch.equal(graph.out, expected)
         if step == 20:
             order = [order[3], order[0], order[2], -1]
 

@@ -100,6 +100,20 @@ def test_other_block_lengths(sizes, device):
     check(draw([300, 33], 2, (2, 1, 16, 16), DecodeSizes(*sizes), torch.float32), torch.float32, device)
 
 
+def test_with_what_is_new_in_the_first_launch(device):
+    """The bits of a step that appends before, and the same cache, where no block becomes whole."""
+    before, together = (draw([41, None, 0, 100], 3, (2, 1, 16, 16)).to(torch.bfloat16, device) for _ in range(2))
+    expected, expected_blocks = before.decode(Kernels)
+    out, blocks = attention.decode_append_and_attend(
+        together.q, together.gates, together.new, together.cache, together.slots, sizes=together.sizes,
+        softmax_scale=together.scale,
+    )  # fmt: skip
+    assert torch.equal(blocks, expected_blocks)
+    assert torch.equal(out, expected)
+    for name, mine, theirs in zip(before.cache._fields, together.cache, before.cache, strict=True):
+        assert torch.equal(mine.nan_to_num(7e7), theirs.nan_to_num(7e7)), name
+
+
 def test_splits_and_chunks_are_merged(device, monkeypatch):
     """Many of them, where a small case has one: the blocks are the same, the output to rounding."""
     monkeypatch.setattr(tiles, "TILE_CELLS", 16)
