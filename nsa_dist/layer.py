@@ -139,13 +139,16 @@ class NSALayer(nn.Module):
         assert isinstance(out, Tensor)
         return self.proj(out.flatten(1))
 
-    def make_cache(self, num_pages: int, max_sequences: int = 0, max_tokens: int = 0) -> NSACache:
-        """For this layer, of its weights' dtype and device; `NSACache` says what pages are."""
+    def make_cache(self, num_pages: int, max_sequences: int = 0, max_tokens: int = 0, **pages: Any) -> NSACache:
+        """For this layer, of its weights' dtype and device; `NSACache` says what pages are.
+
+        pages       page_dtype, k_scale, v_scale
+        """
         weight = self.qkv.weight
         return NSACache(
             self.cfg, self.num_kv_heads, self.head_dim, self.v_head_dim, num_pages, dtype=weight.dtype,
             device=weight.device, compress_k=self.compress_k, compress_v=self.compress_v, max_sequences=max_sequences,
-            max_tokens=max_tokens,
+            max_tokens=max_tokens, **pages,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -45,7 +45,7 @@ def turns(rotary: Rotary, position: Tensor, head_dim: int, dtype: torch.dtype) -
 
 
 def turn_of(rotary: Rotary, head_dim: int, device: torch.device) -> Tensor | None:
-    """What kernels turn by, fp64 [turned / 2 + 1]: `frequencies`, and the factor of cosines and sines. None: nothing."""
+    """What kernels turn by, fp64 [turned / 2 + 1]: `frequencies`, then a factor of cosines and sines; None: nothing."""
     if rotary.turned(head_dim) == 0:
         return None
     factor = 1.0 if rotary.scaling is None else rotary.scaling.concentration

@@ -59,11 +59,12 @@ class Case:
         }.get(kind, (phi_k, inputs.phi_v))
         return cls(inputs, cfg, kind, phis)
 
-    def cache(self, num_pages: int, dtype=torch.float64) -> NSACache:
+    def cache(self, num_pages: int, dtype=torch.float64, **options) -> NSACache:
         heads, dim_k, dim_v = self.inputs.kv.k_cmp.shape[1], self.inputs.q.shape[-1], self.inputs.kv.v_cmp.shape[-1]
         return NSACache(
-            self.cfg, heads, dim_k, dim_v, num_pages, dtype=dtype, compress_k=self.phis[0], compress_v=self.phis[1]
-        )
+            self.cfg, heads, dim_k, dim_v, num_pages, dtype=dtype, compress_k=self.phis[0], compress_v=self.phis[1],
+            **options,
+        )  # fmt: skip
 
     def rows(self, tokens: Sequence[int]) -> tuple[Tensor, BranchKV, Tensor]:
         """q, kv, gates of these tokens."""

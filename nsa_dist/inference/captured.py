@@ -42,7 +42,7 @@ class CapturedDecode:
                 stack.enter_context(decoding(layer, seqs, self.new))
                 slots.copy_(slots_of(layer, seqs))
             self._tokens.copy_(tokens)
-            addresses = [x.data_ptr() for layer in self.cache.layers for x in paged(layer)]
+            addresses = [x.data_ptr() for layer in self.cache.layers for x in paged(layer) if isinstance(x, Tensor)]
             if addresses != self._addresses:
                 self._graphs, self._addresses = {}, addresses
             if with_phi not in self._graphs:

@@ -54,7 +54,8 @@ def slots_of(cache: NSACache, seqs: Sequence[int]) -> Tensor:
 def paged(cache: NSACache) -> PagedCache:
     """The tensors of the cache, as kernels take them; addresses change when rings or tables grow."""
     storage, tables = cache.storage, cache.tables
-    return PagedCache(*storage.slc, *storage.cmp, *storage.win, *storage.raw, tables.page_table, tables.lengths)
+    tensors = *storage.slc, *storage.cmp, *storage.win, *storage.raw, tables.page_table, tables.lengths
+    return PagedCache(*tensors, storage.pages.k_scale, storage.pages.v_scale)
 
 
 @torch.no_grad()

@@ -22,13 +22,22 @@ from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.limits import check_dtypes
 from nsa_kernels.common.rows import token_head_strides, unit_stride
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
-from nsa_kernels.decode_contracts import MOST_NEW, Appended, DecodeSizes, PagedCache
+from nsa_kernels.decode_contracts import MOST_NEW, Appended, DecodeSizes, PagedCache, check_pages
 
 
 @triton.jit
 def num_whole(length, CMP_LEN: tl.constexpr, CMP_STRIDE: tl.constexpr):
     """Compressed blocks of a sequence of `length` tokens."""
     return tl.where(length >= CMP_LEN, (length - CMP_LEN) // CMP_STRIDE + 1, 0)
+
+
+@triton.jit
+def in_page(x, inverse, page_ptr):
+    """x in the dtype of the pages: in 8 bits divided by a scale, numbers that are too large cut off."""
+    if page_ptr.dtype.element_ty == tl.float8e4nv:
+        x = x.to(tl.float32) * inverse
+        x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(page_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -40,12 +49,13 @@ def _load_token(x_ptr, token, stride_t, stride_h, head, dim, mask):
 def write_token(
     k_cmp_ptr, v_cmp_ptr, k_slc_ptr, v_slc_ptr, k_win_ptr, v_win_ptr, table,
     k_page_ptr, v_page_ptr, k_win_ring_ptr, v_win_ring_ptr, k_raw_ring_ptr, v_raw_ring_ptr,
-    token, slot, position, num_heads, win_ring, raw_ring,
+    token, slot, position, num_heads, win_ring, raw_ring, k_inverse, v_inverse,
     stride_kct, stride_kch, stride_vct, stride_vch, stride_kst, stride_ksh, stride_vst, stride_vsh,
     stride_kwt, stride_kwh, stride_vwt, stride_vwh,
     SLC_LEN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Row `token` of what is given, at `position` of its sequence: to its page and rings. `table`: its pages."""
+    """Row `token` of what is given, at `position` of its sequence: to its page, unless that is none (below 0), and to
+    rings. `table`: its pages."""
     in_k = tl.arange(0, BLOCK_K)
     in_v = tl.arange(0, BLOCK_V)
     head_k, dim_k, mask_k = in_k // DK, in_k % DK, in_k < num_heads * DK
@@ -64,8 +74,8 @@ def write_token(
     tl.store(v_win_ring_ptr + win * DV + in_v, v_win, mask=mask_v)
     tl.store(k_raw_ring_ptr + raw * DK + in_k, k_raw, mask=mask_k)
     tl.store(v_raw_ring_ptr + raw * DV + in_v, v_raw, mask=mask_v)
-    tl.store(k_page_ptr + row * DK + in_k, k_slc, mask=mask_k)
-    tl.store(v_page_ptr + row * DV + in_v, v_slc, mask=mask_v)
+    tl.store(k_page_ptr + row * DK + in_k, in_page(k_slc, k_inverse, k_page_ptr), mask=mask_k & (page >= 0))
+    tl.store(v_page_ptr + row * DV + in_v, in_page(v_slc, v_inverse, v_page_ptr), mask=mask_v & (page >= 0))
 
 
 @launchable
@@ -74,7 +84,7 @@ def _append_kernel(
     k_cmp_ptr, v_cmp_ptr, k_slc_ptr, v_slc_ptr, k_win_ptr, v_win_ptr, slots_ptr, page_table_ptr, lengths_ptr,
     k_page_ptr, v_page_ptr, k_win_ring_ptr, v_win_ring_ptr, k_raw_ring_ptr, v_raw_ring_ptr,
     ends_ptr, k_raw_ptr, v_raw_ptr, block_rows_ptr, block_start_ptr, cell_rows_ptr, arrived_ptr,
-    max_pages, num_heads, win_ring, raw_ring, new,
+    max_pages, num_heads, win_ring, raw_ring, new, k_inverse, v_inverse,
     stride_kct, stride_kch, stride_vct, stride_vch, stride_kst, stride_ksh, stride_vst, stride_vsh,
     stride_kwt, stride_kwh, stride_vwt, stride_vwh,
     NUM_FRESH: tl.constexpr, UNIT_TOKENS: tl.constexpr, HEADS_PAD: tl.constexpr,
@@ -109,7 +119,7 @@ def _append_kernel(
         write_token(
             k_cmp_ptr, v_cmp_ptr, k_slc_ptr, v_slc_ptr, k_win_ptr, v_win_ptr, page_table_ptr + slot * max_pages,
             k_page_ptr, v_page_ptr, k_win_ring_ptr, v_win_ring_ptr, k_raw_ring_ptr, v_raw_ring_ptr,
-            token, slot, length + unit, num_heads, win_ring, raw_ring,
+            token, slot, length + unit, num_heads, win_ring, raw_ring, k_inverse, v_inverse,
             stride_kct, stride_kch, stride_vct, stride_vch, stride_kst, stride_ksh, stride_vst, stride_vsh,
             stride_kwt, stride_kwh, stride_vwt, stride_vwh, SLC_LEN, DK, DV, BLOCK_K, BLOCK_V,
         )  # fmt: skip
@@ -135,7 +145,7 @@ def _append_kernel(
 def _store_kernel(
     k_ptr, v_ptr, cell_rows_ptr,
     k_page_ptr, v_page_ptr,
-    num_heads, stride_kt, stride_kh, stride_vt, stride_vh,
+    num_heads, k_inverse, v_inverse, stride_kt, stride_kh, stride_vt, stride_vh,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One compressed block into its page."""
@@ -146,10 +156,10 @@ def _store_kernel(
         in_v = tl.arange(0, BLOCK_V)
         mask = in_k < num_heads * DK
         k = _load_token(k_ptr, source, stride_kt, stride_kh, in_k // DK, in_k % DK, mask)
-        tl.store(k_page_ptr + row * DK + in_k, k.to(k_page_ptr.dtype.element_ty), mask=mask)
+        tl.store(k_page_ptr + row * DK + in_k, in_page(k, k_inverse, k_page_ptr), mask=mask)
         mask = in_v < num_heads * DV
         v = _load_token(v_ptr, source, stride_vt, stride_vh, in_v // DV, in_v % DV, mask)
-        tl.store(v_page_ptr + row * DV + in_v, v.to(v_page_ptr.dtype.element_ty), mask=mask)
+        tl.store(v_page_ptr + row * DV + in_v, in_page(v, v_inverse, v_page_ptr), mask=mask)
 
 
 @torch.no_grad()
@@ -164,7 +174,8 @@ def decode_append(
                                             The page table has the pages for the new tokens already
     raises      ValueError on dtypes that the kernels do not take
     """
-    check_dtypes(k_cmp=k_cmp, k_slc=k_slc, k_win=k_win, v_cmp=v_cmp, v_slc=v_slc, v_win=v_win, k_pages=cache.k_slc)
+    check_dtypes(k_cmp=k_cmp, k_slc=k_slc, k_win=k_win, v_cmp=v_cmp, v_slc=v_slc, v_win=v_win, k_ring=cache.k_win)
+    check_pages(cache)
     batch, new, num_heads, dim_k = k_cmp.shape
     dim_v = v_cmp.shape[3]
     assert new <= MOST_NEW
@@ -186,6 +197,7 @@ def decode_append(
         cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.k_raw, cache.v_raw,
         *made,
         cache.page_table.shape[1], num_heads, cache.k_win.shape[1], cache.k_raw.shape[1], new,
+        1 / cache.k_scale, 1 / cache.v_scale,
         *token_head_strides(*given),
         NUM_FRESH=num_fresh, UNIT_TOKENS=unit_tokens, HEADS_PAD=next_power_of_2(2 * num_heads),
         CMP_LEN=sizes.cmp_block_len, CMP_STRIDE=sizes.cmp_stride, SLC_LEN=sizes.slc_block_len,
@@ -204,7 +216,7 @@ def decode_store(k: Tensor, v: Tensor, appended: Appended, cache: PagedCache) ->
     _store_kernel[(len(appended.cell_rows),)](
         k, v, appended.cell_rows,
         cache.k_cmp, cache.v_cmp,
-        num_heads, *token_head_strides(k, v),
+        num_heads, 1 / cache.k_scale, 1 / cache.v_scale, *token_head_strides(k, v),
         DK=dim_k, DV=dim_v, BLOCK_K=next_power_of_2(num_heads * dim_k), BLOCK_V=next_power_of_2(num_heads * dim_v),
         num_warps=2,
     )  # fmt: skip

@@ -32,7 +32,7 @@ from nsa_kernels.decode.chosen import attend_chosen
 from nsa_kernels.decode.first import attend_first
 from nsa_kernels.decode.second import attend_second
 from nsa_kernels.decode.tiles import CHUNK_BLOCKS, split, window_blocks
-from nsa_kernels.decode_contracts import Appended, DecodeSizes, PagedCache, check_call
+from nsa_kernels.decode_contracts import Appended, DecodeSizes, PagedCache, check_call, check_pages
 
 
 def decode_takes(dtype: torch.dtype, dim_k: int, dim_v: int, slc_block_len: int) -> bool:
@@ -94,7 +94,8 @@ def _attend(
     check_call(q, gates, cache, slots, sizes)
     batch, new, _, dim_k = q.shape
     num_heads, dim_v = cache.v_slc.shape[2:]
-    check_dtypes(q=q, k_pages=cache.k_slc)
+    check_dtypes(q=q, k_win=cache.k_win)
+    check_pages(cache)
     check_sizes(q, dim_k, dim_v, sizes.slc_block_len)
     q, queries = unit_stride(q), batch * new * num_heads
     cut = split(batch, num_heads, cache.page_table.shape[1], sizes.cells_slc)
@@ -102,8 +103,6 @@ def _attend(
     parts, window = attend_first(q, given, cache, slots, ends, cut, win_blocks, sizes, softmax_scale)
     chosen_pad = max(2, next_power_of_2(sizes.num_slc_blocks))
     chunk = max(CHUNK_BLOCKS, chosen_pad, cut.tile_pages)
-    found = attend_second(parts, window, gates, ends, cut, win_blocks, sizes, chunk, chosen_pad)
+    found = attend_second(parts, window, gates, ends, cut, win_blocks, sizes, chunk, chosen_pad, cache.v_scale)
     candidates, sum_of_two, arrived = found
-    return attend_chosen(
-        q, candidates, chunk, sum_of_two, arrived, gates, cache, slots, ends, sizes, softmax_scale
-    )
+    return attend_chosen(q, candidates, chunk, sum_of_two, arrived, gates, cache, slots, ends, sizes, softmax_scale)

@@ -57,9 +57,7 @@ def chunk_candidates(
     TILE_PAGES: tl.constexpr, CHUNK_TILES: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
     CHOSEN_PAD: tl.constexpr,
 ):  # fmt: skip
-    """A chunk is CHUNK_TILES tiles of pages, of which each row's importances have one scale. `own`: the query's block.
-
-    """
+    """A chunk: CHUNK_TILES tiles of pages, of which each row's importances have one scale. `own`: the query's block."""
     num_cells = tl.where(end >= CMP_LEN, num_whole(end, CMP_LEN, CMP_STRIDE) + CELLS_CMP - 1, 0)
     num_pages = tl.cdiv(num_cells, CELLS_SLC)
     num_used = tl.cdiv(num_pages, TILE_PAGES)

@@ -11,6 +11,9 @@ Shapes
 Source      Yuan et al. 2025, arXiv:2502.11089, eq. 11 and 12
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,12 +22,22 @@ from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
 from nsa_kernels.common.tiles import dot_precision
 from nsa_kernels.decode.candidates import FAR
-from nsa_kernels.decode.first import LOG2_E
+from nsa_kernels.decode.compressed import LOG2_E
 from nsa_kernels.decode.online import attend, load_queries
 from nsa_kernels.decode.tiles import CANDIDATES, blocks_of_part, candidate_rows, chosen_options
-from nsa_kernels.decode.window import Parts
 from nsa_kernels.decode_contracts import DecodeSizes, PagedCache
 from nsa_kernels.selection.top import merge_sorted
+
+
+class ChosenParts(NamedTuple):
+    """What the parts leave, and how blocks are cut into them."""
+
+    maximum: Tensor
+    total: Tensor
+    out: Tensor
+    block_indices: Tensor
+    part_blocks: int
+    slc_parts: int
 
 
 @triton.jit
@@ -74,8 +87,8 @@ def _merged_parts(
 @triton.jit
 def _chosen_kernel(
     q_ptr, k_page_ptr, v_page_ptr, candidates_ptr, sum_of_two_ptr, gates_ptr, slots_ptr, page_table_ptr, ends_ptr,
-    max_ptr, sum_ptr, out_parts_ptr, arrived_ptr, block_indices_ptr, out_ptr, lengths_ptr,
-    new, num_heads, max_pages, num_chunks, scale, stride_qt, stride_qh, stride_gt, stride_gh, stride_gb,
+    max_ptr, sum_ptr, out_parts_ptr, block_indices_ptr, arrived_ptr, out_ptr, lengths_ptr,
+    new, num_heads, max_pages, num_chunks, scale, v_scale, stride_qt, stride_qh, stride_gt, stride_gh, stride_gb,
     G: tl.constexpr, G_PAD: tl.constexpr, SLC_LEN: tl.constexpr, NUM_CHOSEN: tl.constexpr,
     CHOSEN_PAD: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr, ROWS: tl.constexpr,
     NUM_PARTS: tl.constexpr, PART_BLOCKS: tl.constexpr,
@@ -136,7 +149,7 @@ def _chosen_kernel(
     if tl.atomic_add(arrived_ptr + query * num_heads + head, 1, sem="acq_rel") < used - 1:
         return
     gates = gates_ptr + query * stride_gt + (head * G + g) * stride_gh + stride_gb
-    gate = tl.load(gates, mask=live, other=0.0).to(tl.float32)
+    gate = tl.load(gates, mask=live, other=0.0).to(tl.float32) * v_scale
     out = tl.load(sum_of_two_ptr + rows[:, None] * DV + dim, mask=live[:, None], other=0.0)
     rows = tl.minimum(rows, (query * num_heads + head) * G + (G - 1))
     out += gate[:, None] * _merged_parts(max_ptr, sum_ptr, out_parts_ptr, rows, used, NUM_PARTS, G_PAD, DV)
@@ -155,22 +168,30 @@ def attend_chosen(
     num_heads, dim_v = cache.v_slc.shape[2:]
     num_chunks, chosen_pad = candidates.shape[3:]
     group = num_q_heads // num_heads
-    part_blocks = blocks_of_part(batch * new * num_heads, sizes.num_slc_blocks)
+    queries = batch * new * num_heads
+    part_blocks = blocks_of_part(queries, sizes.num_slc_blocks)
     num_parts = cdiv(sizes.num_slc_blocks, part_blocks)
-    parts = Parts.empty((batch, new, num_q_heads), num_parts, dim_v, q)
-    block_indices = ends.new_empty(batch, new, num_heads, sizes.num_slc_blocks)
+    rows = batch, new, num_q_heads, num_parts
+    parts = ChosenParts(
+        q.new_empty(rows, dtype=torch.float32),
+        q.new_empty(rows, dtype=torch.float32),
+        q.new_empty(*rows, dim_v, dtype=torch.float32),
+        ends.new_empty(batch, new, num_heads, sizes.num_slc_blocks),
+        part_blocks,
+        num_parts,
+    )
     out = q.new_empty(batch, new, num_q_heads, dim_v)
     dk_a, dk_b = split_head_dim(dim_k)
     packed, gates, most = q.flatten(0, 1), gates.flatten(0, 1), max(CANDIDATES, chosen_pad)
-    _chosen_kernel[(num_parts, batch * new * num_heads)](
+    _chosen_kernel[(num_parts, queries)](
         packed, cache.k_slc, cache.v_slc, candidates, sum_of_two, gates, slots, cache.page_table, ends,
-        *parts, arrived, block_indices, out, cache.lengths,
-        new, num_heads, cache.page_table.shape[1], num_chunks, softmax_scale * LOG2_E, *packed.stride()[:2],
-        *gates.stride(),
+        *parts[:4], arrived, out, cache.lengths,
+        new, num_heads, cache.page_table.shape[1], num_chunks, softmax_scale * cache.k_scale * LOG2_E,
+        cache.v_scale, *packed.stride()[:2], *gates.stride(),
         G=group, G_PAD=max(16, next_power_of_2(group)), SLC_LEN=sizes.slc_block_len,
         NUM_CHOSEN=sizes.num_slc_blocks, CHOSEN_PAD=chosen_pad, CHUNK=chunk, CANDIDATES=most,
-        ROWS=candidate_rows(num_chunks * chosen_pad, most), NUM_PARTS=num_parts, PART_BLOCKS=part_blocks,
+        ROWS=candidate_rows(queries, num_chunks * chosen_pad, most), NUM_PARTS=num_parts, PART_BLOCKS=part_blocks,
         DK_A=dk_a, DK_B=dk_b, DV=dim_v, PRECISION=dot_precision(q.dtype),
-        **chosen_options(q.dtype),
+        **chosen_options(q.dtype, queries),
     )  # fmt: skip
-    return out, block_indices
+    return out, parts.block_indices

@@ -32,6 +32,8 @@ from nsa_kernels.decode.append import num_whole
 from nsa_kernels.decode.online import attend, load_queries
 from nsa_kernels.decode.tiles import Split
 
+LOG2_E = 1.4426950408889634
+
 
 class CompressedParts(NamedTuple):
     """What the splits leave."""

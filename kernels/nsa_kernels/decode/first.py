@@ -14,12 +14,10 @@ from nsa_kernels.common.rows import token_head_strides
 from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
 from nsa_kernels.common.tiles import dot_precision
 from nsa_kernels.decode.append import num_whole, write_token
-from nsa_kernels.decode.compressed import CompressedParts, compressed_split
+from nsa_kernels.decode.compressed import LOG2_E, CompressedParts, compressed_split
 from nsa_kernels.decode.tiles import Split, block_rows, compressed_options
 from nsa_kernels.decode.window import Parts, window_part
 from nsa_kernels.decode_contracts import DecodeSizes, PagedCache
-
-LOG2_E = 1.4426950408889634
 
 
 @launchable
@@ -29,7 +27,7 @@ def _first_kernel(
     k_cell_ptr, v_cell_ptr, k_page_ptr, v_page_ptr, k_win_ring_ptr, v_win_ring_ptr, k_raw_ring_ptr, v_raw_ring_ptr,
     ends_ptr, max_ptr, sum_ptr, out_ptr, imp_ptr, tile_max_ptr, win_max_ptr, win_sum_ptr, win_out_ptr,
     batch_size, new, num_heads, max_pages, num_splits, num_tiles, win_ring, raw_ring, win_parts, scale,
-    stride_qt, stride_qh,
+    k_scale, k_inverse, v_inverse, stride_qt, stride_qh,
     stride_kct, stride_kch, stride_vct, stride_vch, stride_kst, stride_ksh, stride_vst, stride_vsh,
     stride_kwt, stride_kwh, stride_vwt, stride_vwh,
     IS_APPENDED: tl.constexpr, G: tl.constexpr, ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, G_PAD: tl.constexpr,
@@ -65,7 +63,8 @@ def _first_kernel(
             row = program // num_heads % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
             compressed_split(
                 q_ptr, k_cell_ptr, v_cell_ptr, table, max_ptr, sum_ptr, out_ptr, imp_ptr, tile_max_ptr,
-                batch, head, split, row, end, new, num_heads, num_splits, num_tiles, scale, stride_qt, stride_qh,
+                batch, head, split, row, end, new, num_heads, num_splits, num_tiles, scale * k_scale,
+                stride_qt, stride_qh,
                 G, BLOCK_M, CMP_LEN, CMP_STRIDE, CELLS_CMP, CELLS_SLC, SLC_PAD, NUM_LAYERS, TILE_PAGES, SPLIT_PAGES,
                 DK_A, DK_B, DV, PRECISION,
             )  # fmt: skip
@@ -83,7 +82,7 @@ def _first_kernel(
             write_token(
                 k_cmp_ptr, v_cmp_ptr, k_slc_ptr, v_slc_ptr, k_win_ptr, v_win_ptr, table,
                 k_page_ptr, v_page_ptr, k_win_ring_ptr, v_win_ring_ptr, k_raw_ring_ptr, v_raw_ring_ptr,
-                batch * new + program, slot, length + program, num_heads, win_ring, raw_ring,
+                batch * new + program, slot, length + program, num_heads, win_ring, raw_ring, k_inverse, v_inverse,
                 stride_kct, stride_kch, stride_vct, stride_vch, stride_kst, stride_ksh, stride_vst, stride_vsh,
                 stride_kwt, stride_kwh, stride_vwt, stride_vwh,
                 SLC_LEN, DK_A + DK_B, DV, BLOCK_K, BLOCK_V,
@@ -115,7 +114,8 @@ def attend_first(
         cache.k_cmp, cache.v_cmp, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.k_raw, cache.v_raw,
         ends, *compressed, *window,
         batch, new, num_heads, max_pages, cut.num_splits, compressed.tile_max.shape[3], cache.k_win.shape[1],
-        cache.k_raw.shape[1], win_parts, softmax_scale * LOG2_E, *packed.stride()[:2], *token_head_strides(*tokens),
+        cache.k_raw.shape[1], win_parts, softmax_scale * LOG2_E, cache.k_scale, 1 / cache.k_scale, 1 / cache.v_scale,
+        *packed.stride()[:2], *token_head_strides(*tokens),
         IS_APPENDED=given is None, G=group, ROW_TILES=row_tiles, BLOCK_M=block_m,
         G_PAD=max(16, next_power_of_2(group)),
         CMP_LEN=sizes.cmp_block_len, CMP_STRIDE=sizes.cmp_stride, CELLS_CMP=sizes.cells_cmp,

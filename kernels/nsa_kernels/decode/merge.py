@@ -12,9 +12,7 @@ import triton.language as tl
 
 
 @triton.jit
-def merged(
-    max_ptr, sum_ptr, out_ptr, row, num_used, NUM_PARTS: tl.constexpr, PARTS: tl.constexpr, DV: tl.constexpr
-):
+def merged(max_ptr, sum_ptr, out_ptr, row, num_used, NUM_PARTS: tl.constexpr, PARTS: tl.constexpr, DV: tl.constexpr):
     """out [DV] of a row of [.., NUM_PARTS], the first `num_used` of which are there; PARTS at once, all loads of which
     are under way together."""
     dim = tl.arange(0, DV)[None, :]

@@ -24,18 +24,20 @@ def attend(
 ):  # fmt: skip
     """m, total [M] and acc [M, DV] with the keys and values of rows [N], and p [M, N] = 2 ** (score - m).
 
+    Keys and values in 8 bits enter the products in the dtype of the queries; scales are the caller's.
+
     there       [N]: rows that are read         seen        [M, N]: those of them that each query sees
     """
     k = tl.load(k_rows[:, None] + tl.arange(0, DK_A)[None, :], mask=there[:, None], other=0.0)
-    s = tl.dot(q_a, tl.trans(k), input_precision=PRECISION)
+    s = tl.dot(q_a, tl.trans(k.to(q_a.dtype)), input_precision=PRECISION)
     if DK_B:
         k = tl.load(k_rows[:, None] + DK_A + tl.arange(0, DK_B)[None, :], mask=there[:, None], other=0.0)
-        s = tl.dot(q_b, tl.trans(k), s, input_precision=PRECISION)
+        s = tl.dot(q_b, tl.trans(k.to(q_a.dtype)), s, input_precision=PRECISION)
     s = tl.where(seen, s * scale, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(s - base[:, None])
     alpha = tl.exp2(m - base)
     v = tl.load(v_rows[:, None] + tl.arange(0, DV)[None, :], mask=there[:, None], other=0.0)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    acc = tl.dot(p.to(q_a.dtype), v.to(q_a.dtype), acc * alpha[:, None], input_precision=PRECISION)
     return m_new, total * alpha + tl.sum(p, 1), acc, p

@@ -24,6 +24,7 @@ from torch import Tensor
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.common.tiles import dot_precision
+from nsa_kernels.decode.append import in_page
 from nsa_kernels.decode.turn import partner, turned, turns_of
 from nsa_kernels.decode_contracts import Appended, PagedCache
 from nsa_kernels.phi.compress import mlp_tensors
@@ -39,9 +40,9 @@ def _mlp_kernel(
     x_ptr, x2_ptr, cell_rows_ptr, start_ptr, pos_emb_ptr, pos_emb2_ptr, w1_ptr, w12_ptr, w2_ptr, w22_ptr, turn_ptr,
     turn2_ptr,
     parts_ptr, arrived_ptr, y_ptr, page_ptr, page2_ptr,
-    num_blocks, block_len, num_heads, width, width2, half, half2,
-    PARTS: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, D_MOST: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_D: tl.constexpr, IS_TURNED: tl.constexpr,
+    num_blocks, block_len, num_heads, width, width2, half, half2, inverse, inverse2,
+    PARTS: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, D_MOST: tl.constexpr, D_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_D: tl.constexpr, IS_TURNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tensors and sizes that end in 2 are of values, the others of keys."""
@@ -55,6 +56,7 @@ def _mlp_kernel(
     num_slots = tl.num_programs(1)
     head = slot % num_heads
     dims = tl.where(slot < num_heads, D, D2)
+    inverse = tl.where(slot < num_heads, inverse, inverse2)
     most_width = tl.maximum(width, width2)
     width = tl.where(slot < num_heads, width, width2)
     x_ptr = whose(slot, num_heads, x_ptr, x2_ptr)
@@ -89,25 +91,25 @@ def _mlp_kernel(
     page_ptr = whose(slot, num_heads, page_ptr, page2_ptr)
     page_rows = page_ptr + (cell_row.to(tl.int64) * num_heads + head)[:, None] * dims
     y_rows = y_ptr + (slot * num_blocks + block)[:, None] * D_MOST
-    for first in tl.range(0, dims, BLOCK_D):
-        dim = first + tl.arange(0, BLOCK_D)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for first_f in tl.range(0, width, HIDDEN, num_stages=1):
-            f = first_f + tl.arange(0, HIDDEN)
-            inside = (f < width)[None, :]
-            pre = tl.zeros([BLOCK_M, HIDDEN], tl.float32)
-            for i in tl.static_range(PARTS):
-                at = ((i * num_slots + slot) * num_blocks + block)[:, None] * most_width + f[None, :]
-                pre += tl.load(parts_ptr + at, mask=whole & inside, other=0.0, cache_modifier=".cg")
-            gate, _ = gelu_parts(pre)
-            w2_rows = w2_ptr + (head * width + f)[:, None] * dims
-            w2 = tl.load(w2_rows + dim[None, :], mask=(f < width)[:, None], other=0.0)
-            acc = tl.dot((pre * gate).to(w2.dtype), w2, acc, input_precision=PRECISION)
-        y = acc.to(y_ptr.dtype.element_ty)
-        if IS_TURNED:
-            tl.store(y_rows + dim[None, :], y, mask=whole)
-        else:
-            tl.store(page_rows + dim[None, :], y.to(page_ptr.dtype.element_ty), mask=whole)
+    every = tl.arange(0, D_PAD)
+    stored = whole & (every < dims)[None, :]
+    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    for first_f in tl.range(0, width, HIDDEN, num_stages=1):
+        f = first_f + tl.arange(0, HIDDEN)
+        inside = (f < width)[None, :]
+        w2_rows = w2_ptr + (head * width + f)[:, None] * dims
+        w2 = tl.load(w2_rows + every[None, :], mask=(f < width)[:, None] & (every < dims)[None, :], other=0.0)
+        pre = tl.zeros([BLOCK_M, HIDDEN], tl.float32)
+        for i in tl.static_range(PARTS):
+            at = ((i * num_slots + slot) * num_blocks + block)[:, None] * most_width + f[None, :]
+            pre += tl.load(parts_ptr + at, mask=whole & inside, other=0.0, cache_modifier=".cg")
+        gate, _ = gelu_parts(pre)
+        acc = tl.dot((pre * gate).to(w2.dtype), w2, acc, input_precision=PRECISION)
+    y = acc.to(y_ptr.dtype.element_ty)
+    if IS_TURNED:
+        tl.store(y_rows + every[None, :], y, mask=stored)
+    else:
+        tl.store(page_rows + every[None, :], in_page(y, inverse, page_ptr), mask=stored)
     if IS_TURNED:
         tl.debug_barrier()  # a pair's numbers are of two threads
         turn_ptr = whose(slot, num_heads, turn_ptr, turn2_ptr)
@@ -115,10 +117,10 @@ def _mlp_kernel(
         position = tl.load(start_ptr + block, mask=cell_row >= 0, other=0)
         for first in tl.range(0, dims, BLOCK_D):
             dim = first + tl.arange(0, BLOCK_D)
-            y = tl.load(y_rows + dim[None, :], mask=whole, other=0.0)
+            own = tl.load(y_rows + dim[None, :], mask=whole, other=0.0)
             other = tl.load(y_rows + partner(dim, half)[None, :], mask=whole, other=0.0)
-            y = turned(y, other, dim, position, turn_ptr, half)
-            tl.store(page_rows + dim[None, :], y.to(page_ptr.dtype.element_ty), mask=whole)
+            found = turned(own, other, dim, position, turn_ptr, half)
+            tl.store(page_rows + dim[None, :], in_page(found, inverse, page_ptr), mask=whole)
 
 
 @launchable
@@ -126,7 +128,7 @@ def _mlp_kernel(
 def _mean_kernel(
     x_ptr, x2_ptr, cell_rows_ptr, start_ptr, turn_ptr, turn2_ptr,
     page_ptr, page2_ptr,
-    block_len, num_heads, half, half2,
+    block_len, num_heads, half, half2, inverse, inverse2,
     D: tl.constexpr, D2: tl.constexpr, BLOCK_D: tl.constexpr, IS_TURNED: tl.constexpr,
 ):  # fmt: skip
     """One block of one head, of keys and then of values."""
@@ -137,6 +139,7 @@ def _mean_kernel(
     slot = tl.program_id(1)
     head = slot % num_heads
     dims = tl.where(slot < num_heads, D, D2)
+    inverse = tl.where(slot < num_heads, inverse, inverse2)
     x_ptr = whose(slot, num_heads, x_ptr, x2_ptr)
     page_ptr = whose(slot, num_heads, page_ptr, page2_ptr)
     half = tl.where(slot < num_heads, half, half2)
@@ -157,7 +160,7 @@ def _mean_kernel(
         y = turned(y[None, :], other[None, :], dim, position, turn_ptr, half)
         y = tl.reshape(y, [BLOCK_D])
     to = page_ptr + (cell_row * num_heads + head) * dims + dim
-    tl.store(to, y.to(page_ptr.dtype.element_ty), mask=dim < dims)
+    tl.store(to, in_page(y, inverse, page_ptr), mask=dim < dims)
 
 
 @torch.no_grad()
@@ -185,8 +188,9 @@ def decode_compress_mlp(
     _mlp_kernel[(PARTS, 2 * num_heads, cdiv(num_blocks, BLOCK_M))](
         *xs, appended.cell_rows, appended.block_start, k[0], v[0], k[1], v[1], k[2], v[2], *turns,
         parts, appended.arrived, y, cache.k_cmp, cache.v_cmp,
-        num_blocks, block_len, num_heads, *widths, *halves,
-        PARTS=PARTS, D=dim_k, D2=dim_v, D_MOST=max(dim_k, dim_v), BLOCK_M=BLOCK_M,
+        num_blocks, block_len, num_heads, *widths, *halves, 1 / cache.k_scale, 1 / cache.v_scale,
+        PARTS=PARTS, D=dim_k, D2=dim_v, D_MOST=max(dim_k, dim_v),
+        D_PAD=next_power_of_2(max(dim_k, dim_v)), BLOCK_M=BLOCK_M,
         BLOCK_F=block_f, HIDDEN=min(block_f, 64), BLOCK_D=min(power_of_2_part(dim, 64) for dim in (dim_k, dim_v)),
         IS_TURNED=any(halves),
         PRECISION=dot_precision(xs[0].dtype), num_warps=4,
@@ -205,5 +209,6 @@ def decode_compress_mean(
         appended.k_raw, appended.v_raw, appended.cell_rows, appended.block_start, *turns,
         cache.k_cmp, cache.v_cmp,
         len(appended.k_raw) // num_blocks, num_heads, *halves,
+        1 / cache.k_scale, 1 / cache.v_scale,
         D=dim_k, D2=dim_v, BLOCK_D=next_power_of_2(max(dim_k, dim_v)), IS_TURNED=any(halves), num_warps=1,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from nsa_kernels.decode.append import num_whole
 from nsa_kernels.decode.candidates import chunk_candidates
 from nsa_kernels.decode.compressed import CompressedParts
 from nsa_kernels.decode.merge import merged
-from nsa_kernels.decode.tiles import SECOND_WARPS, Split
+from nsa_kernels.decode.tiles import Split, second_warps
 from nsa_kernels.decode.window import Parts
 from nsa_kernels.decode_contracts import DecodeSizes
 
@@ -25,7 +25,7 @@ from nsa_kernels.decode_contracts import DecodeSizes
 def _second_kernel(
     max_ptr, sum_ptr, out_ptr, imp_ptr, tile_max_ptr, win_max_ptr, win_sum_ptr, win_out_ptr, gates_ptr, ends_ptr,
     candidates_ptr, sum_of_two_ptr, arrived_ptr,
-    num_queries, new, num_heads, num_tiles, num_chunks, stride_gt, stride_gh, stride_gb,
+    num_queries, new, num_heads, num_tiles, num_chunks, v_scale, stride_gt, stride_gh, stride_gb,
     G: tl.constexpr, G_PAD: tl.constexpr, CMP_LEN: tl.constexpr, CMP_STRIDE: tl.constexpr,
     CELLS_CMP: tl.constexpr, CELLS_SLC: tl.constexpr, SLC_LEN: tl.constexpr, NUM_LAYERS: tl.constexpr,
     NUM_SPLITS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_PAGES: tl.constexpr,
@@ -51,7 +51,7 @@ def _second_kernel(
             num_cells = tl.where(end >= CMP_LEN, num_whole(end, CMP_LEN, CMP_STRIDE) + CELLS_CMP - 1, 0)
             splits = tl.cdiv(tl.cdiv(num_cells, CELLS_SLC), SPLIT_PAGES)
             row = (batch * num_heads + program // G) * (new * G) + token * G + program % G
-            out = gate_cmp * merged(max_ptr, sum_ptr, out_ptr, row, splits, NUM_SPLITS, MERGED, DV)
+            out = gate_cmp * v_scale * merged(max_ptr, sum_ptr, out_ptr, row, splits, NUM_SPLITS, MERGED, DV)
             parts = tl.cdiv(tl.minimum(position + 1, WINDOW), WIN_TOKENS)
             row = query * (num_heads * G) + program
             out += gate_win * merged(win_max_ptr, win_sum_ptr, win_out_ptr, row, parts, WIN_PARTS, WIN_PAD, DV)
@@ -72,7 +72,7 @@ def _second_kernel(
 
 def attend_second(
     parts: CompressedParts, window: Parts, gates: Tensor, ends: Tensor, cut: Split, win_blocks: int,
-    sizes: DecodeSizes, chunk: int, chosen_pad: int,
+    sizes: DecodeSizes, chunk: int, chosen_pad: int, v_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Candidates, the sum of the two branches fp32 [B, new, Hq, Dv], and zeros int32 [B, new, Hkv] to count with.
 
@@ -90,7 +90,7 @@ def attend_second(
     _second_kernel[(batch * new * num_heads * (num_chunks + group),)](
         *parts, *window, gates, ends,
         candidates, sum_of_two, arrived,
-        batch * new, new, num_heads, num_tiles, num_chunks, *gates.stride(),
+        batch * new, new, num_heads, num_tiles, num_chunks, v_scale, *gates.stride(),
         G=group, G_PAD=next_power_of_2(group), CMP_LEN=sizes.cmp_block_len, CMP_STRIDE=sizes.cmp_stride,
         CELLS_CMP=sizes.cells_cmp, CELLS_SLC=sizes.cells_slc, SLC_LEN=sizes.slc_block_len, NUM_LAYERS=sizes.num_layers,
         NUM_SPLITS=num_splits, SPLITS=min(16, next_power_of_2(num_splits)), SPLIT_PAGES=cut.split_pages,
@@ -98,6 +98,6 @@ def attend_second(
         NUM_INIT=sizes.num_init_blocks, NUM_LOCAL=sizes.num_local_blocks, CHOSEN_PAD=chosen_pad,
         WINDOW=sizes.window_len, WIN_TOKENS=win_blocks * sizes.slc_block_len, WIN_PARTS=win_parts,
         WIN_PAD=next_power_of_2(win_parts), MERGED=min(8, next_power_of_2(num_splits)), DV=dim_v,
-        num_warps=SECOND_WARPS,
+        num_warps=second_warps(batch * new * num_heads),
     )  # fmt: skip
     return candidates, sum_of_two, arrived

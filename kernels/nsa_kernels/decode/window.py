@@ -27,8 +27,8 @@ class Parts(NamedTuple):
 
     @classmethod
     def empty(cls, rows: tuple[int, ...], num_parts: int, dim_v: int, like: Tensor) -> "Parts":
-        options = {"dtype": torch.float32}
-        return cls(*(like.new_empty(*rows, num_parts, *rest, **options) for rest in ((), (), (dim_v,))))
+        shapes = (*rows, num_parts), (*rows, num_parts), (*rows, num_parts, dim_v)
+        return cls(*(like.new_empty(shape, dtype=torch.float32) for shape in shapes))
 
 
 @triton.jit

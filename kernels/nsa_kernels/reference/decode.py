@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nsa_kernels.decode_contracts import Appended, DecodeSizes, PagedCache
+from nsa_kernels.decode_contracts import Appended, DecodeSizes, PagedCache, from_pages, in_pages
 from nsa_kernels.reference.gates import combine
 from nsa_kernels.reference.interval import compressed_attention, window_attention
 from nsa_kernels.reference.phi import compress_mean, compress_mlp
@@ -41,8 +41,8 @@ def decode_append(
         ends[b] = length + new
         for i in range(new):
             page = int(cache.page_table[slot, (length + i) // sizes.slc_block_len])
-            for x, pages in ((k_slc, cache.k_slc), (v_slc, cache.v_slc)):
-                pages[page, (length + i) % sizes.slc_block_len] = x[b, i]
+            for x, pages, scale in ((k_slc, cache.k_slc, cache.k_scale), (v_slc, cache.v_slc, cache.v_scale)):
+                pages[page, (length + i) % sizes.slc_block_len] = in_pages(x[b, i], scale, pages.dtype)
             for x, ring in (
                 (k_win, cache.k_win), (v_win, cache.v_win), (k_cmp, cache.k_raw), (v_cmp, cache.v_raw)
             ):  # fmt: skip
@@ -65,8 +65,9 @@ def decode_append(
 def decode_store(k: Tensor, v: Tensor, appended: Appended, cache: PagedCache) -> None:
     whole = appended.cell_rows >= 0
     rows = appended.cell_rows[whole].long()
-    for x, pages in ((k, cache.k_cmp), (v, cache.v_cmp)):
-        pages.view(-1, *pages.shape[2:])[rows] = x[whole].to(pages.dtype)
+    for x, pages, scale in ((k, cache.k_cmp, cache.k_scale), (v, cache.v_cmp, cache.v_scale)):
+        for row, y in zip(rows.tolist(), in_pages(x[whole], scale, pages.dtype), strict=True):
+            pages.view(-1, *pages.shape[2:])[row] = y
 
 
 @torch.no_grad()
@@ -131,7 +132,8 @@ def _attend(q: Tensor, gates: Tensor, cache: PagedCache, slot: int, end: int, si
     position = torch.arange(end - new, end, device=q.device, dtype=torch.int32)
     zeros = torch.zeros_like(position)
 
-    cells = [x[pages].flatten(0, 1) for x in (cache.k_cmp, cache.v_cmp)]
+    scales = cache.k_scale, cache.v_scale
+    cells = [_gathered(*x, pages, q.dtype) for x in zip((cache.k_cmp, cache.v_cmp), scales, strict=True)]
     first = sizes.cells_cmp - 1
     k_cmp, v_cmp = (x[first : first + num_whole(end, sizes)] for x in cells)
     seen = torch.tensor([num_whole(int(p) + 1, sizes) for p in position], device=q.device, dtype=torch.int32)
@@ -143,7 +145,7 @@ def _attend(q: Tensor, gates: Tensor, cache: PagedCache, slot: int, end: int, si
         num_local_blocks=sizes.num_local_blocks,
     )  # fmt: skip
 
-    tokens = [x[pages].flatten(0, 1) for x in (cache.k_slc, cache.v_slc)]
+    tokens = [_gathered(*x, pages, q.dtype) for x in zip((cache.k_slc, cache.v_slc), scales, strict=True)]
     k_slc, v_slc = (torch.cat([x[:end], x.new_zeros(len(x) - end, *x.shape[1:])]) for x in tokens)
     table = torch.arange(len(pages), device=q.device, dtype=torch.int32).expand(k_slc.shape[1], -1)
     out_slc, _ = selected_attention(
@@ -154,3 +156,10 @@ def _attend(q: Tensor, gates: Tensor, cache: PagedCache, slot: int, end: int, si
     k_win, v_win = (x[slot, token % x.shape[1]] for x in (cache.k_win, cache.v_win))
     out_win, _ = window_attention(q, k_win, v_win, begin - begin[0], position + 1 - begin[0], softmax_scale=scale)
     return combine(gates, out_cmp, out_slc, out_win), block_indices
+
+
+def _gathered(x: Tensor, scale: float, pages: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of some pages, one behind the other."""
+    if x.dtype != torch.float8_e4m3fn:
+        return x[pages].flatten(0, 1)
+    return from_pages(x.view(torch.uint8)[pages].view(x.dtype).flatten(0, 1), scale, dtype)
