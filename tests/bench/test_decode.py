@@ -91,5 +91,5 @@ def test_refusals(words, remedy, tmp_path, capsys, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_graph_is_timed():
     row = measure.measure(DecodeCase(2, 4096), torch.device("cuda"), measure.Clock(3))
-    assert row["launches"] == 7
+    assert row["launches"] == 3
     assert 0 < row["floor_s"] < row["graph_s"]

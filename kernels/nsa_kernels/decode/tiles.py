@@ -76,7 +76,7 @@ def blocks_of_part(queries: int, num_slc_blocks: int) -> int:
 
 def window_blocks(queries: int, num_blocks: int) -> int:
     """Of the `num_blocks` of a window, those that one program takes in turn."""
-    for blocks in (8, 4, 2):
+    for blocks in (4, 2):
         if queries * cdiv(num_blocks, blocks) >= ENOUGH_OF_WINDOW:
             return blocks
     return 1
