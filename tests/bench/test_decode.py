@@ -37,6 +37,7 @@ def test_how_far_fp8_is_is_counted(tmp_path, capsys):
     assert row["case"] == "batch 2, 90, fp8"
     assert row["wrong"] is None
     assert 1e-3 < row["fp8_error"] < 0.1
+    assert 1e-3 < row["fp8_error_same_blocks"] < 0.1
     assert 0 <= row["fp8_other_blocks"] <= row["fp8_blocks"] == 2 * 2
     assert "from wide pages" in capsys.readouterr().out
 

@@ -121,8 +121,9 @@ def _line(row: Row) -> str:
 def _fp8(row: Row) -> str:
     if "fp8_error" not in row:
         return ""
-    others, blocks = row["fp8_other_blocks"], row["fp8_blocks"]
-    return f"  fp8: {row['fp8_error']:.1%} from wide pages, {others:,} of {blocks:,} blocks others"
+    others, blocks, same = row["fp8_other_blocks"], row["fp8_blocks"], row["fp8_error_same_blocks"]
+    of_same = "" if same is None else f" ({same:.1%} where blocks are the same)"
+    return f"  fp8: {row['fp8_error']:.1%} from wide pages{of_same}, {others:,} of {blocks:,} blocks others"
 
 
 def _us(seconds: float, width: int = 9) -> str:
