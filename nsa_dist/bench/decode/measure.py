@@ -68,9 +68,9 @@ def measure(case: DecodeCase, device: torch.device, clock: Clock | None) -> Row:
 
 
 def _against_wide(case: DecodeCase, device: torch.device, out: Tensor, blocks: Tensor) -> Row:
-    """Of pages in 8 bits: how far the output is from that of the same numbers in pages of the dtype of q, over all heads
-    and over those of groups with the same blocks; and how many of the chosen blocks are others. Of drawn keys, among
-    which nothing stands out, more are than of any that were learned."""
+    """Of pages in 8 bits: how far the output is from that of the same numbers in pages of the dtype of q, over all
+    heads, and over groups that have the same blocks; and how many of the chosen blocks are others. These are more of
+    drawn keys, among which nothing stands out, than of keys that were learned."""
     wide_out, wide_blocks = Layer.of(replace(case, fp8=False), device).call()
     same = (blocks == wide_blocks).all(-1)  # [B, 1, Hkv]
     mine, wide = (x.double().unflatten(2, (same.shape[2], -1)) for x in (out, wide_out))
