@@ -1,20 +1,20 @@
 """Attention of one to eight new tokens a sequence to a paged cache, all branches: the public face of decoding.
 
     decode_append      new keys and values into pages and rings; tokens of blocks that have become whole, for phi
-    (phi)              any function of them, of a fixed shape
-    decode_store       its results into their pages
+    decode_compress_mlp, decode_compress_mean      phi, into their pages; or any function of a fixed shape, and then
+    decode_store       its results
     decode_attention   three launches: compressed attention in splits, and the window; candidates, and the two merged;
                        selected attention, and the output
 
 `decode_append_and_attend` is the first and the last of them, in three launches, for steps without the others.
 
 Grids follow from shapes alone, the number of sequences and the width of the page table, and lengths are read on the
-device: a CUDA graph of the four steps stays valid while sequences grow, come and go in their slots. Programs past the
+device: a CUDA graph of these steps stays valid while sequences grow, come and go in their slots. Programs past the
 end of a short sequence leave at once. Atomics count programs, and all sums are in a fixed order: the same shapes give
 the same bits.
 
-Numerics    scores, statistics, importances and partial results are fp32; probabilities enter products in the dtype of
-            the values; the result is rounded once
+Numerics    scores, statistics, importances and partial results are fp32; probabilities, and pages of
+            8 bits, enter products in the dtype of q; the result is rounded once
 Bytes       a sequence of T tokens and a key-value head, (Dk + Dv) numbers each: T/d compressed rows, n l' selected and
             w window tokens; and, of fp32, rows * layers * T/l' importances, written and read
 Reference   nsa_kernels.reference.decode

@@ -14,10 +14,9 @@ TILE_CELLS = 128
 # 175, 1 231. Batch 8: 4 tiles 28, 2 31, 1 35.
 SPLIT_TILES = (8, 4, 2, 1)
 ENOUGH_SPLITS = 256
-# Selection blocks whose candidates one program finds, and its warps. The whole step, 128 blocks and 4 warps 260 / 64.6;
-# 64 and 2 254 / 63.7. 512 blocks: candidates alone 66 instead of 27.
+# Selection blocks whose candidates one program finds. The second and third launch together, with 1 warp in the second:
+# 128 76 / 21.4, 64 77 / 21.5, 32 83 / 24.1. 512: candidates alone 66 instead of 27.
 CHUNK_BLOCKS = 64
-# 128 / 64 / 32 blocks and 1 warp, the second and third launch together: batch 64 76 / 77 / 83, 8 21.4 / 21.5 / 24.1.
 # Warps of a program of the second launch: those of candidates up to FEW_QUERIES, batch 1 5.2 instead of 5.8; of more
 # queries those of merging, batch 64 20 instead of 32.
 CANDIDATE_WARPS = 2
@@ -29,9 +28,9 @@ CANDIDATES = 128
 CANDIDATE_ROWS = 4
 # More have 4 warps in the third launch, as many or fewer 8: batch 8 14.4 instead of 15.2, batch 1 9.5 instead of 11.8.
 MANY_QUERIES = 64
-# Of selected and window attention. Batch 64: 8 blocks a program 58, 4 64, 2 76. Batch 8: 8 blocks 20, 4 15, 2 13, 1 16.
+# Of selected attention. Batch 64: 8 blocks a program 43, 4 52. Batch 8: 8 blocks 21, 4 15.7, 2 15.3, 1 19.
 ENOUGH_PROGRAMS = 256
-ENOUGH_OF_WINDOW = 128  # the same of the window
+ENOUGH_OF_WINDOW = 128  # the same of the window. The first launch, batch 64: 4 blocks 168, 8 176; batch 8: 4 35, 2 33
 MOST_ROWS = 64  # (token, head) rows of a tile
 
 
