@@ -85,12 +85,39 @@ def test_several_new_tokens_and_phi_as_an_mlp(dims, widths, turns, device):
     check(draw([41, 3, 0], 6, (2, 1, *dims), sizes), torch.bfloat16, device, phis, turns)
 
 
-@pytest.mark.parametrize(
-    "turns", [(turn(5), None), pytest.param((None, turn(8)), marks=SLOW_WITHOUT_A_GPU), (None, None)]
-)
+def compressed(drawn, device, phis, turns):
+    """k_cmp, v_cmp of the kernels and of the reference, in fp32, behind phi of what is new."""
+    for where, ops in ((device, Kernels), (torch.device("cpu"), reference)):
+        mine = drawn.to(torch.float32, where)
+        given = [turn if turn is None else turn.to(where) for turn in turns]
+        appended = ops.decode_append(*mine.new, mine.cache, mine.slots, sizes=mine.sizes)
+        if phis:
+            ops.decode_compress_mlp(appended, mine.cache, *([w.to(where) for w in phi] for phi in phis), *given)
+        else:
+            ops.decode_compress_mean(appended, mine.cache, *given)
+        yield [x.cpu().float() for x in mine.cache[2:4]]
+
+
+def mlps(block_len, dim, width):
+    return [
+        [torch.randn(s) / s[1] ** 0.5 for s in ((1, block_len, dim), (1, block_len * dim, width), (1, width, dim))]
+        for _ in range(2)
+    ]
+
+
+def test_phi_of_more_blocks_than_a_tile(device):
+    """Of 18 sequences all but two have a block that becomes whole; some of each tile of 16."""
+    sizes = DecodeSizes(8, 4, 16, 4, 1, 2, 20)
+    drawn = draw([11, 10, *[15] * 15, 12], 1, (1, 1, 16, 16), sizes, torch.float32)
+    mine, wanted = compressed(drawn, device, mlps(8, 16, 24), (turn(8), None))
+    torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("turns", [(turn(5), None), (None, turn(8)), (None, None)])
 def test_the_mean_turned(turns, device):
     """Of a head dim that is no power of two, one block; the other sequence has none that becomes whole."""
-    check(draw([30, 40], 2, (2, 2, 48, 16)), torch.float32, device, None, turns)
+    mine, wanted = compressed(draw([30, 40], 2, (2, 2, 48, 16), dtype=torch.float32), device, None, turns)
+    torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -113,17 +140,12 @@ def test_pages_in_fp8(heads, dtype, device):
     check(drawn.in_fp8(0.5, 2.0), dtype, device)
 
 
-@pytest.mark.parametrize("weights", [False, True])
-def test_phi_into_pages_in_fp8(weights, device):
+@pytest.mark.parametrize("is_mlp", [False, True])
+def test_phi_into_pages_in_fp8(is_mlp, device):
     """Of two numbers that differ by rounding one may be the next of e4m3."""
     drawn = draw([30, 47], 2, (2, 1, 16, 16)).in_fp8(0.25, 4.0)
-    shapes = (1, 32, 16), (1, 32 * 16, 16), (1, 16, 16)
-    phis = [[torch.randn(s) / s[1] ** 0.5 for s in shapes] for _ in range(2)] if weights else None
-    expected, mine = drawn.to(torch.float32), drawn.to(torch.float32, device)
-    expected.decode(reference, phis, (None, turn(8)))
-    mine.decode(Kernels, phis and [[w.to(device) for w in phi] for phi in phis], (None, turn(8).to(device)))
-    for held, wanted in zip(mine.cache[2:4], expected.cache[2:4], strict=True):
-        torch.testing.assert_close(held.cpu().float(), wanted.float(), rtol=0.13, atol=2**-9, equal_nan=True)
+    mine, wanted = compressed(drawn, device, mlps(32, 16, 16) if is_mlp else None, (None, turn(8)))
+    torch.testing.assert_close(mine, wanted, rtol=0.13, atol=2**-9, equal_nan=True)
 
 
 def test_with_what_is_new_in_the_first_launch(device):
