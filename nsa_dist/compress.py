@@ -24,6 +24,21 @@ class BlockPlaces(NamedTuple):
     block_len: int
 
 
+class PhiForm(NamedTuple):
+    """A phi that is no more than an MLP or the mean, and a turn by the position of each block's first token."""
+
+    mlp: tuple[Tensor, Tensor, Tensor] | None  # pos_emb, w1, w2; None: the mean
+    rotary: Rotary | None  # None: it is not turned
+
+    @classmethod
+    def of(cls, phi: Compress | None, block_len: int) -> "PhiForm | None":
+        """None for any other function."""
+        if phi is None:
+            return cls(None, None)
+        form = getattr(phi, "form", None)
+        return form(block_len) if form else None
+
+
 def compress_both(
     phis: tuple[Compress | None, Compress | None],
     rows: tuple[Tensor, Tensor],
@@ -125,10 +140,14 @@ class CompressMLP(nn.Module):
 
     def mlp_weights(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """(pos_emb, w1, w2) if a call does no more than `ops.compress_mlp` of them: two such phis run together."""
-        hooks = (self._forward_pre_hooks, self._forward_hooks, self._backward_pre_hooks, self._backward_hooks)
-        if type(self).forward is not CompressMLP.forward or any(hooks):
+        if type(self).forward is not CompressMLP.forward or _is_hooked(self):
             return None
         return self.pos_emb, self.w1, self.w2
+
+    def form(self, block_len: int) -> PhiForm | None:
+        """Of blocks of `block_len`; None if a subclass or a hook does something else."""
+        weights = self.mlp_weights()
+        return None if weights is None else PhiForm(weights, None)
 
 
 class TurnedCompressMLP(CompressMLP):
@@ -149,6 +168,12 @@ class TurnedCompressMLP(CompressMLP):
         compressed = super().forward(x, block_start, block_rows, ops)
         return compressed if self.rotary is None else rotate(compressed, block_start, self.rotary)
 
+    def form(self, block_len: int) -> PhiForm | None:
+        """As `CompressMLP.form`."""
+        if type(self).forward is not TurnedCompressMLP.forward or _is_hooked(self):
+            return None
+        return PhiForm((self.pos_emb, self.w1, self.w2), self.rotary)
+
 
 class MeanCompress(nn.Module):
     """The parameter-free phi, the mean of a block; turns what it compressed if `rotary` is given."""
@@ -164,3 +189,13 @@ class MeanCompress(nn.Module):
         """Rows [R, Hkv, D], the first row of each block [M] and its position [M] -> [M, Hkv, D]."""
         compressed = ops.compress_mean(x, block_rows, self.block_len)
         return compressed if self.rotary is None else rotate(compressed, block_start, self.rotary)
+
+    def form(self, block_len: int) -> PhiForm | None:
+        """As `CompressMLP.form`."""
+        if type(self).forward is not MeanCompress.forward or _is_hooked(self) or block_len != self.block_len:
+            return None
+        return PhiForm(None, self.rotary)
+
+
+def _is_hooked(phi: nn.Module) -> bool:
+    return any((phi._forward_pre_hooks, phi._forward_hooks, phi._backward_pre_hooks, phi._backward_hooks))

@@ -140,13 +140,16 @@ class NSALayer(nn.Module):
         assert isinstance(out, Tensor)
         return self.proj(out.flatten(1))
 
-    def make_cache(self, num_pages: int, max_sequences: int = 0, max_tokens: int = 0) -> NSACache:
-        """For this layer, of its weights' dtype and device; `NSACache` says what pages are."""
+    def make_cache(self, num_pages: int, max_sequences: int = 0, max_tokens: int = 0, **pages: Any) -> NSACache:
+        """For this layer, of its weights' dtype and device; `NSACache` says what pages are.
+
+        pages       page_dtype, k_scale, v_scale
+        """
         weight = self.qkv.weight
         return NSACache(
             self.cfg, self.num_kv_heads, self.head_dim, self.v_head_dim, num_pages, dtype=weight.dtype,
             device=weight.device, compress_k=self.compress_k, compress_v=self.compress_v, max_sequences=max_sequences,
-            max_tokens=max_tokens,
+            max_tokens=max_tokens, **pages,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -192,7 +195,13 @@ class NSALayer(nn.Module):
 
     @torch.no_grad()
     def decode_step(
-        self, x: Tensor, cache: NSACache, slots: Tensor, cp_group: dist.ProcessGroup | Comm | None = None
+        self,
+        x: Tensor,
+        cache: NSACache,
+        slots: Tensor,
+        cp_group: dist.ProcessGroup | Comm | None = None,
+        *,
+        with_phi: bool = True,
     ) -> Tensor:
         """`decode` as launches alone, of `nsa_dist.inference.decode`: positions are read on the device."""
         batch, new = x.shape[:2]
@@ -200,11 +209,11 @@ class NSALayer(nn.Module):
         position = (start[:, None] + torch.arange(new, device=x.device)).flatten()
         q, kv, gates = self.project(x.flatten(0, 1), position)
         q, gates, *pairs = (y.unflatten(0, (batch, new)) for y in (q, gates, *kv))
-        comm = cp_group if isinstance(cp_group, Comm) else Comm(cp_group)
+        comm, new_kv = cp_group if isinstance(cp_group, Comm) else Comm(cp_group), BranchKV(*pairs)
         if comm.size > 1:
-            out, _ = over_ranks.decode_step(q, BranchKV(*pairs), gates, cache, slots, comm, default_ops(q))
+            out, _ = over_ranks.decode_step(q, new_kv, gates, cache, slots, comm, default_ops(q), with_phi=with_phi)
         else:
-            out, _ = decode_step(q, BranchKV(*pairs), gates, cache, slots, default_ops(q))
+            out, _ = decode_step(q, new_kv, gates, cache, slots, default_ops(q), with_phi=with_phi)
         return self.proj(out.flatten(2))
 
     def project(self, x: Tensor, position: Tensor) -> tuple[Tensor, BranchKV, Tensor]:

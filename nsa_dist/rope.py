@@ -44,6 +44,15 @@ def turns(rotary: Rotary, position: Tensor, head_dim: int, dtype: torch.dtype) -
     return Turns((factor * angle.cos()).to(dtype)[:, None], (factor * angle.sin()).to(dtype)[:, None])
 
 
+def turn_of(rotary: Rotary, head_dim: int, device: torch.device) -> Tensor | None:
+    """What kernels turn by, fp64 [turned / 2 + 1]: `frequencies`, then a factor of cosines and sines; None: nothing."""
+    if rotary.turned(head_dim) == 0:
+        return None
+    factor = 1.0 if rotary.scaling is None else rotary.scaling.concentration
+    found = frequencies(rotary, head_dim, device)
+    return torch.cat([found, found.new_full((1,), factor)])
+
+
 def rotate(x: Tensor, position: Tensor, rotary: Rotary) -> Tensor:
     """Turn `x` [T, H, D] by its `position` [T] in the document; the result has the dtype of x."""
     return turns(rotary, position.to(x.device), x.shape[-1], x.dtype).of(x)

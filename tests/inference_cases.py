@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cases import SMALL, Inputs, make_inputs
 from nsa_dist import BranchKV, NSAConfig, nsa_attention
-from nsa_dist.compress import Compress, CompressMLP
+from nsa_dist.compress import Compress, CompressMLP, MeanCompress, TurnedCompressMLP
 from nsa_dist.inference import NSACache, nsa_decode, nsa_prefill
 from nsa_dist.rope import rotate
 from nsa_dist.rope_scaling import Rotary
@@ -18,8 +18,11 @@ from nsa_dist.rope_scaling import Rotary
 CONFIGS = (SMALL, NSAConfig(4, 4, 8, 4, 0, 1, 5), NSAConfig(16, 4, 8, 6, 2, 2, 33), NSAConfig(8, 8, 32, 3, 1, 1, 1))
 
 
+KINDS = ("mlp", "turned", "turned by itself", "mean", "mean turned", "callable")
+
+
 class Turned(CompressMLP):
-    """A phi that depends on where its block begins, so is no plain MLP to `nsa_attention`."""
+    """A phi of somebody else's that depends on where its block begins."""
 
     def forward(self, x, block_start, block_rows=None, **options):
         return rotate(super().forward(x, block_start, block_rows, **options), block_start, Rotary(100.0))
@@ -32,7 +35,7 @@ def last_token(x: Tensor, block_start: Tensor) -> Tensor:
 
 @dataclass
 class Case:
-    """Tokens to draw from, and a cache; `kinds`: "mlp", "turned", "mean" or "callable"."""
+    """Tokens to draw from, and a cache; `kind`: one of `KINDS`."""
 
     inputs: Inputs
     cfg: NSAConfig
@@ -45,17 +48,23 @@ class Case:
         if shared_kv:
             inputs.kv = BranchKV(*inputs.kv[:2] * 3)
         phi_k = inputs.phi_k
-        if kind == "turned":
-            phi_k = Turned(heads[1], heads[2], cfg.cmp_block_len, 2 * heads[2], dtype=torch.float64)
-            phi_k.load_state_dict(inputs.phi_k.state_dict())
-        phis = {"mean": (None, None), "callable": (last_token, None)}.get(kind, (phi_k, inputs.phi_v))
+        if kind in ("turned", "turned by itself"):
+            sizes = heads[1], heads[2], cfg.cmp_block_len, 2 * heads[2]
+            phi_k = Turned(*sizes) if kind == "turned by itself" else TurnedCompressMLP(*sizes, rotary=Rotary(50.0))
+            phi_k.to(torch.float64).load_state_dict(inputs.phi_k.state_dict())
+        phis = {
+            "mean": (None, None),
+            "mean turned": (MeanCompress(cfg.cmp_block_len, Rotary(50.0)), None),
+            "callable": (last_token, None),
+        }.get(kind, (phi_k, inputs.phi_v))
         return cls(inputs, cfg, kind, phis)
 
-    def cache(self, num_pages: int, dtype=torch.float64) -> NSACache:
+    def cache(self, num_pages: int, dtype=torch.float64, **options) -> NSACache:
         heads, dim_k, dim_v = self.inputs.kv.k_cmp.shape[1], self.inputs.q.shape[-1], self.inputs.kv.v_cmp.shape[-1]
         return NSACache(
-            self.cfg, heads, dim_k, dim_v, num_pages, dtype=dtype, compress_k=self.phis[0], compress_v=self.phis[1]
-        )
+            self.cfg, heads, dim_k, dim_v, num_pages, dtype=dtype, compress_k=self.phis[0], compress_v=self.phis[1],
+            **options,
+        )  # fmt: skip
 
     def rows(self, tokens: Sequence[int]) -> tuple[Tensor, BranchKV, Tensor]:
         """q, kv, gates of these tokens."""
@@ -118,7 +127,7 @@ class Play:
     def __init__(self, seed: int, most: int, steps: int) -> None:
         self.rng = rng = random.Random(seed)
         self.case = self.case_type.of(
-            most, rng.choice(self.configs), rng.choice(["mlp", "turned", "mean", "callable"]), rng.random() < 0.3,
+            most, rng.choice(self.configs), rng.choice(KINDS), rng.random() < 0.3,
             seed, rng.choice(self.heads),
         )  # fmt: skip
         self.most, self.steps = most, steps

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from nsa_kernels.common.wild import WHOLE_TILES as WHOLE_TILES
     from nsa_kernels.decode.append import decode_append as decode_append
     from nsa_kernels.decode.append import decode_store as decode_store
+    from nsa_kernels.decode.attention import decode_append_and_attend as decode_append_and_attend
     from nsa_kernels.decode.attention import decode_attention as decode_attention
     from nsa_kernels.decode.attention import decode_takes as decode_takes
+    from nsa_kernels.decode.phi import decode_compress_mean as decode_compress_mean
     from nsa_kernels.decode.phi import decode_compress_mlp as decode_compress_mlp
     from nsa_kernels.decode_part.attention import PartAttention as PartAttention
     from nsa_kernels.decode_part.attention import part_takes as part_takes
@@ -63,7 +65,9 @@ _ALONE = {
     "Tapes": "common.tape",
     "WHOLE_TILES": "common.wild",
     "decode_append": "decode.append",
+    "decode_append_and_attend": "decode.attention",
     "decode_attention": "decode.attention",
+    "decode_compress_mean": "decode.phi",
     "decode_compress_mlp": "decode.phi",
     "decode_store": "decode.append",
     "decode_takes": "decode.attention",

@@ -53,6 +53,9 @@ class PagedCache(NamedTuple):
     k_raw, v_raw    [R, at least l + new - 1, Hkv, Dk or Dv], likewise
     page_table      int32 [R, max_pages]: the pages of each sequence in order; entries past its last page are not read
     lengths         int32 [R]: its tokens
+    k_scale, v_scale    powers of two by which pages in e4m3 are multiplied; 1 for pages in the dtype of the rings
+
+    k_slc, v_slc, k_cmp and v_cmp, the pages, have the dtype of the rings, or all of them float8_e4m3fn.
     """
 
     k_slc: Tensor
@@ -65,6 +68,8 @@ class PagedCache(NamedTuple):
     v_raw: Tensor
     page_table: Tensor
     lengths: Tensor
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
 
 class Appended(NamedTuple):
@@ -76,6 +81,7 @@ class Appended(NamedTuple):
     block_rows      int32 [B * F]: 0, l, 2 l, ..: where each block begins in them
     block_start     int64 [B * F]: and in its sequence; 0 where there is none
     cell_rows       int32 [B * F]: row of the flat compressed pages that it goes to; -1 where there is none
+    arrived         int32 [B, 2 * Hkv]: zeros, with which phi's programs count themselves; None: of the reference
     """
 
     ends: Tensor
@@ -84,6 +90,32 @@ class Appended(NamedTuple):
     block_rows: Tensor
     block_start: Tensor
     cell_rows: Tensor
+    arrived: Tensor | None = None
+
+
+MOST_E4M3 = 448.0  # larger numbers are cut off
+
+
+def in_pages(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """`x` as pages of `dtype` hold it."""
+    if dtype != torch.float8_e4m3fn:
+        return x.to(dtype)
+    return (x.float() * (1 / scale)).clamp(-MOST_E4M3, MOST_E4M3).to(dtype)
+
+
+def from_pages(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """What pages hold, in `dtype`: exact, as scales are powers of two."""
+    return x.to(dtype) * scale if x.dtype == torch.float8_e4m3fn else x.to(dtype)
+
+
+def check_pages(cache: PagedCache) -> None:
+    """ValueError for pages that are neither in the dtype of the rings nor in e4m3."""
+    pages = {x.dtype for x in (cache.k_slc, cache.v_slc, cache.k_cmp, cache.v_cmp)}
+    if pages not in ({cache.k_win.dtype}, {torch.float8_e4m3fn}):
+        raise ValueError(
+            f"pages of {sorted(map(str, pages))} must all be {cache.k_win.dtype}, as the rings are, or float8_e4m3fn: "
+            f"the products take the dtype of the queries, and 8 bits are widened to it; make them so"
+        )
 
 
 def check_call(q: Tensor, gates: Tensor, cache: PagedCache, slots: Tensor, sizes: DecodeSizes) -> None:

@@ -174,7 +174,7 @@ def _append(
     with cache.appending(seqs, added) as states, torch.autocast(q.device.type, enabled=False):
         tiles = _tiles(ops, q, cache, len(seqs), is_prefill)
         at = places(states, added, shape, q.device, aligned=is_prefill, key_alignment=tiles.key_alignment)
-        storage.slc.write(at.new_slots, Pair(kv.k_slc, kv.v_slc))
+        storage.write_pages(storage.slc, at.new_slots, Pair(kv.k_slc, kv.v_slc))
         compress_fresh(Pair(kv.k_cmp, kv.v_cmp), cache, at, ops)
         window = extended(Pair(kv.k_win, kv.v_win), storage.win, at.win)
         queries, weights = _padded(q, at), _padded(gates, at)
@@ -209,7 +209,7 @@ def _attend(
 
 def _compressed(cache: NSACache, at: Places) -> Pair:
     """All compressed keys and values of the sequences, [M, Hkv, D]."""
-    found = cache.storage.cmp.read(at.cmp_slots)
+    found = cache.storage.read_pages(cache.storage.cmp, at.cmp_slots)
     if at.cmp_to is None:
         return found
     return Pair(*(x.new_zeros(at.num_cmp_rows, *x.shape[1:]).index_copy_(0, at.cmp_to, x) for x in found))

@@ -1,17 +1,20 @@
 """The cache of one layer: many sequences of different lengths in one pool of pages."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from nsa_dist.compress import Compress
+from nsa_dist.compress import Compress, PhiForm
 from nsa_dist.config import NSAConfig
 from nsa_dist.inference.pool import PagePool
-from nsa_dist.inference.storage import MOST_BACK, CacheShape, Storage
+from nsa_dist.inference.storage import MOST_BACK, CacheShape, PageFormat, Storage
 from nsa_dist.inference.tables import Tables
+from nsa_dist.rope import turn_of
 
 
 @dataclass
@@ -39,6 +42,9 @@ class NSACache:
     compress_k, compress_v      phi, as `nsa_attention` takes it
     max_sequences               rings to make at once; more are added when there are more sequences
     max_tokens                  of one sequence: tables on the device are made for so many at once, and anew for longer
+    page_dtype                  of the keys and values of the selected branch and of the compressed ones; None: `dtype`;
+                                torch.float8_e4m3fn takes half of bf16's bytes, and rounds to 4 bits
+    k_scale, v_scale            powers of two by which numbers of 8 bits are multiplied: up to 448 of them fit
 
     Kept are keys and values of the selected branch for all tokens, of the window branch for the last w + 8, of the
     compressed branch for the last l + 8, and one compressed key and value every d tokens: `num_bytes`.
@@ -63,6 +69,9 @@ class NSACache:
         compress_v: Compress | None = None,
         max_sequences: int = 0,
         max_tokens: int = 0,
+        page_dtype: torch.dtype | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
     ) -> None:
         sizes = {"num_kv_heads": num_kv_heads, "head_dim_k": head_dim_k, "head_dim_v": head_dim_v}
         for name, value in {**sizes, "num_pages": num_pages}.items():
@@ -75,12 +84,23 @@ class NSACache:
             )
         self.cfg, self.compress_k, self.compress_v = cfg, compress_k, compress_v
         self.shape = CacheShape(cfg, num_kv_heads, head_dim_k, head_dim_v)
-        self.storage = Storage(self.shape, num_pages, dtype, torch.device(device))
+        pages = _page_format(dtype, page_dtype, k_scale, v_scale)
+        self.storage = Storage(self.shape, num_pages, dtype, torch.device(device), pages)
         self.storage.reserve_rings(max_sequences)
         self.tables = Tables(self.storage.device, self._pages_of(max_tokens))
         self._pool = PagePool(num_pages)
         self._sequences: dict[int, SequenceState] = {}
         self._next_id = 0
+
+    @cached_property
+    def turns(self) -> list[Tensor | None]:
+        """By what compressed keys and values are turned, for decoding kernels: `turn_of`, on the device."""
+        forms = [PhiForm.of(phi, self.cfg.cmp_block_len) for phi in (self.compress_k, self.compress_v)]
+        dims = self.shape.head_dim_k, self.shape.head_dim_v
+        return [
+            turn_of(form.rotary, dim, self.storage.device) if form and form.rotary else None
+            for form, dim in zip(forms, dims, strict=True)
+        ]
 
     @property
     def num_free_pages(self) -> int:
@@ -89,6 +109,12 @@ class NSACache:
 
     def hold_over_ranks(self, storage: Storage, cp_size: int) -> None:
         """From now on `storage` holds what one of `cp_size` ranks does. ValueError if a sequence has tokens already."""
+        if self.storage.pages.is_fp8:
+            raise ValueError(
+                f"cp_group of {cp_size} ranks was given to a cache with page_dtype={self.storage.pages.dtype}: over "
+                f"ranks pages must have the dtype of q, as ranks multiply them with operators that take no other; make "
+                f"the NSACache without page_dtype"
+            )
         used = [seq for seq, state in self._sequences.items() if state.length]
         if used:
             raise ValueError(
@@ -244,3 +270,24 @@ class NSACache:
         self._sequences[self._next_id] = state
         self._next_id += 1
         return self._next_id - 1
+
+
+def _page_format(dtype: torch.dtype, page_dtype: torch.dtype | None, k_scale: float, v_scale: float) -> PageFormat:
+    """ValueError for dtypes that pages cannot have and scales that would round."""
+    found = PageFormat(page_dtype or dtype, k_scale, v_scale)
+    if found.dtype != dtype and not found.is_fp8:
+        raise ValueError(
+            f"page_dtype={page_dtype} must be torch.float8_e4m3fn, or {dtype} as all of the cache, because kernels "
+            f"widen 8 bits and no others; leave it out, or pass torch.float8_e4m3fn"
+        )
+    if any(not scale > 0 or math.frexp(scale)[0] != 0.5 for scale in (k_scale, v_scale)):
+        raise ValueError(
+            f"k_scale={k_scale} and v_scale={v_scale} must be positive powers of two, so that scaling itself rounds "
+            f"nothing; pass the power of two above the largest key, or value, over 448"
+        )
+    if not found.is_fp8 and (k_scale, v_scale) != (1.0, 1.0):
+        raise ValueError(
+            f"k_scale={k_scale} and v_scale={v_scale} are for pages of 8 bits, and these are {found.dtype}, which are "
+            f"kept as they are; leave them out, or pass page_dtype=torch.float8_e4m3fn"
+        )
+    return found

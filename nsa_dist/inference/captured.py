@@ -1,4 +1,5 @@
-"""Decoding with a model as the replay of a CUDA graph: one for each number of sequences and of new tokens."""
+"""Decoding with a model as the replay of a CUDA graph: two for each number of sequences and of new tokens, with phi
+and without it."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -10,7 +11,7 @@ from torch import Tensor
 from nsa_dist.attention import default_ops
 from nsa_dist.cp.comm import Comm
 from nsa_dist.inference import over_ranks
-from nsa_dist.inference.decode import EMPTY_SLOT, decoding, has_kernels, paged, slots_of
+from nsa_dist.inference.decode import EMPTY_SLOT, any_whole, decoding, has_kernels, paged, slots_of
 from nsa_dist.inference.model import GPT, ModelCache
 
 
@@ -25,8 +26,9 @@ def can_capture(model: GPT, cache: ModelCache, cp_group: dist.ProcessGroup | Com
 class CapturedDecode:
     """`model.decode` for `batch` sequences, some of which may be empty slots, and `new` tokens of each.
 
-    Captured at the first call, and again when what the graph reads has moved: when the cache has made room for more
-    sequences, or the longest sequence has twice the pages. The host waits for nothing.
+    Captured when first needed, and again when what the graph reads has moved: when the cache has made room for more
+    sequences, or the longest sequence has twice the pages. The host knows whether a compressed block becomes whole; the
+    graph of steps in which none does has fewer launches. It waits for nothing.
 
     cp_group    of a cache over ranks, that holds its prompts; every rank calls alike
     """
@@ -44,26 +46,26 @@ class CapturedDecode:
         self._tokens = torch.zeros(batch, new, dtype=torch.int64, device=device)
         self._slots = [torch.full((batch,), EMPTY_SLOT, dtype=torch.int32, device=device) for _ in cache.layers]
         self._addresses: list[int] = []
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits: Tensor | None = None
+        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def __call__(self, tokens: Tensor, seqs: Sequence[int]) -> Tensor:
         """tokens [B, new] on the device and B ids -> logits [B, new, vocab], which the next call overwrites."""
+        with_phi = any_whole(self.cache.layers[0], seqs, self.new)
         with ExitStack() as stack:
             for layer, slots in zip(self.cache.layers, self._slots, strict=True):
                 stack.enter_context(decoding(layer, seqs, self.new))
                 slots.copy_(slots_of(layer, seqs))
             self._tokens.copy_(tokens)
-            addresses = [x.data_ptr() for layer in self.cache.layers for x in paged(layer)]
+            addresses = [x.data_ptr() for layer in self.cache.layers for x in paged(layer) if isinstance(x, Tensor)]
             if addresses != self._addresses:
-                self._capture()
-                self._addresses = addresses
-            assert self._graph is not None
-            assert self._logits is not None
-            self._graph.replay()
-        return self._logits
+                self._graphs, self._addresses = {}, addresses
+            if with_phi not in self._graphs:
+                self._graphs[with_phi] = self._captured(with_phi)
+            graph, logits = self._graphs[with_phi]
+            graph.replay()
+        return logits
 
-    def _capture(self) -> None:
+    def _captured(self, with_phi: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The step runs once before, as capturing wants, on empty slots, which change nothing."""
         kept = [slots.clone() for slots in self._slots]
         for slots in self._slots:
@@ -71,11 +73,12 @@ class CapturedDecode:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self.model.decode_step(self._tokens, self.cache, self._slots, self.cp_group)
+            self.model.decode_step(self._tokens, self.cache, self._slots, self.cp_group, with_phi=with_phi)
         torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         # NCCL's watchdog asks for events in another thread: such calls must not spoil the capture.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._logits = self.model.decode_step(self._tokens, self.cache, self._slots, self.cp_group)
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            logits = self.model.decode_step(self._tokens, self.cache, self._slots, self.cp_group, with_phi=with_phi)
         for slots, before in zip(self._slots, kept, strict=True):
             slots.copy_(before)
+        return graph, logits

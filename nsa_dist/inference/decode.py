@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist.branches import BranchKV
-from nsa_dist.compress import BlockPlaces, compress_both
+from nsa_dist.compress import BlockPlaces, PhiForm, compress_both
 from nsa_dist.cp.device import put_on
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.inference.storage import CacheShape
@@ -54,7 +54,8 @@ def slots_of(cache: NSACache, seqs: Sequence[int]) -> Tensor:
 def paged(cache: NSACache) -> PagedCache:
     """The tensors of the cache, as kernels take them; addresses change when rings or tables grow."""
     storage, tables = cache.storage, cache.tables
-    return PagedCache(*storage.slc, *storage.cmp, *storage.win, *storage.raw, tables.page_table, tables.lengths)
+    tensors = *storage.slc, *storage.cmp, *storage.win, *storage.raw, tables.page_table, tables.lengths
+    return PagedCache(*tensors, storage.pages.k_scale, storage.pages.v_scale)
 
 
 @torch.no_grad()
@@ -76,21 +77,26 @@ def decode_step(
     sizes, pages = sizes_of(cache.shape), paged(cache)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     with torch.autocast(q.device.type, enabled=False):
+        if not with_phi:
+            return ops.decode_append_and_attend(q, gates, kv, pages, slots, sizes=sizes, softmax_scale=scale)
         appended = ops.decode_append(*kv, pages, slots, sizes=sizes)
-        if with_phi:
-            _compress(appended, cache, pages, ops)
+        _compress(appended, cache, pages, ops)
         return ops.decode_attention(q, gates, appended, pages, slots, sizes=sizes, softmax_scale=scale)
 
 
 def _compress(appended: Appended, cache: NSACache, pages: PagedCache, ops: ModuleType) -> None:
-    """phi of the blocks that have become whole: MLPs in two launches, any other function of all places."""
-    phis = cache.compress_k, cache.compress_v
-    weights = [getattr(phi, "mlp_weights", lambda: None)() for phi in phis]
-    if None not in weights:
-        ops.decode_compress_mlp(appended, pages, *weights)
-        return
-    at = BlockPlaces(appended.block_rows, appended.block_start, cache.cfg.cmp_block_len)
-    ops.decode_store(*compress_both(phis, (appended.k_raw, appended.v_raw), at, ops), appended, pages)
+    """phi of the blocks that have become whole: MLPs or means, turned, in one launch; other functions of all places."""
+    phis, block_len = (cache.compress_k, cache.compress_v), cache.cfg.cmp_block_len
+    forms = [form for phi in phis if (form := PhiForm.of(phi, block_len)) is not None]
+    weights = [form.mlp for form in forms if form.mlp is not None]
+    if len(weights) == 2:
+        ops.decode_compress_mlp(appended, pages, *weights, *cache.turns)
+    elif len(forms) == 2 and not weights:
+        ops.decode_compress_mean(appended, pages, *cache.turns)
+    else:
+        at = BlockPlaces(appended.block_rows, appended.block_start, block_len)
+        made = compress_both(phis, (appended.k_raw, appended.v_raw), at, ops)
+        ops.decode_store(*made, appended, pages)
 
 
 def sizes_of(shape: CacheShape) -> DecodeSizes:

@@ -122,10 +122,12 @@ class GPT(nn.Module):
             x = x + block.mlp(block.mlp_norm(x))
         return self._logits(x if rows is None else x[rows])
 
-    def make_cache(self, num_tokens: int, num_sequences: int = 1) -> "ModelCache":
-        """For `num_sequences` sequences at once, of `num_tokens` tokens at most each."""
-        pages = num_sequences * -(-num_tokens // self.config.nsa.slc_block_len)
-        return ModelCache([block.attention.make_cache(pages, num_sequences, num_tokens) for block in self.layers])
+    def make_cache(self, num_tokens: int, num_sequences: int = 1, **pages: Any) -> "ModelCache":
+        """For `num_sequences` sequences at once, of `num_tokens` tokens each at most; pages as `NSALayer` takes it."""
+        num_pages = num_sequences * -(-num_tokens // self.config.nsa.slc_block_len)
+        return ModelCache(
+            [block.attention.make_cache(num_pages, num_sequences, num_tokens, **pages) for block in self.layers]
+        )
 
     @torch.no_grad()
     def prefill(
@@ -170,11 +172,16 @@ class GPT(nn.Module):
         cache: "ModelCache",
         slots: Sequence[Tensor],
         cp_group: dist.ProcessGroup | Comm | None = None,
+        *,
+        with_phi: bool = True,
     ) -> Tensor:
         """`decode` as launches alone, which a CUDA graph can hold (`captured`): slots [B] of each layer's cache."""
         x = self.embedding(tokens)
         for block, layer_cache, layer_slots in zip(self.layers, cache.layers, slots, strict=True):
-            x = x + block.attention.decode_step(block.attention_norm(x), layer_cache, layer_slots, cp_group)
+            attended = block.attention.decode_step(
+                block.attention_norm(x), layer_cache, layer_slots, cp_group, with_phi=with_phi
+            )
+            x = x + attended
             x = x + block.mlp(block.mlp_norm(x))
         return self._logits(x)
 

@@ -15,7 +15,7 @@ from nsa_dist.inference.storage import Pair
 def compress_fresh(new: Pair, cache: NSACache, at: Places, ops: ModuleType) -> None:
     """phi of the blocks that have become whole, into their pages."""
     if len(at.fresh_slots):
-        cache.storage.cmp.write(at.fresh_slots, compressed(new, cache, at, ops))
+        cache.storage.write_pages(cache.storage.cmp, at.fresh_slots, compressed(new, cache, at, ops))
 
 
 def compressed(new: Pair, cache: NSACache, at: Places, ops: ModuleType) -> Pair:
@@ -42,18 +42,20 @@ def chosen_pages(cache: NSACache, block_page: Tensor, block_indices: Tensor) -> 
     """Rows that hold the chosen blocks, whole pages, and the table from a block of the stream to its page there.
 
     On a GPU the whole pool, as it lies. The operators for CPUs look at all the rows that they are given, so they are
-    given the chosen pages only.
+    given the chosen pages only; so are those of a GPU where pages are of 8 bits, which must be widened.
 
     block_page      int64 [blocks of the stream]: their pages
     """
-    if block_indices.is_cuda:
-        pages, table = cache.storage.slc.flat(), block_page
+    storage = cache.storage
+    if block_indices.is_cuda and not storage.pages.is_fp8:
+        pages, table = storage.slc.flat(), block_page
     else:
         chosen = block_indices.unique()
         chosen = chosen[chosen >= 0].long()
         index = block_page[chosen]
-        pages = Pair(*(x.index_select(0, index).flatten(0, 1) for x in cache.storage.slc))
-        table = torch.full_like(block_page, -1).index_copy_(0, chosen, torch.arange(len(chosen)))
+        pages = storage.widened(Pair(*(x.index_select(0, index).flatten(0, 1) for x in storage.slc)))
+        places = torch.arange(len(chosen), device=chosen.device)
+        table = torch.full_like(block_page, -1).index_copy_(0, chosen, places)
     return pages, table.to(torch.int32).expand(cache.shape.num_kv_heads, -1).contiguous()
 
 

@@ -3,6 +3,8 @@
     page    l' tokens       k_slc, v_slc of each, and the l'/d compressed keys and values whose last token lies in it
     ring    one sequence    k_win, v_win of the last w + 8 tokens; k_cmp, v_cmp before phi of the last l + 8
 
+Pages may hold numbers of 8 bits, e4m3, times a scale for keys and one for values; rings never do.
+
 A compressed block lies with its last token, so a full page never changes, whatever follows: sequences with a common
 prefix share it. Token p is row p % l' of its page, and entry p % length of its ring.
 """
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.device import put_on
+from nsa_kernels.decode_contracts import from_pages, in_pages
 
 MOST_BACK = 8  # tokens that may be taken back, and new ones of a decoding call
 
@@ -41,17 +44,19 @@ class CacheShape(NamedTuple):
         """Tokens: l + 8."""
         return self.cfg.cmp_block_len + MOST_BACK
 
-    def num_bytes(self, num_pages: int, num_rings: int, dtype: torch.dtype) -> int:
-        """Of the tensors of a cache of one layer.
+    def num_bytes(
+        self, num_pages: int, num_rings: int, dtype: torch.dtype, page_dtype: torch.dtype | None = None
+    ) -> int:
+        """Of the tensors of a cache of one layer, a number of which has b bytes in rings and b' in pages.
 
-            token_bytes = Hkv * (Dk + Dv) * bytes of a number
-            num_pages * (l' + l'/d) * token_bytes  +  num_rings * (w + 8 + l + 8) * token_bytes
+            numbers = Hkv * (Dk + Dv)
+            num_pages * (l' + l'/d) * numbers * b'  +  num_rings * (w + 8 + l + 8) * numbers * b
 
-        A dense cache takes num_pages * l' * token_bytes: with d = 16 the pages take 1 + 1/16 of it.
+        A dense cache takes num_pages * l' * numbers * b: with d = 16 the pages take 1 + 1/16 of it, in 8 bits half.
         """
-        token_bytes = self.num_kv_heads * (self.head_dim_k + self.head_dim_v) * dtype.itemsize
-        page = self.cfg.slc_block_len + self.cmp_per_page
-        return (num_pages * page + num_rings * (self.win_ring + self.raw_ring)) * token_bytes
+        numbers = self.num_kv_heads * (self.head_dim_k + self.head_dim_v)
+        pages = num_pages * (self.cfg.slc_block_len + self.cmp_per_page) * (page_dtype or dtype).itemsize
+        return (pages + num_rings * (self.win_ring + self.raw_ring) * dtype.itemsize) * numbers
 
 
 class Pair(NamedTuple):
@@ -72,13 +77,36 @@ class Pair(NamedTuple):
         return Pair(*(x.index_select(0, rows) for x in self.flat()))
 
 
-class Storage:
-    """Pages [num_pages, rows of a page, Hkv, D], all zero at first; rings [rings, entries, Hkv, D], added as needed."""
+class PageFormat(NamedTuple):
+    """Of the numbers of pages: `dtype`, and what those of keys and values are multiplied by, powers of two."""
 
-    def __init__(self, shape: CacheShape, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
+    dtype: torch.dtype
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.dtype == torch.float8_e4m3fn
+
+
+class Storage:
+    """Pages [num_pages, rows of a page, Hkv, D], all zero at first; rings [rings, entries, Hkv, D], added as needed.
+
+    dtype       of rings, and of pages unless `pages` says otherwise
+    """
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        pages: PageFormat | None = None,
+    ) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.slc = self._zeros(num_pages, shape.cfg.slc_block_len)
-        self.cmp = self._zeros(num_pages, shape.cmp_per_page)
+        self.pages = pages or PageFormat(dtype)
+        self.slc = self._zeros(num_pages, shape.cfg.slc_block_len, self.pages.dtype)
+        self.cmp = self._zeros(num_pages, shape.cmp_per_page, self.pages.dtype)
         self.win = self._zeros(0, shape.win_ring)
         self.raw = self._zeros(0, shape.raw_ring)
         self._free_rings: list[int] = []
@@ -113,11 +141,26 @@ class Storage:
         for x in (*self.win, *self.raw):
             x[target] = x[source]
 
+    def write_pages(self, pages: Pair, rows: Tensor, new: Pair) -> None:
+        """`new` [len(rows), Hkv, D] to rows of the flat `pages`, `slc` or `cmp`."""
+        scales = self.pages.k_scale, self.pages.v_scale
+        held = (in_pages(x, scale, self.pages.dtype) for x, scale in zip(new, scales, strict=True))
+        Pair(*map(_indexable, pages)).write(rows, Pair(*map(_indexable, held)))
+
+    def read_pages(self, pages: Pair, rows: Tensor) -> Pair:
+        """Rows of the flat `pages`, in the dtype of the rings."""
+        return self.widened(Pair(*(x.view(self.pages.dtype) for x in Pair(*map(_indexable, pages)).read(rows))))
+
+    def widened(self, found: Pair) -> Pair:
+        """What pages hold, in the dtype of the rings."""
+        scales = self.pages.k_scale, self.pages.v_scale
+        return Pair(*(from_pages(x, scale, self.dtype) for x, scale in zip(found, scales, strict=True)))
+
     def blank_pages(self, pages: Tensor) -> None:
         """Zeros: what a freed sequence left there may be NaN, and 0 times NaN is NaN."""
         index = put_on(self.device, pages)
         for x in (*self.slc, *self.cmp):
-            x.index_fill_(0, index, 0)
+            _indexable(x).index_fill_(0, index, 0)
 
     def blank_tail(self, page: int, num_tokens: int, num_cmp: int) -> None:
         """All but the first tokens and compressed blocks of a page."""
@@ -131,7 +174,13 @@ class Storage:
             for x in pair:
                 x[target, :kept] = x[source, :kept]
 
-    def _zeros(self, count: int, rows: int) -> Pair:
-        shape = self.shape
+    def _zeros(self, count: int, rows: int, dtype: torch.dtype | None = None) -> Pair:
+        """dtype: None for the rings'."""
+        shape, dtype = self.shape, dtype or self.dtype
         sizes = ((count, rows, shape.num_kv_heads, dim) for dim in (shape.head_dim_k, shape.head_dim_v))
-        return Pair(*(torch.zeros(*size, dtype=self.dtype, device=self.device) for size in sizes))
+        return Pair(*(torch.zeros(*size, dtype=dtype, device=self.device) for size in sizes))
+
+
+def _indexable(x: Tensor) -> Tensor:
+    """`x` by its bytes where it has numbers of 8 bits, which torch does not index."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x

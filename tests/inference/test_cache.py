@@ -7,7 +7,7 @@ import torch
 
 import nsa_kernels
 from cases import PAPER, SMALL
-from inference_cases import CONFIGS, Case, Play
+from inference_cases import CONFIGS, KINDS, Case, Play
 from nsa_dist import BranchKV, NSAConfig, ShardPlan, nsa_attention
 from nsa_dist.inference import CacheFullError, NSACache, nsa_decode, nsa_prefill
 from nsa_kernels import cpu, reference
@@ -26,7 +26,7 @@ def same(a: list, b: list) -> bool:
     return a[:2] == b[:2] and all(torch.equal(x, y) for x, y in zip(a[2:], b[2:], strict=True))
 
 
-@pytest.mark.parametrize("kind", ["mlp", "mean", "turned", "callable"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shared_kv", [False, True])
 def test_token_by_token_is_training(kind, shared_kv):
     case = Case.of(70, SMALL, kind, shared_kv, seed=3)
@@ -228,3 +228,59 @@ def test_taken_back_counts_from_the_longest():
     nsa_decode(*case.batch([[0]]), cache, [seq])
     with pytest.raises(ValueError, match="has 26 tokens and had 30, so it can be truncated to 22 to 26"):
         cache.truncate(seq, 21)
+
+
+def drawn_steps(cache, case, seq):
+    """40 tokens at once, then to 100 by ones and threes, once with a draft taken back: outputs and blocks."""
+    found = [nsa_prefill(*case.rows(range(40)), cache, [seq], return_block_indices=True)]
+    draft = cache.fork(seq)
+    nsa_decode(*case.batch([range(7)]), cache, [draft])
+    cache.free(draft)
+    while cache.length(seq) < 100:
+        start = cache.length(seq)
+        nsa_decode(*case.batch([range(8)]), cache, [seq])
+        cache.truncate(seq, start)
+        new = range(start, min(100, start + 1 + start % 3))
+        found.append([x[0] for x in nsa_decode(*case.batch([new]), cache, [seq], return_block_indices=True)])
+    return [torch.cat(x) for x in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["mlp", "mean turned"])
+def test_pages_in_fp8(kind):
+    """The error is that of 4 bits, not none and not more; blocks differ where importances nearly tie. Scales do not
+    matter while numbers fit; forks, truncations and partial pages hold the same."""
+    case = Case.of(100, SMALL, kind, False, seed=5)
+    whole = case.cache(20)
+    out, blocks = drawn_steps(whole, case, whole.new_sequence())
+    found = []
+    for scale in (1.0, 0.25):
+        cache = case.cache(20, page_dtype=torch.float8_e4m3fn, k_scale=scale, v_scale=2 * scale)
+        found.append(drawn_steps(cache, case, cache.new_sequence()))
+        assert cache.num_bytes() == cache.shape.num_bytes(20, 2, torch.float64, torch.float8_e4m3fn)
+    (fp8_out, fp8_blocks), (scaled, scaled_blocks) = found
+    same = (fp8_blocks == blocks).all(-1).all(-1)
+    error = (fp8_out - out)[same].norm() / out[same].norm()
+    assert 5e-3 < error < 5e-2
+    assert same.double().mean() > 0.8
+    assert (scaled - fp8_out).norm() / out.norm() < 1e-2  # below 2 ** -6 spacing is even, so small numbers differ
+    assert (scaled_blocks == fp8_blocks).all(-1).all(-1).double().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"page_dtype": torch.float8_e5m2}, "pass torch.float8_e4m3fn"),
+        ({"page_dtype": torch.float8_e4m3fn, "k_scale": 0.3}, "power of two above"),
+        ({"page_dtype": torch.float8_e4m3fn, "v_scale": 0.0}, "power of two above"),
+        ({"v_scale": 2.0}, "pass page_dtype="),
+    ],
+)
+def test_page_formats_that_are_refused(options, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        NSACache(SMALL, 2, 8, 8, 4, **options)
+
+
+def test_fp8_over_ranks_is_refused():
+    cache = NSACache(SMALL, 2, 8, 8, 4, page_dtype=torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="make the NSACache without page_dtype"):
+        cache.hold_over_ranks(cache.storage, 2)

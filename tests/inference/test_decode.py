@@ -9,9 +9,11 @@ from inference_cases import Case, Play, Told
 from kernels.interpreter import repair
 from kernels.judge import assert_twice
 from kernels.pace import SLOW_WITHOUT_A_GPU
+from kernels.ties import TIE, importance
 from nsa_dist import BranchKV, NSAConfig, nsa_attention
+from nsa_dist.compress import BlockPlaces, compress_both
 from nsa_dist.inference import NSACache, generate, nsa_decode, nsa_prefill
-from nsa_dist.inference.decode import decode_step, decoding, slots_of
+from nsa_dist.inference.decode import any_whole, decode_step, decoding, slots_of
 from nsa_dist.inference.model import GPT, GPTConfig
 from nsa_kernels import reference
 
@@ -49,11 +51,38 @@ class Rounded(Case):
             )  # fmt: skip
 
     def compare(self, tokens, out, blocks):
-        """The last tokens, of which there are answers."""
-        rows = slice(len(tokens) - len(out), None)
-        exact, expected_blocks = (x[rows] for x in self.trained_in(torch.float64, tokens))
-        assert torch.equal(blocks, expected_blocks)
-        assert_twice("out", out, self.trained_in(torch.float32, tokens)[0][rows], exact)
+        """The last tokens, of which there are answers. Blocks may be others where importances tie within rounding."""
+        first = len(tokens) - len(out)
+        exact, expected_blocks = (x[first:] for x in self.trained_in(torch.float64, tokens))
+        others = (blocks != expected_blocks).any(-1)
+        for row, head in others.nonzero().tolist():
+            mine, theirs = ({int(block) for block in x[row, head]} for x in (blocks, expected_blocks))
+            self.check_tie(tokens[: first + row + 1], head, mine - theirs, theirs - mine)
+        assert others.sum() <= max(1, others.numel() // 100)
+        same = ~others.any(-1)
+        assert_twice("out", out[same], self.trained_in(torch.float32, tokens)[0][first:][same], exact[same])
+
+    def check_tie(self, tokens, head, taken, left):
+        """Of the last token: the importance of a block that was left is that of one that was taken, within rounding."""
+        q, kv, _ = (
+            x.double() if isinstance(x, torch.Tensor) else BranchKV(*map(torch.Tensor.double, x))
+            for x in self.rows(tokens)
+        )
+        count = self.cfg.num_cmp_blocks(len(tokens))
+        start = torch.arange(count, device=DEVICE) * self.cfg.cmp_stride
+        at = BlockPlaces(start.int(), start, self.cfg.cmp_block_len)
+        keys, _ = compress_both(self.phis, (kv.k_cmp, kv.v_cmp), at, reference)
+        q, seen, scale = q[-1:], torch.tensor([count]), q.shape[-1] ** -0.5
+        grouped = q.unflatten(1, (keys.shape[1], -1))
+        lse = (torch.einsum("thgd,nhd->thgn", grouped, keys) * scale).logsumexp(-1).flatten(1)
+        sizes = {
+            "cmp_block_len": self.cfg.cmp_block_len, "cmp_stride": self.cfg.cmp_stride,
+            "slc_block_len": self.cfg.slc_block_len, "softmax_scale": scale,
+        }  # fmt: skip
+        zero, position = torch.tensor([0]), torch.tensor([len(tokens) - 1])
+        found = importance((q, keys, lse, zero, seen, position, zero), sizes)[0, head]
+        ahead, behind = max(found[list(left)]), min(found[list(taken)])
+        assert ahead - behind <= TIE * ahead, f"{len(tokens)} tokens, head {head}: {taken} instead of {left}"
 
 
 class KernelPlay(Play):
@@ -128,23 +157,26 @@ def test_a_graph_stays_valid_while_sequences_grow(new):
     order = [seqs[0], -1, seqs[1], seqs[2]]
     static = case.batch([[0] * new] * 4)
     slots = slots_of(cache, [-1] * 4)
-    with decoding(cache, [-1] * 4, new):
-        decode_step(*static, cache, slots, nsa_kernels)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, blocks = decode_step(*static, cache, slots, nsa_kernels)
+    graphs = {}
+    for with_phi in (True, False):
+        with decoding(cache, [-1] * 4, new):
+            decode_step(*static, cache, slots, nsa_kernels, with_phi=with_phi)
+        torch.cuda.synchronize()
+        graphs[with_phi] = graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            graph.out, graph.blocks = decode_step(*static, cache, slots, nsa_kernels, with_phi=with_phi)
     for step in range(40):
         values = case.batch([[100 + 7 * step + 31 * b + i for i in range(new)] for b in range(4)])
         for target, source in zip((static[0], *static[1], static[2]), (values[0], *values[1], values[2]), strict=True):
             target.copy_(source)
+        graph = graphs[step % 3 == 0 or any_whole(cache, order, new)]
         with decoding(cache, order, new):
             slots.copy_(slots_of(cache, order))
             graph.replay()
         theirs = [others[seqs.index(seq)] if seq != -1 else -1 for seq in order]
         expected, expected_blocks = nsa_decode(*values, cache, theirs, return_block_indices=True)
-        assert torch.equal(blocks, expected_blocks)
-        assert torch.equal(out, expected)
+        assert torch.equal(graph.blocks, expected_blocks)
+        assert torch.equal(graph.out, expected)
         if step == 20:
             order = [order[3], order[0], order[2], -1]
 

@@ -1,7 +1,7 @@
-"""Five repairs to triton 3.6's interpreter, for loops over loaded bounds, bf16, products and sorting on a CPU.
+"""Five repairs to triton 3.6's interpreter, for loops over loaded bounds, bf16, e4m3, products and sorting on a CPU.
 
 - numpy 2.4 no longer takes an array of shape [1] for an integer, and that is what a scalar is: loop bounds fail.
-- fp32 is cut down to bf16, where a GPU rounds to the nearest even.
+- fp32 is cut down to bf16, where a GPU rounds to the nearest even; and so are numbers of 8 bits taken for integers.
 - `tl.dot` multiplies the bit patterns of bf16, for that is how they are held: uint16.
 - The last bits of a row of a product depend on its place in the tile with some BLAS: they are summed in fp64, where
   products of 16-bit numbers are exact, and rounded once.
@@ -26,7 +26,7 @@ def repair() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = with_integers
-    InterpreterBuilder.cast_impl = _cast
+    InterpreterBuilder.cast_impl = InterpreterBuilder.create_fp_to_fp = _cast
     InterpreterBuilder.create_dot = _dot
     apply_reduction = ReduceOps.apply_impl
 
@@ -46,14 +46,18 @@ def _dot(self, a: TensorHandle, b: TensorHandle, acc: TensorHandle, *_precision)
     return TensorHandle(product.astype(acc.data.dtype) + acc.data, acc.dtype.scalar)
 
 
-def _cast(self, src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
-    """The builder's `cast_impl`, bf16 by way of torch."""
+_BY_TORCH = {tl.bfloat16: (torch.bfloat16, torch.uint16), tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8)}
+
+
+def _cast(self, src: TensorHandle, dst_type: tl.dtype, rounding: object = None) -> TensorHandle:
+    """The builder's `cast_impl` and `create_fp_to_fp`, bf16 and e4m3 by way of torch."""
     source, target = src.dtype.scalar, dst_type.scalar
-    if source != tl.bfloat16 and target != tl.bfloat16:
+    if source not in _BY_TORCH and target not in _BY_TORCH:
         return TensorHandle(src.data.astype(interpreter._get_np_dtype(dst_type)), target)
     values = torch.from_numpy(np.ascontiguousarray(src.data).reshape(src.data.shape).copy())
-    if source == tl.bfloat16:
-        values = values.view(torch.bfloat16)
-    if target == tl.bfloat16:
-        return TensorHandle(values.to(torch.bfloat16).view(torch.uint16).numpy(), target)
+    if source in _BY_TORCH:
+        values = values.view(_BY_TORCH[source][0])
+    if target in _BY_TORCH:
+        dtype, bits = _BY_TORCH[target]
+        return TensorHandle(values.to(dtype).view(bits).numpy(), target)
     return TensorHandle(values.to(torch.float64).numpy().astype(interpreter._get_np_dtype(dst_type)), target)

@@ -1,12 +1,12 @@
 """Paged caches of drawn sequences, NaN wherever nothing is kept, for the tests of decoding."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from nsa_kernels.decode_contracts import DecodeSizes, PagedCache
+from nsa_kernels.decode_contracts import DecodeSizes, PagedCache, in_pages
 from nsa_kernels.reference.decode import num_whole
 
 PAPER = DecodeSizes(32, 16, 64, 5, 1, 2, 130)
@@ -28,20 +28,34 @@ class Drawn:
         return self.q.shape[-1] ** -0.5
 
     def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "Drawn":
-        """A copy of its own, tables of numbers as they are."""
+        """A copy of its own; tables of numbers, and pages in 8 bits, as they are."""
 
         def put(x: Tensor) -> Tensor:
-            return x.clone().to(device, dtype) if x.is_floating_point() else x.clone().to(device)
+            if not isinstance(x, Tensor):
+                return x
+            is_wide = x.is_floating_point() and x.itemsize > 1
+            return x.clone().to(device, dtype) if is_wide else x.clone().to(device)
 
         cache = PagedCache(*map(put, self.cache))
         new = [put(x) for x in self.new]
         return Drawn(cache, put(self.slots), put(self.q), put(self.gates), new, self.sizes)
 
-    def decode(self, ops, phis: tuple | None = None) -> tuple[Tensor, Tensor]:
-        """The steps with the functions of `ops`; phi is the mean, or an MLP of the weights of `phis`."""
+    def in_fp8(self, k_scale: float, v_scale: float) -> "Drawn":
+        """The same with pages in e4m3."""
+        pages = {
+            name: in_pages(x, k_scale if name[0] == "k" else v_scale, torch.float8_e4m3fn)
+            for name, x in zip(self.cache._fields[:4], self.cache, strict=False)
+        }
+        return replace(self, cache=self.cache._replace(**pages, k_scale=k_scale, v_scale=v_scale))
+
+    def decode(self, ops, phis: tuple | None = None, turns: tuple | None = None) -> tuple[Tensor, Tensor]:
+        """The steps with the functions of `ops`; phi is an MLP of the weights of `phis`, or the mean, which with
+        `turns` is the one of `ops`."""
         appended = ops.decode_append(*self.new, self.cache, self.slots, sizes=self.sizes)
         if phis:
-            ops.decode_compress_mlp(appended, self.cache, *phis)
+            ops.decode_compress_mlp(appended, self.cache, *phis, *(turns or ()))
+        elif turns:
+            ops.decode_compress_mean(appended, self.cache, *turns)
         else:
             blocks = [x.unflatten(0, (-1, self.sizes.cmp_block_len)) for x in (appended.k_raw, appended.v_raw)]
             ops.decode_store(*(x.mean(1) for x in blocks), appended, self.cache)

@@ -1,33 +1,38 @@
 """Attention of one to eight new tokens a sequence to a paged cache, all branches: the public face of decoding.
 
     decode_append      new keys and values into pages and rings; tokens of blocks that have become whole, for phi
-    (phi)              any function of them, of a fixed shape
-    decode_store       its results into their pages
-    decode_attention   compressed attention in splits, candidates, selected and window attention, merge: four launches
+    decode_compress_mlp, decode_compress_mean      phi, into their pages; or any function of a fixed shape, and then
+    decode_store       its results
+    decode_attention   three launches: compressed attention in splits, and the window; candidates, and the two merged;
+                       selected attention, and the output
+
+`decode_append_and_attend` is the first and the last of them, in three launches, for steps without the others.
 
 Grids follow from shapes alone, the number of sequences and the width of the page table, and lengths are read on the
-device: a CUDA graph of the four steps stays valid while sequences grow, come and go in their slots. Programs past the
-end of a short sequence leave at once. No atomics, and all sums in a fixed order: the same shapes give the same bits.
+device: a CUDA graph of these steps stays valid while sequences grow, come and go in their slots. Programs past the
+end of a short sequence leave at once. Atomics count programs, and all sums are in a fixed order: the same shapes give
+the same bits.
 
-Numerics    scores, statistics, importances and partial results are fp32; probabilities enter products in the dtype of
-            the values; the result is rounded once
+Numerics    scores, statistics, importances and partial results are fp32; probabilities, and pages of
+            8 bits, enter products in the dtype of q; the result is rounded once
 Bytes       a sequence of T tokens and a key-value head, (Dk + Dv) numbers each: T/d compressed rows, n l' selected and
             w window tokens; and, of fp32, rows * layers * T/l' importances, written and read
 Reference   nsa_kernels.reference.decode
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from nsa_kernels.common.limits import check_dtypes, check_head_dim
 from nsa_kernels.common.rows import unit_stride
-from nsa_kernels.common.sizes import next_power_of_2
-from nsa_kernels.decode.candidates import find_candidates
+from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.decode.chosen import attend_chosen
-from nsa_kernels.decode.compressed import attend_compressed
-from nsa_kernels.decode.merge import merge_parts
-from nsa_kernels.decode.tiles import CHUNK_BLOCKS, split
-from nsa_kernels.decode_contracts import Appended, DecodeSizes, PagedCache, check_call
+from nsa_kernels.decode.first import attend_first
+from nsa_kernels.decode.second import attend_second
+from nsa_kernels.decode.tiles import CHUNK_BLOCKS, split, window_blocks
+from nsa_kernels.decode_contracts import Appended, DecodeSizes, PagedCache, check_call, check_pages
 
 
 def decode_takes(dtype: torch.dtype, dim_k: int, dim_v: int, slc_block_len: int) -> bool:
@@ -65,20 +70,39 @@ def decode_attention(
                 each sequence from 0, ascending, -1 for none
     raises      ValueError on what does not fit together and on sizes that the kernels do not take
     """
+    return _attend(q, gates, None, appended.ends, cache, slots, sizes, softmax_scale)
+
+
+@torch.no_grad()
+def decode_append_and_attend(
+    q: Tensor, gates: Tensor, kv: Sequence[Tensor], cache: PagedCache, slots: Tensor,
+    *, sizes: DecodeSizes, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`decode_append` and `decode_attention` in three launches, where no compressed block becomes whole.
+
+    kv          k_cmp, v_cmp, k_slc, v_slc, k_win, v_win as `decode_append` takes them
+    """
+    check_dtypes(q=q, **{f"kv[{i}]": x for i, x in enumerate(kv)})
+    given = [unit_stride(x).flatten(0, 1) for x in kv]
+    return _attend(q, gates, given, torch.empty_like(slots), cache, slots, sizes, softmax_scale)
+
+
+def _attend(
+    q: Tensor, gates: Tensor, given: list[Tensor] | None, ends: Tensor, cache: PagedCache, slots: Tensor,
+    sizes: DecodeSizes, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     check_call(q, gates, cache, slots, sizes)
-    batch, new, num_q_heads, dim_k = q.shape
+    batch, new, _, dim_k = q.shape
     num_heads, dim_v = cache.v_slc.shape[2:]
-    check_dtypes(q=q, k_pages=cache.k_slc)
+    check_dtypes(q=q, k_win=cache.k_win)
+    check_pages(cache)
     check_sizes(q, dim_k, dim_v, sizes.slc_block_len)
-    max_pages = cache.page_table.shape[1]
-    cut = split(batch, num_heads, max_pages, sizes.cells_slc)
-    q = unit_stride(q)
-    ends = appended.ends
-    compressed = attend_compressed(q, cache, slots, ends, cut, sizes, softmax_scale)
+    q, queries = unit_stride(q), batch * new * num_heads
+    cut = split(batch, num_heads, cache.page_table.shape[1], sizes.cells_slc)
+    win_blocks = window_blocks(queries, cdiv(sizes.window_len, sizes.slc_block_len))
+    parts, window = attend_first(q, given, cache, slots, ends, cut, win_blocks, sizes, softmax_scale)
     chosen_pad = max(2, next_power_of_2(sizes.num_slc_blocks))
     chunk = max(CHUNK_BLOCKS, chosen_pad, cut.tile_pages)
-    candidates = find_candidates(compressed, ends, new, cut, sizes, chunk, chosen_pad)
-    chosen = attend_chosen(q, candidates, chunk, cache, slots, ends, sizes, softmax_scale)
-    out = q.new_empty(batch, new, num_q_heads, dim_v)
-    merge_parts(compressed, chosen, gates, cache, slots, ends, out, cut, sizes)
-    return out, chosen.block_indices
+    found = attend_second(parts, window, gates, ends, cut, win_blocks, sizes, chunk, chosen_pad, cache.v_scale)
+    candidates, sum_of_two, arrived = found
+    return attend_chosen(q, candidates, chunk, sum_of_two, arrived, gates, cache, slots, ends, sizes, softmax_scale)

@@ -11,17 +11,10 @@ Shapes      n_pad = the power of two from n on
 Source      Yuan et al. 2025, arXiv:2502.11089, eq. 9 to 12
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from nsa_kernels.common.launch import launchable
-from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.decode.append import num_whole
-from nsa_kernels.decode.compressed import CompressedParts
-from nsa_kernels.decode.tiles import CANDIDATE_WARPS, Split
-from nsa_kernels.decode_contracts import DecodeSizes
 
 FAR = tl.constexpr(2**31 - 1)
 INFINITY_BITS = tl.constexpr(0x7F800000)  # of fp32: more than any importance
@@ -48,86 +41,53 @@ def merged_lse(
 
 
 @triton.jit
-def _scale_of_tiles(tile_max_ptr, state, lse, live, tile, num_tiles, num_used):
-    """2 ** (tile_max - lse) [rows, tiles]: 0 for tiles that are not used and rows that see nothing."""
+def _maxima(tile_max_ptr, state, live, tile, num_tiles, num_used):
+    """[rows, tiles]: -inf for tiles that are not used."""
     used = live[:, None] & (tile < num_used)[None, :]
-    m = tl.load(tile_max_ptr + (state * num_tiles)[:, None] + tile[None, :], mask=used, other=float("-inf"))
-    return tl.exp2(m - lse[:, None])
+    return tl.load(tile_max_ptr + (state * num_tiles)[:, None] + tile[None, :], mask=used, other=float("-inf"))
 
 
-@launchable
 @triton.jit
-def _candidates_kernel(
-    max_ptr, sum_ptr, imp_ptr, tile_max_ptr, ends_ptr,
-    candidates_ptr,
-    new, num_heads, max_pages, num_tiles, num_chunks,
+def chunk_candidates(
+    max_ptr, sum_ptr, imp_ptr, tile_max_ptr, candidates_ptr,
+    chunk, query, head, batch, token, end, own, new, num_heads, num_tiles, num_chunks,
     G: tl.constexpr, G_PAD: tl.constexpr, CMP_LEN: tl.constexpr, CMP_STRIDE: tl.constexpr,
-    CELLS_CMP: tl.constexpr, CELLS_SLC: tl.constexpr, SLC_LEN: tl.constexpr, NUM_LAYERS: tl.constexpr,
+    CELLS_CMP: tl.constexpr, CELLS_SLC: tl.constexpr, NUM_LAYERS: tl.constexpr,
     NUM_SPLITS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_PAGES: tl.constexpr,
     TILE_PAGES: tl.constexpr, CHUNK_TILES: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
     CHOSEN_PAD: tl.constexpr,
 ):  # fmt: skip
-    """A chunk is CHUNK_TILES tiles of pages, of which each row's importances have one scale."""
-    chunk = tl.program_id(0)
-    head = tl.program_id(1) % num_heads
-    query = tl.program_id(1) // num_heads  # sequence * new + token
-    batch, token = query // new, query % new
-    end = tl.load(ends_ptr + batch)
-    own = tl.where(end > 0, (end - new + token) // SLC_LEN, -1)
-    if chunk * (CHUNK_TILES * TILE_PAGES) > own:
-        return
+    """A chunk: CHUNK_TILES tiles of pages, of which each row's importances have one scale. `own`: the query's block."""
     num_cells = tl.where(end >= CMP_LEN, num_whole(end, CMP_LEN, CMP_STRIDE) + CELLS_CMP - 1, 0)
     num_pages = tl.cdiv(num_cells, CELLS_SLC)
     num_used = tl.cdiv(num_pages, TILE_PAGES)
     g = tl.arange(0, G_PAD)
     live = g < G
-    state = (batch.to(tl.int64) * num_heads + head) * (new * G) + token * G + g
-    lse = merged_lse(max_ptr, sum_ptr, state, live, tl.cdiv(num_pages, SPLIT_PAGES), G_PAD, NUM_SPLITS, SPLITS)
-    lse = tl.where(lse > float("-inf"), lse, float("inf"))
-
+    state = (batch * num_heads + head) * (new * G) + token * G + g
     tile = chunk * CHUNK_TILES + tl.arange(0, CHUNK_TILES)
     column = tl.arange(0, TILE_PAGES)
     block = tile[:, None] * TILE_PAGES + column[None, :]  # [CHUNK_TILES, TILE_PAGES]
-    imp_rows = imp_ptr + (state * (NUM_LAYERS * max_pages))[:, None, None]
+    imp_pages = num_tiles * TILE_PAGES
+    imp_rows = imp_ptr + (state * NUM_LAYERS * imp_pages)[:, None, None]
+    lse = merged_lse(max_ptr, sum_ptr, state, live, tl.cdiv(num_pages, SPLIT_PAGES), G_PAD, NUM_SPLITS, SPLITS)
+    lse = tl.where(lse > float("-inf"), lse, float("inf"))
     imp = tl.zeros([G_PAD, CHUNK_TILES, TILE_PAGES], tl.float32)
     for layer in tl.static_range(NUM_LAYERS):
+        there = live[:, None, None] & (block + layer < num_pages)[None, :, :]
+        share = tl.load(imp_rows + (block + layer * (imp_pages + 1))[None, :, :], mask=there, other=0.0)
         # Page block + layer is in the tile that is layer // TILE_PAGES tiles on, or in the one after it.
         first = tile + layer // TILE_PAGES
-        scale = _scale_of_tiles(tile_max_ptr, state, lse, live, first, num_tiles, num_used)[:, :, None]
+        m = _maxima(tile_max_ptr, state, live, first, num_tiles, num_used)
+        scale = tl.exp2(m - lse[:, None])[:, :, None]
         if layer % TILE_PAGES > 0:
-            after = _scale_of_tiles(tile_max_ptr, state, lse, live, first + 1, num_tiles, num_used)
+            m = _maxima(tile_max_ptr, state, live, first + 1, num_tiles, num_used)
             crosses = (column + layer % TILE_PAGES >= TILE_PAGES)[None, None, :]
-            scale = tl.where(crosses, after[:, :, None], scale)
-        there = live[:, None, None] & (block + layer < num_pages)[None, :, :]
-        share = tl.load(imp_rows + (block + layer * (max_pages + 1))[None, :, :], mask=there, other=0.0)
+            scale = tl.where(crosses, tl.exp2(m - lse[:, None])[:, :, None], scale)
         imp += scale * share
     total = tl.sum(imp, 0)
     forced = (block < NUM_INIT) | (block > own - NUM_LOCAL)
     bits = tl.where(forced, INFINITY_BITS, total.to(tl.int32, bitcast=True))
     key = tl.where(block <= own, (bits.to(tl.int64) << 32) | (block ^ FAR).to(tl.int64), -1)
     best = tl.topk(tl.reshape(key, [1, CHUNK_TILES * TILE_PAGES]), CHOSEN_PAD)
-    to = candidates_ptr + ((query.to(tl.int64) * num_heads + head) * num_chunks + chunk) * CHOSEN_PAD
+    to = candidates_ptr + ((query * num_heads + head) * num_chunks + chunk) * CHOSEN_PAD
     tl.store(to + tl.arange(0, CHOSEN_PAD)[None, :], best)
-
-
-def find_candidates(
-    parts: CompressedParts, ends: Tensor, new: int, cut: Split, sizes: DecodeSizes, chunk: int, chosen_pad: int
-) -> Tensor:
-    """chunk        blocks of a chunk, whole tiles"""
-    batch, num_heads, rows, num_splits = parts.maximum.shape
-    max_pages = parts.importance.shape[4]
-    group = rows // new
-    num_chunks = cdiv(max_pages, chunk)
-    candidates = ends.new_empty(batch, new, num_heads, num_chunks, chosen_pad, dtype=torch.int64)
-    _candidates_kernel[(num_chunks, batch * new * num_heads)](
-        parts.maximum, parts.total, parts.importance, parts.tile_max, ends,
-        candidates,
-        new, num_heads, max_pages, parts.tile_max.shape[3], num_chunks,
-        G=group, G_PAD=next_power_of_2(group), CMP_LEN=sizes.cmp_block_len, CMP_STRIDE=sizes.cmp_stride,
-        CELLS_CMP=sizes.cells_cmp, CELLS_SLC=sizes.cells_slc, SLC_LEN=sizes.slc_block_len, NUM_LAYERS=sizes.num_layers,
-        NUM_SPLITS=num_splits, SPLITS=min(16, next_power_of_2(num_splits)), SPLIT_PAGES=cut.split_pages,
-        TILE_PAGES=cut.tile_pages, CHUNK_TILES=chunk // cut.tile_pages,
-        NUM_INIT=sizes.num_init_blocks, NUM_LOCAL=sizes.num_local_blocks, CHOSEN_PAD=chosen_pad,
-        num_warps=CANDIDATE_WARPS,
-    )  # fmt: skip
-    return candidates

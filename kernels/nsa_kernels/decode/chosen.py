@@ -1,14 +1,14 @@
-"""Selected and window attention of the new tokens in one launch; the blocks are chosen on the way.
+"""The third launch of attention: selected attention, the blocks being chosen on the way, and the output.
 
-The programs of a token and key-value head split its blocks: the first `slc_parts` take `part_blocks` chosen blocks
-each, in ascending order, the others as many blocks of the window, counted from its first token. Each program of the
-first kind sorts the candidates again, which costs less than a launch, and the first writes down what is chosen. A
-program leaves m, sum and out as `compressed` does; one without blocks leaves nothing, and nothing of it is read.
+The programs of a token and key-value head take `part_blocks` chosen blocks each, in ascending order. Each sorts the
+candidates again, which costs less than a launch, and the first writes down what is chosen. A program leaves m, sum and
+out as `compressed` does; the one that comes last merges those of all, in their order, adds what the second launch left,
+and writes the output. Which one that is has no part in the result.
 
 Shapes
-    part_max, part_sum      fp32 [B, new, Hq, parts]        part_out fp32 [B, new, Hq, parts, Dv]
-    block_indices           int32 [B, new, Hkv, n], of each sequence from 0, ascending, -1 for none
-Source      Yuan et al. 2025, arXiv:2502.11089, eq. 11 and 12, section 3.3.3
+    max, sum            fp32 [B, new, Hq, parts]        out     fp32 [B, new, Hq, parts, Dv]
+    block_indices       int32 [B, new, Hkv, n], of each sequence from 0, ascending, -1 for none
+Source      Yuan et al. 2025, arXiv:2502.11089, eq. 11 and 12
 """
 
 from typing import NamedTuple
@@ -23,13 +23,14 @@ from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
 from nsa_kernels.common.tiles import dot_precision
 from nsa_kernels.decode.candidates import FAR
 from nsa_kernels.decode.compressed import LOG2_E
-from nsa_kernels.decode.tiles import CANDIDATES, blocks_of_part, chosen_options
+from nsa_kernels.decode.online import attend, load_queries
+from nsa_kernels.decode.tiles import CANDIDATES, blocks_of_part, candidate_rows, chosen_options
 from nsa_kernels.decode_contracts import DecodeSizes, PagedCache
 from nsa_kernels.selection.top import merge_sorted
 
 
 class ChosenParts(NamedTuple):
-    """What the parts of both branches leave."""
+    """What the parts leave, and how blocks are cut into them."""
 
     maximum: Tensor
     total: Tensor
@@ -39,15 +40,58 @@ class ChosenParts(NamedTuple):
     slc_parts: int
 
 
+@triton.jit
+def _best(
+    candidates_ptr, count, CHOSEN_PAD: tl.constexpr, NUM_CHOSEN: tl.constexpr, CANDIDATES: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Ids [1, CHOSEN_PAD] of the best NUM_CHOSEN of `count` candidates, ascending, FAR behind them.
+
+    Rows of CANDIDATES are sorted side by side, a warp each.
+    """
+    best = tl.full([1, CHOSEN_PAD], -1, tl.int64)  # descending; -1: none
+    for first in tl.range(0, count, ROWS * CANDIDATES):
+        index = first + tl.arange(0, ROWS)[:, None] * CANDIDATES + tl.arange(0, CANDIDATES)[None, :]
+        key = tl.topk(tl.load(candidates_ptr + index, mask=index < count, other=-1), CHOSEN_PAD)
+        if ROWS > 1:
+            key = tl.topk(tl.reshape(key, [1, ROWS * CHOSEN_PAD]), CHOSEN_PAD)
+        best = merge_sorted(best, key)
+    rank = tl.arange(0, CHOSEN_PAD)[None, :]
+    return tl.sort(tl.where((best >= 0) & (rank < NUM_CHOSEN), (best & FAR).to(tl.int32) ^ FAR, FAR))
+
+
+@triton.jit
+def _merged_parts(
+    max_ptr, sum_ptr, out_ptr, rows, num_used, NUM_PARTS: tl.constexpr, M: tl.constexpr, DV: tl.constexpr
+):
+    """[M, DV] of rows [M]; read from where all programs see them, not from what a multiprocessor holds."""
+    dim = tl.arange(0, DV)[None, :]
+    m = tl.full([M], float("-inf"), tl.float32)
+    for part in tl.static_range(NUM_PARTS):
+        at = rows * NUM_PARTS + part
+        mask = part + tl.zeros_like(rows) < num_used
+        m = tl.maximum(m, tl.load(max_ptr + at, mask=mask, other=float("-inf"), cache_modifier=".cg"))
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, DV], tl.float32)
+    for part in tl.static_range(NUM_PARTS):
+        at = rows * NUM_PARTS + part
+        mask = part + tl.zeros_like(rows) < num_used
+        weight = tl.exp2(tl.load(max_ptr + at, mask=mask, other=float("-inf"), cache_modifier=".cg") - m)
+        total += weight * tl.load(sum_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
+        out = tl.load(out_ptr + at[:, None] * DV + dim, mask=mask[:, None], other=0.0, cache_modifier=".cg")
+        acc += weight[:, None] * out
+    return acc / total[:, None]
+
+
 @launchable
 @triton.jit
 def _chosen_kernel(
-    q_ptr, k_page_ptr, v_page_ptr, k_win_ptr, v_win_ptr, candidates_ptr, slots_ptr, page_table_ptr, ends_ptr,
-    max_ptr, sum_ptr, out_ptr, block_indices_ptr,
-    new, num_heads, max_pages, num_chunks, win_ring, num_parts, scale, stride_qt, stride_qh,
-    G: tl.constexpr, G_PAD: tl.constexpr, SLC_LEN: tl.constexpr, WINDOW: tl.constexpr, NUM_CHOSEN: tl.constexpr,
-    CHOSEN_PAD: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr,
-    SLC_PARTS: tl.constexpr, PART_BLOCKS: tl.constexpr,
+    q_ptr, k_page_ptr, v_page_ptr, candidates_ptr, sum_of_two_ptr, gates_ptr, slots_ptr, page_table_ptr, ends_ptr,
+    max_ptr, sum_ptr, out_parts_ptr, block_indices_ptr, arrived_ptr, out_ptr, lengths_ptr,
+    new, num_heads, max_pages, num_chunks, scale, v_scale, stride_qt, stride_qh, stride_gt, stride_gh, stride_gb,
+    G: tl.constexpr, G_PAD: tl.constexpr, SLC_LEN: tl.constexpr, NUM_CHOSEN: tl.constexpr,
+    CHOSEN_PAD: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr, ROWS: tl.constexpr,
+    NUM_PARTS: tl.constexpr, PART_BLOCKS: tl.constexpr,
     DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
@@ -57,112 +101,97 @@ def _chosen_kernel(
     slot = tl.load(slots_ptr + batch).to(tl.int64)
     end = tl.load(ends_ptr + batch)
     rank = tl.arange(0, CHOSEN_PAD)[None, :]
+    indices = block_indices_ptr + (query * num_heads + head) * NUM_CHOSEN + rank
+    g = tl.arange(0, G_PAD)
+    live = g < G
+    dim = tl.arange(0, DV)[None, :]
+    rows = (query * num_heads + head) * G + g
     if end <= 0:
         if part == 0:
-            to = block_indices_ptr + (query * num_heads + head) * NUM_CHOSEN + rank
-            tl.store(to, tl.full([1, CHOSEN_PAD], -1, tl.int32), mask=rank < NUM_CHOSEN)
+            tl.store(indices, tl.full([1, CHOSEN_PAD], -1, tl.int32), mask=rank < NUM_CHOSEN)
+            nothing = tl.zeros([G_PAD, DV], tl.float32).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + rows[:, None] * DV + dim, nothing, mask=live[:, None])
         return
     position = end - new + (query % new).to(tl.int32)
     own = position // SLC_LEN
-    win_first = tl.maximum(position - (WINDOW - 1), 0)
-    is_win = part >= SLC_PARTS
-    win_blocks = tl.cdiv(position + 1 - win_first, SLC_LEN)
-    num_blocks = tl.where(is_win, win_blocks, tl.minimum(own + 1, NUM_CHOSEN))
-    start = tl.where(is_win, part - SLC_PARTS, part) * PART_BLOCKS
+    num_blocks = tl.minimum(own + 1, NUM_CHOSEN)
+    start = part * PART_BLOCKS
     if start >= num_blocks:
         return
 
-    block_ids = tl.zeros([1, CHOSEN_PAD], tl.int32)
-    if part < SLC_PARTS:
-        best = tl.full([1, CHOSEN_PAD], -1, tl.int64)  # descending; -1: none
-        candidates = candidates_ptr + (query * num_heads + head) * num_chunks * CHOSEN_PAD
-        count = (own // CHUNK + 1) * CHOSEN_PAD
-        for first in tl.range(0, count, CANDIDATES):
-            index = first + tl.arange(0, CANDIDATES)[None, :]
-            key = tl.load(candidates + index, mask=index < count, other=-1)
-            best = merge_sorted(best, tl.topk(key, CHOSEN_PAD))
-        block_ids = tl.where((best >= 0) & (rank < NUM_CHOSEN), (best & FAR).to(tl.int32) ^ FAR, FAR)
-        block_ids = tl.sort(block_ids)  # the unchosen go last
-        if part == 0:
-            to = block_indices_ptr + (query * num_heads + head) * NUM_CHOSEN + rank
-            tl.store(to, tl.where(block_ids < FAR, block_ids, -1), mask=rank < NUM_CHOSEN)
-
-    dim_a = tl.arange(0, DK_A)
-    dim_b = DK_A + tl.arange(0, DK_B if DK_B else 16)
-    dim_v = tl.arange(0, DV)
-    g = tl.arange(0, G_PAD)
+    count = (own // CHUNK + 1) * CHOSEN_PAD
+    candidates = candidates_ptr + (query * num_heads + head) * num_chunks * CHOSEN_PAD
+    block_ids = _best(candidates, count, CHOSEN_PAD, NUM_CHOSEN, CANDIDATES, ROWS)
+    if part == 0:
+        tl.store(indices, tl.where(block_ids < FAR, block_ids, -1), mask=rank < NUM_CHOSEN)
     q_rows = q_ptr + query * stride_qt + (head * G + tl.minimum(g, G - 1))[:, None] * stride_qh
-    q_a = tl.load(q_rows + dim_a[None, :])
-    q_b = q_a
-    if DK_B:
-        q_b = tl.load(q_rows + dim_b[None, :])
-
+    q_a, q_b = load_queries(q_rows, DK_A, DK_B)
     in_block = tl.arange(0, SLC_LEN)
-    k_ptr = tl.where(is_win, k_win_ptr, k_page_ptr)
-    v_ptr = tl.where(is_win, v_win_ptr, v_page_ptr)
     m = tl.full([G_PAD], float("-inf"), tl.float32)
     total = tl.zeros([G_PAD], tl.float32)
     acc = tl.zeros([G_PAD, DV], tl.float32)
     for i in tl.range(start, tl.minimum(start + PART_BLOCKS, num_blocks)):
-        block = tl.sum(tl.where(rank == i, block_ids, 0))  # 0 in the window
-        token = tl.where(is_win, win_first + i * SLC_LEN, block * SLC_LEN) + in_block
-        there = token <= position
+        block = tl.sum(tl.where(rank == i, block_ids, 0))
+        there = block * SLC_LEN + in_block <= position
         page = tl.load(page_table_ptr + slot * max_pages + block).to(tl.int64)
-        row = tl.where(is_win, slot * win_ring + token % win_ring, page * SLC_LEN + in_block)
-        at = row * num_heads + head
-        k_rows = k_ptr + at[:, None] * (DK_A + DK_B)
-        k = tl.load(k_rows + dim_a[None, :], mask=there[:, None], other=0.0)
-        s = tl.dot(q_a, tl.trans(k), input_precision=PRECISION)  # [G_PAD, SLC_LEN]
-        if DK_B:
-            k = tl.load(k_rows + dim_b[None, :], mask=there[:, None], other=0.0)
-            s = tl.dot(q_b, tl.trans(k), s, input_precision=PRECISION)
-        s = tl.where(there[None, :], s * scale, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))  # finite: a block that is looked at has a token that is seen
-        p = tl.exp2(s - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
-        total = total * alpha + tl.sum(p, 1)
-        v = tl.load(v_ptr + at[:, None] * DV + dim_v[None, :], mask=there[:, None], other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-        m = m_new
-    live = g < G
-    to = ((query * num_heads + head) * G + g) * num_parts + part
+        at = (page * SLC_LEN + in_block) * num_heads + head
+        m, total, acc, _ = attend(
+            q_a, q_b, k_page_ptr + at * (DK_A + DK_B), v_page_ptr + at * DV, there, there[None, :],
+            scale, m, total, acc, DK_A, DK_B, DV, PRECISION,
+        )  # fmt: skip
+    to = rows * NUM_PARTS + part
     tl.store(max_ptr + to, m, mask=live)
     tl.store(sum_ptr + to, total, mask=live)
-    tl.store(out_ptr + to[:, None] * DV + dim_v[None, :], acc, mask=live[:, None])
+    tl.store(out_parts_ptr + to[:, None] * DV + dim, acc, mask=live[:, None])
+
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    used = tl.cdiv(num_blocks, PART_BLOCKS)
+    if tl.atomic_add(arrived_ptr + query * num_heads + head, 1, sem="acq_rel") < used - 1:
+        return
+    gates = gates_ptr + query * stride_gt + (head * G + g) * stride_gh + stride_gb
+    gate = tl.load(gates, mask=live, other=0.0).to(tl.float32) * v_scale
+    out = tl.load(sum_of_two_ptr + rows[:, None] * DV + dim, mask=live[:, None], other=0.0)
+    rows = tl.minimum(rows, (query * num_heads + head) * G + (G - 1))
+    out += gate[:, None] * _merged_parts(max_ptr, sum_ptr, out_parts_ptr, rows, used, NUM_PARTS, G_PAD, DV)
+    to = (query * num_heads + head) * G + g
+    tl.store(out_ptr + to[:, None] * DV + dim, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    if (query % new == 0) & (head == 0):
+        tl.store(lengths_ptr + slot, end)
 
 
 def attend_chosen(
-    q: Tensor, candidates: Tensor, chunk: int, cache: PagedCache, slots: Tensor, ends: Tensor, sizes: DecodeSizes,
-    softmax_scale: float,
-) -> ChosenParts:  # fmt: skip
-    """q [B, new, Hq, Dk], its last stride 1."""
+    q: Tensor, candidates: Tensor, chunk: int, sum_of_two: Tensor, arrived: Tensor, gates: Tensor, cache: PagedCache,
+    slots: Tensor, ends: Tensor, sizes: DecodeSizes, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out [B, new, Hq, Dv] and block_indices; writes `cache.lengths`. q [B, new, Hq, Dk], its last stride 1."""
     batch, new, num_q_heads, dim_k = q.shape
     num_heads, dim_v = cache.v_slc.shape[2:]
     num_chunks, chosen_pad = candidates.shape[3:]
     group = num_q_heads // num_heads
-    part_blocks = blocks_of_part(batch * new * num_heads, sizes.num_slc_blocks)
-    slc_parts = cdiv(sizes.num_slc_blocks, part_blocks)
-    num_parts = slc_parts + cdiv(cdiv(sizes.window_len, sizes.slc_block_len), part_blocks)
-    rows = (batch, new, num_q_heads, num_parts)
+    queries = batch * new * num_heads
+    part_blocks = blocks_of_part(queries, sizes.num_slc_blocks)
+    num_parts = cdiv(sizes.num_slc_blocks, part_blocks)
+    rows = batch, new, num_q_heads, num_parts
     parts = ChosenParts(
-        q.new_empty(*rows, dtype=torch.float32),
-        q.new_empty(*rows, dtype=torch.float32),
+        q.new_empty(rows, dtype=torch.float32),
+        q.new_empty(rows, dtype=torch.float32),
         q.new_empty(*rows, dim_v, dtype=torch.float32),
         ends.new_empty(batch, new, num_heads, sizes.num_slc_blocks),
         part_blocks,
-        slc_parts,
+        num_parts,
     )
+    out = q.new_empty(batch, new, num_q_heads, dim_v)
     dk_a, dk_b = split_head_dim(dim_k)
-    packed = q.flatten(0, 1)
-    _chosen_kernel[(num_parts, batch * new * num_heads)](
-        packed, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, candidates, slots, cache.page_table, ends,
-        *parts[:4],
-        new, num_heads, cache.page_table.shape[1], num_chunks, cache.k_win.shape[1], num_parts,
-        softmax_scale * LOG2_E, *packed.stride()[:2],
-        G=group, G_PAD=max(16, next_power_of_2(group)), SLC_LEN=sizes.slc_block_len, WINDOW=sizes.window_len,
-        NUM_CHOSEN=sizes.num_slc_blocks, CHOSEN_PAD=chosen_pad, CHUNK=chunk,
-        CANDIDATES=max(CANDIDATES, chosen_pad), SLC_PARTS=slc_parts, PART_BLOCKS=part_blocks,
+    packed, gates, most = q.flatten(0, 1), gates.flatten(0, 1), max(CANDIDATES, chosen_pad)
+    _chosen_kernel[(num_parts, queries)](
+        packed, cache.k_slc, cache.v_slc, candidates, sum_of_two, gates, slots, cache.page_table, ends,
+        *parts[:4], arrived, out, cache.lengths,
+        new, num_heads, cache.page_table.shape[1], num_chunks, softmax_scale * cache.k_scale * LOG2_E,
+        cache.v_scale, *packed.stride()[:2], *gates.stride(),
+        G=group, G_PAD=max(16, next_power_of_2(group)), SLC_LEN=sizes.slc_block_len,
+        NUM_CHOSEN=sizes.num_slc_blocks, CHOSEN_PAD=chosen_pad, CHUNK=chunk, CANDIDATES=most,
+        ROWS=candidate_rows(queries, num_chunks * chosen_pad, most), NUM_PARTS=num_parts, PART_BLOCKS=part_blocks,
         DK_A=dk_a, DK_B=dk_b, DV=dim_v, PRECISION=dot_precision(q.dtype),
-        **chosen_options(q.dtype),
+        **chosen_options(q.dtype, queries),
     )  # fmt: skip
-    return parts
+    return out, parts.block_indices

@@ -14,15 +14,23 @@ TILE_CELLS = 128
 # 175, 1 231. Batch 8: 4 tiles 28, 2 31, 1 35.
 SPLIT_TILES = (8, 4, 2, 1)
 ENOUGH_SPLITS = 256
-# Selection blocks whose candidates one program finds, and its warps. The whole step, 128 blocks and 4 warps 260 / 64.6;
-# 64 and 2 254 / 63.7. 512 blocks: candidates alone 66 instead of 27.
+# Selection blocks whose candidates one program finds. The second and third launch together, with 1 warp in the second:
+# 128 76 / 21.4, 64 77 / 21.5, 32 83 / 24.1. 512: candidates alone 66 instead of 27.
 CHUNK_BLOCKS = 64
+# Warps of a program of the second launch: those of candidates up to FEW_QUERIES, batch 1 5.2 instead of 5.8; of more
+# queries those of merging, batch 64 20 instead of 32.
 CANDIDATE_WARPS = 2
-CANDIDATES = 128  # looked at together when the best of all are found
-# Of selected and window attention. Batch 64: 8 blocks a program 58, 4 64, 2 76. Batch 8: 8 blocks 20, 4 15, 2 13, 1 16.
-ENOUGH_PROGRAMS = 512
-# Of a row of the output: 1 warp 6.3 / 3.9, 2 11 / 4.2, 4 25 / 6.7. Sums over few parts then need no barriers.
 MERGE_WARPS = 1
+FEW_QUERIES = 16
+# Sorted side by side when the best of all are found, in up to CANDIDATE_ROWS rows where there are few queries, and one
+# where there are many: batch 64 57 with 4 rows, 41 with 1; batch 1 11.7 and 12.7.
+CANDIDATES = 128
+CANDIDATE_ROWS = 4
+# More have 4 warps in the third launch, as many or fewer 8: batch 8 14.4 instead of 15.2, batch 1 9.5 instead of 11.8.
+MANY_QUERIES = 64
+# Of selected attention. Batch 64: 8 blocks a program 43, 4 52. Batch 8: 8 blocks 21, 4 15.7, 2 15.3, 1 19.
+ENOUGH_PROGRAMS = 256
+ENOUGH_OF_WINDOW = 128  # the same of the window. The first launch, batch 64: 4 blocks 168, 8 176; batch 8: 4 35, 2 33
 MOST_ROWS = 64  # (token, head) rows of a tile
 
 
@@ -50,19 +58,37 @@ def block_rows(num_rows: int) -> int:
 
 
 def compressed_options(dtype: torch.dtype, block_m: int) -> dict[str, Any]:
-    return {"num_warps": 8 if block_m == MOST_ROWS else 4, "num_stages": 2 if dtype == torch.float32 else 3}
+    """Three stages: batch 64 176 instead of 168, 8 33.8 instead of 31.5; of fp32 they do not fit."""
+    return {"num_warps": 8 if block_m == MOST_ROWS else 4, "num_stages": 2}
 
 
 def blocks_of_part(queries: int, num_slc_blocks: int) -> int:
-    """Blocks, of 64 tokens say, that one program of selected and window attention takes in turn.
+    """Blocks, of 64 tokens say, that one program of selected attention takes in turn.
 
     queries     sequences * new tokens * key-value heads
     """
     for blocks in (8, 4, 2):
-        if queries * cdiv(num_slc_blocks, blocks) * 2 >= ENOUGH_PROGRAMS:
+        if queries * cdiv(num_slc_blocks, blocks) >= ENOUGH_PROGRAMS:
             return blocks
     return 1
 
 
-def chosen_options(dtype: torch.dtype) -> dict[str, Any]:
-    return {"num_warps": 4, "num_stages": 2 if dtype == torch.float32 else 3}
+def window_blocks(queries: int, num_blocks: int) -> int:
+    """Of the `num_blocks` of a window, those that one program takes in turn."""
+    for blocks in (4, 2):
+        if queries * cdiv(num_blocks, blocks) >= ENOUGH_OF_WINDOW:
+            return blocks
+    return 1
+
+
+def candidate_rows(queries: int, count: int, most: int) -> int:
+    """Rows of `most` in which `count` candidates are sorted, so many at once."""
+    return 1 if queries > MANY_QUERIES else min(CANDIDATE_ROWS, next_power_of_2(cdiv(count, most)))
+
+
+def second_warps(queries: int) -> int:
+    return CANDIDATE_WARPS if queries <= FEW_QUERIES else MERGE_WARPS
+
+
+def chosen_options(dtype: torch.dtype, queries: int = MANY_QUERIES + 1) -> dict[str, Any]:
+    return {"num_warps": 4 if queries > MANY_QUERIES else 8, "num_stages": 2 if dtype == torch.float32 else 3}

@@ -89,7 +89,7 @@ def compress_mlp(x: Tensor, block_rows: Tensor, pos_emb: Tensor, w1: Tensor, w2:
     returns     [M, Hkv, D]         dtype of x
     raises ValueError on shapes and dtypes that do not fit together
     """
-    return _CompressMLP.apply(_run, block_rows.contiguous(), *_mlp_tensors(x, pos_emb, w1, w2))[0]
+    return _CompressMLP.apply(_run, block_rows.contiguous(), *mlp_tensors(x, pos_emb, w1, w2))[0]
 
 
 def compress_mlp_pair(
@@ -107,7 +107,7 @@ def compress_mlp_pair(
 
     run         an option of these kernels: runs the parts "phi" and "phi backward", as from their tapes (`common.tape`)
     """
-    pairs = list(zip(_mlp_tensors(k, *phi_k), _mlp_tensors(v, *phi_v), strict=True))
+    pairs = list(zip(mlp_tensors(k, *phi_k), mlp_tensors(v, *phi_v), strict=True))
     block_rows = block_rows.contiguous()
     if all((a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype) for a, b in pairs):
         return _CompressMLP.apply(run, block_rows, *(t for pair in pairs for t in pair))
@@ -115,7 +115,7 @@ def compress_mlp_pair(
     return k, v
 
 
-def _mlp_tensors(x: Tensor, pos_emb: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def mlp_tensors(x: Tensor, pos_emb: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the kernels take; ValueError if they cannot."""
     _check_dtype(x)
     num_heads, head_dim = x.shape[1:]

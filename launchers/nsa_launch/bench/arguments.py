@@ -128,6 +128,7 @@ def _decode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds this text")
     parser.add_argument("--budget-s", type=float, default=540.0, metavar="S", help="start no case after so long")
     parser.add_argument("--no-dense", action="store_true", help="leave dense attention out")
+    parser.add_argument("--fp8", action="store_true", help="pages in e4m3; also how far that is from bf16")
     parser.set_defaults(command=_decode)
 
 
@@ -168,7 +169,7 @@ def _decode(arguments: argparse.Namespace) -> int:
         place = place_of(arguments, decode_ranks.device_of(arguments.device))
         request = DecodeRequest(
             arguments.out, arguments.device, arguments.batch, arguments.tokens, arguments.heads, arguments.only,
-            arguments.budget_s, not arguments.no_dense,
+            arguments.budget_s, not arguments.no_dense, arguments.fp8,
         )  # fmt: skip
     except ValueError as error:
         print(f"nsa-dist: {error}", file=sys.stderr)

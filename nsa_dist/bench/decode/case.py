@@ -14,22 +14,27 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """heads: Hq, Hkv, Dk, Dv."""
+    """heads: Hq, Hkv, Dk, Dv; fp8: pages in e4m3."""
 
     batch: int
     tokens: int
     heads: tuple[int, int, int, int] = PAPER_HEADS
     dtype: str = "bf16"
     cfg: NSAConfig = field(default_factory=NSAConfig)
+    fp8: bool = False
 
     @property
     def name(self) -> str:
         short = f"{self.tokens // 1024}k" if self.tokens % 1024 == 0 else str(self.tokens)
-        return f"batch {self.batch}, {short}"
+        return f"batch {self.batch}, {short}{', fp8' if self.fp8 else ''}"
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return _DTYPES[self.dtype]
+
+    @property
+    def page_dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.fp8 else self.torch_dtype
 
     @property
     def shape(self) -> CacheShape:
@@ -57,15 +62,17 @@ class DecodeCase:
         cfg, length = self.cfg, self.tokens + 1
         own = self.tokens % cfg.slc_block_len + 1  # tokens that are seen of the own block, which is always chosen
         blocks = min(cfg.num_slc_blocks, self.tokens // cfg.slc_block_len + 1)
-        rows = cfg.num_cmp_blocks(length) + (blocks - 1) * cfg.slc_block_len + own + min(cfg.window_len, length)
-        return self.batch * rows * self.token_bytes
+        of_pages = cfg.num_cmp_blocks(length) + (blocks - 1) * cfg.slc_block_len + own
+        page_bytes = self.token_bytes * self.page_dtype.itemsize // self.torch_dtype.itemsize
+        return self.batch * (of_pages * page_bytes + min(cfg.window_len, length) * self.token_bytes)
 
     @property
     def memory_bytes(self) -> int:
         """Of the cache, and of what the kernels leave to one another."""
         num_q_heads = self.heads[0]
         between = self.batch * num_q_heads * self.pages * (self.cfg.slc_block_len // self.cfg.cmp_stride) * 8
-        return self.shape.num_bytes(self.batch * self.pages, self.batch, self.torch_dtype) + between
+        held = self.shape.num_bytes(self.batch * self.pages, self.batch, self.torch_dtype, self.page_dtype)
+        return held + between
 
     def as_data(self) -> dict[str, Any]:
         return {

@@ -26,6 +26,7 @@ class Layer:
     q: Tensor
     kv: BranchKV
     gates: Tensor
+    answer: tuple[Tensor, Tensor] | None = None  # of the call that was checked
 
     @classmethod
     def of(cls, case: DecodeCase, device: torch.device, seed: int = 0) -> "Layer":
@@ -37,6 +38,7 @@ class Layer:
         cache = NSACache(
             case.cfg, num_heads, dim_k, dim_v, batch * case.pages, dtype=dtype, device=device, compress_k=phi_k,
             compress_v=phi_v, max_sequences=batch, max_tokens=case.pages * case.cfg.slc_block_len,
+            page_dtype=case.page_dtype,
         )  # fmt: skip
         seqs = [cache.new_sequence() for _ in range(batch)]
         _fill(cache, seqs, case)
@@ -56,9 +58,9 @@ class Layer:
         self.cache.tables.tell([self.cache.state(seq) for seq in self.seqs], self.cache.storage.num_rings)
         return slots_of(self.cache, self.seqs)
 
-    def step(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, slots: Tensor, with_phi: bool = True) -> tuple[Tensor, Tensor]:
         """The launches of one new token a sequence, for which there is room: out and block_indices."""
-        return decode_step(self.q, self.kv, self.gates, self.cache, slots, default_ops(self.q))
+        return decode_step(self.q, self.kv, self.gates, self.cache, slots, default_ops(self.q), with_phi=with_phi)
 
     def call(self) -> tuple[Tensor, Tensor]:
         """The same as users call it. The sequences are longer by a token afterwards."""
@@ -88,4 +90,9 @@ def _fill(cache: NSACache, seqs: list[int], case: DecodeCase) -> None:
         state.pages = pages.clone()
         state.length = state.longest = case.tokens - 1
     for x in (*cache.storage.slc, *cache.storage.cmp, *cache.storage.win, *cache.storage.raw):
-        x.normal_()
+        if x.itemsize == 1:
+            for some in x.split(1024):  # the same numbers, rounded
+                some.copy_(torch.empty_like(some, dtype=case.torch_dtype).normal_())
+        else:
+            for some in x.split(1024):
+                some.normal_()

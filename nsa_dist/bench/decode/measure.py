@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -55,13 +56,39 @@ def measure(case: DecodeCase, device: torch.device, clock: Clock | None) -> Row:
     if checked["wrong"]:
         return checked
     if clock is None:
-        return checked | {"call_s": _call_seconds(layer, runs=3)}
-    return checked | _graph_seconds(layer, clock) | {"call_s": _call_seconds(layer, runs=20)}
+        found = {"call_s": _call_seconds(layer, runs=3)}
+    else:
+        found = _graph_seconds(layer, clock) | {"call_s": _call_seconds(layer, runs=20)}
+    if not case.fp8:
+        return checked | found
+    answer = layer.answer
+    del layer
+    assert answer is not None
+    return checked | found | _against_wide(case, device, *answer)
+
+
+def _against_wide(case: DecodeCase, device: torch.device, out: Tensor, blocks: Tensor) -> Row:
+    """Of pages in 8 bits: how far the output is from that of the same numbers in pages of the dtype of q, over all
+    heads, and over groups that have the same blocks; and how many of the chosen blocks are others. These are more of
+    drawn keys, among which nothing stands out, than of keys that were learned."""
+    wide_out, wide_blocks = Layer.of(replace(case, fp8=False), device).call()
+    same = (blocks == wide_blocks).all(-1)  # [B, 1, Hkv]
+    mine, wide = (x.double().unflatten(2, (same.shape[2], -1)) for x in (out, wide_out))
+    others = [
+        len(set(ours) - set(theirs))
+        for ours, theirs in zip(blocks.flatten(0, -2).tolist(), wide_blocks.flatten(0, -2).tolist(), strict=True)
+    ]
+    return {
+        "fp8_error": ((mine - wide).norm() / wide.norm()).item(),
+        "fp8_error_same_blocks": ((mine - wide)[same].norm() / wide[same].norm()).item() if same.any() else None,
+        "fp8_other_blocks": sum(others),
+        "fp8_blocks": int((wide_blocks >= 0).sum()),
+    }
 
 
 def check(layer: Layer) -> Row:
     """Of some sequences: the error of the output in the norm, and how many rows of blocks are others."""
-    out, blocks = layer.call()
+    layer.answer = out, blocks = layer.call()
     slots = layer.tables()
     some = sorted({round(i * (layer.case.batch - 1) / (CHECKED - 1)) for i in range(CHECKED)})
     expected, expected_blocks = layer.expected(slots, some)
@@ -74,20 +101,22 @@ def check(layer: Layer) -> Row:
 
 
 def _graph_seconds(layer: Layer, clock: Clock) -> Row:
-    """Of a replay in which no block becomes whole, and in which one of each sequence does, so that phi runs; of empty
-    launches in as many nodes; and how many launches it has."""
+    """Of replays of both graphs that `captured` has, without phi and with it, in which a block of each sequence becomes
+    whole; of the latter also where none does; of empty launches in as many nodes; and how many those are."""
     slots, lengths, cfg = layer.tables(), layer.cache.tables.lengths, layer.case.cfg
     at = lengths.clone()
     whole = at // cfg.cmp_stride * cfg.cmp_stride - 1
-    launches = _launches(lambda: layer.step(slots))
+    launches = _launches(lambda: layer.step(slots, False))
     lengths.copy_(at)
-    graph = captured(lambda: layer.step(slots))
+    graph = captured(lambda: layer.step(slots, False))
+    with_phi = captured(lambda: layer.step(slots))
     tiny = torch.zeros(1, device=lengths.device)
     floor = captured(lambda: [tiny.add_(1) for _ in range(launches)])
     found = {
         "launches": launches,
         "graph_s": clock.seconds(graph.replay, before=lambda: lengths.copy_(at)),
-        "whole_s": clock.seconds(graph.replay, before=lambda: lengths.copy_(whole)),
+        "phi_s": clock.seconds(with_phi.replay, before=lambda: lengths.copy_(at)),
+        "whole_s": clock.seconds(with_phi.replay, before=lambda: lengths.copy_(whole)),
         "floor_s": clock.seconds(floor.replay),
     }
     lengths.copy_(at)

@@ -16,8 +16,8 @@ BATCHES = (1, 8, 64)
 TOKENS = (4096, 16384, 65536, 262144, 1048576)
 TINY_HEADS = (4, 2, 16, 16)
 HEADER = (
-    f"{'':>16}{'graph':>9}{'phi':>9}{'floor':>9}{'call':>9}{'NSA bytes':>11}{'of rate':>9}{'dense bytes':>13}"
-    f"{'times':>7}  dense kernels"
+    f"{'':>21}{'graph':>9}{'+ phi':>9}{'whole':>9}{'floor':>9}{'call':>9}{'NSA bytes':>11}{'of rate':>9}"
+    f"{'dense bytes':>13}{'times':>7}  dense kernels"
 )
 
 
@@ -33,6 +33,7 @@ class DecodeRequest:
     only: str = ""
     budget_s: float = 540.0
     dense: bool = True
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -51,7 +52,7 @@ class DecodeRequest:
         batches = self.batches or (BATCHES if on_gpu else (1, 2))
         tokens = self.tokens or (TOKENS if on_gpu else (300, 1000))
         heads = self.heads or (PAPER_HEADS if on_gpu else TINY_HEADS)
-        made = [DecodeCase(b, t, heads, "bf16" if on_gpu else "fp32") for t in tokens for b in batches]
+        made = [DecodeCase(b, t, heads, "bf16" if on_gpu else "fp32", fp8=self.fp8) for t in tokens for b in batches]
         return [case for case in made if self.only in case.name]
 
 
@@ -102,19 +103,27 @@ def _one(
 
 
 def _line(row: Row) -> str:
-    name = f"{row['case']:>16}"
+    name = f"{row['case']:>21}"
     if row["wrong"]:
         return f"{name}  WRONG: {row['wrong']}"
     if "graph_s" not in row:
-        return f"{name}{'':>27}{_us(row['call_s'])}"
+        return f"{name}{'':>36}{_us(row['call_s'])}{_fp8(row)}"
     graph, own, dense = row["graph_s"], row["nsa_bytes_s"], row["dense_bytes_s"]
     kernels = ", ".join(
         f"{name} {1e6 * s:,.0f}" if isinstance(s, float) else f"{name}: {s}" for name, s in row["dense"].items()
     )
     return (
-        f"{name}{_us(graph)}{_us(row['whole_s'])}{_us(row['floor_s'])}{_us(row['call_s'])}{_us(own, 11)}"
-        f"{own / graph:>9.0%}{_us(dense, 13)}{dense / graph:>6.1f}x  {kernels}"
+        f"{name}{_us(graph)}{_us(row['phi_s'])}{_us(row['whole_s'])}{_us(row['floor_s'])}{_us(row['call_s'])}"
+        f"{_us(own, 11)}{own / graph:>9.0%}{_us(dense, 13)}{dense / graph:>6.1f}x  {kernels}{_fp8(row)}"
     )
+
+
+def _fp8(row: Row) -> str:
+    if "fp8_error" not in row:
+        return ""
+    others, blocks, same = row["fp8_other_blocks"], row["fp8_blocks"], row["fp8_error_same_blocks"]
+    of_same = "" if same is None else f" ({same:.1%} where blocks are the same)"
+    return f"  fp8: {row['fp8_error']:.1%} from wide pages{of_same}, {others:,} of {blocks:,} blocks others"
 
 
 def _us(seconds: float, width: int = 9) -> str:
