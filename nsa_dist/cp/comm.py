@@ -38,12 +38,15 @@ class Traffic:
     collective may move them more than once; what is counted is the data each rank contributes to each other rank.
     Where ranks read each other's memory, `pages` are what this rank read: over all ranks the same.
     `union_fractions` has for each call, in order, u of every kv head: chosen remote blocks / remote blocks.
+    `passed_on` has for each call in domains how many pages this rank fetched as its share, and how many neighbours
+    passed on to it.
     """
 
     def __init__(self) -> None:
         self._sent_bytes: dict[str, int] = defaultdict(int)
         self._union_fractions: list[list[float]] = []
         self._owed: list[Callable[[], None]] = []
+        self.passed_on: list[tuple[int, int]] = []
 
     @property
     def sent_bytes(self) -> dict[str, int]:

@@ -20,7 +20,7 @@ from nsa_dist.cp.device import Side
 from nsa_dist.cp.fetch import chosen_elsewhere, pack_bits
 from nsa_dist.cp.pages import Fetched, only_here, page_arguments, page_table, round_name
 from nsa_dist.cp.sent.lists import PageLists
-from nsa_dist.cp.sent.routes import Route
+from nsa_dist.cp.sent.routes import Route, pages_passed_on
 from nsa_dist.cp.sent.travel import post_pages
 
 
@@ -103,6 +103,8 @@ class SelectedForward:
         layout = self._call.layout
         num_remote = len(layout.block_owner) - len(layout.local_blocks)
         self._call.comm.traffic.count_union(torch.cat(self._chosen), num_remote)
+        if self._domains.size > 1:
+            self._call.comm.traffic.passed_on.append(pages_passed_on(self._rounds, self._domains.rank))
         return self._rounds
 
     def _listed(self, bits: Tensor, without: Tensor | None = None) -> PageLists:

@@ -185,3 +185,10 @@ class Told:
         """Of the lanes of the own domain, by rank of the group."""
         before = self.domains.ranks.start
         return (*(0,) * before, *sizes, *(0,) * (self.domains.num_ranks - before - len(sizes)))
+
+
+def pages_passed_on(rounds: list[list[Route]], rank: int) -> tuple[int, int]:
+    """Pages that this rank fetched as its share, and those that others passed on to it."""
+    routes = [route for of_stage in rounds for route in of_stage]
+    passed = [route.passed.recv_sizes for route in routes if route.passed is not None]
+    return sum(sum(route.recv_sizes) for route in routes), sum(sum(sizes) - sizes[rank] for sizes in passed)
