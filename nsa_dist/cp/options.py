@@ -61,8 +61,8 @@ class FetchOptions:
             return
         if self.transport == "one_sided":
             raise ValueError(
-                f"domain_size={self.domain_size} needs transport 'auto' or 'all_to_all', but 'one_sided' was given: ranks "
-                f"that read each other's memory read every page where it lies; leave one of them out"
+                f"domain_size={self.domain_size} needs transport 'auto' or 'all_to_all', but 'one_sided' was given: "
+                f"ranks that read each other's memory read every page where it lies; leave one of them out"
             )
         if self.whole_shard_fraction < 1:
             raise ValueError(

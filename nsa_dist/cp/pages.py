@@ -33,7 +33,9 @@ def page_table(stage: Stage, k: Tensor, fetched: Sequence[Fetched], layout: Rank
     else:
         table = torch.full((heads, len(layout.block_owner)), -1, dtype=torch.int32, device=k.device)
     for part in fetched:
-        table[part.route.recv_head, part.route.recv_block] = torch.arange(num_local, num_local + len(part.pages), dtype=torch.int32, device=k.device)
+        table[part.route.recv_head, part.route.recv_block] = torch.arange(
+            num_local, num_local + len(part.pages), dtype=torch.int32, device=k.device
+        )
         num_local += len(part.pages)
     return table
 

@@ -153,7 +153,8 @@ def _step_bytes(shape: Shape, strategy: Strategy, options: Options, micro_batche
     for kind in ("halo", "compressed", "bitmap"):
         most[kind] *= 1 + again
     once = trips(strategy, options)
-    most["pages"] = most["pages"] * (once + again) // once
+    for kind in most.keys() & {"pages", "pages.inside"}:
+        most[kind] = most[kind] * (once + again) // once
     sequences = shape.layers_per_stage * micro_batches * shape.batch
     return {kind: num_bytes * sequences for kind, num_bytes in most.items()}
 

@@ -168,12 +168,16 @@ class TrafficMeter:
 
     def _page_bytes(self, moved: dict[str, int]) -> dict[str, int]:
         """Of the pages that were moved."""
-        heads, found = self._heads, {}
+        heads = self._heads
+        found: dict[str, int] = {}
         page = self.plan.block_len * (heads.dim_k + heads.dim_v)
         runs = self._forward_runs + (not self.config.parallel.keep_pages)
         for suffix, number in moved.items():
             once = number // self._forward_runs * page  # recomputation chooses the same blocks
-            found |= {f"pages{suffix}": runs * once * heads.element_bytes, f"pages.grad{suffix}": once * heads.grad_bytes}
+            found |= {
+                f"pages{suffix}": runs * once * heads.element_bytes,
+                f"pages.grad{suffix}": once * heads.grad_bytes,
+            }
         return found
 
 

@@ -17,7 +17,7 @@ from cp_cases import CASES, FETCH, LAYOUTS, forced_selection, make_plan
 from domain_cases import GROUPS, crossing
 from nsa_dist.cp.comm import Traffic
 from nsa_dist.cp.formulas import cost
-from nsa_dist.cp.formulas.domains import domain_pages_at, domain_pages_of
+from nsa_dist.cp.formulas.domains import domain_pages_of
 from nsa_dist.cp.options import FetchOptions
 from thread_mailboxes import run_readers
 from thread_ranks import run_threads
@@ -168,7 +168,6 @@ def test_shares_and_pages_held_at_once_fit_in_the_budget(num_pages, domain_size)
 
 
 def test_shares_differ_by_a_page():
-    """Of what a domain's ranks chose outside: 4 ranks whose first block everybody chooses, and what they chose freely."""
     inputs, plan = make_inputs(300, 4, 4), make_plan("contiguous", [300], 6, SMALL)
 
     def work(comm):

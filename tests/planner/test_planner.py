@@ -200,9 +200,21 @@ def test_one_shared_pair_gathered_by_heads():
     assert fetched.memory_bytes["kv"] - shared.memory_bytes["kv"] == 4 * 2 * pair
 
 
+def check_the_docs_table(sizes: list[int]) -> None:
+    """Each rank for itself, and in domains of a node; the table goes on with more GPUs."""
+    text, nodes = (ROOT / "docs/explained/fetching.md").read_text(), cluster().model_copy(update={"num_nodes": 64})
+    for domain_size in (None, 8):
+        options = Options(fetch=FetchOptions(domain_size=domain_size))
+        assert markdown(make_plan(long_config(), nodes, options, sizes)) in text
+
+
 def test_the_docs_have_the_planners_table():
-    plan = make_plan(long_config(), cluster().model_copy(update={"num_nodes": 8}), cp_sizes=[8, 16, 32, 64])
-    assert markdown(plan) in (ROOT / "docs/explained/fetching.md").read_text()
+    check_the_docs_table([8, 16, 32])
+
+
+@pytest.mark.slow
+def test_the_docs_have_the_planners_table_up_to_512_gpus():
+    check_the_docs_table([8, 16, 32, 64, 128, 256, 512])
 
 
 def test_fetching_pays_below_break_even():

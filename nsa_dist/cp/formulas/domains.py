@@ -21,6 +21,7 @@ class DomainPages:
 
     between: Matrix  # its share of what its domain chose outside, from the owners
     inside: Matrix  # what it chose, from its owner in the domain, or from the rank whose share it was
+    listed: list[int]  # of every domain: what its ranks chose together, of each other's pages, too
 
 
 def domain_pages_of(
@@ -33,13 +34,14 @@ def domain_pages_of(
     size = plan.cp_size
     chosen = wanted_blocks(plan, block_indices)  # [P, P owners, h, own]
     between, inside = (torch.zeros(size, size, dtype=torch.int64) for _ in range(2))
-    num_heads = chosen.shape[2]
+    num_heads, listed = chosen.shape[2], [0] * (size // domain_size)
     bounds = [num_heads * i // num_head_groups for i in range(num_head_groups + 1)]
     for first in range(0, size, domain_size):
         domain = range(first, first + domain_size)
         outside = [owner for owner in range(size) if owner not in domain]
         for a, b in pairwise(bounds):
             union = chosen[first : first + domain_size, :, a:b].any(0)  # [P, h, own]
+            listed[first // domain_size] += int(union.sum())
             holder = torch.arange(size)[:, None, None].expand_as(union).clone()  # who passes each page on
             far = union[outside]
             holder[outside] = first + (far.flatten().cumsum(0) - 1).view_as(far) % domain_size
@@ -49,7 +51,7 @@ def domain_pages_of(
                 got = holder[chosen[rank, :, a:b]]
                 inside[rank] += torch.bincount(got, minlength=size)
                 inside[rank, rank] = 0
-    return DomainPages(between.tolist(), inside.tolist())
+    return DomainPages(between.tolist(), inside.tolist(), listed)
 
 
 def domain_pages_at(plan: ShardPlan, heads: HeadSizes, union_fraction: float, domain_size: int) -> DomainPages:
@@ -63,11 +65,11 @@ def domain_pages_at(plan: ShardPlan, heads: HeadSizes, union_fraction: float, do
     share = (chosen.unflatten(0, (-1, domain_size)) / seen.clamp(min=1)[:, None]).clamp(max=1)
     of_domain = torch.arange(size) // domain_size
     near = of_domain[:, None] == of_domain
-    entering = ((1 - (1 - share).prod(1)) * seen).round() * num_heads
-    between = (entering / domain_size).ceil().repeat_interleave(domain_size, 0).masked_fill(near, 0)
+    union = ((1 - (1 - share).prod(1)) * seen).round() * num_heads
+    between = (union / domain_size).ceil().repeat_interleave(domain_size, 0).masked_fill(near, 0)
     passed = (chosen.masked_fill(near, 0).sum(1) * num_heads / domain_size).round()
     inside = (chosen.round() * num_heads + passed[:, None]).masked_fill(~near, 0).fill_diagonal_(0)
-    return DomainPages(between.long().tolist(), inside.long().tolist())
+    return DomainPages(between.long().tolist(), inside.long().tolist(), union.sum(1).long().tolist())
 
 
 def _seen_together(plan: ShardPlan, domain_size: int) -> Matrix:

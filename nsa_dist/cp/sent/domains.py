@@ -1,9 +1,10 @@
-"""Domains: consecutive ranks whose links to each other are quick, such as those of one node. A page enters each once."""
+"""Domains: consecutive ranks with quick links to each other, such as those of one node. A page enters each once."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Domains(NamedTuple):
+@dataclass(frozen=True)
+class Domains:
     """The ranks of a group in domains of `size`, and where this one is. Size 1: every rank for itself."""
 
     size: int

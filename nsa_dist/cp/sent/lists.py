@@ -1,7 +1,7 @@
 """The pages of a stage, listed on the device from everybody's bitmaps; the host is told only how many go where.
 
-The bitmaps of a domain's ranks are united. The pages of a union, (owner, head, block) ascending, those of owners outside
-the domain before those of its own ranks, are a list:
+The bitmaps of a domain's ranks are united. The pages of a union, by owner, head and block, those of owners outside the
+domain before those of its own ranks, are a list:
 
     page p      travels in round p // R
     p outside   is fetched by lane p % D of the domain, its share, and passed on from there
@@ -62,20 +62,25 @@ class PageLists:
         self.per_round = per_round or self.num_listed
         unions = _united(bits, domains.size), None if without is None else _united(without, domains.size)
         numbers, sent, union = self._first_hop(*unions)
-        if domains.size > 1:
-            more, got = self._second_hop(bits, union)
-            numbers += more
-        else:
-            got = _listed(union.flatten())
-        self._lists = Lists(sent, got, self._owned.block.flatten())
         numbers.append(_bits_set(bits[domains.rank]))
+        blocks = self._owned.block.flatten()
+        if domains.size == 1:
+            self._lists = Lists(sent, _listed(union.flatten()), blocks)
+        else:
+            more, passed = self._second_hop(bits, union)
+            numbers += more
+            self._lists = Lists(sent, passed, blocks)
         self._sizes = [len(x) for x in numbers]
         self._copy = CopyToHost(torch.cat(numbers))
 
     def told(self) -> Told:
         """The numbers; the host waits for them if they have not come."""
         parts = self._copy.wait().split(self._sizes)
-        return Told(self._domains, self.num_heads, self.num_own, self.per_round, *parts[:4], parts[-1], parts[4:-1])
+        totals, of_owner, begin, sent, chosen, *passed = parts
+        return Told(
+            self._domains, self.num_heads, self.num_own, self.per_round, totals, of_owner, begin, sent, chosen,
+            tuple(passed),
+        )  # fmt: skip
 
     def routes(self) -> list[Route]:
         """Of every round."""
@@ -85,7 +90,7 @@ class PageLists:
 
     def _first_hop(self, unions: Tensor, without: Tensor | None) -> tuple[list[Tensor], Tensor, Tensor]:
         """Four sorts of numbers (`Told`), the list of what this rank sends, and what its domain chose: [P, h, own]."""
-        where, owned = self._domains, self._owned
+        where = self._domains
         mine = self._wanted(unions, without, where.rank).squeeze(1)  # [G, h, own]: own blocks that each domain chose
         union = self._wanted(unions[where.own], None if without is None else without[where.own])  # [P, h, own]
         in_rounds = self._per_round is not None or where.size > 1

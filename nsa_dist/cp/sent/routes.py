@@ -32,7 +32,9 @@ class Lists:
     """On the device: of each list as many entries are meant as the numbers say."""
 
     sent: Tensor  # int64 [G * h * blocks of a rank]: own blocks that domains chose, in the order in which they go
-    got: Tensor | Passed  # int64 [P * h * blocks of a rank]: entries that this rank chose, in the order in which they come
+    got: (
+        Tensor | Passed
+    )  # int64 [P * h * blocks of a rank]: entries that this rank chose, in the order in which they come
     blocks: Tensor  # int64 [P * blocks of a rank]: the global blocks of every rank
 
 
@@ -103,18 +105,16 @@ class Told:
         if isinstance(lists.got, Passed):
             passed, got, got_sizes = self._passed(lists.got)
         else:
-            got_sizes, passed = recv_sizes.sum(1).tolist(), [None] * len(recv_sizes)
+            passed, got_sizes = [None] * len(recv_sizes), recv_sizes.sum(1).tolist()
             got = lists.got[: sum(got_sizes)]
         recv_head, recv_block = self._blocks(got, lists)
         counts = send_sizes.sum(1).tolist()
         parts = zip(
             send_head.split(counts), send_page.split(counts), recv_head.split(got_sizes), recv_block.split(got_sizes),
-            map(tuple, send_sizes.tolist()), map(tuple, recv_sizes.tolist()), passed, strict=True,
+            map(tuple, send_sizes.tolist()), map(tuple, recv_sizes.tolist()),
+            map(self._whole_heads, range(len(counts))), passed, strict=True,
         )  # fmt: skip
-        return [
-            Route(*lists_and_sizes, whole_heads=self._whole_heads(number), passed=on)
-            for number, (*lists_and_sizes, on) in enumerate(parts)
-        ]
+        return [Route(*part) for part in parts]
 
     def _in_rounds(self, begin: Tensor, count: Tensor) -> Tensor:
         """[rounds, n, D]: of the runs of a list from begin [n] on, the pages of each round and lane."""
@@ -163,9 +163,7 @@ class Told:
         ]  # fmt: skip
         return found, known.entry.index_select(0, known.recv[: sum(got_sizes)]), got_sizes
 
-    def _passed_on(
-        self, known: Passed, places: Tensor, shared: list[int], own: list[int], got: list[int]
-    ) -> PassedOn:
+    def _passed_on(self, known: Passed, places: Tensor, shared: list[int], own: list[int], got: list[int]) -> PassedOn:
         num_shared = sum(shared)
         rows = (places >= known.num_outside).to(torch.uint8).argsort(stable=True)  # those of the share, then own pages
         entry = known.entry.index_select(0, places.index_select(0, rows[num_shared:]))

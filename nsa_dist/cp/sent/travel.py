@@ -4,7 +4,8 @@
     gradients   the same back: in a domain lanes in ascending order are added to the owner's own, or to a share's sum;
                 then owners add the shares' sums, of domains in ascending order
 
-Where every rank is a domain of its own there is one step: sources in ascending rank order. All sums are in fp32 or better.
+Where every rank is a domain of its own there is one step: sources in ascending rank order. All sums are in fp32 or
+better.
 """
 
 import torch
