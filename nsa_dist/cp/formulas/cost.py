@@ -12,7 +12,7 @@ g = bytes of a number of a gradient in flight (fp32 or better):
     bitmap            (P - 1) * Hkv * ceil(num_blocks / 8), twice where one kv head's queries go in two halves
     pages             pages others fetch from it * l' * (Dk + Dv) * e, twice if backward fetches them again
     pages.grad        pages it fetched * l' * (Dk + Dv) * g
-    pages.inside      where ranks form domains, pages that it passes on to neighbours, as pages; their gradients likewise
+    pages.inside      where ranks form domains, pages that it passes on to neighbours, as pages; gradients likewise
 
 Where ranks read each other's memory (`one_sided`) `pages` are what a rank reads, over all ranks the same; instead of
 bitmaps it reads a byte for each of its blocks and each other rank.

@@ -21,7 +21,7 @@ from nsa_dist.cp.device import CopyToHost, put_on
 from nsa_dist.cp.fetch import widen_to_whole_shards
 from nsa_dist.cp.layout import RankLayout
 from nsa_dist.cp.sent.domains import Domains
-from nsa_dist.cp.sent.routes import Lists, Passed, Route, Told
+from nsa_dist.cp.sent.routes import Entries, Lists, Passed, Route, Told
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,15 @@ class PageLists:
         self.per_round = per_round or self.num_listed
         unions = _united(bits, domains.size), None if without is None else _united(without, domains.size)
         numbers, sent, union = self._first_hop(*unions)
-        numbers.append(_bits_set(bits[domains.rank]))
-        blocks = self._owned.block.flatten()
+        entries = _entries(layout, self._owned, self.num_heads)
         if domains.size == 1:
-            self._lists = Lists(sent, _listed(union.flatten()), blocks)
+            plain = fraction == 1.0 and without is None
+            numbers.append(union.sum((0, 2)) if plain else _bits_set(bits[domains.rank]))
+            self._lists = Lists(sent, _listed(union.flatten()), entries)
         else:
             more, passed = self._second_hop(bits, union)
-            numbers += more
-            self._lists = Lists(sent, passed, blocks)
+            numbers += [_bits_set(bits[domains.rank]), *more]
+            self._lists = Lists(sent, passed, entries)
         self._sizes = [len(x) for x in numbers]
         self._copy = CopyToHost(torch.cat(numbers))
 
@@ -93,23 +94,20 @@ class PageLists:
         where = self._domains
         mine = self._wanted(unions, without, where.rank).squeeze(1)  # [G, h, own]: own blocks that each domain chose
         union = self._wanted(unions[where.own], None if without is None else without[where.own])  # [P, h, own]
-        in_rounds = self._per_round is not None or where.size > 1
-        domain = torch.arange(where.count, device=unions.device)
-        lanes = torch.arange(where.num_ranks, device=unions.device) // where.size
-        if in_rounds:
-            of_owner = self._wanted(unions, without).sum((2, 3))  # [G, P]
-            outside = of_owner.masked_fill(lanes == domain[:, None], 0)
-            begin = (outside.cumsum(1) - outside)[:, where.rank]
-            totals, of_owner = of_owner.sum(1), outside[where.own]
-        else:  # there is one round of single ranks, which need not know where it begins in others' lists
-            begin, totals = torch.zeros_like(domain), torch.zeros_like(domain)
-            of_owner = union.sum((1, 2))
-        mine = mine & (domain != where.own)[:, None, None]
+        if self._per_round is None and where.size == 1:  # nobody need know where it stands in others' lists
+            none = torch.zeros(where.count, dtype=torch.int64, device=unions.device)
+            return [none, union.sum((1, 2)), none, mine.sum(2).flatten()], _listed(mine.flatten()), union
+        domain = torch.arange(where.count, device=unions.device)[:, None]
+        is_inside = torch.arange(where.num_ranks, device=unions.device) // where.size == domain  # [G, P]
+        of_owner = self._wanted(unions, without).sum((2, 3))  # [G, P]
+        outside = of_owner.masked_fill(is_inside, 0)
+        begin = (outside.cumsum(1) - outside)[:, where.rank]
+        mine = mine & (domain != where.own)[..., None]
         place = mine.flatten(1).cumsum(1) - 1 + begin[:, None]
-        rank = domain[:, None] * where.size + place % where.size
-        key = place.div(self.per_round, rounding_mode="floor") * where.num_ranks + rank if in_rounds else None
-        sent = _listed(mine.flatten(), None if key is None else key.flatten())
-        return [totals, of_owner, begin, mine.sum(2).flatten()], sent, union
+        rank = domain * where.size + place % where.size
+        key = place.div(self.per_round, rounding_mode="floor") * where.num_ranks + rank
+        numbers = [of_owner.sum(1), outside[where.own], begin, mine.sum(2).flatten()]
+        return numbers, _listed(mine.flatten(), key.flatten()), union
 
     def _wanted(self, unions: Tensor, without: Tensor | None, owner: int | None = None) -> Tensor:
         """bool [..., P or 1, h, own] of bitmaps [..., h, bytes]."""
@@ -150,6 +148,19 @@ class PageLists:
         counted = (send & outside, send_key), (send & ~outside, send_key), (recv, recv_key)
         counts = [_counted(mask, key, most) for mask, key in counted]
         return counts, passed
+
+
+def _entries(layout: RankLayout, owned: OwnedBits, num_heads: int) -> Entries:
+    """Those of stages of so many heads, kept with the layout."""
+    key = ("entries", num_heads)
+    if key not in layout.kept:
+        num_ranks, num_own = owned.block.shape
+        head = torch.arange(num_heads, dtype=torch.int32)[:, None].expand(num_ranks, -1, num_own)
+        page = torch.arange(num_own, dtype=torch.int32).expand(num_ranks, num_heads, -1)
+        head, page = (put_on(owned.block.device, x.flatten()) for x in (head, page))
+        block = owned.block.to(torch.int32)[:, None].expand(-1, num_heads, -1).flatten()
+        layout.kept[key] = Entries(head, page, block)
+    return layout.kept[key]
 
 
 def _united(bits: Tensor, size: int) -> Tensor:

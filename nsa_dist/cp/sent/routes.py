@@ -28,6 +28,15 @@ class Passed:
 
 
 @dataclass(frozen=True)
+class Entries:
+    """What the entries of [P, h, blocks of a rank] are, int32 each, on the device."""
+
+    head: Tensor
+    page: Tensor  # on the owner
+    block: Tensor  # global
+
+
+@dataclass(frozen=True)
 class Lists:
     """On the device: of each list as many entries are meant as the numbers say."""
 
@@ -35,7 +44,7 @@ class Lists:
     got: (
         Tensor | Passed
     )  # int64 [P * h * blocks of a rank]: entries that this rank chose, in the order in which they come
-    blocks: Tensor  # int64 [P * blocks of a rank]: the global blocks of every rank
+    entries: Entries
 
 
 @dataclass(frozen=True)
@@ -96,25 +105,30 @@ class Told:
 
     def routes(self, lists: Lists) -> list[Route]:
         """Of every round."""
-        where, begin = self.domains, self.of_owner.cumsum(0) - self.of_owner
-        sent = self.sent.view(-1, self.num_heads)
-        send_sizes = self._in_rounds(self.begin, sent.sum(1)).flatten(1)  # [rounds, P]
-        recv_sizes = self._in_rounds(begin, self.of_owner)[:, :, where.lane]
-        page = lists.sent[: int(send_sizes.sum())] % (self.num_heads * self.num_own)
-        send_head, send_page = (page // self.num_own).int(), (page % self.num_own).int()
+        where, entries = self.domains, lists.entries
+        send_sizes, recv_sizes = self._sizes()
+        page = lists.sent[: sum(map(sum, send_sizes))]  # of [G, h, blocks of a rank], as good as of the first G ranks
         if isinstance(lists.got, Passed):
-            passed, got, got_sizes = self._passed(lists.got)
+            passed, got, got_sizes = self._passed(lists.got, entries)
         else:
-            passed, got_sizes = [None] * len(recv_sizes), recv_sizes.sum(1).tolist()
+            passed, got_sizes = [None] * len(recv_sizes), list(map(sum, recv_sizes))
             got = lists.got[: sum(got_sizes)]
-        recv_head, recv_block = self._blocks(got, lists)
-        counts = send_sizes.sum(1).tolist()
-        parts = zip(
-            send_head.split(counts), send_page.split(counts), recv_head.split(got_sizes), recv_block.split(got_sizes),
-            map(tuple, send_sizes.tolist()), map(tuple, recv_sizes.tolist()),
-            map(self._whole_heads, range(len(counts))), passed, strict=True,
-        )  # fmt: skip
+        found = [
+            *(x.index_select(0, page).split(list(map(sum, send_sizes))) for x in (entries.head, entries.page)),
+            *(x.index_select(0, got).split(got_sizes) for x in (entries.head, entries.block)),
+        ]
+        whole = map(self._whole_heads, range(len(passed)))
+        parts = zip(*found, map(tuple, send_sizes), map(tuple, recv_sizes), whole, passed, strict=True)
         return [Route(*part) for part in parts]
+
+    def _sizes(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Pages that this rank sends in each round to each rank, and gets from each."""
+        where, sent = self.domains, self.sent.view(-1, self.num_heads).sum(1)
+        if where.size == 1 and self.num_rounds == 1:
+            return [sent.tolist()], [self.of_owner.tolist()]
+        begin = self.of_owner.cumsum(0) - self.of_owner
+        to_ranks = self._in_rounds(self.begin, sent).flatten(1)  # [rounds, P]
+        return to_ranks.tolist(), self._in_rounds(begin, self.of_owner)[:, :, where.lane].tolist()
 
     def _in_rounds(self, begin: Tensor, count: Tensor) -> Tensor:
         """[rounds, n, D]: of the runs of a list from begin [n] on, the pages of each round and lane."""
@@ -125,12 +139,6 @@ class Told:
         from_lane = self.domains.size - 1 - torch.arange(self.domains.size)
         first, stop = ((x[..., None] + from_lane) // self.domains.size for x in (first, stop))
         return stop - first
-
-    def _blocks(self, entries: Tensor, lists: Lists) -> tuple[Tensor, Tensor]:
-        """(head, global block) of entries of [P, h, blocks of a rank]."""
-        head = entries // self.num_own % self.num_heads
-        own = entries // (self.num_heads * self.num_own) * self.num_own + entries % self.num_own
-        return head.int(), lists.blocks.index_select(0, own).int()
 
     def _whole_heads(self, number: int) -> Sizes | None:
         """The heads of which each rank gets all local pages in a round, rank by rank, if nobody gets a part of one."""
@@ -149,21 +157,23 @@ class Told:
 
     # --- Inside the domain -----------------------------------------------------------------------------------------
 
-    def _passed(self, known: Passed) -> tuple[list[PassedOn | None], Tensor, list[int]]:
+    def _passed(self, known: Passed, entries: Entries) -> tuple[list[PassedOn | None], Tensor, list[int]]:
         """What is passed on in each round; the entries that come, and how many in each round."""
         where = self.domains
         shared, own, got = (x.view(-1, where.size)[: self.num_rounds] for x in self.passed)
         counts, got_sizes = (shared + own).sum(1).tolist(), got.sum(1).tolist()
         place = known.send[: sum(counts)] % len(known.entry)
         found: list[PassedOn | None] = [
-            self._passed_on(known, places, *sizes)
+            self._passed_on(known, entries, places, *sizes)
             for places, *sizes in zip(
                 place.split(counts), shared.tolist(), own.tolist(), got.tolist(), strict=True
             )
         ]  # fmt: skip
         return found, known.entry.index_select(0, known.recv[: sum(got_sizes)]), got_sizes
 
-    def _passed_on(self, known: Passed, places: Tensor, shared: list[int], own: list[int], got: list[int]) -> PassedOn:
+    def _passed_on(
+        self, known: Passed, entries: Entries, places: Tensor, shared: list[int], own: list[int], got: list[int]
+    ) -> PassedOn:
         num_shared = sum(shared)
         rows = (places >= known.num_outside).to(torch.uint8).argsort(stable=True)  # those of the share, then own pages
         entry = known.entry.index_select(0, places.index_select(0, rows[num_shared:]))
@@ -175,8 +185,8 @@ class Told:
             shared_rows=rows[:num_shared].int(),
             shared=known.row.index_select(0, places.index_select(0, rows[:num_shared])).int(),
             own_rows=rows[num_shared:].int(),
-            own_head=(entry // self.num_own % self.num_heads).int(),
-            own_page=(entry % self.num_own).int(),
+            own_head=entries.head.index_select(0, entry),
+            own_page=entries.page.index_select(0, entry),
         )
 
     def _of_group(self, sizes: list[int]) -> Sizes:

@@ -83,7 +83,7 @@ def page_counts(core: Core, strategy: Strategy) -> cost.Matrix:
 
 
 def domain_size(core: Core, options: Options) -> int:
-    """Ranks of a domain (`FetchOptions.domain_size`); 1 for a group that it does not divide, as a plan has many sizes."""
+    """Ranks of a domain (`FetchOptions.domain_size`); 1 for a group that it does not divide: a plan has many."""
     size = options.fetch.domain_size or 1
     return 1 if core.plan.cp_size % size else options.fetch.domain_of(core.plan.cp_size)
 
