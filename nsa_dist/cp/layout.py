@@ -70,7 +70,7 @@ class RankLayout:
     cmp_halo: Halo
     win_halo: Halo
     host: "HostLayout" = field(compare=False, repr=False)
-    kept: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what others make of it
+    kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what others make of it
 
 
 class HostLayout(NamedTuple):

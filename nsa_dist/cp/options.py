@@ -11,6 +11,9 @@ GATHER_BYTES_PER_S, COPY_BYTES_PER_S = 331e9, 980e9
 # as long as its host (docs/decisions/host-time.md). So far launches are repeated, and exchanges run in line.
 MOST_IN_LINE = 2**27
 
+# Gradients of others' pages that lie in a mailbox at once.
+CHUNK_BYTES = 2**27
+
 TRANSPORTS = ("auto", "one_sided", "all_to_all")
 
 

@@ -218,11 +218,25 @@ def test_the_docs_have_the_planners_table_up_to_512_gpus():
 
 
 def test_fetching_pays_below_break_even():
-    (row,) = fetching(make_plan(long_config(), cluster(), cp_sizes=[1, 8]))
+    sent = Options(fetch=FetchOptions(transport="all_to_all"))
+    (row,), (read,) = (fetching(make_plan(long_config(), cluster(), options, [1, 8])) for options in (sent, Options()))
     assert row.cp_size == 8
     assert 0 < row.even_gather < row.even_raw <= 1
     assert row.saved[0.05] > row.saved[0.2] > row.saved[1.0] > 0
     assert row.held_bytes[0.05] < row.held_bytes[0.2] < row.held_bytes[1.0] < row.raw_held_bytes
+    assert set(read.held_bytes.values()) == {row.held_bytes[1.0]}  # where ranks read, every remote block has its place
+
+
+def test_ranks_that_read_memory_have_mailboxes():
+    """About 0.9 GiB of a million tokens over 8; none where they send, gather, or span nodes."""
+    config, options = long_config(), Options(fetch=FetchOptions(transport="all_to_all"))
+    read = make_plan(config, cluster(), cp_sizes=[1, 8])
+    alone, several = (candidate.judged.memory_bytes["mailboxes"] for candidate in read.candidates)
+    assert (alone, several / GIB) == (0, pytest.approx(0.9, abs=0.05))
+    assert read.candidates[1].outcome("raw all-gather").memory_bytes["mailboxes"] == 0
+    assert make_plan(config, cluster(), options, [8]).best.judged.memory_bytes["mailboxes"] == 0
+    nodes = cluster().model_copy(update={"num_nodes": 2})
+    assert make_plan(config, nodes, cp_sizes=[16]).candidates[0].judged.memory_bytes["mailboxes"] == 0
 
 
 def test_fewer_chosen_blocks_cost_less():

@@ -105,7 +105,7 @@ class Told:
 
     def routes(self, lists: Lists) -> list[Route]:
         """Of every round."""
-        where, entries = self.domains, lists.entries
+        entries = lists.entries
         send_sizes, recv_sizes = self._sizes()
         page = lists.sent[: sum(map(sum, send_sizes))]  # of [G, h, blocks of a rank], as good as of the first G ranks
         if isinstance(lists.got, Passed):
