@@ -34,12 +34,6 @@ def pack_bits(marks: Tensor) -> Tensor:
     return (bits << shifts).sum(-1, dtype=torch.uint8)
 
 
-def unpack_bits(packed: Tensor, num_blocks: int) -> Tensor:
-    """uint8 [..., ceil(B / 8)] -> bool [..., B], the inverse of `pack_bits`."""
-    shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    return ((packed[..., None] >> shifts) & 1).flatten(-2)[..., :num_blocks].bool()
-
-
 def widen_to_whole_shards(wanted: Tensor, fraction: float) -> Tensor:
     """Where at least `fraction` of an owner's blocks of a head are wanted, want all of them: bool [..., own blocks]."""
     if fraction == 1.0:

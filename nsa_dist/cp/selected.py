@@ -1,7 +1,7 @@
 """Selected attention over ranks: fetch what was chosen, attend, merge rounds; backward fetches again and sends home.
 
-Forward, for the stages 0, 1, ... of `call.forward_stages`; a bitmap tells every owner what to send, and its bits come
-to the host while the device works on the next stage:
+Forward, for the stages 0, 1, ... of `call.forward_stages`; a bitmap tells every owner what to send, the device lists
+the pages, and how many go where comes to the host while the device works on the next stage:
 
     compress(h), post_bitmap(h)     post_fetch(h) once compress(h + 1) is queued     attend(h) after that
     pages held: those of stage h in use and those of h + 1 on their way

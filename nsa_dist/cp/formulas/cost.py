@@ -238,23 +238,29 @@ def sent_bytes(
     halos = [halo_rows(plan, length) for length in halo_lengths(cfg)]
     most = max(own_cmp_blocks(plan, cfg, rank) for rank in range(plan.cp_size))
 
-    def of_pages(counts: Matrix, rank: int, suffix: str = "") -> dict[str, int]:
-        """Of pages that others get from it; one-sided, that it gets from others."""
-        moved = sum(counts[rank]) if one_sided else sum(row[rank] for row in counts)
-        return {
-            f"pages{suffix}": (2 if refetch else 1) * moved * page * heads.element_bytes,
-            f"pages.grad{suffix}": sum(counts[rank]) * page * heads.grad_bytes,
-        }
+    def of_pages(counts: Matrix, suffix: str = "") -> list[dict[str, int]]:
+        """Of pages that others get from a rank; one-sided, that it gets from others."""
+        got = [sum(row) for row in counts]
+        return [
+            {
+                f"pages{suffix}": (2 if refetch else 1) * moved * page * heads.element_bytes,
+                f"pages.grad{suffix}": found * page * heads.grad_bytes,
+            }
+            for moved, found in zip(got if one_sided else map(sum, zip(*counts, strict=True)), got, strict=True)
+        ]
 
+    halos_sent = [sum(rows) for rows in zip(*(map(sum, zip(*halo, strict=True)) for halo in halos), strict=True)]
+    moved = of_pages(pages)
+    passed_on: list[dict[str, int]] = [{} for _ in moved] if inside is None else of_pages(inside, ".inside")
     return [
         {
-            "halo": sum(row[rank] for halo in halos for row in halo) * row_bytes,
+            "halo": halos_sent[rank] * row_bytes,
             "halo.grad": sum(sum(halo[rank]) for halo in halos) * row_grad_bytes,
             "compressed": others * most * row_bytes,
             "compressed.grad": others * most * row_grad_bytes,
             "bitmap": others * heads.num_kv_heads * bits,
-            **of_pages(pages, rank),
-            **({} if inside is None else of_pages(inside, rank, ".inside")),
+            **moved[rank],
+            **passed_on[rank],
         }
         for rank in range(plan.cp_size)
     ]

@@ -1,6 +1,7 @@
 """One rank's part in every round: sizes on the host, worked out of a few numbers, and lists of pages on the device."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ class Told:
     chosen: Tensor  # [h]: remote blocks that its queries chose
     passed: tuple[Tensor, ...] = ()  # by round and lane: passed on of the share, of own pages; got
 
-    @property
+    @cached_property
     def num_rounds(self) -> int:
         """The same on every rank, at least one."""
         return max(1, -(-int(self.totals.max()) // self.per_round))

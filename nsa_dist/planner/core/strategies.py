@@ -76,7 +76,8 @@ def page_bytes(core: Core, element_bytes: int) -> int:
 def page_counts(core: Core, strategy: Strategy) -> cost.Matrix:
     """counts[r][q]: pages that rank r receives from rank q in one forward. All of a shard unless it is fetched."""
     if strategy.union_fraction is not None:
-        return cost.pages_at(core.plan, core.heads, strategy.union_fraction)
+        u = strategy.union_fraction
+        return core.plan.memo(("pages at", core.heads, u), lambda: cost.pages_at(core.plan, core.heads, u))
     size = core.plan.cp_size
     shard = core.plan.tokens_per_rank // core.plan.block_len * core.heads.num_kv_heads
     return [[shard * (source != rank) for source in range(size)] for rank in range(size)]
