@@ -37,7 +37,7 @@ def agreement(rank: int) -> dict[tuple, str]:
     """{(case, group): "" or what went wrong on this rank}, over gloo."""
     groups, found = groups_up_to(RANKS), {}
     for name in CASES:
-        lengths = [150, 33, 80]
+        lengths = [90, 33, 40]
         inputs = make_inputs(sum(lengths), 4, 2)
         budget = 5 * PAGE_BYTES if name == "in rounds" else None
         expected = run(inputs, SMALL, lengths)

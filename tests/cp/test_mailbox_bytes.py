@@ -15,7 +15,7 @@ from thread_mailboxes import run_readers
 SPARE_BYTES = 1024 + 2 * 3 * 256  # of a box: its flags, what slots and parts of them are aligned to, a header
 
 
-@pytest.mark.parametrize(("in_line", "groups"), [(True, 1), (False, 2)])
+@pytest.mark.parametrize(("in_line", "groups"), [pytest.param(True, 1, marks=pytest.mark.slow), (False, 2)])
 def test_boxes_hold_what_the_formula_says(in_line, groups):
     lengths, heads = [250], HeadSizes(4, 2, 12, 8, element_bytes=8)
     inputs, plan = make_inputs(250, 4, 2, 12, 8), make_plan("zigzag", lengths, 2, SMALL)
