@@ -20,6 +20,7 @@ from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.device import put_on
 from nsa_dist.cp.options import FetchOptions
 from nsa_dist.cp.plan import ShardPlan, as_bounds, runs
+from nsa_dist.inference import over_ranks
 from nsa_dist.inference.attend import nsa_decode, nsa_prefill
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.inference.decode import EMPTY_SLOT, decode_step
@@ -190,14 +191,20 @@ class NSALayer(nn.Module):
         return self.proj(out.flatten(2))
 
     @torch.no_grad()
-    def decode_step(self, x: Tensor, cache: NSACache, slots: Tensor) -> Tensor:
+    def decode_step(
+        self, x: Tensor, cache: NSACache, slots: Tensor, cp_group: dist.ProcessGroup | Comm | None = None
+    ) -> Tensor:
         """`decode` as launches alone, of `nsa_dist.inference.decode`: positions are read on the device."""
         batch, new = x.shape[:2]
         start = cache.tables.lengths.index_select(0, slots.clamp(min=0))
         position = (start[:, None] + torch.arange(new, device=x.device)).flatten()
         q, kv, gates = self.project(x.flatten(0, 1), position)
         q, gates, *pairs = (y.unflatten(0, (batch, new)) for y in (q, gates, *kv))
-        out, _ = decode_step(q, BranchKV(*pairs), gates, cache, slots, default_ops(q))
+        comm = cp_group if isinstance(cp_group, Comm) else Comm(cp_group)
+        if comm.size > 1:
+            out, _ = over_ranks.decode_step(q, BranchKV(*pairs), gates, cache, slots, comm, default_ops(q))
+        else:
+            out, _ = decode_step(q, BranchKV(*pairs), gates, cache, slots, default_ops(q))
         return self.proj(out.flatten(2))
 
     def project(self, x: Tensor, position: Tensor) -> tuple[Tensor, BranchKV, Tensor]:

@@ -126,6 +126,8 @@ def everything(rank: int, folder: str) -> dict[str, str]:
         expected = {variant: attend(SINGLE, changes) for variant, changes in VARIANTS.items()}
         attempt("recompute changes nothing", lambda: assert_equal(expected["recompute"], expected["mlp"]))
         attempt("a pack is its documents one by one", packed_is_one_by_one)
+        attempt("a batch is its samples one by one", batch_is_one_by_one)
+        attempt("a batch is cut into calls", batch_in_calls)
         attempt("positions of an evaluation serve training", trains_after_inference)
         expected_pack = attend_pack(Layout(order="contiguous"))
         save(SINGLE, Path(folder, "TP1"))
@@ -217,6 +219,58 @@ def packed_is_one_by_one() -> None:
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=1e-12)
 
 
+def batch_is_one_by_one() -> None:
+    """Output, gradients, and what is shown to who watches: samples whose last block is not full."""
+    attention = build_attention(make_config(), seed=1)
+    x, upstream = torch.randn(2, 100, 3, HIDDEN, dtype=torch.float64)
+    together, seen = _watched(attention, x, upstream)
+    alone = [_watched(attention, x[:, i : i + 1], upstream[:, i : i + 1]) for i in range(3)]
+    for name in ("out", "dx"):
+        torch.testing.assert_close(together[name], torch.cat([a[name] for a, _ in alone], 1), rtol=1e-12, atol=1e-12)
+    for name in together.keys() - {"out", "dx"}:
+        torch.testing.assert_close(together[name], sum(a[name] for a, _ in alone), rtol=1e-12, atol=1e-12)
+    for i, (_, its) in enumerate(alone):
+        assert torch.equal(seen["recorded"][i], its["recorded"][0])
+        assert torch.equal(seen["blocks"][i], its["blocks"][0])
+        torch.testing.assert_close(seen["gates"][i], its["gates"][0], rtol=1e-12, atol=1e-12)
+
+
+def batch_in_calls() -> None:
+    """Where a batch is too large for one call: the same, in calls of as many samples as divide it."""
+    attention = build_attention(make_config(), seed=1)
+    x, upstream = torch.randn(2, 32, 6, HIDDEN, dtype=torch.float64)
+    calls, attend_call = [], attention.core_attention._attend
+
+    def noted(q: Tensor, *rest: object) -> Tensor:
+        calls.append(len(q))
+        return attend_call(q, *rest)
+
+    expected, _ = _watched(attention, x, upstream)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nsa_dist.mcore.plans.MOST_TOGETHER", 5 * 32 * 32)  # 5 samples, and 3 divide 6
+        patch.setattr(attention.core_attention, "_attend", noted)
+        got, _ = _watched(attention, x, upstream)
+    assert calls == [3 * 32] * 2
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-12)
+
+
+def _watched(attention: NSASelfAttention, x: Tensor, upstream: Tensor) -> tuple[dict[str, Tensor], dict[str, list]]:
+    """(output and gradients, what was shown) of one forward and backward."""
+    x, seen = x.clone().requires_grad_(), {"gates": [], "blocks": []}
+
+    def observe(gates: Tensor, blocks: Tensor) -> None:
+        seen["gates"].append(gates)
+        seen["blocks"].append(blocks)
+
+    attention.zero_grad()
+    with attention.core_attention.observing(observe), attention.core_attention.recording_blocks() as recorded:
+        out, _ = attention(x, None)
+    (out * upstream).sum().backward()
+    grads = {f"d {name}": parameter.grad.clone() for name, parameter in attention.named_parameters()}
+    return {"out": out.detach(), "dx": x.grad, **grads}, {**seen, "recorded": recorded}
+
+
 def trains_after_inference() -> None:
     attention = build_attention(make_config())
     x = torch.randn(TOKENS, 1, HIDDEN, dtype=torch.float64, requires_grad=True)
@@ -267,7 +321,8 @@ def recorded_blocks() -> None:
     attention(x, None)
     assert [tuple(blocks.shape) for blocks in recorded] == [(TOKENS // 2, 2, 4)] * BATCH
     own = ShardPlan.zigzag([0, TOKENS], 2, 16).positions(parallel_state.get_context_parallel_rank()) // 16
-    assert (recorded[0].amax(-1) == own[:, None]).all(), "a query's own block is its last"
+    for blocks in recorded:
+        assert (blocks.amax(-1) == own[:, None]).all(), "a query's own block is its last"
 
 
 def refuses_odd_lengths() -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -156,8 +155,6 @@ def refusals() -> None:
         lambda: attention(x[30:40, :1], None, inference_context=at, packed_seq_params=pack), "packed_seq_params"
     )
     expect_error(lambda: at.swap_key_value_dict([1, 0]), "whose sequences fork, for beams")
-    dynamic = SimpleNamespace(is_static_batching=lambda: False)
-    expect_error(lambda: attention(x, None, inference_context=dynamic), "pass a StaticInferenceContext")
     expect_error(lambda: check_context(at, False, 2, "it"), "context_parallel_size=1")
     dense = build(SINGLE, {"nsa_attention": "dense"}, nsa_block_spec).eval()
     ids = tokens()[:, :LENGTH]

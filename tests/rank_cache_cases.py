@@ -45,7 +45,9 @@ class RankPlay(Play):
         return prefilled(rows, self.cache, seqs, layout(bounds, self.comm.size, self.case.cfg.slc_block_len), self.comm)
 
     def decoded(self, batch, seqs):
-        out, blocks = nsa_decode(*batch, self.cache, seqs, cp_group=self.comm, return_block_indices=True)
+        out, blocks = nsa_decode(
+            *batch, self.cache, seqs, cp_group=self.comm, return_block_indices=True, ops=self.decode_ops
+        )
         everywhere = self.comm.all_gather(out, "test")
         assert (everywhere == everywhere[0]).all()
         return out, blocks

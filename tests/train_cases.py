@@ -88,6 +88,12 @@ def records(base: Path, name: str, kind: str = "train") -> list[dict]:
     return read_metrics(base / name / "metrics.jsonl", kind)
 
 
+def largest_difference(got: list[dict], expected: list[dict], names=("loss", "grad_norm")) -> float:
+    """Relative, over all steps."""
+    assert [r["step"] for r in got] == [r["step"] for r in expected]
+    return max(abs(g[n] - e[n]) / abs(e[n]) for g, e in zip(got, expected, strict=True) for n in names)
+
+
 class StopAfter(Hooks):
     """Asks for an end after the given step of this launch, and keeps what it was given to read."""
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from nsa_kernels.decode.attention import decode_attention as decode_attention
     from nsa_kernels.decode.attention import decode_takes as decode_takes
     from nsa_kernels.decode.phi import decode_compress_mlp as decode_compress_mlp
+    from nsa_kernels.decode_part.attention import PartAttention as PartAttention
+    from nsa_kernels.decode_part.attention import part_takes as part_takes
+    from nsa_kernels.decode_part.store import part_store as part_store
     from nsa_kernels.gates.combine import combine as combine
     from nsa_kernels.gates.deltas import gate_deltas as gate_deltas
     from nsa_kernels.gates.merge import merge as merge
@@ -56,6 +59,7 @@ _MODULES = {
 # Of these kernels alone: the reference has no tiles and launches nothing; its twins of decoding are in
 # `nsa_kernels.reference.decode`, as everything else decodes with the operators of training.
 _ALONE = {
+    "PartAttention": "decode_part.attention",
     "Tapes": "common.tape",
     "WHOLE_TILES": "common.wild",
     "decode_append": "decode.append",
@@ -63,6 +67,8 @@ _ALONE = {
     "decode_compress_mlp": "decode.phi",
     "decode_store": "decode.append",
     "decode_takes": "decode.attention",
+    "part_store": "decode_part.store",
+    "part_takes": "decode_part.attention",
 }
 
 __all__ = sorted(_MODULES)

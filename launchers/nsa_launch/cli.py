@@ -4,6 +4,7 @@ Imports are inside the commands, so that --help and mistakes answer at once.
 """
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (`nsa_launch.exit_codes`)."""
     arguments = parser().parse_args(argv)
     try:
-        return arguments.command(arguments)
+        code = arguments.command(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who read it has seen enough, as in `nsa-dist plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end
+        return exit_codes.stopped_by(signal.SIGPIPE)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in _OPTIONAL:

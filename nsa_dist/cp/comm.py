@@ -194,6 +194,11 @@ class Comm:
         return False
 
     @property
+    def is_on_device(self) -> bool:
+        """Whether collectives are launches that a CUDA graph can hold: NCCL's, or none."""
+        return self.group is None or dist.get_backend(self.group) == "nccl"
+
+    @property
     def size(self) -> int:
         return 1 if self.group is None else dist.get_world_size(self.group)
 

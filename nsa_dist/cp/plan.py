@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LAYOUTS = ("zigzag", "contiguous", "zigzag_documents")
+LAYOUTS = ("zigzag", "contiguous", "zigzag_documents", "contiguous_documents")
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,10 @@ class ShardPlan:
     zigzag              the stream in 2P chunks, rank r holds chunks r and 2P-1-r: Megatron's order for one document.
                         It balances causal work: early chunks see few keys, late ones many.
     contiguous          the stream in P chunks, rank r holds chunk r: for packs of short documents.
-    zigzag_documents    every document is a zigzag of its own: Megatron's order for packs. Documents are padded to
-                        2P blocks.
+    zigzag_documents    every document is a zigzag of its own: Megatron's order for packs, and a batch of sequences in a
+                        zigzag one behind the other. Documents are padded to 2P blocks.
+    contiguous_documents    every document in P chunks of its own: such a batch of contiguous sequences. Documents are
+                        padded to P blocks.
 
     Raises ValueError on a cu_seqlens that is not one, or sizes below 1.
     """
@@ -78,7 +80,7 @@ class ShardPlan:
         if not all(type(size) is int and size >= 1 for size in sizes) or self.layout not in LAYOUTS:
             raise ValueError(
                 f"cp_size={self.cp_size!r} and block_len={self.block_len!r} must be integers of at least 1 and layout="
-                f"{self.layout!r} one of {LAYOUTS}; use ShardPlan.zigzag, .contiguous or .zigzag_documents"
+                f"{self.layout!r} one of {LAYOUTS}; use the class method of that name"
             )
 
     @classmethod
@@ -92,6 +94,10 @@ class ShardPlan:
     @classmethod
     def zigzag_documents(cls, cu_seqlens: Tensor | Sequence[int], cp_size: int, block_len: int = 64) -> "ShardPlan":
         return _plan(as_bounds(cu_seqlens), cp_size, block_len, "zigzag_documents")
+
+    @classmethod
+    def contiguous_documents(cls, cu_seqlens: Tensor | Sequence[int], cp_size: int, block_len: int = 64) -> "ShardPlan":
+        return _plan(as_bounds(cu_seqlens), cp_size, block_len, "contiguous_documents")
 
     @classmethod
     def auto(cls, cu_seqlens: Tensor | Sequence[int], cp_size: int, block_len: int = 64) -> "ShardPlan":
@@ -114,13 +120,18 @@ class ShardPlan:
     @property
     def chunks_per_rank(self) -> int:
         """Of each region: a zigzag gives every rank an early and a late one."""
-        return 1 if self.layout == "contiguous" or self.cp_size == 1 else 2
+        return 1 if self.layout.startswith("contiguous") or self.cp_size == 1 else 2
+
+    @property
+    def deals_documents(self) -> bool:
+        """Whether each document is dealt to the ranks by itself, rather than the stream as a whole."""
+        return self.layout.endswith("_documents")
 
     @cached_property
     def stream_starts(self) -> tuple[int, ...]:
         """Where each document starts in the stream, and where the last one's padding ends: [num_docs + 1]."""
         unit = self.block_len
-        if self.layout == "zigzag_documents":
+        if self.deals_documents:
             unit *= self.cp_size * self.chunks_per_rank
         padded = (_round_up(b - a, unit) for a, b in pairwise(self.cu_seqlens))
         return tuple(accumulate(padded, initial=0))
@@ -128,7 +139,7 @@ class ShardPlan:
     @cached_property
     def regions(self) -> tuple[int, ...]:
         """Bounds of the parts of the stream that are dealt to the ranks one by one: [num_regions + 1]."""
-        if self.layout == "zigzag_documents":
+        if self.deals_documents:
             return self.stream_starts
         return (0, _round_up(self.stream_starts[-1], self.block_len * self.cp_size * self.chunks_per_rank))
 
@@ -256,7 +267,7 @@ class ShardPlan:
         Those are the ids callers see: they do not depend on the number of ranks. None where they are the same;
         -1 for blocks of padding alone.
         """
-        if self.layout != "zigzag_documents" or self.cp_size == 1:
+        if not self.deals_documents or self.cp_size == 1:
             return None
 
         def compute() -> Tensor:

@@ -139,6 +139,9 @@ def nsa_decode(
         with decoding(cache, seqs, new):
             results = decode_step(q, kv, gates, cache, slots_of(cache, seqs), ops, softmax_scale, with_phi=with_phi)
         return results if return_block_indices else results[0]
+    if comm.size > 1 and taken and over_ranks.has_kernels(ops, cache):
+        results = over_ranks.decode(q, kv, gates, cache, seqs, comm, ops, softmax_scale)
+        return results if return_block_indices else results[0]
     if len(used) < batch:
         slots = torch.tensor(used, dtype=torch.int64, device=q.device)
         packed = [x.index_select(0, slots).flatten(0, 1) for x in (q, *kv, gates)]

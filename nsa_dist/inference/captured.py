@@ -4,17 +4,22 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nsa_dist.attention import default_ops
+from nsa_dist.cp.comm import Comm
+from nsa_dist.inference import over_ranks
 from nsa_dist.inference.decode import EMPTY_SLOT, decoding, has_kernels, paged, slots_of
 from nsa_dist.inference.model import GPT, ModelCache
 
 
-def can_capture(model: GPT, cache: ModelCache) -> bool:
-    """Whether a step is launches alone: on a GPU, with kernels that take the layers' sizes."""
+def can_capture(model: GPT, cache: ModelCache, cp_group: dist.ProcessGroup | Comm | None = None) -> bool:
+    """Whether a step is launches alone: on a GPU, with kernels that take the layers' sizes, over ranks by NCCL."""
     weight = model.embedding.weight
-    return weight.is_cuda and all(has_kernels(default_ops(weight), layer) for layer in cache.layers)
+    comm = cp_group if isinstance(cp_group, Comm) else Comm(cp_group)
+    takes = over_ranks.has_kernels if comm.size > 1 else has_kernels
+    return weight.is_cuda and comm.is_on_device and all(takes(default_ops(weight), layer) for layer in cache.layers)
 
 
 class CapturedDecode:
@@ -22,10 +27,19 @@ class CapturedDecode:
 
     Captured at the first call, and again when what the graph reads has moved: when the cache has made room for more
     sequences, or the longest sequence has twice the pages. The host waits for nothing.
+
+    cp_group    of a cache over ranks, that holds its prompts; every rank calls alike
     """
 
-    def __init__(self, model: GPT, cache: ModelCache, batch: int, new: int = 1) -> None:
-        self.model, self.cache, self.batch, self.new = model, cache, batch, new
+    def __init__(
+        self,
+        model: GPT,
+        cache: ModelCache,
+        batch: int,
+        new: int = 1,
+        cp_group: dist.ProcessGroup | Comm | None = None,
+    ) -> None:
+        self.model, self.cache, self.batch, self.new, self.cp_group = model, cache, batch, new, cp_group
         device = model.embedding.weight.device
         self._tokens = torch.zeros(batch, new, dtype=torch.int64, device=device)
         self._slots = [torch.full((batch,), EMPTY_SLOT, dtype=torch.int32, device=device) for _ in cache.layers]
@@ -57,10 +71,11 @@ class CapturedDecode:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self.model.decode_step(self._tokens, self.cache, self._slots)
+            self.model.decode_step(self._tokens, self.cache, self._slots, self.cp_group)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = self.model.decode_step(self._tokens, self.cache, self._slots)
+        # NCCL's watchdog asks for events in another thread: such calls must not spoil the capture.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._logits = self.model.decode_step(self._tokens, self.cache, self._slots, self.cp_group)
         for slots, before in zip(self._slots, kept, strict=True):
             slots.copy_(before)

@@ -11,7 +11,7 @@ from nsa_dist.inference.captured import CapturedDecode, can_capture
 from nsa_dist.inference.decode import EMPTY_SLOT
 from nsa_dist.inference.model import GPT, ModelCache
 
-PREFILL_CHUNK = 4096  # tokens of a prompt at once: bounds memory
+PREFILL_CHUNK = 16384  # tokens of a prompt at once: bounds memory
 
 
 class Sampling(NamedTuple):

@@ -164,11 +164,17 @@ class GPT(nn.Module):
         return self._logits(x)
 
     @torch.no_grad()
-    def decode_step(self, tokens: Tensor, cache: "ModelCache", slots: Sequence[Tensor]) -> Tensor:
+    def decode_step(
+        self,
+        tokens: Tensor,
+        cache: "ModelCache",
+        slots: Sequence[Tensor],
+        cp_group: dist.ProcessGroup | Comm | None = None,
+    ) -> Tensor:
         """`decode` as launches alone, which a CUDA graph can hold (`captured`): slots [B] of each layer's cache."""
         x = self.embedding(tokens)
         for block, layer_cache, layer_slots in zip(self.layers, cache.layers, slots, strict=True):
-            x = x + block.attention.decode_step(block.attention_norm(x), layer_cache, layer_slots)
+            x = x + block.attention.decode_step(block.attention_norm(x), layer_cache, layer_slots, cp_group)
             x = x + block.mlp(block.mlp_norm(x))
         return self._logits(x)
 

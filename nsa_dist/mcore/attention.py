@@ -19,6 +19,7 @@ from nsa_dist.attention import check_agreement
 from nsa_dist.cp.comm import Comm
 from nsa_dist.mcore.config import NSATransformerConfig, need_nsa_config
 from nsa_dist.mcore.core import NSACoreAttention
+from nsa_dist.mcore.inference.dynamic import check_dynamic
 from nsa_dist.mcore.inference.static import check_context
 from nsa_dist.mcore.norm import NormedKeys, norm_of_heads
 from nsa_dist.mcore.plans import Place, PlanCache, RankPlan, local_heads
@@ -42,10 +43,10 @@ class PlannedSelfAttention(Attention):
     `packs.pack_order` says; the layer derives their positions itself. An `attention_mask` must be causal, a
     `rotary_pos_emb` that of the layer's own base (`arrivals.py`): neither is read for anything else.
 
-    A static `inference_context` has the keys and values so far, and `hidden_states` are the tokens behind them, of all
-    rows equally many (`inference/static.py`).
+    An `inference_context` has the keys and values so far, and `hidden_states` are the tokens behind them: of all rows
+    equally many if it is a static one (`inference/static.py`), of each request its own (`inference/dynamic.py`).
 
-    Raises ValueError for what the layer does not do: dynamic inference contexts, attention biases, cross attention; for
+    Raises ValueError for what the layer does not do: attention biases, cross attention, CUDA graphs of a context; for
     lengths that would let a selection block span two context-parallel ranks.
     """
 
@@ -101,7 +102,7 @@ class PlannedSelfAttention(Attention):
         """[s, b, columns of `linear_qkv`] -> what the core takes."""
 
     def _append(self, mixed: Tensor, context: Any) -> Tensor:
-        """[s, b, columns of `linear_qkv`] of new tokens -> [s, b, Hq * Dv], by the cache of a static context."""
+        """[s, b, columns of `linear_qkv`] of new tokens -> [s, b, Hq * Dv], by the cache of a context."""
         raise ValueError(
             f"{type(self).__name__} was given a {type(context).__name__}, and it keeps no cache: it is the twin that "
             f"NSA is compared with; leave the context out, and give whole sequences"
@@ -200,7 +201,10 @@ class PlannedSelfAttention(Attention):
         if context is not None:
             _refuse(type(self).__name__, packed_seq_params=packed_seq_params)
             check_context(context, self.training, get_pg_size(self.pg_collection.cp), type(self).__name__)
-            self.plans.arrivals.check_chunk_mask(attention_mask, len(mixed), int(context.sequence_len_offset))
+            if context.is_static_batching():
+                self.plans.arrivals.check_chunk_mask(attention_mask, len(mixed), int(context.sequence_len_offset))
+            else:
+                check_dynamic(context, attention_mask, len(mixed), mixed.shape[1], type(self).__name__)
             self.plans.arrivals.check_rotary(rotary_pos_emb, self.config.kv_channels, self.config.rotary)
             return self.linear_proj(self._append(mixed, context))
         rank_plan = self._rank_plan(mixed, packed_seq_params)

@@ -1,4 +1,4 @@
-"""The core of the layer: from projected q, k, v and gate logits to the attention's output, sample by sample."""
+"""The core of the layer: from projected q, k, v and gate logits to the attention's output."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +17,9 @@ from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.mcore.compressor import GateBias, ParallelCompressMLP
 from nsa_dist.mcore.config import NSATransformerConfig
+from nsa_dist.mcore.inference.dynamic import RequestCache, Step, attend_requests, pages_for, request_cache
 from nsa_dist.mcore.inference.static import LayerCache, attend
-from nsa_dist.mcore.plans import RankPlan
+from nsa_dist.mcore.plans import RankPlan, call_plan
 from nsa_dist.rope_scaling import Rotary
 
 
@@ -39,9 +40,18 @@ class NSACoreAttention(MegatronModule):
         self._observe: Callable[[Tensor, Tensor], None] | None = None
 
     def forward(self, q: Tensor, kv: Tensor, gate_logits: Tensor, rank_plan: RankPlan) -> Tensor:
-        """q [T, b, Hq, Dk], kv [T, b, Hkv, pairs * (Dk + Dv)], gate_logits [T, b, Hq, 3] -> [T, b, Hq * Dv]."""
-        samples = [self._attend(q[:, i], kv[:, i], gate_logits[:, i], rank_plan).flatten(1) for i in range(q.shape[1])]
-        return torch.stack(samples, 1)
+        """q [T, b, Hq, Dk], kv [T, b, Hkv, pairs * (Dk + Dv)], gate_logits [T, b, Hq, 3] -> [T, b, Hq * Dv].
+
+        A batch is a pack: its samples are documents one behind the other, as many in a call as `call_plan` says.
+        """
+        count = call_plan(rank_plan.plan, q.shape[1], q[0, 0].numel()).num_documents if q.shape[1] > 1 else 1
+        parts = (x.transpose(0, 1).split(count) for x in (q, kv, gate_logits))  # [count, T, ...] each
+        outs = []
+        for its_q, its_kv, its_logits in zip(*parts, strict=True):
+            rows = [x.flatten(0, 1) for x in (its_q, its_kv, its_logits)]
+            out = self._attend(rows[0], rows[1], rows[2], rank_plan.of_batch(count))
+            outs.append(out.unflatten(0, (count, -1)))
+        return torch.cat(outs).flatten(2).transpose(0, 1)
 
     @contextmanager
     def recording_blocks(self) -> Iterator[list[Tensor]]:
@@ -97,18 +107,29 @@ class NSACoreAttention(MegatronModule):
         )
         if plan.cp_size == 1:
             out, block_indices = plan.unshard([out]), plan.unshard([block_indices])
-        if self._observe is not None:
-            self._observe(plan.unshard([gates]) if plan.cp_size == 1 else gates, block_indices)
-        if self._recorded is not None:
-            self._recorded.append(block_indices)
+        if self._observe is not None or self._recorded is not None:
+            self._show(plan.unshard([gates]) if plan.cp_size == 1 else gates, block_indices, rank_plan)
         return out
 
+    def _show(self, gates: Tensor, block_indices: Tensor, rank_plan: RankPlan) -> None:
+        """To who watches, sample by sample."""
+        samples = [x.chunk(rank_plan.samples) for x in (gates, block_indices)]
+        for i, (its_gates, its_blocks) in enumerate(zip(*samples, strict=True)):
+            its_blocks = torch.where(its_blocks >= 0, its_blocks - i * rank_plan.blocks_of_sample, its_blocks)
+            if self._observe is not None:
+                self._observe(its_gates, its_blocks)
+            if self._recorded is not None:
+                self._recorded.append(its_blocks)
+
     def append(self, q: Tensor, kv: Tensor, gate_logits: Tensor, context: Any, layer_number: int) -> Tensor:
-        """As `forward`, of new tokens behind those that the static inference context has of each sample."""
+        """As `forward`, of new tokens behind those that the inference context has of each sample or request."""
+        if not context.is_static_batching():
+            return self._append_requests(q[:, 0], kv[:, 0], gate_logits[:, 0], context, layer_number)[:, None]
         tokens, samples = q.shape[:2]
         layer = context.key_value_memory_dict.get(layer_number)
         if layer is None:
-            layer = LayerCache(self._make_cache(q, kv, context), context.max_batch_size)
+            pages = context.max_batch_size * -(-context.max_sequence_length // self.config.nsa.slc_block_len)
+            layer = LayerCache(self._make_cache(q, kv, pages, context.max_batch_size), context.max_batch_size)
             context.key_value_memory_dict[layer_number] = layer
         offset = int(context.sequence_len_offset)
         seqs = layer.rows(int(context.batch_size_offset), samples, offset)
@@ -125,12 +146,29 @@ class NSACoreAttention(MegatronModule):
         out = attend(by_sample(self._rotate(q, step)), branches, by_sample(gates), layer, seqs, scale)
         return out.flatten(2).transpose(0, 1)
 
-    def _make_cache(self, q: Tensor, kv: Tensor, context: Any) -> NSACache:
+    def _append_requests(self, q: Tensor, kv: Tensor, gate_logits: Tensor, context: Any, layer_number: int) -> Tensor:
+        """[rows, ...] of a dynamic context, its active tokens first -> [rows, Hq * Dv]."""
+        step, rows = Step.of(context), len(q)
+        layer = request_cache(context, layer_number)
+        if layer is None:
+            layer = RequestCache(self._make_cache(q, kv, pages_for(context, self.config.nsa.slc_block_len)))
+            context.nsa_layers[layer_number] = layer
+        q, kv, gate_logits = (x[: step.num_tokens] for x in (q, kv, gate_logits))
+        plan = ShardPlan.contiguous([0, step.num_tokens], 1, self.config.nsa.slc_block_len)
+        turned = RankPlan(plan, 0, step.positions(q.device), plan)
+        out = attend_requests(
+            self._rotate(q, turned), self._branches(kv, turned), self._gates(gate_logits), layer, step,
+            self.config.softmax_scale,
+        )  # fmt: skip
+        return out.new_zeros(rows, out[0].numel()).index_copy_(
+            0, torch.arange(len(out), device=out.device), out.flatten(1)
+        )
+
+    def _make_cache(self, q: Tensor, kv: Tensor, pages: int, max_sequences: int = 0) -> NSACache:
         config = self.config
-        pages = context.max_batch_size * -(-context.max_sequence_length // config.nsa.slc_block_len)
         return NSACache(
-            config.nsa, kv.shape[2], config.kv_channels, config.v_head_dim, pages, dtype=q.dtype, device=q.device,
-            compress_k=self.compress_k, compress_v=self.compress_v, max_sequences=context.max_batch_size,
+            config.nsa, kv.shape[-2], config.kv_channels, config.v_head_dim, pages, dtype=q.dtype, device=q.device,
+            compress_k=self.compress_k, compress_v=self.compress_v, max_sequences=max_sequences,
         )  # fmt: skip
 
     def _gates(self, logits: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from nsa_dist.mcore.packs import PackReading, document_bounds, pack_order
 from nsa_dist.rope import Turns, turns
 from nsa_dist.rope_scaling import Rotary
 
+MOST_TOGETHER = 2**27  # numbers of the queries of one call: beyond it the host's share of a call no longer counts
+
 
 @dataclass(frozen=True)
 class RankPlan:
@@ -31,7 +33,9 @@ class RankPlan:
     document_position: Tensor  # int64 [plan.tokens_per_rank]
     given: ShardPlan  # how the batch was cut: the plan itself, unless there is a deal
     deal: Deal | None = None  # None: every token is where the plan wants it
+    samples: int = 1  # of the batch, documents one behind the other; 1 for a pack of documents that came as one
     _turns: dict[tuple, Turns] = field(default_factory=dict, repr=False, compare=False)
+    _batches: dict[int, "RankPlan"] = field(default_factory=dict, repr=False, compare=False)
 
     def turns(self, rotary: Rotary, head_dim: int, dtype: torch.dtype) -> Turns:
         """Of this rank's tokens, worked out once for all layers."""
@@ -40,6 +44,44 @@ class RankPlan:
             with torch.inference_mode(False):  # kept for batches that train
                 self._turns[key] = turns(rotary, self.document_position, head_dim, dtype)
         return self._turns[key]
+
+    @property
+    def blocks_of_sample(self) -> int:
+        """Selection blocks of one of `samples`, by the ids that callers see."""
+        return -(-(self.plan.num_tokens // self.samples) // self.plan.block_len)
+
+    def of_batch(self, samples: int) -> "RankPlan":
+        """Of the pack that `samples` rows of this plan's one document are, one behind the other on every rank."""
+        if samples == 1:
+            return self
+        if samples not in self._batches:
+            plan = batch_plan(self.plan, samples)
+            position = self.document_position.repeat(samples)
+            self._batches[samples] = RankPlan(plan, self.rank, position, plan, samples=samples)
+        return self._batches[samples]
+
+
+def call_plan(sequence: ShardPlan, samples: int, query_width: int) -> ShardPlan:
+    """The plan of the samples of a micro-batch that `nsa_attention` is given at once: its documents.
+
+    As many as divide `samples` and keep to `MOST_TOGETHER`: a call costs the host milliseconds, whatever its length,
+    but its largest moment takes memory for each token.
+
+    query_width     numbers in the query of one token on one rank
+    """
+    queries = sequence.tokens_per_rank * query_width
+    fitting = (n for n in range(1, samples + 1) if samples % n == 0 and n * queries <= MOST_TOGETHER)
+    return batch_plan(sequence, max(fitting, default=1))
+
+
+def batch_plan(sequence: ShardPlan, samples: int) -> ShardPlan:
+    """The plan of `samples` sequences one behind the other, each cut over the ranks as `sequence` cuts one."""
+    if samples == 1:
+        return sequence
+    assert sequence.num_documents == 1
+    make = ShardPlan.zigzag_documents if sequence.layout == "zigzag" else ShardPlan.contiguous_documents
+    bounds = range(0, (samples + 1) * sequence.num_tokens, sequence.num_tokens)
+    return make(bounds, sequence.cp_size, sequence.block_len)
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ IRRELEVANT: dict[str, frozenset[str]] = {
         moe_token_drop_policy moe_token_dropping moe_use_legacy_grouped_gemm moe_z_loss_coeff
         use_grouped_gemm_for_shared_expert"""
     ),
-    "inference around the layer, and dynamic contexts, which it refuses when it is called with one": _names(
+    "inference around the layer; what it does not take of a dynamic context it refuses when called": _names(
         """inference_cuda_graph_scope inference_disable_triton_nvls_kernels inference_fuse_tp_communication
         inference_grouped_gemm_backend inference_moe_disable_fused_quant_kernels inference_moe_token_dispatcher_type
         inference_rng_tracker inference_sampling_seed mlp_chunks_for_prefill nccl_all_reduce_for_prefill

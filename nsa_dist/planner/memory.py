@@ -52,7 +52,7 @@ def stage_memory(
     kept = 1 if shape.config.model.recompute_attention else layers
     held = as_held(shape.core, strategy, options, cluster)
     keeps_pages = options.fetch.keep_pages and strategy.how == "fetch"
-    kept_pages = kept * shape.batch * kept_page_bytes(shape.core, held) if keeps_pages else 0
+    kept_pages = kept * shape.calls * kept_page_bytes(shape.core, held) if keeps_pages else 0
     moment = largest_moment(shape.core, held, options)
     return {
         "weights": parameters * shape.element_bytes,
@@ -60,7 +60,7 @@ def stage_memory(
         "optimizer": parameters * optimizer_bytes(shape),
         "activations": layers * layer_activation_bytes(shape) + _ends_bytes(shape, stage),
         "kv": layers * shape.kv_pairs * _kv_pair_bytes(shape) + kept * core_kv_bytes(shape),
-        "compressed": kept * shape.batch * compressed_bytes(shape.core),
+        "compressed": kept * shape.calls * compressed_bytes(shape.core),
         "pages": moment.remote + kept_pages,
         "mailboxes": kept_for_exchanges(shape.core, strategy, options, cluster),
         "logits": is_last * logits_bytes(shape),
@@ -96,7 +96,7 @@ def core_kv_bytes(shape: Shape) -> int:
     turned = shape.tokens * heads.num_kv_heads * heads.dim_k * shape.element_bytes
     if shape.plan.cp_size == 1:
         return turned * (1 if shape.config.nsa.shared_kv else 2)
-    return turned + shape.batch * extended_bytes(shape.core)
+    return turned + shape.calls * extended_bytes(shape.core)
 
 
 def core_saved_bytes(shape: Shape) -> int:
@@ -105,8 +105,8 @@ def core_saved_bytes(shape: Shape) -> int:
     turned_keys = 1 if nsa.shared_kv else 2 if nsa.compress_before_rope else 3
     queries = heads.num_q_heads * heads.dim_k * shape.element_bytes
     tables = (1 + turned_keys) * heads.dim_k * 4  # cosines and sines, fp32
-    of_sequence = statistics_bytes(shape.core) + results_bytes(shape.core)
-    return shape.tokens * (queries + tables + heads.num_q_heads * 3 * 4) + shape.batch * of_sequence
+    of_call = statistics_bytes(shape.core) + results_bytes(shape.core)
+    return shape.tokens * (queries + tables + heads.num_q_heads * 3 * 4) + shape.calls * of_call
 
 
 def logits_bytes(shape: Shape) -> int:

@@ -1,14 +1,16 @@
 """A plan as plain data, for JSON: everything that the table, the picture and the words are made of."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from nsa_dist.planner.fetching import fetching
+from nsa_dist.planner.inference import CachePlan
 from nsa_dist.planner.sweep import Candidate, Plan
 from nsa_dist.planner.verdict import CAVEATS, verdict
 
 
-def as_data(plan: Plan) -> dict[str, Any]:
+def as_data(plan: Plan, caches: Sequence[CachePlan] = ()) -> dict[str, Any]:
     """Dicts, lists, numbers and strings; keys end in their unit."""
     best = plan.best
     return {
@@ -23,6 +25,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         },
         "best_cp_size": best and best.cp_size,
         "candidates": [_candidate(plan, candidate) for candidate in plan.candidates],
+        "inference": [cache.as_data() for cache in caches],
         "fetching": [asdict(row) for row in fetching(plan)],
         "verdict": verdict(plan),
         "caveats": list(CAVEATS),

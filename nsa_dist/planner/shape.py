@@ -5,6 +5,7 @@ from functools import cached_property
 
 from nsa_dist.cp.formulas.cost import HeadSizes
 from nsa_dist.cp.plan import ShardPlan
+from nsa_dist.mcore.plans import call_plan
 from nsa_dist.planner.core.sizes import Core
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.heads import local_heads
@@ -61,6 +62,16 @@ class Shape:
         return self.config.run.micro_batch_size
 
     @property
+    def calls(self) -> int:
+        """Of the attention of one layer for one micro batch."""
+        return self.batch // self.call_plan.num_documents
+
+    @cached_property
+    def call_plan(self) -> ShardPlan:
+        """Of the samples that one such call computes together."""
+        return call_plan(self.plan, self.batch, self.heads.num_q_heads * self.heads.dim_k)
+
+    @property
     def tokens(self) -> int:
         """Of one micro batch on this rank."""
         return self.plan.tokens_per_rank * self.batch
@@ -76,8 +87,8 @@ class Shape:
 
     @cached_property
     def core(self) -> Core:
-        """The attention of one layer, one sequence."""
-        return Core(self.plan, self.config.nsa.sizes(), self.heads, self.phi_hidden_dims, self.tensor_size)
+        """The attention of one layer, one call: so many samples of a micro batch as are computed together."""
+        return Core(self.call_plan, self.config.nsa.sizes(), self.heads, self.phi_hidden_dims, self.tensor_size)
 
     @property
     def kv_pairs(self) -> int:

@@ -158,8 +158,8 @@ def _step_bytes(shape: Shape, strategy: Strategy, options: Options, micro_batche
     once = trips(strategy, options)
     for kind in most.keys() & {"pages", "pages.inside"}:
         most[kind] = most[kind] * (once + again) // once
-    sequences = shape.layers_per_stage * micro_batches * shape.batch
-    return {kind: num_bytes * sequences for kind, num_bytes in most.items()}
+    calls = shape.layers_per_stage * micro_batches * shape.calls
+    return {kind: num_bytes * calls for kind, num_bytes in most.items()}
 
 
 def _replicas(config: TrainConfig, cluster: Cluster, shape: Shape) -> int:

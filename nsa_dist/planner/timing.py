@@ -30,16 +30,17 @@ def step_time(
 ) -> StepTime:
     """One optimizer step of every replica: `micro_batches` forwards and backwards, then gradients and optimizer."""
     # A pipeline of s stages takes s - 1 micro batches to fill and drain.
-    sequences = (micro_batches + shape.num_stages - 1) * shape.batch
-    layers = shape.layers_per_stage * sequences
+    rounds = micro_batches + shape.num_stages - 1
+    sequences = rounds * shape.batch
+    layers, calls = shape.layers_per_stage * sequences, shape.layers_per_stage * rounds * shape.calls
     exposed = 1 - options.overlap
     attention, forwards = attention_s(shape.core, strategy, cluster), forward_runs(shape)
-    compute = {b: layers * (forwards * attention.forward[b] + attention.backward[b]) for b in BRANCHES}
-    compute["merge"] = layers * (forwards + 1) * merge_s(shape.core, strategy, options, cluster)
+    compute = {b: calls * (forwards * attention.forward[b] + attention.backward[b]) for b in BRANCHES}
+    compute["merge"] = calls * (forwards + 1) * merge_s(shape.core, strategy, options, cluster)
     compute["dense"] = sequences * dense_s(shape, cluster)
     compute["elementwise"] = layers * elementwise_s(shape, cluster)
     compute["optimizer"] = optimizer_s(shape, cluster)
-    wire = {name: layers * s * exposed for name, s in _context_wire_s(shape, strategy, options, cluster).items()}
+    wire = {name: calls * s * exposed for name, s in _context_wire_s(shape, strategy, options, cluster).items()}
     wire["tensor"] = layers * tensor_wire_s(shape, cluster) * exposed
     wire["gradients"] = gradient_wire_s(shape, cluster, replicas) * exposed
     return StepTime(compute, wire)
@@ -82,7 +83,7 @@ def optimizer_s(shape: Shape, cluster: Cluster) -> float:
 
 
 def _context_wire_s(shape: Shape, strategy: Strategy, options: Options, cluster: Cluster) -> dict[str, float]:
-    """By kind, forward, recomputed forward and backward of one layer and sequence over the context-parallel group."""
+    """By kind, forward, recomputed forward and backward of one layer and call over the context-parallel group."""
     phases = wire_s(shape.core, strategy, options, cluster)
     seconds = {kind: forward_runs(shape) * s for kind, s in phases.forward.items()}
     for kind, s in phases.backward.items():

@@ -18,6 +18,7 @@ from nsa_dist.train.sections.nsa import NSASection
 from nsa_dist.train.sections.section import Section, named
 
 VOCAB_SIZE = 256  # a token is a byte
+END_OF_DOCUMENT = 0  # a byte that text does not contain
 
 
 class ModelSection(Section):

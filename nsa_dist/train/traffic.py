@@ -25,6 +25,7 @@ from nsa_dist.cp.formulas.cost import HeadSizes
 from nsa_dist.cp.formulas.work import load_imbalance
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.mcore import NSASelfAttention
+from nsa_dist.mcore.plans import call_plan
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.files.records import Record
 from nsa_dist.train.heads import local_heads
@@ -116,8 +117,19 @@ class TrafficMeter:
 
     @property
     def _num_remote(self) -> int:
-        """Selection blocks that a rank does not hold."""
-        return self.plan.num_blocks - self.plan.tokens_per_rank // self.plan.block_len
+        """Selection blocks of a call that a rank does not hold."""
+        plan = self._call_plan
+        return plan.num_blocks - plan.tokens_per_rank // plan.block_len
+
+    @cached_property
+    def _call_plan(self) -> ShardPlan:
+        """Of the samples that one call of a layer computes together."""
+        return call_plan(self.plan, self.config.run.micro_batch_size, self._heads.num_q_heads * self._heads.dim_k)
+
+    @property
+    def _calls(self) -> int:
+        """Of a layer in one step, over all replicas."""
+        return self.config.run.global_batch_size // self._call_plan.num_documents
 
     # --- Formulas --------------------------------------------------------------------------------------------------
 
@@ -125,7 +137,7 @@ class TrafficMeter:
         """One layer's entry of the record, from its row of the summed table."""
         kinds = self._kinds
         chosen = row[len(kinds) : len(kinds) + self.config.model.num_query_groups]
-        calls = self.config.run.global_batch_size * self._forward_runs * self.plan.cp_size  # of a head, over all ranks
+        calls = self._calls * self._forward_runs * self.plan.cp_size  # of a head, over all ranks
         return {
             "union_fraction": [blocks / (calls * self._num_remote) for blocks in chosen],
             "sent_bytes": {kind: int(num_bytes) for kind, num_bytes in zip(kinds, row, strict=False)},
@@ -146,10 +158,10 @@ class TrafficMeter:
         none, heads = [[0] * self.plan.cp_size] * self.plan.cp_size, self._heads
         halves = self.config.parallel.fetch_options().halves_queries(heads.num_kv_heads)
         ranks = cost.sent_bytes(
-            self.plan, self.config.nsa.sizes(), heads, none, refetch=True, halves=halves, one_sided=self.one_sided,
-            inside=none if self._has_domains else None,
+            self._call_plan, self.config.nsa.sizes(), heads, none, refetch=True, halves=halves,
+            one_sided=self.one_sided, inside=none if self._has_domains else None,
         )  # fmt: skip
-        groups = self.config.run.global_batch_size * self.config.parallel.tensor_model_parallel_size
+        groups = self._calls * self.config.parallel.tensor_model_parallel_size
         return {
             kind: groups * (1 if kind.endswith(".grad") else self._forward_runs) * num_bytes
             for kind, num_bytes in _by_kind(ranks).items()

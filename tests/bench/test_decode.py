@@ -1,16 +1,19 @@
 """`nsa-dist bench decode`, for the most part without a GPU: what it counts, writes, and says of wrong results."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nsa_dist import NSAConfig
-from nsa_dist.bench.decode import measure, run
+from nsa_dist.bench.decode import measure, over_ranks, run
 from nsa_dist.bench.decode.case import DecodeCase
 from nsa_dist.bench.decode.layer import Layer
+from nsa_dist.bench.decode.over_ranks import DecodeOverRanks
 from nsa_launch import exit_codes
 from nsa_launch.cli import main
+from thread_ranks import run_threads
 
 ON_A_CPU = ["bench", "decode", "--device", "cpu", "--batch", "1,2", "--tokens", "90", "--heads", "2,1,16,16"]
 
@@ -57,12 +60,49 @@ def test_what_does_not_fit_is_left_out(tmp_path):
     assert left_out["what"] == "batch 1, 90"
 
 
+def over_two(comm):
+    place = SimpleNamespace(num_ranks=comm.size)
+    world = SimpleNamespace(place=place, device=torch.device("cpu"), comm=lambda _: comm)
+    return DecodeOverRanks(DecodeCase(2, 300, (2, 1, 16, 16), "fp32"))(world)
+
+
+def test_over_ranks_it_is_one_ranks():
+    for row in run_threads(2, over_two):
+        assert row["wrong"] is None
+        assert row["error"] < 1e-5
+        assert (row["other_blocks"], row["rows"]) == (0, 2)
+        assert row["call_s"] > 0
+
+
+def test_over_ranks_what_differs_is_wrong(monkeypatch):
+    """A rank whose pages have other keys."""
+    copy = over_ranks._copy
+
+    def damaged(cache, from_pages, from_ring, storage, pages, ring):
+        copy(cache, from_pages, from_ring, storage, pages, ring)
+        if storage.cp_rank == 1:
+            storage.slc.v.mul_(2)
+
+    monkeypatch.setattr(over_ranks, "_copy", damaged)
+    assert all("differs by" in row["wrong"] for row in run_threads(2, over_two))
+
+
+@pytest.mark.slow
+def test_over_processes(tmp_path, capsys):
+    assert main([*ON_A_CPU, "--ranks", "2", "--out", str(tmp_path)]) == exit_codes.OK
+    cases = json.loads((tmp_path / "decode-ranks.json").read_text())["cases"]
+    assert [row["case"] for row in cases] == ["batch 1, 90", "batch 2, 90"]
+    assert all(len(row["ranks"]) == 2 and row["call_s"] > 0 for row in cases)
+    assert (tmp_path / "decode-ranks.txt").read_text() in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [
         (["--heads", "4,2,16"], "give for example"),
         (["--batch", "0"], "give for example"),
         (["--device", "cuda"], "cpu"),
+        (["--ranks", "1"], "leave --ranks out"),
     ],
 )
 def test_refusals(words, remedy, tmp_path, capsys, monkeypatch):

@@ -61,7 +61,7 @@ cases = given(
     lengths=st.lists(st.integers(1, 120), min_size=1, max_size=4),
     heads=st.tuples(st.integers(1, 2), st.integers(1, 4)),  # G, Hkv
     size=st.sampled_from([2, 3, 5, 8]),
-    layout=st.sampled_from(LAYOUTS),
+    layout=st.sampled_from((*LAYOUTS, "contiguous_documents")),
     options=fetch_options,
     seed=st.integers(0, 99),
 )

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 PLANS = [
     pytest.param(make_plan(layout, lengths, size, SMALL), id=f"{name}, {layout}, {size}")
     for name, lengths in PACKS.items()
-    for layout in LAYOUTS
+    for layout in (*LAYOUTS, "contiguous_documents")
     for size in (1, 2, 3, 5)
 ]
 

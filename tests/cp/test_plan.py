@@ -89,6 +89,12 @@ def test_zigzag_documents_is_megatrons_order_for_packs():
     assert plan.block_ids.tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
 
 
+def test_contiguous_documents_is_the_order_of_a_batch_of_contiguous_sequences():
+    plan = ShardPlan.contiguous_documents([0, 16, 24], 2, 4)
+    assert plan.positions(0).tolist() == [*range(8), *range(16, 20)]
+    assert plan.positions(1).tolist() == [*range(8, 16), *range(20, 24)]
+
+
 def test_auto_balances_long_documents_only():
     assert ShardPlan.auto([0, 1000], 4).layout == "zigzag"
     assert ShardPlan.auto([0, 374, 1000], 4).layout == "zigzag"
@@ -126,7 +132,7 @@ def test_padding_never_reads_the_first_row():
         (lambda: ShardPlan.zigzag([0], 2), r"for one document pass \[0, num_tokens\]"),
         (lambda: ShardPlan.zigzag([0, 5, 3], 2), "never decrease"),
         (lambda: ShardPlan.zigzag([0, 5], 0), "at least 1"),
-        (lambda: ShardPlan((0, 5), 2, 64, "spiral"), "use ShardPlan.zigzag, .contiguous or"),
+        (lambda: ShardPlan((0, 5), 2, 64, "spiral"), "use the class method of that name"),
         (lambda: ShardPlan.zigzag([0, 5], 2).shard(torch.zeros(4), 0), "build the plan from the cu_seqlens of this x"),
         (lambda: ShardPlan.zigzag([0, 5], 2).shard(torch.zeros(5), 2), r"ranks 0\.\.1"),
         (lambda: ShardPlan.zigzag([0, 5], 2).unshard([torch.zeros(128)]), "pass what `shard` returned"),

@@ -7,6 +7,7 @@ import torch
 
 import nsa_kernels
 from cases import SMALL
+from inference.test_decode import KernelPlay
 from inference_cases import CONFIGS, Case
 from nsa_dist import BranchKV, NSAConfig, ShardPlan
 from nsa_dist.cp.comm import Comm
@@ -46,6 +47,20 @@ def test_drawn_cases(seed):
 def test_four_hundred_drawn_cases(hundred):
     for seed in range(1000 + 100 * hundred, 1100 + 100 * hundred):
         play_over_ranks(seed, most=3000 if seed % 20 == 0 else 400, steps=14)
+
+
+class RankKernelPlay(RankPlay):
+    """Decoding by kernels, in fp32; on a GPU in its memory."""
+
+    case_type, decode_ops, configs, heads = (
+        KernelPlay.case_type, KernelPlay.decode_ops, KernelPlay.configs, KernelPlay.heads,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 5])  # over 2, 3 and 4 ranks
+def test_drawn_cases_by_kernels(seed):
+    run_threads(seed % 3 + 2, lambda comm: RankKernelPlay(comm, seed, most=80, steps=6).run())
 
 
 @pytest.mark.parametrize("cfg", CONFIGS[:3])

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,8 @@ from nsa_kernels.bench import arguments as kernel_arguments
 from nsa_launch import cli, exit_codes
 from nsa_launch.on_ray import driver as ray_driver
 from nsa_launch.run_folder import claimed
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def test_help_imports_nothing_heavy():
@@ -47,7 +50,7 @@ PARSERS = {parser.prog: parser for parser in parsers(cli.parser())}
 def test_there_are_all_the_commands():
     names = ("train", "plan", "config", "report", "bench", "bench cp", "bench kernels", "bench decode", "doctor")
     names += ("export", "generate", "submit", "status", "logs", "stop", "render", "data", "data build", "data check")
-    names += ("convert",)
+    names += ("convert", "bench generate")
     assert PARSERS.keys() == {"nsa-dist", *(f"nsa-dist {name}" for name in names)}
 
 
@@ -84,6 +87,22 @@ def test_version(capsys):
         cli.main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"nsa-dist {nsa_dist.__version__}\n"
+
+
+@pytest.mark.parametrize("words", [["config", "--keys"], ["plan", "configs/long-1m.yaml"], ["doctor"]])
+def test_who_stops_reading_gets_no_traceback(words):
+    """As in `nsa-dist ... | head -1`, but that nothing at all is read."""
+    code = "import sys; from nsa_launch.cli import main; sys.exit(main())"
+    command = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=REPOSITORY,
+    )
+    command.stdout.close()
+    _, said = command.communicate(timeout=120)
+    assert command.returncode != 0
+    assert said == b""
 
 
 def test_a_package_that_is_not_installed_is_named():

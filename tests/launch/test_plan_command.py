@@ -99,6 +99,20 @@ def test_full_opens_with_the_same_lines(capsys):
     assert capsys.readouterr().out.splitlines()[:3] == short[:3]
 
 
+def test_the_cache_of_inference(tmp_path, capsys):
+    report = tmp_path / "plan.json"
+    words = ["--cp", "4,8", "--context", "65536", "--sequences", "8", "--json", str(report)]
+    assert main(["plan", LONG, *words]) == exit_codes.OK
+    four, eight = json.loads(report.read_text())["inference"]
+    assert (four["cp_size"], four["num_sequences"], eight["cp_size"]) == (4, 8, 8)
+    printed = capsys.readouterr().out
+    assert (
+        "Inference, 8 sequences of 65,536 tokens: 2,192 bytes a token and layer" in printed
+    )  # with what follows pages
+    (longest,) = (line for line in printed.splitlines() if "longest, tokens" in line)
+    assert [word for word in longest.split() if word[0].isdigit()] == [f"{x['longest']:,}" for x in (four, eight)]
+
+
 def test_options_reach_the_plan(tmp_path):
     report = tmp_path / "plan.json"
     words = ["plan", str(CONFIGS / "long-1m.yaml"), "num_layers=2", "keep_pages=true"]
@@ -125,8 +139,10 @@ def test_options_reach_the_plan(tmp_path):
         (["--cp", "3"], "take a size that divides them"),
         (["--u", "7"], "pass for example --u"),
         (["context_parallel_sise=2"], "did you mean"),
+        (["--sequences", "4"], "give --context TOKENS, too"),
+        (["--context", "0"], "give for example --context 65536"),
     ],
-    ids=["cluster", "cp", "u", "override"],
+    ids=["cluster", "cp", "u", "override", "sequences", "context"],
 )
 def test_mistakes_are_refused_with_a_remedy(words, remedy, capsys):
     overrides = [word for word in words if "=" in word]

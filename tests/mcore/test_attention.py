@@ -27,6 +27,8 @@ def test_agrees_with_one_process(results, layout, variant):
     [
         "recompute changes nothing",
         "a pack is its documents one by one",
+        "a batch is its samples one by one",
+        "a batch is cut into calls",
         "positions of an evaluation serve training",
         "checkpoint of TP2 in TP1",
         "checkpoint of TP1 in TP2",

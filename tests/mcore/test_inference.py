@@ -1,9 +1,10 @@
-"""A static inference context of Megatron-core: step by step what the layer says of whole sequences."""
+"""Inference contexts of Megatron-core, static and dynamic: step by step what the layer says of whole sequences."""
 
 import pytest
 import torch.distributed as dist
 
-from mcore_cases import SINGLE, groups
+from mcore_cases import SINGLE, VARIANTS, groups
+from mcore_dynamic_cases import DYNAMIC
 from mcore_inference_cases import ALONE, WORLD, over_ranks
 from ranks import run_ranks
 
@@ -22,6 +23,13 @@ def one_rank():
 @pytest.mark.parametrize("name", ALONE)
 def test_promise(one_rank, name):
     ALONE[name]()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in list(VARIANTS)[1:] else []) for name in DYNAMIC]
+)
+def test_promise_of_a_dynamic_context(one_rank, name):
+    DYNAMIC[name]()
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from rich.console import Console
 
 from nsa_dist import NSAConfig
+from nsa_dist.train.config import END_OF_DOCUMENT
 from nsa_dist.train.data.corpus import find_files, split_files
-from nsa_dist.train.data.packing import END_OF_DOCUMENT, write_corpus
+from nsa_dist.train.data.packing import write_corpus
 from nsa_dist.train.files.metrics import MetricsLog
 from nsa_dist.train.files.plots import CHOSEN, FORCED, FUTURE, VISIBLE, selection_map
 from nsa_dist.train.files.records import MetricsFollower, read_metrics

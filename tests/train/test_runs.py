@@ -25,6 +25,7 @@ from train_cases import (
     counts_no_samples,
     goes_on,
     killed,
+    largest_difference,
     records,
     refused,
     resumed,
@@ -51,12 +52,6 @@ def single(base):
 @pytest.fixture(scope="module")
 def pair(base, single):
     run_ranks(2, two_processes, base)
-
-
-def largest_difference(got: list[dict], expected: list[dict], names=("loss", "grad_norm")) -> float:
-    """Relative, over all steps."""
-    assert [r["step"] for r in got] == [r["step"] for r in expected]
-    return max(abs(g[n] - e[n]) / abs(e[n]) for g, e in zip(got, expected, strict=True) for n in names)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

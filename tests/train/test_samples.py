@@ -7,7 +7,8 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from nsa_dist.train.data.packing import END_OF_DOCUMENT, write_corpus
+from nsa_dist.train.config import END_OF_DOCUMENT
+from nsa_dist.train.data.packing import write_corpus
 from nsa_dist.train.data.samples import Samples
 from nsa_dist.train.sections.data import DataSection
 from train_cases import write_texts

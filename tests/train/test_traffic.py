@@ -38,7 +38,8 @@ def test_stages_fill_their_layers_and_tensor_ranks_their_heads(tmp_path):
             counted = Traffic()
             counted.add("pages", 100 * (layer + 1))
             counted.add("layout", 16)
-            counted.union_fractions = [[(1 + layer + 2 * head) / 8]] * 4  # of 8 remote blocks, in 4 sequences
+            # Of 16 remote blocks, in 2 calls of 2 sequences.
+            counted.union_fractions = [[(1 + layer + 2 * head) / 8]] * 2
             total += meter.pack(stage(layer + 1, head), {layer: counted}).view_as(total)
     record = meter.record(7, total.flatten().tolist())
     assert record["step"] == 7
@@ -52,7 +53,7 @@ def test_stages_fill_their_layers_and_tensor_ranks_their_heads(tmp_path):
 def test_union_fractions_are_counts_again(tmp_path):
     """They are fractions in fp32; the number of pages must be whole."""
     meter, counted = make_meter(tmp_path), Traffic()
-    counted.union_fractions = [torch.tensor([3, 7]).div(8).tolist(), torch.tensor([1, 2]).div(8).tolist()]
+    counted.union_fractions = [torch.tensor([3, 7]).div(16).tolist(), torch.tensor([1, 2]).div(16).tolist()]
     table = meter.pack(stage(1, 0), {0: counted}).view(2, -1)
     assert table[0, -2:].tolist() == [4, 9]
     assert table[1].abs().sum() == 0

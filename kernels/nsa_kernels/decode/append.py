@@ -78,13 +78,13 @@ def _append_kernel(
         win = (slot * win_ring + position % win_ring) * num_heads
         raw = (slot * raw_ring + position % raw_ring) * num_heads
         k = _load_token(k_slc_ptr, token, stride_kst, stride_ksh, head_k, dim_k, mask_k)
-        tl.store(k_page_ptr + row * DK + in_k, k, mask=mask_k)
+        tl.store(k_page_ptr + row * DK + in_k, k, mask=mask_k & (page >= 0))  # else in another part
         k = _load_token(k_win_ptr, token, stride_kwt, stride_kwh, head_k, dim_k, mask_k)
         tl.store(k_win_ring_ptr + win * DK + in_k, k, mask=mask_k)
         k = _load_token(k_cmp_ptr, token, stride_kct, stride_kch, head_k, dim_k, mask_k)
         tl.store(k_raw_ring_ptr + raw * DK + in_k, k, mask=mask_k)
         v = _load_token(v_slc_ptr, token, stride_vst, stride_vsh, head_v, dim_v, mask_v)
-        tl.store(v_page_ptr + row * DV + in_v, v, mask=mask_v)
+        tl.store(v_page_ptr + row * DV + in_v, v, mask=mask_v & (page >= 0))
         v = _load_token(v_win_ptr, token, stride_vwt, stride_vwh, head_v, dim_v, mask_v)
         tl.store(v_win_ring_ptr + win * DV + in_v, v, mask=mask_v)
         v = _load_token(v_cmp_ptr, token, stride_vct, stride_vch, head_v, dim_v, mask_v)

@@ -31,13 +31,28 @@ _DECODE = """\
 Measure decoding: one layer, one new token for each of B sequences, from a cache with drawn contents. Each case is
 compared with the reference first, then timed as a CUDA graph; beside it dense attention by PyTorch's kernels, the times
 that NSA's and the dense cache's bytes take at this card's copy rate, and an empty graph of as many launches (floor).
-Figures go to OUT/decode.json, a table to OUT/decode.txt. Without a GPU small sizes are checked and called.
+Figures go to OUT/decode.json, a table to OUT/decode.txt. Without a GPU small sizes are checked and called. With --gpus
+or --ranks the cache lies over ranks: the time of a step and what of it is the exchange, in OUT/decode-ranks.json, .txt.
 
 Exit codes: 0 measured, 1 a result differs from the reference's, 2 refused.
 """
 _DECODE_EXAMPLES = (
     "nsa-dist bench decode --out runs/decode",
     "nsa-dist bench decode --out runs/decode --batch 8 --tokens 65536,262144 --no-dense",
+    "nsa-dist bench decode --out runs/decode --gpus all --batch 1,8 --tokens 1048576   # over ranks",
+)
+
+_GENERATE = """\
+Measure a model from a long prompt on: seconds to read it, tokens/s behind it, alone and as a small batch, and the same
+with dense attention in the same model, by PyTorch's kernels from a plain K/V cache. Both are checked against the
+sequence as a whole first, then timed in turn. Weights are drawn, or an exported model's. Figures go to
+OUT/generate.json, a table to OUT/generate.txt. Without a GPU sizes are tiny.
+
+Exit codes: 0 measured, 1 a result differs, 2 refused.
+"""
+_GENERATE_EXAMPLES = (
+    "nsa-dist bench generate --out runs/generate                     # 64k tokens, 0.95 billion weights, batch 1 and 8",
+    "nsa-dist bench generate --out runs/generate --model models/mine --tokens 16384,65536",
 )
 
 
@@ -58,6 +73,12 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "decode", help="decoding from a cache, beside dense attention", **help_words(_DECODE, *_DECODE_EXAMPLES)
     )
     _decode_arguments(decode)
+    generate = subjects.add_parser(
+        "generate",
+        help="a model from a long prompt on, beside dense attention",
+        **help_words(_GENERATE, *_GENERATE_EXAMPLES),
+    )
+    _generate_arguments(generate)
     kernels = subjects.add_parser(
         "kernels",
         help="the kernels on one GPU, checked, timed, and held to an earlier run",
@@ -99,6 +120,8 @@ def _cp_arguments(parser: argparse.ArgumentParser) -> None:
 def _decode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    parser.add_argument("--gpus", type=_all_or_number, metavar="all|N", help="over N GPUs, by NCCL")
+    parser.add_argument("--ranks", type=int, metavar="N", help="over N ranks that share one device, by gloo")
     parser.add_argument("--batch", type=_numbers, metavar="B,B", help="sequences; default 1,8,64")
     parser.add_argument("--tokens", type=_numbers, metavar="N,N", help="of each; default 4k, 16k, 64k, 256k, 1M")
     parser.add_argument("--heads", type=_numbers, metavar="Hq,Hkv,Dk,Dv", help="default 64,4,128,128")
@@ -108,10 +131,41 @@ def _decode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_decode)
 
 
-def _decode(arguments: argparse.Namespace) -> int:
-    from nsa_dist.bench.decode.run import DecodeRequest, run
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="an exported model; default: drawn weights")
+    parser.add_argument(
+        "--sizes", type=_numbers, metavar="L,H,Hq,Hkv,D,F", help="of drawn weights; default 12,2048,64,4,128,5632"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    parser.add_argument("--tokens", type=_numbers, metavar="N,N", help="of a prompt; default 65536")
+    parser.add_argument("--batch", type=_numbers, metavar="B,B", help="prompts at once; default 1,8")
+    parser.add_argument("--new", type=int, default=64, metavar="N", help="tokens behind each prompt; default 64")
+    parser.add_argument("--budget-s", type=float, default=540.0, metavar="S", help="start no case after so long")
+    parser.set_defaults(command=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from nsa_dist.bench.generate.run import GenerateRequest, run
 
     try:
+        request = GenerateRequest(
+            arguments.out, arguments.model, arguments.sizes, arguments.device, arguments.tokens, arguments.batch,
+            arguments.new, arguments.budget_s,
+        )  # fmt: skip
+        return exit_codes.FAILED if run(request) else exit_codes.OK
+    except ValueError as error:
+        print(f"nsa-dist: {error}", file=sys.stderr)
+        return exit_codes.BAD_CONFIG
+
+
+def _decode(arguments: argparse.Namespace) -> int:
+    from nsa_dist.bench.decode.run import DecodeRequest, run
+    from nsa_launch.bench import decode_ranks
+    from nsa_launch.bench.request import place_of
+
+    try:
+        place = place_of(arguments, decode_ranks.device_of(arguments.device))
         request = DecodeRequest(
             arguments.out, arguments.device, arguments.batch, arguments.tokens, arguments.heads, arguments.only,
             arguments.budget_s, not arguments.no_dense,
@@ -119,7 +173,8 @@ def _decode(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"nsa-dist: {error}", file=sys.stderr)
         return exit_codes.BAD_CONFIG
-    return exit_codes.FAILED if run(request) else exit_codes.OK
+    failed = run(request) if place is None else decode_ranks.run(request, place)
+    return exit_codes.FAILED if failed else exit_codes.OK
 
 
 def _cp(arguments: argparse.Namespace) -> int:

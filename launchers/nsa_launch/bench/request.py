@@ -45,7 +45,7 @@ class Request:
                 f"--rank {arguments.rank} must be one of the ranks 0..{arguments.cp - 1} of --cp {arguments.cp}, as "
                 f"one of them is measured; take --rank 0, which sees most"
             )
-        place = _place(arguments, device)
+        place = place_of(arguments, device)
         repeats = (3 if place is None else 2) if arguments.repeats is None else arguments.repeats
         return cls(
             out=arguments.out,
@@ -75,7 +75,8 @@ def _checked_groups(groups: tuple[int, ...]) -> tuple[int, ...]:
     return groups
 
 
-def _place(arguments: argparse.Namespace, device: str) -> Place | None:
+def place_of(arguments: argparse.Namespace, device: str) -> Place | None:
+    """Where `--gpus` and `--ranks` put ranks; None without them."""
     visible = torch.cuda.device_count()
     if arguments.gpus is not None and arguments.ranks is not None:
         raise ValueError(

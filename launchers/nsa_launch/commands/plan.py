@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from rich.table import Table
 from nsa_dist.planner.cluster import DEFAULT_CLUSTER, load_cluster
 from nsa_dist.planner.core.strategies import GIB, Options
 from nsa_dist.planner.fetching import HEADINGS, cells, fetching
+from nsa_dist.planner.inference import CachePlan, cache_plans, sentence
 from nsa_dist.planner.measured import with_bench
 from nsa_dist.planner.memory import KINDS
 from nsa_dist.planner.report import as_data
@@ -34,6 +35,8 @@ class Request:
     num_nodes: int | None
     options: Options
     cp_sizes: tuple[int, ...] | None
+    context: int | None
+    sequences: int
     full: bool
     json: Path | None
     picture: Path | None
@@ -41,6 +44,11 @@ class Request:
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> "Request":
         """From the words of `plan_arguments`. ValueError for numbers that make no sense."""
+        if arguments.sequences is not None and arguments.context is None:
+            raise ValueError(
+                f"--sequences {arguments.sequences} was given without --context, and how long they are decides what a "
+                f"cache takes; give --context TOKENS, too"
+            )
         return cls(
             config=arguments.config,
             overrides=arguments.overrides,
@@ -49,6 +57,8 @@ class Request:
             num_nodes=arguments.nodes,
             options=Options(union_fractions=arguments.u, overlap=arguments.overlap),
             cp_sizes=arguments.cp,
+            context=arguments.context,
+            sequences=1 if arguments.sequences is None else arguments.sequences,
             full=arguments.full,
             json=arguments.json,
             picture=arguments.picture,
@@ -63,16 +73,23 @@ def run(request: Request) -> None:
         cluster = with_bench(cluster, path, config.model.num_attention_heads // config.model.num_query_groups)
     options = replace(request.options, fetch=config.parallel.fetch_options())
     plan = make_plan(config, cluster, options, request.cp_sizes)
+    caches = []
+    if request.context is not None:
+        sizes = [candidate.cp_size for candidate in plan.candidates]
+        caches = cache_plans(config, cluster, request.context, request.sequences, sizes)
     console = Console(highlight=False)
     if not console.is_terminal:  # a file or a pipe wraps nothing
         console.width = _FILE_COLUMNS
     show_summary(plan, console)
+    if caches:
+        console.print(f"\n{sentence(caches)}", markup=False, soft_wrap=True)
+        console.print(_cache_table(caches))
     if request.full:
         show_tables(plan, console)
     else:
         print("\nTables, constants, and what this is worth: --full")
     if request.json:
-        write_atomically(request.json, json.dumps(as_data(plan), indent=2) + "\n")
+        write_atomically(request.json, json.dumps(as_data(plan, caches), indent=2) + "\n")
     if request.picture:
         from nsa_dist.planner.picture import draw
 
@@ -173,6 +190,27 @@ def _fetching_table(plan: Plan) -> Table:
         table.add_column(heading, justify="right")
     for row in fetching(plan):
         table.add_row(*cells(row))
+    return table
+
+
+def _cache_table(caches: Sequence[CachePlan]) -> Table:
+    """Of a GPU that holds the whole model and its share of the cache."""
+    memory = caches[0].cluster.gpu_memory_bytes.value / GIB
+    table = Table(title="In inference, on each GPU, GiB", title_justify="left", min_width=60)
+    table.add_column("", no_wrap=True)
+    for plan in caches:
+        table.add_column(f"cp {plan.cp_size}", justify="right", no_wrap=True)
+    rows: list[tuple[str, Callable[[CachePlan], str]]] = [
+        ("weights", lambda plan: _gib(plan.weight_bytes)),
+        ("cache", lambda plan: _gib(plan.cache_bytes)),
+        ("of it rings", lambda plan: _gib(plan.ring_bytes)),
+        ("a dense cache", lambda plan: _gib(plan.dense_bytes)),
+        (f"fits in {memory:.0f}", lambda plan: "yes" if plan.fits else "NO"),
+        ("longest, tokens", lambda plan: f"{plan.longest:,}"),
+        ("longest if dense", lambda plan: f"{plan.longest_dense:,}"),
+    ]
+    for name, cell in rows:
+        table.add_row(name, *map(cell, caches))
     return table
 
 

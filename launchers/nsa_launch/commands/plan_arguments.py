@@ -19,6 +19,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
             "Nothing is started. Exit codes: 0 planned, whatever the verdict, 2 refused.",
             "nsa-dist plan configs/long-1m.yaml",
             "nsa-dist plan configs/long-1m.yaml sequence_length=2097152 --nodes 2 --full",
+            "nsa-dist plan configs/long-1m.yaml --context 1048576 --sequences 8   # the cache of inference",
         ),
     )
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
@@ -45,6 +46,10 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         help="shares of the remote blocks chosen; memory is judged by the first (default 1,0.2,0.05)",
     )
     parser.add_argument("--overlap", type=float, default=0.0, metavar="0..1", help="share of wire time hidden")
+    parser.add_argument(
+        "--context", type=int, metavar="TOKENS", help="what the model's cache takes in inference, so many tokens long"
+    )
+    parser.add_argument("--sequences", type=int, metavar="B", help="sequences of that length; default 1")
     parser.add_argument("--full", action="store_true", help="the tables, the constants and every sentence, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw memory and step time here")

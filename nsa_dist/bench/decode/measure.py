@@ -102,7 +102,7 @@ def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
         step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # beside NCCL's watchdog
         step()
     return graph
 

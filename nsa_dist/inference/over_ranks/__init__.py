@@ -14,7 +14,18 @@ The first chunk of a sequence goes through training's forward over ranks instead
 """
 
 from nsa_dist.inference.over_ranks.append import append
+from nsa_dist.inference.over_ranks.decode import decode, decode_step, has_kernels
 from nsa_dist.inference.over_ranks.prefill import first_chunks, gathered, own_rows
 from nsa_dist.inference.over_ranks.storage import RankStorage, refuse_part
 
-__all__ = ["RankStorage", "append", "first_chunks", "gathered", "own_rows", "refuse_part"]
+__all__ = [
+    "RankStorage",
+    "append",
+    "decode",
+    "decode_step",
+    "first_chunks",
+    "gathered",
+    "has_kernels",
+    "own_rows",
+    "refuse_part",
+]

@@ -37,7 +37,7 @@ def append(
         call = _Call(q, cache, storage, at, share, ops, softmax_scale)
         out_cmp, lse = call.compressed()
         told = torch.tensor([*seqs, *(state.length for state in states)], device=q.device)
-        lse_cmp = gather_lse(lse, torch.cat([told, checksum([q, *kv, gates])]), comm)
+        lse_cmp = gather_lse(lse, torch.cat([told, checksum([q, *kv, gates])]), comm).logsumexp(0)
         block_indices = choose(*call.candidates(lse_cmp), comm)
         partials = [(out_cmp, lse), call.selected(block_indices)]
         out_win = call.window(Pair(kv.k_win, kv.v_win))

@@ -12,7 +12,7 @@ from nsa_dist.cp.comm import Comm
 
 
 def gather_lse(lse: Tensor, same: Tensor, comm: Comm) -> Tensor:
-    """softmax_lse [T, Hq] over the keys of all ranks, from each rank's.
+    """[P, ...]: each rank's statistics [...].
 
     same    int64 [count], which every rank must have alike: compared where the host need not wait for it, on CPUs
 
@@ -28,7 +28,7 @@ def gather_lse(lse: Tensor, same: Tensor, comm: Comm) -> Tensor:
             f"the window and compresses for itself, so rank {comm.rank} would go on from another text; pass the same "
             f"q, kv, gates and seqs on every rank (a broadcast of the drawn token is enough)"
         )
-    return gathered[:, : lse.numel()].contiguous().view(lse.dtype).view(comm.size, *lse.shape).logsumexp(0)
+    return gathered[:, : lse.numel()].contiguous().view(lse.dtype).view(comm.size, *lse.shape)
 
 
 def gather_outs(partials: list[tuple[Tensor, Tensor]], lses: list[Tensor | None], comm: Comm) -> list[Tensor]:

@@ -2,10 +2,12 @@
 
 import hashlib
 
+import torch
 from torch import Tensor
 
 from nsa_dist.cp.comm import Comm
 from nsa_dist.inference.cache import NSACache
+from nsa_dist.inference.over_ranks.tables import RankTables
 from nsa_dist.inference.storage import CacheShape, Storage
 
 
@@ -72,6 +74,13 @@ def following_cells(shape: CacheShape) -> list[int]:
     return [min(per_page, left - taken) for taken in range(0, left, per_page)]
 
 
+def rank_bytes(shape: CacheShape, cp_size: int, num_pages: int, num_rings: int, dtype: torch.dtype) -> int:
+    """Of the tensors of one of `cp_size` ranks, a layer: `CacheShape.num_bytes`, and where there are several ranks the
+    keys that follow each page, sum(following_cells) * Hkv * Dk numbers."""
+    following = sum(following_cells(shape)) * shape.num_kv_heads * shape.head_dim_k * dtype.itemsize
+    return shape.num_bytes(num_pages, num_rings, dtype) + (num_pages * following if cp_size > 1 else 0)
+
+
 def spread(cache: NSACache, comm: Comm) -> RankStorage:
     """The storage of this rank of the group; the cache becomes one over ranks in its first call.
 
@@ -88,6 +97,7 @@ def spread(cache: NSACache, comm: Comm) -> RankStorage:
         return storage
     text = repr((cache.shape, len(storage.slc.k), storage.dtype, comm.size))
     cache.hold_over_ranks(RankStorage(storage, comm.rank, comm.size), comm.size)
+    cache.tables = RankTables(storage.device, cache.tables.most_pages, comm.rank, comm.size)
     if not comm.agree(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")):
         raise ValueError(
             f"the ranks of cp_group made different caches: rank {comm.rank} has {text}; each counts the pages of all, "

@@ -64,14 +64,8 @@ class LayerCache:
 
 
 def check_context(context: Any, training: bool, cp_size: int, who: str) -> None:
-    """ValueError for a context that the layer does not take, and for calls in which it would mean nothing."""
+    """ValueError for calls in which a context, static or dynamic, would mean nothing."""
     kind = type(context).__name__
-    if not context.is_static_batching():
-        raise ValueError(
-            f"{who} was given a {kind}: it lays out blocks of one key and value a token itself, and counts its memory "
-            f"by them, where NSA has pages of three branches, compressed keys and a window; pass a "
-            f"StaticInferenceContext, or export the model and generate with nsa_dist.inference, for any lengths at once"
-        )
     if training:
         raise ValueError(
             f"{who} was given a {kind} while it trains, and a cache has no gradient; call model.eval() first, or leave "

@@ -1,4 +1,4 @@
-"""One layer's attention on the ranks of one context-parallel group, one sequence: all that its costs depend on."""
+"""One layer's attention on the ranks of one context-parallel group, one call: all that its costs depend on."""
 
 from dataclasses import dataclass
 

@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from nsa_dist.train.config import VOCAB_SIZE
+from nsa_dist.train.config import END_OF_DOCUMENT, VOCAB_SIZE
 from nsa_dist.train.data.corpus import PACKED_FILES, TextFile, check_packed, digest_of, file_digest, splits_of
 from nsa_dist.train.files.atomic import write_atomically
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.sections.data import DataSection
-
-END_OF_DOCUMENT = 0
 
 
 def write_corpus(data: DataSection, folder: Path, expected: str = "", but_not: Path | None = None) -> str:

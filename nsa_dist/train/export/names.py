@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from nsa_dist.inference.model import GPTConfig
-from nsa_dist.train.config import TrainConfig
-from nsa_dist.train.data.packing import END_OF_DOCUMENT
+from nsa_dist.train.config import END_OF_DOCUMENT, TrainConfig
 from nsa_dist.train.tokens.sets import padded_vocab_size, read_all
 
 _WHOLE = {

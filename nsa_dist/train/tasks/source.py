@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsa_dist.train.config import TrainConfig
-from nsa_dist.train.data.packing import END_OF_DOCUMENT
+from nsa_dist.train.config import END_OF_DOCUMENT, TrainConfig
 from nsa_dist.train.tasks.drawing import Drawn
 from nsa_dist.train.tasks.kinds import TASKS
 

@@ -1,0 +1,54 @@
+"""`nsa-dist bench decode` over real ranks: each case in a team of processes, one a rank."""
+
+import torch
+
+from nsa_dist.bench.decode.over_ranks import DecodeOverRanks
+from nsa_dist.bench.decode.run import DecodeRequest
+from nsa_dist.bench.show.report import Report, Row, machine
+from nsa_dist.bench.world import Place
+from nsa_launch.bench.team import TaskFailed, Team
+
+_MOST_S = 180.0
+_HEADER = f"{'':>16}{'graph':>9}{'alone':>9}{'exchange':>10}{'one rank':>10}{'call':>10}{'kB sent':>9}"
+_TIMES = ("graph_s", "nothing_sent_s", "exchange_s", "one_rank_s", "call_s")
+
+
+def run(request: DecodeRequest, place: Place) -> bool:
+    """Whether a result was wrong. A case that fails is a row that says so."""
+    where = "sharing one device" if place.shared else "a GPU each"
+    ranks = f"one layer, one new token a sequence, over {place.num_ranks} ranks by {place.backend}, {where}"
+    report = Report(request.out, machine(place.device, 1 if place.shared else place.num_ranks, ranks), "decode-ranks")
+    report.say(
+        "us of the slowest rank, medians; alone: the same graph with nothing sent; exchange: its three all-gathers "
+        "alone; one rank: a graph on one GPU that has all"
+    )
+    report.say(_HEADER)
+    with Team(place) as team:
+        for case in request.cases(place.device == "cuda"):
+            try:
+                rows = team.run(DecodeOverRanks(case), min(request.budget_s, _MOST_S))
+            except TaskFailed as error:
+                report.leave_out(case.name, str(error))
+                continue
+            row = case.as_data() | {"cp_size": place.num_ranks} | _slowest(rows)
+            report.add("cases", row, _line(row))
+    return any(row["wrong"] for row in report.data.get("cases", []))
+
+
+def device_of(device: str | None) -> str:
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _slowest(rows: list[Row]) -> Row:
+    wrong = [f"rank {rank}: {row['wrong']}" for rank, row in enumerate(rows) if row["wrong"]]
+    found = {name: max(row[name] for row in rows) for name in _TIMES if all(name in row for row in rows)}
+    return {**rows[0], **found, "wrong": "; ".join(wrong) or None, "ranks": rows}
+
+
+def _line(row: Row) -> str:
+    name = f"{row['case']:>16}"
+    if row["wrong"]:
+        return f"{name}  WRONG: {row['wrong']}"
+    widths = (9, 9, 10, 10, 10)
+    cells = (f"{1e6 * row[t]:>{w},.1f}" if t in row else f"{'-':>{w}}" for t, w in zip(_TIMES, widths, strict=True))
+    return f"{name}{''.join(cells)}{sum(row['sent_bytes'].values()) / 1e3:>9,.1f}"
