@@ -20,11 +20,11 @@ from torch.autograd.function import once_differentiable
 
 from nsa_dist.compress import BlockPlaces, Compress, compress_both
 from nsa_dist.cp.call import Call, Stage, forward_stages, head_groups
-from nsa_dist.cp.fetch import Route
 from nsa_dist.cp.gather import CompressedGather, CompressedReturn
 from nsa_dist.cp.halo import extended, post_halos
 from nsa_dist.cp.one_sided.counting import count_read
 from nsa_dist.cp.one_sided.selected import SelectedOverRanks, selected_backward, selected_forward
+from nsa_dist.cp.sent.routes import Route
 from nsa_dist.cp.window import WholeWindow, WindowBackward, WindowForward
 
 

@@ -156,13 +156,14 @@ class Console:
         for key, (old, new) in record.get("changed", {}).items():
             self.say(f"{key}: {old} at the last start, {new} now")
         if record["context_parallel_size"] > 1:
-            link = record.get("link_gb_per_s")
+            link, domain = record.get("link_gb_per_s"), record.get("domain_size")
             self.say(
                 f"{record['context_parallel_size']} context-parallel ranks, {record['layout']}, load imbalance "
                 f"{record['load_imbalance']:.2f}; kv_fetch_budget_bytes={record['kv_fetch_budget_bytes']}, "
                 f"whole_shard_fraction={record['whole_shard_fraction']:.3g}"
                 f"{f' for links of {link:g} GB/s' if link else ''}, keep_pages={record['keep_pages']}, "
                 f"head_groups={record['head_groups'] or 'auto'}"
+                f"{f', domains of {domain} ranks' if domain else ''}"
             )
             if "transport" in record:  # not in records of earlier versions
                 self.say(f"transport: {record['transport']}")

@@ -13,6 +13,7 @@ from nsa_dist.config import NSAConfig
 from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.layout import RankLayout
 from nsa_dist.cp.options import FetchOptions
+from nsa_dist.cp.sent.domains import Domains
 
 if TYPE_CHECKING:
     from nsa_kernels import Tapes
@@ -31,6 +32,11 @@ class Call:
     tiles: dict[str, bool] = field(default_factory=dict)  # options of the attention of intervals, cmp and win
     tapes: Mapping[str, "Tapes"] = field(default_factory=dict)  # of the parts of a short call
     sent: dict[tuple, dict[str, int]] = field(default_factory=dict)  # what such parts send, by kind
+
+    @property
+    def domains(self) -> Domains:
+        """In which pages are sent."""
+        return Domains(self.fetch.domain_of(self.comm.size), self.comm.size, self.comm.rank)
 
     def sum_dtype(self, x: Tensor) -> torch.dtype | None:
         """Of gradients to which those of other ranks or rounds are added: fp32 or better. One rank: None, as x."""

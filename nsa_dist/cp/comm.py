@@ -32,16 +32,21 @@ _MOST_OWED = 4096  # counts of a Traffic that is never read, which keep what the
 class Traffic:
     """Bytes this rank sent to other ranks, by kind: `halo`, `compressed`, `bitmap`, `pages`, `layout`, `tokens`.
 
+    Where ranks form domains `pages` go between domains, and `pages.inside` from rank to rank of one.
+
     Forward and backward are counted apart: the gradient of `pages` travels as `pages.grad`. A ring or tree inside a
     collective may move them more than once; what is counted is the data each rank contributes to each other rank.
     Where ranks read each other's memory, `pages` are what this rank read: over all ranks the same.
     `union_fractions` has for each call, in order, u of every kv head: chosen remote blocks / remote blocks.
+    `passed_on` has for each call in domains how many pages this rank fetched as its share, and how many neighbours
+    passed on to it.
     """
 
     def __init__(self) -> None:
         self._sent_bytes: dict[str, int] = defaultdict(int)
         self._union_fractions: list[list[float]] = []
         self._owed: list[Callable[[], None]] = []
+        self.passed_on: list[tuple[int, int]] = []
 
     @property
     def sent_bytes(self) -> dict[str, int]:
@@ -70,10 +75,9 @@ class Traffic:
             sent |= self._sent_bytes
             self._sent_bytes = outer
 
-    def count_union(self, chosen: Tensor, num_local: int) -> None:
-        """chosen bool [Hkv, num_blocks] on the CPU: the remote blocks this rank's queries chose."""
-        num_remote = chosen.shape[1] - num_local
-        self._union_fractions.append((chosen.sum(1) / max(1, num_remote)).tolist())
+    def count_union(self, chosen: Tensor, num_remote: int) -> None:
+        """chosen int64 [Hkv] on the CPU: how many of the remote blocks this rank's queries chose."""
+        self._union_fractions.append((chosen / max(1, num_remote)).tolist())
 
     def owe(self, count: Callable[[], None]) -> None:
         """`count()` adds what only the device knows: it is called when somebody asks, or when too many are owed."""

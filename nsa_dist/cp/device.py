@@ -59,11 +59,6 @@ class CopyToHost:
         return self._host
 
 
-def read_on_host(x: Tensor) -> Tensor:
-    """`x` on the CPU, through pinned memory: the host waits for the current stream alone."""
-    return CopyToHost(x).wait()
-
-
 def put_on(device: torch.device, x: Tensor) -> Tensor:
     """`x` of the CPU on `device`, in the order of the current stream; the host waits for nothing.
 

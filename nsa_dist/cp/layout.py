@@ -65,13 +65,12 @@ class RankLayout:
     cmp_place: Tensor | None  # int64 [M]: compressed row of each block; None: block i is row i
     local_blocks: Tensor  # int64 [T // l']: global id of each local selection block
     block_owner: Tensor  # int64 [num_blocks], on the CPU: rank that holds each selection block
-    page_of_block: Tensor  # int64 [num_blocks], on the CPU: local page of each selection block, -1 if held elsewhere
-    own_pages: Tensor  # the same, int32, on the device
+    own_pages: Tensor  # int32 [num_blocks]: local page of each selection block, -1 if held elsewhere
     win_interior: slice  # queries whose windows lie in local rows, at most about half: they need no halo
     cmp_halo: Halo
     win_halo: Halo
     host: "HostLayout" = field(compare=False, repr=False)
-    kept: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what others make of it
+    kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what others make of it
 
 
 class HostLayout(NamedTuple):
@@ -136,7 +135,6 @@ def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device, k
         cmp_place=None if place is None else put_on(device, place),
         local_blocks=put_on(device, local_blocks),
         block_owner=plan.owner(torch.arange(plan.num_blocks) * plan.block_len)[0],
-        page_of_block=page_of_block,
         own_pages=put_on(device, page_of_block.to(torch.int32)),
         win_interior=_interior(win_begin >= reach[:, None], plan.block_len),
         cmp_halo=_halo_to(cmp_halo, device),

@@ -11,6 +11,9 @@ GATHER_BYTES_PER_S, COPY_BYTES_PER_S = 331e9, 980e9
 # as long as its host (docs/decisions/host-time.md). So far launches are repeated, and exchanges run in line.
 MOST_IN_LINE = 2**27
 
+# Gradients of others' pages that lie in a mailbox at once.
+CHUNK_BYTES = 2**27
+
 TRANSPORTS = ("auto", "one_sided", "all_to_all")
 
 
@@ -26,6 +29,7 @@ class FetchOptions:
     keep_pages: bool = False  # keep fetched pages for backward instead of fetching them again
     transport: str = "auto"  # one of TRANSPORTS: how pages and all else move; auto: one-sided where ranks can
     head_groups: int | None = None  # kv heads travel in so many groups, each under others' work; None: 4, in line 1
+    domain_size: int | None = None  # so many consecutive ranks are near; a page enters each domain once; None: off
 
     def __post_init__(self) -> None:
         if self.kv_fetch_budget_bytes is not None and self.kv_fetch_budget_bytes < 1:
@@ -47,6 +51,27 @@ class FetchOptions:
             raise ValueError(
                 f"head_groups={self.head_groups} must be at least 1: the kv heads travel in so many groups; pass 1 to "
                 f"move all of them at once, with nothing to hide it"
+            )
+        self._check_domains()
+
+    def _check_domains(self) -> None:
+        if self.domain_size is not None and self.domain_size < 1:
+            raise ValueError(
+                f"domain_size={self.domain_size} must be at least 1, because ranks form domains of so many neighbours; "
+                f"pass the ranks that share a node, or None"
+            )
+        if (self.domain_size or 1) == 1:
+            return
+        if self.transport == "one_sided":
+            raise ValueError(
+                f"domain_size={self.domain_size} needs transport 'auto' or 'all_to_all', but 'one_sided' was given: "
+                f"ranks that read each other's memory read every page where it lies; leave one of them out"
+            )
+        if self.whole_shard_fraction < 1:
+            raise ValueError(
+                f"domain_size={self.domain_size} needs whole_shard_fraction=1, but {self.whole_shard_fraction:g} was "
+                f"given (link_gb_per_s sets it, too): the ranks of a domain share what enters it page by page; leave "
+                f"one of them out"
             )
 
     @classmethod
@@ -75,11 +100,29 @@ class FetchOptions:
         threshold = (1 / link_bytes_per_s + 1 / copy_bytes_per_s) / (1 / link_bytes_per_s + 1 / gather_bytes_per_s)
         return cls(whole_shard_fraction=min(1.0, threshold), **others)
 
-    def round_pages(self, page_bytes: int) -> int | None:
-        """Pages of one round: half the budget, for the next round travels while this one is in use; None: no bound."""
+    def domain_of(self, num_ranks: int) -> int:
+        """Ranks of a domain in a group of so many; 1: every rank for itself, as in one domain of all.
+
+        ValueError unless domains divide the group.
+        """
+        size = self.domain_size or 1
+        if num_ranks % size:
+            divisors = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0]
+            raise ValueError(
+                f"domain_size={size} must divide the {num_ranks} context-parallel ranks, because every rank belongs to "
+                f"one domain of as many neighbours as the others; take one of {divisors}, or leave it out"
+            )
+        return 1 if size == num_ranks else size
+
+    def round_pages(self, page_bytes: int, domain_size: int = 1) -> int | None:
+        """Pages of one round: half the budget, for the next round travels while this one is in use; None: no bound.
+
+        In domains it holds a rank's share of a round beside them, the pages that it passes on, one in `domain_size`.
+        """
         if self.kv_fetch_budget_bytes is None:
             return None
-        return max(1, self.kv_fetch_budget_bytes // page_bytes // 2)
+        pages = self.kv_fetch_budget_bytes // page_bytes // 2
+        return max(1, pages if domain_size == 1 else pages * domain_size // (domain_size + 1))
 
     def num_head_groups(self, num_kv_heads: int, *, in_line: bool = False) -> int:
         """Groups in which the kv heads of a rank travel; `in_line`: nothing travels under anything."""
@@ -89,11 +132,13 @@ class FetchOptions:
     def halves_queries(self, num_kv_heads: int) -> bool:
         """Whether the queries of a rank's only kv head go in two halves, so that one's fetch hides under the other.
 
-        Both halves' pages are held until the end, so not under a budget; pages that are kept are not cut in two.
+        Both halves' pages are held until the end, so not under a budget; pages that are kept are not cut in two. Nor in
+        domains, where what one rank chose first and another later would enter twice.
         """
-        bounded = self.kv_fetch_budget_bytes is not None or self.keep_pages
+        bounded = self.kv_fetch_budget_bytes is not None or self.keep_pages or (self.domain_size or 1) > 1
         return num_kv_heads == 1 and self.head_groups != 1 and not bounded
 
-    def fetches_ahead(self, page_bytes: int) -> bool:
+    def fetches_ahead(self, page_bytes: int, domain_size: int = 1) -> bool:
         """Whether two rounds fit in the budget. If not, each is fetched only when the one before is done with."""
-        return self.kv_fetch_budget_bytes is None or self.kv_fetch_budget_bytes >= 2 * page_bytes
+        least = 2 if domain_size == 1 else 4  # of a page in use and, in domains, one that is passed on
+        return self.kv_fetch_budget_bytes is None or self.kv_fetch_budget_bytes >= least * page_bytes

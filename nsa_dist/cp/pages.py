@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from nsa_dist.cp.call import Call, Stage
-from nsa_dist.cp.device import put_on
-from nsa_dist.cp.fetch import Route
 from nsa_dist.cp.layout import RankLayout
+from nsa_dist.cp.sent.routes import Route
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,9 @@ def page_table(stage: Stage, k: Tensor, fetched: Sequence[Fetched], layout: Rank
     else:
         table = torch.full((heads, len(layout.block_owner)), -1, dtype=torch.int32, device=k.device)
     for part in fetched:
-        where = put_on(k.device, part.route.recv_head), put_on(k.device, part.route.recv_block)
-        table[where] = torch.arange(num_local, num_local + len(part.pages), dtype=torch.int32, device=k.device)
+        table[part.route.recv_head, part.route.recv_block] = torch.arange(
+            num_local, num_local + len(part.pages), dtype=torch.int32, device=k.device
+        )
         num_local += len(part.pages)
     return table
 

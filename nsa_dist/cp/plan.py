@@ -157,10 +157,14 @@ class ShardPlan:
 
     def segments(self, rank: int) -> tuple[Segment, ...]:
         """The runs of the stream that `rank` holds, ascending; neighbouring chunks are one segment."""
+
+        def compute() -> tuple[Segment, ...]:
+            owner, start, length = self.all_segments
+            own = owner == rank
+            return tuple(map(Segment, start[own].tolist(), length[own].tolist()))
+
         self._check_rank(rank)
-        owner, start, length = self.all_segments
-        own = owner == rank
-        return tuple(map(Segment, start[own].tolist(), length[own].tolist()))
+        return self.memo(("segments", rank), compute)
 
     @_kept
     def all_segments(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Selected attention over ranks: fetch what was chosen, attend, merge rounds; backward fetches again and sends home.
 
-Forward, for the stages 0, 1, ... of `call.forward_stages`; a bitmap tells every owner what to send, and its bits come
-to the host while the device works on the next stage:
+Forward, for the stages 0, 1, ... of `call.forward_stages`; a bitmap tells every owner what to send, the device lists
+the pages, and how many go where comes to the host while the device works on the next stage:
 
     compress(h), post_bitmap(h)     post_fetch(h) once compress(h + 1) is queued     attend(h) after that
     pages held: those of stage h in use and those of h + 1 on their way
@@ -16,17 +16,12 @@ from torch import Tensor
 
 from nsa_dist.cp.call import Call, Stage
 from nsa_dist.cp.comm import Handle
-from nsa_dist.cp.device import Side, read_on_host
-from nsa_dist.cp.fetch import (
-    Route,
-    chosen_elsewhere,
-    pack_bits,
-    plan_rounds,
-    post_pages,
-    unpack_bits,
-    widen_to_whole_shards,
-)
+from nsa_dist.cp.device import Side
+from nsa_dist.cp.fetch import chosen_elsewhere, pack_bits
 from nsa_dist.cp.pages import Fetched, only_here, page_arguments, page_table, round_name
+from nsa_dist.cp.sent.lists import PageLists
+from nsa_dist.cp.sent.routes import Route, pages_passed_on
+from nsa_dist.cp.sent.travel import post_pages
 
 
 class SelectedForward:
@@ -37,10 +32,13 @@ class SelectedForward:
         self._alone = call.comm.size == 1
         self._halves = len(stages) > 1 and stages[0].kv_heads == stages[1].kv_heads
         self._page_bytes = call.cfg.slc_block_len * (k.shape[2] + v.shape[2]) * k.element_size()
-        self._ahead = call.fetch.fetches_ahead(self._page_bytes)
+        self._domains = call.domains
+        self._ahead = call.fetch.fetches_ahead(self._page_bytes, self._domains.size)
         self._side = Side(q.device)
         self._bitmaps: list[Handle] = []
-        self._chosen: list[Tensor] = []  # bool [P, h, B] a stage: what every rank's queries chose elsewhere
+        self._bits: list[Tensor] = []  # of a stage, of every rank
+        self._chosen: list[Tensor] = []  # int64 [h] a stage: remote blocks that this rank's queries chose
+        self._whole: PageLists | None = None  # of both halves
         self._rounds: list[list[Route]] = []
         self._under_way: dict[tuple[int, int], Handle] = {}
         self._here: list[Fetched] = []
@@ -56,17 +54,18 @@ class SelectedForward:
             self._bitmaps.append(self._call.comm.post_all_gather(marks, "bitmap", f"bitmap[{len(self._bitmaps)}]"))
 
     def post_fetch(self, stage: Stage) -> None:
-        """Read what all ranks chose, which has come meanwhile, and start the first round."""
+        """List what all ranks chose, whose bitmaps have come meanwhile, and start the first round."""
         if self._alone:
             return
         with self._side.entered():
-            bits = read_on_host(self._bitmaps[stage.number].wait())
-        chosen = unpack_bits(bits, len(self._call.layout.block_owner))
-        wanted = self._widened(chosen)
-        if self._halves and stage.number == 1:
-            wanted = self._widened(self._chosen[0] | chosen) & ~self._widened(self._chosen[0])
-        self._chosen.append(chosen)
-        self._rounds.append(self._planned(wanted))
+            self._bits.append(self._bitmaps[stage.number].wait())
+            if self._halves and stage.number == 1:
+                lists = self._listed(self._bits[1] | self._bits[0], without=self._bits[0])
+                self._whole = self._listed(self._bits[0] | self._bits[1])
+            else:
+                lists = self._listed(self._bits[stage.number])
+            self._chosen.append(lists.told().chosen)
+            self._rounds.append(lists.routes())
         if self._ahead:
             self._post_round(stage, 0)
 
@@ -99,19 +98,19 @@ class SelectedForward:
         """The rounds of every head group, for backward; counts u."""
         if self._alone:
             return [[]]
-        if self._halves:
-            self._chosen = [self._chosen[0] | self._chosen[1]]
-            self._rounds = [self._planned(self._widened(self._chosen[0]))]
-        own = torch.cat([chosen[self._call.comm.rank] for chosen in self._chosen])
-        self._call.comm.traffic.count_union(own, len(self._call.layout.local_blocks))
+        if self._whole is not None:
+            self._chosen, self._rounds = [self._whole.told().chosen], [self._whole.routes()]
+        layout = self._call.layout
+        num_remote = len(layout.block_owner) - len(layout.local_blocks)
+        self._call.comm.traffic.count_union(torch.cat(self._chosen), num_remote)
+        if self._domains.size > 1:
+            self._call.comm.traffic.passed_on.append(pages_passed_on(self._rounds, self._domains.rank))
         return self._rounds
 
-    def _widened(self, chosen: Tensor) -> Tensor:
-        return widen_to_whole_shards(chosen, self._call.layout.block_owner, self._call.fetch.whole_shard_fraction)
-
-    def _planned(self, wanted: Tensor) -> list[Route]:
-        per_round = self._call.fetch.round_pages(self._page_bytes)
-        return plan_rounds(wanted, self._call.layout, self._call.comm.rank, per_round)
+    def _listed(self, bits: Tensor, without: Tensor | None = None) -> PageLists:
+        fetch, where = self._call.fetch, self._domains
+        per_round = fetch.round_pages(self._page_bytes, where.size)
+        return PageLists(bits, self._call.layout, where, per_round, fetch.whole_shard_fraction, without)
 
     def _local(self, stage: Stage) -> tuple[Tensor, Tensor]:
         return stage.of_keys(self._k), stage.of_keys(self._v)

@@ -7,14 +7,17 @@ own blocks come first, then those of other ranks in ascending order, in fp32 or 
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from nsa_dist.cp.call import Call, Stage
 from nsa_dist.cp.comm import Handle
-from nsa_dist.cp.fetch import Route, add_page_gradients, post_page_gradients, post_pages
+from nsa_dist.cp.device import Side
 from nsa_dist.cp.pages import Fetched, only_here, page_arguments, page_table, round_name
+from nsa_dist.cp.sent.routes import Route
+from nsa_dist.cp.sent.travel import GoingHome, post_pages
 
 
 class SelectedBackward:
@@ -26,11 +29,14 @@ class SelectedBackward:
         self._k, self._v, self._call = k, v, call
         self._kept = list(kept)
         page_bytes = call.cfg.slc_block_len * (k.shape[2] + v.shape[2]) * k.element_size()
-        self._ahead = call.fetch.fetches_ahead(page_bytes)
+        domain_size = call.domains.size
+        self._ahead = call.fetch.fetches_ahead(page_bytes, domain_size)
+        # What is passed on waits for what enters the domain, and nobody else is to.
+        self._side = Side(k.device) if domain_size > 1 else None
         self._rounds = dict(zip([group.number for group in groups], rounds, strict=True))
         self._to_post = [(g, n, route) for g, of in zip(groups, rounds, strict=True) for n, route in enumerate(of)]
         self._under_way: list[Handle] = []
-        self._going_home: list[tuple[Handle, Route, int]] = []
+        self._going_home: list[tuple[GoingHome, int]] = []
         self._grads: dict[int, list[Tensor]] = {}  # dk, dv of each group's heads
 
     def post_next(self) -> None:
@@ -39,7 +45,10 @@ class SelectedBackward:
             group, number, route = self._to_post.pop(0)
             name = round_name("pages", group, number)
             k, v = group.of_keys(self._k), group.of_keys(self._v)
-            self._under_way.append(post_pages(k, v, route, self._call.cfg.slc_block_len, self._call.comm, name))
+            if self._side is not None:
+                self._side.follow()
+            with nullcontext() if self._side is None else self._side.entered():
+                self._under_way.append(post_pages(k, v, route, self._call.cfg.slc_block_len, self._call.comm, name))
 
     def start(self) -> None:
         """Post the first fetch."""
@@ -64,6 +73,8 @@ class SelectedBackward:
             total = dq if total is None else total.add_(dq)
             self._add_own(group.number, dk, dv)
             if route is not None:
+                if self._side is not None:
+                    self._side.follow()
                 del here
                 self._send_home(torch.cat(remote, -1), group, number, route)
         assert total is not None
@@ -72,7 +83,7 @@ class SelectedBackward:
     def finish(self) -> list[Tensor]:
         """dk [T, Hkv, Dk], dv [T, Hkv, Dv] of own rows, when all has come home: fp32 or better over ranks."""
         while self._going_home:
-            self._add_home()
+            self._going_home = self._a_step(self._going_home)
         return [torch.cat(x, 1) if len(x) > 1 else x[0] for x in zip(*self._grads.values(), strict=True)]
 
     def _receive(self) -> Tensor:
@@ -91,11 +102,10 @@ class SelectedBackward:
 
     def _send_home(self, grad: Tensor, group: Stage, number: int, route: Route) -> None:
         name = round_name("pages.grad", group, number)
-        self._going_home.append((post_page_gradients(grad, route, self._call.comm, name), route, group.number))
-        if len(self._going_home) > 1:
-            self._add_home()
+        before = self._going_home
+        going = GoingHome(grad, route, self._call.cfg.slc_block_len, self._call.comm, name)
+        self._going_home = [*self._a_step(before), (going, group.number)]
 
-    def _add_home(self) -> None:
-        handle, route, group = self._going_home.pop(0)
-        dk, dv = self._grads[group]
-        add_page_gradients(handle.wait(), dk, dv, route, self._call.cfg.slc_block_len)
+    def _a_step(self, going_home: list[tuple[GoingHome, int]]) -> list[tuple[GoingHome, int]]:
+        """Each goes on; those that are not there yet."""
+        return [(going, group) for going, group in going_home if not going.go_on(*self._grads[group])]

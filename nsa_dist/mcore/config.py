@@ -162,6 +162,7 @@ class NSATransformerConfig(TransformerConfig):
                 f"nsa_fetch={self.nsa_fetch!r} must be an nsa_dist.cp.options.FetchOptions, which checks its values; "
                 f"pass nsa_fetch=FetchOptions(kv_fetch_budget_bytes=..., keep_pages=...)"
             )
+        self.nsa_fetch.domain_of(self.context_parallel_size)
 
         if self.rotary_base not in (10_000, self.nsa_rotary_base):  # 10,000 is what Megatron-LM says if nobody does
             raise ValueError(

@@ -14,6 +14,7 @@ from nsa_dist.planner.core.memory import (
     results_bytes,
     statistics_bytes,
 )
+from nsa_dist.planner.core.one_sided import as_held, kept_for_exchanges
 from nsa_dist.planner.core.strategies import Options, Strategy
 from nsa_dist.planner.shape import Shape
 
@@ -25,6 +26,7 @@ KINDS = (
     "kv",
     "compressed",
     "pages",
+    "mailboxes",
     "logits",
     "transient",
     "reserved",
@@ -48,9 +50,10 @@ def stage_memory(
     is_last = stage == shape.num_stages - 1
     layers = shape.layers_per_stage * in_flight  # layers whose saved tensors are alive together
     kept = 1 if shape.config.model.recompute_attention else layers
+    held = as_held(shape.core, strategy, options, cluster)
     keeps_pages = options.fetch.keep_pages and strategy.how == "fetch"
-    kept_pages = kept * shape.calls * kept_page_bytes(shape.core, strategy) if keeps_pages else 0
-    moment = largest_moment(shape.core, strategy, options)
+    kept_pages = kept * shape.calls * kept_page_bytes(shape.core, held) if keeps_pages else 0
+    moment = largest_moment(shape.core, held, options)
     return {
         "weights": parameters * shape.element_bytes,
         "gradients": parameters * 4,  # fp32 buffers of Megatron's data parallelism
@@ -59,6 +62,7 @@ def stage_memory(
         "kv": layers * shape.kv_pairs * _kv_pair_bytes(shape) + kept * core_kv_bytes(shape),
         "compressed": kept * shape.calls * compressed_bytes(shape.core),
         "pages": moment.remote + kept_pages,
+        "mailboxes": kept_for_exchanges(shape.core, strategy, options, cluster),
         "logits": is_last * logits_bytes(shape),
         "transient": kept * core_saved_bytes(shape) + working_bytes(shape, moment.work),
         "reserved": int(cluster.reserved_bytes.value),

@@ -19,6 +19,7 @@ _MEMORY = {
     "kv": ("#5b9bd0", "K/V saved"),
     "compressed": ("#a9cdec", "compressed K/V"),
     "pages": ("#d1495b", "fetched pages"),
+    "mailboxes": ("#e08a5f", "mailboxes"),
     "logits": ("#edae49", "logits"),
     "transient": ("#8cb369", "working memory of one layer"),
 }

@@ -20,6 +20,7 @@ def as_data(plan: Plan, caches: Sequence[CachePlan] = ()) -> dict[str, Any]:
             "union_fractions": list(plan.options.union_fractions),
             "kv_fetch_budget_bytes": plan.options.fetch.kv_fetch_budget_bytes,
             "keep_pages": plan.options.fetch.keep_pages,
+            "domain_size": plan.options.fetch.domain_size,
             "overlap": plan.options.overlap,
         },
         "best_cp_size": best and best.cp_size,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from nsa_dist.cp.formulas.work import load_imbalance
 from nsa_dist.planner.cluster import Cluster
+from nsa_dist.planner.core.one_sided import as_held
 from nsa_dist.planner.core.strategies import Options, Strategy, held_bytes, sent_bytes, trips
 from nsa_dist.planner.memory import rank_memory
 from nsa_dist.planner.shape import Shape
@@ -139,7 +140,9 @@ def _outcome(
     return Outcome(
         strategy=strategy,
         memory_bytes=memory,
-        held_bytes=max(memory["pages"], held_bytes(shape.core, strategy, options)),
+        held_bytes=max(
+            memory["pages"], held_bytes(shape.core, as_held(shape.core, strategy, options, cluster), options)
+        ),
         sent_bytes=_step_bytes(shape, strategy, options, micro_batches),
         time=step_time(shape, strategy, options, cluster, replicas, micro_batches),
         pages=pages_fetched(shape, strategy),
@@ -153,7 +156,8 @@ def _step_bytes(shape: Shape, strategy: Strategy, options: Options, micro_batche
     for kind in ("halo", "compressed", "bitmap"):
         most[kind] *= 1 + again
     once = trips(strategy, options)
-    most["pages"] = most["pages"] * (once + again) // once
+    for kind in most.keys() & {"pages", "pages.inside"}:
+        most[kind] = most[kind] * (once + again) // once
     calls = shape.layers_per_stage * micro_batches * shape.calls
     return {kind: num_bytes * calls for kind, num_bytes in most.items()}
 

@@ -1,8 +1,9 @@
 """The plan in words, every sentence computed from its numbers."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
-from nsa_dist.planner.core.strategies import GIB, Strategy
+from nsa_dist.planner.core.strategies import GIB, Strategy, domain_size
 from nsa_dist.planner.core.time import ranks_per_node
 from nsa_dist.planner.knobs import turn_knobs
 from nsa_dist.planner.sweep import Candidate, Plan, make_plan
@@ -202,16 +203,41 @@ def _wire(plan: Plan) -> Iterator[str]:
         f"({100 * wire_s / total_s:.1f}%)."
     )
     yield from _fetch_time(plan, shown)
-    if ranks_per_node(shown.shape.core, plan.cluster) < shown.cp_size:
-        yield (
-            "The group spans nodes: a fetched page crosses the slow link once for every rank that wants it, a gathered "
-            "shard once a node. That is why a small u matters here, and why a group inside one node is better."
-        )
+    yield from _between_nodes(plan, shown)
     held, gathered = judged.held_bytes, gather.held_bytes
     bound = "" if held <= gathered else ". parallel.kv_fetch_budget_bytes bounds it, at the price of rounds"
     yield (
         f"Remote K/V held at once: {_gib(held)} with {judged.strategy.name}; an all-gather holds {_gib(gathered)} one "
         f"head at a time, {_gib(_whole(shown))} otherwise{bound}."
+    )
+
+
+def _between_nodes(plan: Plan, shown: Candidate) -> Iterator[str]:
+    """What domains would save where a group spans nodes."""
+    near, core = ranks_per_node(shown.shape.core, plan.cluster), shown.shape.core
+    if near == shown.cp_size:
+        return
+    if domain_size(core, plan.options) > 1:
+        yield (
+            f"The group spans nodes, in domains of {domain_size(core, plan.options)} ranks: a page enters each domain "
+            f"once, as a gathered shard does a node, and is passed on inside."
+        )
+        return
+    yield (
+        "The group spans nodes: a fetched page crosses the slow link once for every rank that wants it, a gathered "
+        "shard once a node. That is why a small u matters here, and why a group inside one node is better."
+    )
+    fetch = plan.options.fetch
+    if near == 1 or shown.cp_size % near or fetch.whole_shard_fraction < 1 or fetch.transport == "one_sided":
+        return
+    options = replace(plan.options, fetch=replace(fetch, domain_size=near))
+    time = step_time(
+        shown.shape, shown.judged.strategy, options, plan.cluster, shown.replicas, shown.micro_batches
+    )  # fmt: skip
+    yield (
+        f"With parallel.domain_size={near} a page enters a node once and is passed on inside: a step would take "
+        f"{_seconds(time.total_s)} instead of {_seconds(shown.judged.time.total_s)}, if ranks choose independently of "
+        f"each other; the more alike they choose, the less crosses."
     )
 
 

@@ -120,10 +120,14 @@ class ParallelSection(Section):
         default="auto",
         description="ranks read each other's GPU memory, or send by collectives; auto: they read where they can",
     )
+    domain_size: int | None = Field(
+        default=None,
+        description="so many consecutive context-parallel ranks are near, as on one node; a page enters them once",
+    )
 
     @model_validator(mode="after")
     def _check_fetch(self) -> "ParallelSection":
-        self.fetch_options()
+        self.fetch_options().domain_of(self.context_parallel_size)
         return self
 
     def fetch_options(self) -> FetchOptions:
@@ -133,6 +137,7 @@ class ParallelSection(Section):
             "keep_pages": self.keep_pages,
             "head_groups": self.head_groups,
             "transport": self.transport,
+            "domain_size": self.domain_size,
         }
         if self.link_gb_per_s is None:
             return FetchOptions(whole_shard_fraction=self.whole_shard_fraction, **others)

@@ -64,6 +64,7 @@ FREE = {
     "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size", "parallel.context_parallel_size",
     "parallel.sequence_parallel", "parallel.layout", "parallel.kv_fetch_budget_bytes", "parallel.whole_shard_fraction",
     "parallel.link_gb_per_s", "parallel.keep_pages", "parallel.head_groups", "parallel.transport",
+    "parallel.domain_size",
     "optimizer.lr", "optimizer.min_lr", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.weight_decay",
     "optimizer.clip_grad", "optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_eps",
 }  # fmt: skip

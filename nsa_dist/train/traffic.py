@@ -36,8 +36,9 @@ from nsa_dist.train.model import Trainable
 class TrafficMeter:
     """Counts a step on every rank and makes a record of the sum. A group of one sends nothing and counts nothing.
 
-    Every rank packs its counts into one table [num_layers, kinds + key/value heads], zeros where other ranks hold the
-    layer or head: bytes by kind, then remote blocks chosen by the queries of each head.
+    Every rank packs its counts into one table [num_layers, columns], zeros where other ranks hold the layer or head:
+    bytes by kind, then remote blocks chosen by the queries of each head; in domains also pages of its shares, and those
+    that neighbours passed on to it.
     """
 
     config: TrainConfig
@@ -69,6 +70,8 @@ class TrafficMeter:
                 if kind != "layout":
                     table[layer, self._kinds.index(kind)] = num_bytes
             table[layer, self._heads_of(attention)] = self._chosen(counted[layer])
+            if self._has_domains:
+                table[layer, -2:] = torch.tensor(counted[layer].passed_on, dtype=torch.float64).sum(0)
         return table.flatten()
 
     def record(self, step: int, summed: Sequence[float]) -> Record:
@@ -98,7 +101,8 @@ class TrafficMeter:
 
     @property
     def _table_shape(self) -> tuple[int, int]:
-        return self.config.model.num_layers, len(self._kinds) + self.config.model.num_query_groups
+        columns = len(self._kinds) + self.config.model.num_query_groups + (2 if self._has_domains else 0)
+        return self.config.model.num_layers, columns
 
     def _heads_of(self, attention: NSASelfAttention) -> slice:
         """The columns of this tensor-parallel rank's key/value heads."""
@@ -132,12 +136,12 @@ class TrafficMeter:
     def _layer(self, row: list[float]) -> Record:
         """One layer's entry of the record, from its row of the summed table."""
         kinds = self._kinds
-        chosen = row[len(kinds) :]
+        chosen = row[len(kinds) : len(kinds) + self.config.model.num_query_groups]
         calls = self._calls * self._forward_runs * self.plan.cp_size  # of a head, over all ranks
         return {
             "union_fraction": [blocks / (calls * self._num_remote) for blocks in chosen],
             "sent_bytes": {kind: int(num_bytes) for kind, num_bytes in zip(kinds, row, strict=False)},
-            "formula_bytes": self._fixed_bytes | self._page_bytes(int(sum(chosen))),
+            "formula_bytes": self._fixed_bytes | self._page_bytes(self._moved(int(sum(chosen)), row[-2:])),
         }
 
     @property
@@ -154,21 +158,39 @@ class TrafficMeter:
         none, heads = [[0] * self.plan.cp_size] * self.plan.cp_size, self._heads
         halves = self.config.parallel.fetch_options().halves_queries(heads.num_kv_heads)
         ranks = cost.sent_bytes(
-            self._call_plan, self.config.nsa.sizes(), heads, none, refetch=True, halves=halves, one_sided=self.one_sided
-        )
+            self._call_plan, self.config.nsa.sizes(), heads, none, refetch=True, halves=halves,
+            one_sided=self.one_sided, inside=none if self._has_domains else None,
+        )  # fmt: skip
         groups = self._calls * self.config.parallel.tensor_model_parallel_size
         return {
             kind: groups * (1 if kind.endswith(".grad") else self._forward_runs) * num_bytes
             for kind, num_bytes in _by_kind(ranks).items()
         }
 
-    def _page_bytes(self, chosen: int) -> dict[str, int]:
-        """Of the pages that hold `chosen` blocks, summed over all forward runs of all ranks."""
+    @cached_property
+    def _has_domains(self) -> bool:
+        return self.config.parallel.fetch_options().domain_of(self.plan.cp_size) > 1
+
+    def _moved(self, chosen: int, passed_on: Sequence[float]) -> dict[str, int]:
+        """Pages by what is added to the kind, summed over all forward runs of all ranks."""
+        if not self._has_domains:
+            return {"": chosen}
+        entered, passed = map(int, passed_on)
+        return {"": entered, ".inside": passed}
+
+    def _page_bytes(self, moved: dict[str, int]) -> dict[str, int]:
+        """Of the pages that were moved."""
         heads = self._heads
+        found: dict[str, int] = {}
         page = self.plan.block_len * (heads.dim_k + heads.dim_v)
-        once = chosen // self._forward_runs * page  # recomputation chooses the same blocks
         runs = self._forward_runs + (not self.config.parallel.keep_pages)
-        return {"pages": runs * once * heads.element_bytes, "pages.grad": once * heads.grad_bytes}
+        for suffix, number in moved.items():
+            once = number // self._forward_runs * page  # recomputation chooses the same blocks
+            found |= {
+                f"pages{suffix}": runs * once * heads.element_bytes,
+                f"pages.grad{suffix}": once * heads.grad_bytes,
+            }
+        return found
 
 
 def _by_kind(parts: Sequence[dict[str, int]]) -> dict[str, int]:

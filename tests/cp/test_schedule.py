@@ -178,7 +178,7 @@ class Watched(ThreadComm):
 
     def _start_all_to_all(self, out, x, recv_sizes, send_sizes, kind):
         super()._start_all_to_all(out, x, recv_sizes, send_sizes, kind)
-        if kind != "pages":
+        if kind not in ("pages", "pages.inside"):
             return
         num_bytes = out.nbytes
         alive = self.alive

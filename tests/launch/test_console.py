@@ -117,6 +117,13 @@ def test_the_choices_of_context_parallelism_are_told_at_the_start(tmp_path, fold
     )
 
 
+def test_domains_are_told_at_the_start(tmp_path, folder, capsys):
+    with Console(tiny(tmp_path), folder) as console:
+        write(folder, (START % 4)[:-1] + ', "domain_size": 2}')
+        console.update()
+    assert capsys.readouterr().out.endswith(", head_groups=4, domains of 2 ranks\n")
+
+
 def test_the_transport_is_told_with_its_reason(tmp_path, folder, capsys):
     with Console(tiny(tmp_path), folder) as console:
         write(folder, (START % 2)[:-1] + ', "transport": "all_to_all, as its ranks are on 2 hosts"}')

@@ -127,6 +127,7 @@ def test_options_reach_the_plan(tmp_path):
         "union_fractions": [0.5],
         "kv_fetch_budget_bytes": 3 * 2**29,
         "keep_pages": True,
+        "domain_size": None,
         "overlap": 0.5,
     }
 

@@ -54,6 +54,8 @@ def test_defaults_hold_together():
         ({"run": {**RUN, "stpes": 3}}, "run.stpes: no such key; did you mean 'steps'"),
         ({"parallel": {"kv_fetch_budget_bytes": 0}}, "parallel: .*kv_fetch_budget_bytes=0 must be positive.*pass None"),
         ({"parallel": {"head_groups": 0}}, "head_groups=0 must be at least 1.*pass 1 to"),
+        ({"parallel": {"context_parallel_size": 2, "domain_size": 3}}, r"domain_size=3 must divide the 2 .*\[1, 2\]"),
+        ({"parallel": {"domain_size": 2, "link_gb_per_s": 50}}, "needs whole_shard_fraction=1.*leave one of them out"),
         ({"parallel": {"whole_shard_fraction": 1.5}}, r"whole_shard_fraction=1.5 .*must lie in \(0, 1\]"),
         ({"parallel": {"link_gb_per_s": 0}}, "link_gb_per_s=0 must be positive.*or null"),
         ({"parallel": {"link_gb_per_s": 50, "whole_shard_fraction": 0.5}}, "both given.*leave one of them out"),

@@ -162,7 +162,7 @@ def _time_table(plan: Plan) -> Table:
 def _wire_table(plan: Plan) -> Table:
     title = f"On the wire in one step ({plan.options.strategies()[0].name}): MB sent by the busiest rank / ms"
     table = _sizes_table(plan, title, "kind")
-    for kind in plan.candidates[0].judged.sent_bytes:
+    for kind in dict.fromkeys(kind for c in plan.candidates for kind in c.judged.sent_bytes):
         table.add_row(kind, *(_sent(c, kind) for c in plan.candidates))
     for kind in ("tensor", "gradients"):
         table.add_row(kind, *(f"{1e3 * c.judged.time.wire_s[kind]:,.1f}" for c in plan.candidates))
@@ -171,7 +171,7 @@ def _wire_table(plan: Plan) -> Table:
 
 def _sent(candidate: Candidate, kind: str) -> str:
     time_s = candidate.judged.time.wire_s.get(kind, 0.0)
-    return f"{candidate.judged.sent_bytes[kind] / 1e6:,.0f} / {1e3 * time_s:,.1f}"
+    return f"{candidate.judged.sent_bytes.get(kind, 0) / 1e6:,.0f} / {1e3 * time_s:,.1f}"
 
 
 def _strategy_table(plan: Plan) -> Table:

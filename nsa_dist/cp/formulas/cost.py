@@ -12,6 +12,7 @@ g = bytes of a number of a gradient in flight (fp32 or better):
     bitmap            (P - 1) * Hkv * ceil(num_blocks / 8), twice where one kv head's queries go in two halves
     pages             pages others fetch from it * l' * (Dk + Dv) * e, twice if backward fetches them again
     pages.grad        pages it fetched * l' * (Dk + Dv) * g
+    pages.inside      where ranks form domains, pages that it passes on to neighbours, as pages; gradients likewise
 
 Where ranks read each other's memory (`one_sided`) `pages` are what a rank reads, over all ranks the same; instead of
 bitmaps it reads a byte for each of its blocks and each other rank.
@@ -21,7 +22,7 @@ shards differ in memory and in the number of messages, not in bytes.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -139,19 +140,27 @@ def visible_remote_blocks(plan: ShardPlan) -> Matrix:
     """Selection blocks that rank q holds and some query of rank r may choose: the most that r can fetch for a head."""
     return plan.memo(
         ("visible_remote_blocks",),
-        lambda: [_held_by(plan, r, _visible_blocks(plan, r), plan.block_len) for r in range(plan.cp_size)],
+        lambda: [_held_by(plan, rank, _visible_blocks(plan, [rank]), plan.block_len) for rank in range(plan.cp_size)],
     )
 
 
-def _visible_blocks(plan: ShardPlan, rank: int) -> list[tuple[int, int]]:
-    """Intervals of stream blocks up to the last query of each document on this rank."""
-    last = {p.document: p.stop for p in pieces(plan, rank)}  # a document's pieces come in ascending order
+def seen_blocks(plan: ShardPlan, ranks: Iterable[int]) -> list[int]:
+    """Selection blocks that each rank holds and some query of `ranks` may choose."""
+    return _held_by(plan, -1, _visible_blocks(plan, ranks), plan.block_len)
+
+
+def _visible_blocks(plan: ShardPlan, ranks: Iterable[int]) -> list[tuple[int, int]]:
+    """Intervals of stream blocks up to the last query of each document on these ranks."""
+    last: dict[int, int] = {}
+    for rank in ranks:
+        for piece in pieces(plan, rank):
+            last[piece.document] = max(piece.stop, last.get(piece.document, 0))
     firsts = {document: plan.stream_starts[document] // plan.block_len for document in last}
     return [(firsts[d], firsts[d] - (-stop // plan.block_len)) for d, stop in sorted(last.items())]
 
 
-def pages_at(plan: ShardPlan, heads: HeadSizes, union_fraction: float) -> Matrix:
-    """Pages fetched when every rank's queries choose the fraction u of the remote blocks, for every head alike.
+def chosen_at(plan: ShardPlan, union_fraction: float) -> list[list[float]]:
+    """Blocks of each rank q that rank r chose for a head when it chose the fraction u of the remote blocks.
 
     u is counted as `Traffic.union_fractions` counts it: blocks after a rank's last query are remote blocks, too, so
     the most that a rank can choose is less than 1; a larger u means all it can see. ValueError unless 0 <= u <= 1.
@@ -162,11 +171,16 @@ def pages_at(plan: ShardPlan, heads: HeadSizes, union_fraction: float) -> Matrix
             f"that some query chose; pass 1 for the worst case"
         )
     num_remote = plan.num_blocks - plan.tokens_per_rank // plan.block_len
-    counts = []
+    found = []
     for row in visible_remote_blocks(plan):
         share = min(1.0, union_fraction * num_remote / max(1, sum(row)))
-        counts.append([round(share * blocks) * heads.num_kv_heads for blocks in row])
-    return counts
+        found.append([share * blocks for blocks in row])
+    return found
+
+
+def pages_at(plan: ShardPlan, heads: HeadSizes, union_fraction: float) -> Matrix:
+    """Pages fetched when every rank's queries choose the fraction u (`chosen_at`), for every head alike."""
+    return [[round(blocks) * heads.num_kv_heads for blocks in row] for row in chosen_at(plan, union_fraction)]
 
 
 def pages_of(plan: ShardPlan, block_indices: Sequence[Tensor], whole_shard_fraction: float = 1.0) -> Matrix:
@@ -174,6 +188,11 @@ def pages_of(plan: ShardPlan, block_indices: Sequence[Tensor], whole_shard_fract
 
     whole_shard_fraction    as in `FetchOptions`: from this share of an owner's blocks of a head on all of them travel
     """
+    return widen_to_whole_shards(wanted_blocks(plan, block_indices), whole_shard_fraction).sum((2, 3)).tolist()
+
+
+def wanted_blocks(plan: ShardPlan, block_indices: Sequence[Tensor]) -> Tensor:
+    """bool [P, P, Hkv, T // l']: the blocks that each rank's queries chose of each other rank's."""
     owner, _ = plan.owner(torch.arange(plan.num_blocks) * plan.block_len)
     stream_block = _stream_blocks(plan)
     wanted = torch.zeros(plan.cp_size, block_indices[0].shape[1], plan.num_blocks, dtype=torch.bool)
@@ -182,8 +201,7 @@ def pages_of(plan: ShardPlan, block_indices: Sequence[Tensor], whole_shard_fract
             chosen = ids[:, head].unique().long().cpu()
             wanted[rank, head, stream_block[chosen[chosen >= 0]]] = True
         wanted[rank][:, owner == rank] = False
-    counts = widen_to_whole_shards(wanted, owner, whole_shard_fraction).sum(1)  # [P, num_blocks]
-    return [[int(row[owner == source].sum()) for source in range(plan.cp_size)] for row in counts]
+    return wanted[..., owner.argsort(stable=True)].unflatten(-1, (plan.cp_size, -1)).transpose(1, 2)
 
 
 def _stream_blocks(plan: ShardPlan) -> Tensor:
@@ -200,7 +218,7 @@ def _stream_blocks(plan: ShardPlan) -> Tensor:
 
 def sent_bytes(
     plan: ShardPlan, cfg: NSAConfig, heads: HeadSizes, pages: Matrix, *, refetch: bool, halves: bool = False,
-    one_sided: bool = False,
+    one_sided: bool = False, inside: Matrix | None = None,
 ) -> list[dict[str, int]]:  # fmt: skip
     """What each rank sends in one forward and backward of one layer, by kind, as `Traffic.sent_bytes` counts it.
 
@@ -209,6 +227,7 @@ def sent_bytes(
     halves      `FetchOptions.halves_queries`
     one_sided   ranks read each other's pages: `pages` are what a rank reads, and in backward it reads which of its own
                 blocks others chose, a byte each
+    inside      where ranks form domains: pages passed on in them, and `pages` are those between (`formulas.domains`)
     A group of one sends nothing. The check of the layouts (kind `layout`, once per shape) is not in it.
     """
     others, page = plan.cp_size - 1, plan.block_len * (heads.dim_k + heads.dim_v)
@@ -219,19 +238,29 @@ def sent_bytes(
     halos = [halo_rows(plan, length) for length in halo_lengths(cfg)]
     most = max(own_cmp_blocks(plan, cfg, rank) for rank in range(plan.cp_size))
 
-    def moved(rank: int) -> int:
-        """Pages that others get from it; one-sided, that it gets from others."""
-        return sum(pages[rank]) if one_sided else sum(row[rank] for row in pages)
+    def of_pages(counts: Matrix, suffix: str = "") -> list[dict[str, int]]:
+        """Of pages that others get from a rank; one-sided, that it gets from others."""
+        got = [sum(row) for row in counts]
+        return [
+            {
+                f"pages{suffix}": (2 if refetch else 1) * moved * page * heads.element_bytes,
+                f"pages.grad{suffix}": found * page * heads.grad_bytes,
+            }
+            for moved, found in zip(got if one_sided else map(sum, zip(*counts, strict=True)), got, strict=True)
+        ]
 
+    halos_sent = [sum(rows) for rows in zip(*(map(sum, zip(*halo, strict=True)) for halo in halos), strict=True)]
+    moved = of_pages(pages)
+    passed_on: list[dict[str, int]] = [{} for _ in moved] if inside is None else of_pages(inside, ".inside")
     return [
         {
-            "halo": sum(row[rank] for halo in halos for row in halo) * row_bytes,
+            "halo": halos_sent[rank] * row_bytes,
             "halo.grad": sum(sum(halo[rank]) for halo in halos) * row_grad_bytes,
             "compressed": others * most * row_bytes,
             "compressed.grad": others * most * row_grad_bytes,
             "bitmap": others * heads.num_kv_heads * bits,
-            "pages": (2 if refetch else 1) * moved(rank) * page * heads.element_bytes,
-            "pages.grad": sum(pages[rank]) * page * heads.grad_bytes,
+            **moved[rank],
+            **passed_on[rank],
         }
         for rank in range(plan.cp_size)
     ]

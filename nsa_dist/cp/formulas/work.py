@@ -34,13 +34,17 @@ class RankWork:
 
 def rank_work(plan: ShardPlan, cfg: NSAConfig, rank: int) -> RankWork:
     """The work of `rank`, padding left out."""
-    own = pieces(plan, rank)
-    return RankWork(
-        cmp_keys=sum(cmp_keys_below(p.stop, cfg) - cmp_keys_below(p.start, cfg) for p in own),
-        slc_keys=sum(slc_keys_below(p.stop, cfg) - slc_keys_below(p.start, cfg) for p in own),
-        win_keys=sum(win_keys_below(p.stop, cfg) - win_keys_below(p.start, cfg) for p in own),
-        own_cmp_blocks=own_cmp_blocks(plan, cfg, rank),
-    )
+
+    def compute() -> RankWork:
+        own = pieces(plan, rank)
+        return RankWork(
+            cmp_keys=sum(cmp_keys_below(p.stop, cfg) - cmp_keys_below(p.start, cfg) for p in own),
+            slc_keys=sum(slc_keys_below(p.stop, cfg) - slc_keys_below(p.start, cfg) for p in own),
+            win_keys=sum(win_keys_below(p.stop, cfg) - win_keys_below(p.start, cfg) for p in own),
+            own_cmp_blocks=own_cmp_blocks(plan, cfg, rank),
+        )
+
+    return plan.memo(("rank_work", cfg, rank), compute)
 
 
 def load_imbalance(plan: ShardPlan, cfg: NSAConfig) -> float:

@@ -34,10 +34,15 @@ def with_transport(comm: Comm, fetch: FetchOptions, q: Tensor) -> Comm:
     """`comm`, or one that reads other ranks' memory in its stead, in line where the call is short.
 
     A `Comm` of another class stays what it is. ValueError on every rank if one-sided transport is asked for where it
-    cannot be.
+    cannot be, or domains that do not divide the group.
     """
     if comm.size == 1:
         return comm
+    if fetch.domain_of(comm.size) > 1 and comm.reads_memory:
+        raise ValueError(
+            f"domain_size={fetch.domain_size} was given with ranks that read each other's memory, where every page is "
+            f"read where it lies and none passed on; leave domain_size out"
+        )
     if type(comm) is Comm and comm.group is not None:
         if transport_of(comm.group, fetch, q.device).name != "one_sided":
             return comm
@@ -50,6 +55,8 @@ def with_transport(comm: Comm, fetch: FetchOptions, q: Tensor) -> Comm:
 
 def transport_of(group: dist.ProcessGroup, fetch: FetchOptions, device: torch.device) -> Transport:
     """What `fetch.transport` means for a group. The first time, all its ranks call this, and their hosts wait."""
+    if fetch.domain_size is not None and (size := fetch.domain_of(dist.get_world_size(group))) > 1:
+        return Transport("all_to_all", f"a page is to enter each domain of {size} ranks once")
     if fetch.transport == "all_to_all" or device.type != "cuda":
         chosen = Transport("all_to_all", "it was asked for" if device.type == "cuda" else "ranks are on CPUs")
     else:

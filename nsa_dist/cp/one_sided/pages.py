@@ -20,11 +20,10 @@ from nsa_dist.cp.call import Call, Stage
 from nsa_dist.cp.device import Side
 from nsa_dist.cp.one_sided.comm import OneSidedComm, Queued
 from nsa_dist.cp.one_sided.tables import reader_tables
+from nsa_dist.cp.options import CHUNK_BYTES
 from nsa_dist.cp.pages import only_here, round_name
 from nsa_kernels.exchange.mailbox import aligned
 from nsa_kernels.exchange.pages import gradient_slot_bytes
-
-CHUNK_BYTES = 2**27  # of the gradients in a slot
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nsa_dist.cp.formulas import cost
+from nsa_dist.cp.formulas.domains import DomainPages, domain_pages_at
 from nsa_dist.cp.options import FetchOptions
 from nsa_dist.planner.core.sizes import Core
 
@@ -75,21 +76,39 @@ def page_bytes(core: Core, element_bytes: int) -> int:
 def page_counts(core: Core, strategy: Strategy) -> cost.Matrix:
     """counts[r][q]: pages that rank r receives from rank q in one forward. All of a shard unless it is fetched."""
     if strategy.union_fraction is not None:
-        return cost.pages_at(core.plan, core.heads, strategy.union_fraction)
+        u = strategy.union_fraction
+        return core.plan.memo(("pages at", core.heads, u), lambda: cost.pages_at(core.plan, core.heads, u))
     size = core.plan.cp_size
     shard = core.plan.tokens_per_rank // core.plan.block_len * core.heads.num_kv_heads
     return [[shard * (source != rank) for source in range(size)] for rank in range(size)]
 
 
+def domain_size(core: Core, options: Options) -> int:
+    """Ranks of a domain (`FetchOptions.domain_size`); 1 for a group that it does not divide: a plan has many."""
+    size = options.fetch.domain_size or 1
+    return 1 if core.plan.cp_size % size else options.fetch.domain_of(core.plan.cp_size)
+
+
+def domain_pages(core: Core, strategy: Strategy, options: Options) -> DomainPages | None:
+    """What enters domains, and is passed on in them, where there are some and pages are fetched."""
+    size = domain_size(core, options)
+    if size == 1 or strategy.union_fraction is None:
+        return None
+    key = ("domain pages", core.heads, strategy.union_fraction, size)
+    return core.plan.memo(key, lambda: domain_pages_at(core.plan, core.heads, strategy.union_fraction, size))
+
+
 def sent_bytes(core: Core, strategy: Strategy, options: Options) -> dict[str, int]:
     """What the busiest rank of each kind sends, forward and backward of one layer and sequence, nothing recomputed."""
+    in_domains = domain_pages(core, strategy, options)
     ranks = cost.sent_bytes(
         core.plan,
         core.cfg,
         core.heads,
-        page_counts(core, strategy),
+        in_domains.between if in_domains else page_counts(core, strategy),
         refetch=trips(strategy, options) == 2,
         halves=options.fetch.halves_queries(core.heads.num_kv_heads),
+        inside=in_domains.inside if in_domains else None,
     )
     most = {kind: max(sent[kind] for sent in ranks) for kind in ranks[0]}
     if strategy.how in COMPRESS_EVERYTHING:
@@ -119,21 +138,38 @@ def num_rounds(core: Core, strategy: Strategy, options: Options) -> int:
         return 1
     if strategy.how == "ring":
         return core.plan.cp_size
-    return -(-_group_pages(core, strategy, options) // pages_at_once(core, strategy, options))
+    in_domains = domain_pages(core, strategy, options)
+    if in_domains is None:
+        return -(-_group_pages(core, strategy, options) // pages_at_once(core, strategy, options))
+    most = _round_pages(core, options)
+    return 1 if most is None else max(1, -(-max(in_domains.listed) // head_groups(core, options) // most))
 
 
 def pages_at_once(core: Core, strategy: Strategy, options: Options) -> int:
     """Pages of one round on the rank that gets most, at least one: a head group's, or what half the budget holds."""
-    of_group = _group_pages(core, strategy, options)
-    most = options.fetch.round_pages(page_bytes(core, core.heads.element_bytes))
+    of_group, most = _group_pages(core, strategy, options), _round_pages(core, options)
     return of_group if most is None else min(of_group, most)
+
+
+def shared_at_once(core: Core, strategy: Strategy, options: Options) -> int:
+    """Pages of one round that a rank fetches for its domain; none where every rank fetches for itself."""
+    in_domains, most = domain_pages(core, strategy, options), _round_pages(core, options)
+    if in_domains is None:
+        return 0
+    of_group = -(-max(map(sum, in_domains.between)) // head_groups(core, options))
+    return of_group if most is None else min(of_group, -(-most // domain_size(core, options)))
+
+
+def _round_pages(core: Core, options: Options) -> int | None:
+    return options.fetch.round_pages(page_bytes(core, core.heads.element_bytes), domain_size(core, options))
 
 
 def held_bytes(core: Core, strategy: Strategy, options: Options, *, forward: bool = False) -> int:
     """Remote K/V held at once on a rank, one layer; in backward with their gradients.
 
     fetch, whole shard  three rounds' pages: in use, on their way, packed for others, who fetch as much. In backward
-                        gradients as written, put together, and on their way home from the round before
+                        gradients as written, put together, and on their way home from the round before. In domains
+                        a rank's share likewise
     all-gather      the whole sequence, one key/value head at a time
     ring            two shards and the gradients that travel with them
     raw all-gather  the whole sequence of one branch, all heads, and its gradients
@@ -150,7 +186,8 @@ def held_bytes(core: Core, strategy: Strategy, options: Options, *, forward: boo
         return core.plan.cp_size * shard * both
     if strategy.how in ("all-gather", "shared all-gather"):
         return core.plan.cp_size * shard // heads.num_kv_heads * both
-    return 3 * pages_at_once(core, strategy, options) * page_bytes(core, both)
+    at_once = pages_at_once(core, strategy, options) + shared_at_once(core, strategy, options)
+    return 3 * at_once * page_bytes(core, both)
 
 
 def _group_pages(core: Core, strategy: Strategy, options: Options) -> int:

@@ -11,6 +11,7 @@ from nsa_dist.planner.core.strategies import (
     GATHERED,
     Options,
     Strategy,
+    domain_size,
     num_gathers,
     num_rounds,
     sent_bytes,
@@ -71,10 +72,18 @@ def wire_s(core: Core, strategy: Strategy, options: Options, cluster: Cluster) -
         return Phases({}, {})
     most, rounds = sent_bytes(core, strategy, options), num_rounds(core, strategy, options)
     seconds = {kind: _collective_s(core, cluster, most[kind], name) for kind, name in _SENT_BY.items()}
-    once = _pages_s(core, cluster, strategy, most["pages"] / trips(strategy, options), rounds, "all_gather")
     forward = {kind: s for kind, s in seconds.items() if not kind.endswith(".grad")}
     backward = {kind: s for kind, s in seconds.items() if kind.endswith(".grad")}
-    backward["pages"] = once if trips(strategy, options) == 2 else 0.0
+    again = trips(strategy, options)
+    if "pages.inside" in most:
+        for name in ("pages", "pages.inside"):
+            forward[name] = _passed_s(core, cluster, options, most[name] / again, rounds, inside=name != "pages")
+            backward[name] = forward[name] if again == 2 else 0.0
+            grad = name.replace("pages", "pages.grad")
+            backward[grad] = _passed_s(core, cluster, options, most[grad], rounds, inside=name != "pages")
+        return Phases(forward, backward)
+    once = _pages_s(core, cluster, strategy, most["pages"] / again, rounds, "all_gather")
+    backward["pages"] = once if again == 2 else 0.0
     backward["pages.grad"] = _pages_s(core, cluster, strategy, most["pages.grad"], rounds, "reduce_scatter")
     return Phases(forward | {"pages": once}, backward)
 
@@ -128,7 +137,19 @@ def _pages_s(
     if strategy.how == "ring":  # size - 1 steps; between nodes one link of each node carries every shard
         return num_bytes / rate(cluster, slow, "all_to_all") + (size - 1) * slow.latency_s.value
     # Each rank is sent its own pages, so a page crosses to a node as often as ranks there want it.
-    far = num_bytes * (size - near) / (size - 1)
-    inside_s = (num_bytes - far) / rate(cluster, cluster.intra_node, "all_to_all")
-    wire_s = max(inside_s, far / rate(cluster, cluster.inter_node, "all_to_all")) + rounds * slow.latency_s.value
-    return wire_s + 2 * num_bytes / memory_rate(cluster)
+    return _exchange_s(core, cluster, num_bytes, (size - near) / (size - 1), rounds)
+
+
+def _passed_s(core: Core, cluster: Cluster, options: Options, num_bytes: float, rounds: int, *, inside: bool) -> float:
+    """One trip between domains, or inside them: of the latter nothing leaves a node that holds the domain."""
+    size, near, domain = core.plan.cp_size, ranks_per_node(core, cluster), domain_size(core, options)
+    far = max(0, domain - near) / (domain - 1) if inside else min(1.0, (size - near) / (size - domain))
+    return _exchange_s(core, cluster, num_bytes, far, rounds)
+
+
+def _exchange_s(core: Core, cluster: Cluster, num_bytes: float, far: float, rounds: int) -> float:
+    """`rounds` all-to-alls in which a rank sends `num_bytes` in all, the share `far` to other nodes, and packing."""
+    slow = cluster.inter_node if far else cluster.intra_node
+    inside_s = num_bytes * (1 - far) / rate(cluster, cluster.intra_node, "all_to_all")
+    wire_s = max(inside_s, num_bytes * far / rate(cluster, cluster.inter_node, "all_to_all"))
+    return wire_s + rounds * slow.latency_s.value + 2 * num_bytes / memory_rate(cluster)

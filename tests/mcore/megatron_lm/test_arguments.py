@@ -47,6 +47,8 @@ def test_config_of_arguments_is_that_made_by_hand(monkeypatch):
             "--nsa-v-head-dim",
             "8",
             "--nsa-keep-pages",
+            "--nsa-domain-size",
+            "1",
             "--nsa-head-groups",
             "2",
             "--nsa-kv-fetch-budget-bytes",
@@ -68,7 +70,7 @@ def test_config_of_arguments_is_that_made_by_hand(monkeypatch):
         nsa_compress_before_rope=False,
         nsa_rotary_base=500_000.0,
         nsa_v_head_dim=8,
-        nsa_fetch=FetchOptions(keep_pages=True, head_groups=2, kv_fetch_budget_bytes=1_000_000),
+        nsa_fetch=FetchOptions(keep_pages=True, head_groups=2, kv_fetch_budget_bytes=1_000_000, domain_size=1),
     )
     config = nsa_config_from_args(args)
     drawn = {"init_method", "output_layer_init_method", "embedding_init_method"}  # closures, anew for each config
