@@ -24,7 +24,7 @@ from nsa_dist.inference import over_ranks
 from nsa_dist.inference.attend import nsa_decode, nsa_prefill
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.inference.decode import EMPTY_SLOT, decode_step
-from nsa_dist.rope import rotate
+from nsa_dist.rope import Positions
 from nsa_dist.rope_scaling import Rotary
 
 QKNorm = Literal["rms", "layer", "l2"]
@@ -202,12 +202,15 @@ class NSALayer(nn.Module):
         cp_group: dist.ProcessGroup | Comm | None = None,
         *,
         with_phi: bool = True,
+        positions: Positions | None = None,
     ) -> Tensor:
-        """`decode` as launches alone, of `nsa_dist.inference.decode`: positions are read on the device."""
+        """`decode` as launches alone, of `nsa_dist.inference.decode`.
+
+        positions       `next_positions` of any layer before the first has appended; None: of this one
+        """
         batch, new = x.shape[:2]
-        start = cache.tables.lengths.index_select(0, slots.clamp(min=0))
-        position = (start[:, None] + torch.arange(new, device=x.device)).flatten()
-        q, kv, gates = self.project(x.flatten(0, 1), position)
+        positions = next_positions(cache, slots, new) if positions is None else positions
+        q, kv, gates = self.project(x.flatten(0, 1), positions)
         q, gates, *pairs = (y.unflatten(0, (batch, new)) for y in (q, gates, *kv))
         comm, new_kv = cp_group if isinstance(cp_group, Comm) else Comm(cp_group), BranchKV(*pairs)
         if comm.size > 1:
@@ -216,8 +219,10 @@ class NSALayer(nn.Module):
             out, _ = decode_step(q, new_kv, gates, cache, slots, default_ops(q), with_phi=with_phi)
         return self.proj(out.flatten(2))
 
-    def project(self, x: Tensor, position: Tensor) -> tuple[Tensor, BranchKV, Tensor]:
+    def project(self, x: Tensor, position: Tensor | Positions) -> tuple[Tensor, BranchKV, Tensor]:
         """x [T, hidden] and positions in documents [T] -> what `nsa_attention` takes: q, kv, gates."""
+        if isinstance(position, Tensor):
+            position = Positions(position.to(x.device))
         if x.dim() != 2 or len(x) != len(position):
             raise ValueError(
                 f"x {tuple(x.shape)} must be [T, hidden] with T = {len(position)}, as cu_seqlens or plan says; pass "
@@ -233,7 +238,9 @@ class NSALayer(nn.Module):
         turning = [q, k_slc] if self.shared_kv else [q, k_slc, k_win]
         if not self.shared_kv and not self.compress_before_rope:
             turning.append(k_cmp)
-        turned = rotate(torch.cat(turning, 1), position, self.rotary).split([y.shape[1] for y in turning], 1)
+        together = torch.cat(turning, 1)
+        turns = position.turns(self.rotary, self.head_dim, together.dtype)
+        turned = turns.of(together).split([y.shape[1] for y in turning], 1)
         q, k_slc = turned[:2]
         k_win = k_slc if self.shared_kv else turned[2]
         if not self.compress_before_rope:
@@ -245,6 +252,12 @@ class NSALayer(nn.Module):
         if kind == "mean":
             return MeanCompress(block_len, rotary)
         return TurnedCompressMLP(self.num_kv_heads, head_dim, block_len, rotary=rotary, **where)
+
+
+def next_positions(cache: NSACache, slots: Tensor, new: int) -> Positions:
+    """Of `new` more tokens of each sequence, read from the cache's tables on the device."""
+    start = cache.tables.lengths.index_select(0, slots.clamp(min=0))
+    return Positions((start[:, None] + torch.arange(new, device=slots.device)).flatten())
 
 
 class GateBias(nn.Module):

@@ -44,6 +44,24 @@ def turns(rotary: Rotary, position: Tensor, head_dim: int, dtype: torch.dtype) -
     return Turns((factor * angle.cos()).to(dtype)[:, None], (factor * angle.sin()).to(dtype)[:, None])
 
 
+class Positions:
+    """Places of tokens in their documents, int64 [T], and the turns of them, each worked out once for all layers."""
+
+    def __init__(self, position: Tensor) -> None:
+        self.position = position
+        self._turns: dict[tuple, Turns] = {}
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def turns(self, rotary: Rotary, head_dim: int, dtype: torch.dtype) -> Turns:
+        key = (rotary, head_dim, dtype)
+        if key not in self._turns:
+            with torch.inference_mode(False):  # kept for batches that train
+                self._turns[key] = turns(rotary, self.position, head_dim, dtype)
+        return self._turns[key]
+
+
 def turn_of(rotary: Rotary, head_dim: int, device: torch.device) -> Tensor | None:
     """What kernels turn by, fp64 [turned / 2 + 1]: `frequencies`, then a factor of cosines and sines; None: nothing."""
     if rotary.turned(head_dim) == 0:

@@ -13,7 +13,7 @@ from nsa_dist.config import NSAConfig
 from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.inference.cache import NSACache
-from nsa_dist.layer import NSALayer
+from nsa_dist.layer import NSALayer, next_positions
 from nsa_dist.rope_scaling import Rotary, scaling_of
 
 
@@ -177,9 +177,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """`decode` as launches alone, which a CUDA graph can hold (`captured`): slots [B] of each layer's cache."""
         x = self.embedding(tokens)
+        positions = next_positions(cache.layers[0], slots[0], tokens.shape[1])
         for block, layer_cache, layer_slots in zip(self.layers, cache.layers, slots, strict=True):
             attended = block.attention.decode_step(
-                block.attention_norm(x), layer_cache, layer_slots, cp_group, with_phi=with_phi
+                block.attention_norm(x), layer_cache, layer_slots, cp_group, with_phi=with_phi, positions=positions
             )
             x = x + attended
             x = x + block.mlp(block.mlp_norm(x))

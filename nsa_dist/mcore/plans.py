@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -18,7 +19,7 @@ from nsa_dist.mcore.arrivals import Arrivals
 from nsa_dist.mcore.config import NSATransformerConfig
 from nsa_dist.mcore.deal import Deal, deal
 from nsa_dist.mcore.packs import PackReading, document_bounds, pack_order
-from nsa_dist.rope import Turns, turns
+from nsa_dist.rope import Positions, Turns
 from nsa_dist.rope_scaling import Rotary
 
 MOST_TOGETHER = 2**27  # numbers of the queries of one call: beyond it the host's share of a call no longer counts
@@ -34,16 +35,15 @@ class RankPlan:
     given: ShardPlan  # how the batch was cut: the plan itself, unless there is a deal
     deal: Deal | None = None  # None: every token is where the plan wants it
     samples: int = 1  # of the batch, documents one behind the other; 1 for a pack of documents that came as one
-    _turns: dict[tuple, Turns] = field(default_factory=dict, repr=False, compare=False)
     _batches: dict[int, "RankPlan"] = field(default_factory=dict, repr=False, compare=False)
 
+    @cached_property
+    def positions(self) -> Positions:
+        """Of this rank's tokens, for all layers."""
+        return Positions(self.document_position)
+
     def turns(self, rotary: Rotary, head_dim: int, dtype: torch.dtype) -> Turns:
-        """Of this rank's tokens, worked out once for all layers."""
-        key = (rotary, head_dim, dtype)
-        if key not in self._turns:
-            with torch.inference_mode(False):  # kept for batches that train
-                self._turns[key] = turns(rotary, self.document_position, head_dim, dtype)
-        return self._turns[key]
+        return self.positions.turns(rotary, head_dim, dtype)
 
     @property
     def blocks_of_sample(self) -> int:

@@ -1,5 +1,7 @@
 """`nsa_decode` through the kernels made for it, against training's forward: in the interpreter, or on a GPU."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
@@ -192,3 +194,24 @@ def test_text_from_a_graph_is_text_from_calls(prompts, monkeypatch):
     replayed = list(generate.generate(model, given, 100, generate.Sampling(seed=3)))
     monkeypatch.setattr(generate, "can_capture", lambda *_: False)
     assert list(generate.generate(model, given, 100, generate.Sampling(seed=3))) == replayed
+
+
+def test_a_step_of_launches_is_a_call(monkeypatch):
+    """Of a whole model, whose layers share the positions: two layers, one of them without, one empty slot."""
+    monkeypatch.setattr("nsa_dist.layer.default_ops", lambda _: nsa_kernels)
+    torch.manual_seed(0)
+    sizes = GPTConfig(2, 32, 2, 1, 16, 48, SMALL, vocab_size=16, no_rope=[0, 1])
+    model = GPT(sizes, device=DEVICE).requires_grad_(False)
+    tokens = torch.arange(60, device=DEVICE) % 16
+    caches = [model.make_cache(128, num_sequences=3) for _ in range(2)]
+    for cache in caches:
+        seqs = [cache.new_sequence() for _ in range(2)]
+        model.prefill(tokens[:50], cache, seqs, cu_seqlens=[0, 20, 50])
+    new = tokens[50:53, None]
+    slots = [seqs[0], -1, seqs[1]]
+    expected = model.decode(new, caches[0], slots)
+    with ExitStack() as stack:
+        for layer in caches[1].layers:
+            stack.enter_context(decoding(layer, slots, 1))
+        got = model.decode_step(new, caches[1], [slots_of(layer, slots) for layer in caches[1].layers])
+    torch.testing.assert_close(got[[0, 2]], expected[[0, 2]], rtol=1e-4, atol=1e-5)
