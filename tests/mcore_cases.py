@@ -247,7 +247,7 @@ def batch_in_calls() -> None:
 
     expected, _ = _watched(attention, x, upstream)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nsa_dist.mcore.plans.MOST_TOGETHER", 5 * 32 * 32)  # 5 samples, and 3 divide 6
+        patch.setattr("nsa_dist.cp.formulas.batches.MOST_TOGETHER", 5 * 32 * 32)  # 5 samples, and 3 divide 6
         patch.setattr(attention.core_attention, "_attend", noted)
         got, _ = _watched(attention, x, upstream)
     assert calls == [3 * 32] * 2

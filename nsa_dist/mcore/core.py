@@ -13,13 +13,14 @@ from torch import Tensor
 from nsa_dist.attention import BranchKV, nsa_attention
 from nsa_dist.compress import MeanCompress
 from nsa_dist.cp.comm import Comm, Traffic
+from nsa_dist.cp.formulas.batches import call_plan
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.mcore.compressor import GateBias, ParallelCompressMLP
 from nsa_dist.mcore.config import NSATransformerConfig
 from nsa_dist.mcore.inference.dynamic import RequestCache, Step, attend_requests, pages_for, request_cache
 from nsa_dist.mcore.inference.static import LayerCache, attend
-from nsa_dist.mcore.plans import RankPlan, call_plan
+from nsa_dist.mcore.plans import RankPlan
 from nsa_dist.rope_scaling import Rotary
 
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from nsa_dist.cp.formulas.batches import call_plan
 from nsa_dist.cp.formulas.cost import HeadSizes
 from nsa_dist.cp.plan import ShardPlan
-from nsa_dist.mcore.plans import call_plan
 from nsa_dist.planner.core.sizes import Core
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.heads import local_heads

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from nsa_dist.cp.comm import Traffic
 from nsa_dist.cp.formulas import cost
+from nsa_dist.cp.formulas.batches import call_plan
 from nsa_dist.cp.formulas.cost import HeadSizes
 from nsa_dist.cp.formulas.work import load_imbalance
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.mcore import NSASelfAttention
-from nsa_dist.mcore.plans import call_plan
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.files.records import Record
 from nsa_dist.train.heads import local_heads
