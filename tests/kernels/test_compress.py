@@ -133,7 +133,14 @@ def test_bits_do_not_depend_on_the_other_blocks(device):
     assert torch.equal(whole_mean[5:9], compress_mean(x[37:], mine, 16))
 
 
-@pytest.mark.parametrize("block_rows", [REGULAR, TANGLED, []], ids=["regular", "tangled", "no block"])
+@pytest.mark.parametrize(
+    "block_rows",
+    [
+        pytest.param(REGULAR, id="regular", marks=SLOW_WITHOUT_A_GPU),
+        pytest.param(TANGLED, id="tangled"),
+        pytest.param([], id="no block"),
+    ],
+)
 @pytest.mark.parametrize(
     "width", [pytest.param(20, id="equal"), pytest.param(16, id="of another width", marks=SLOW_WITHOUT_A_GPU)]
 )
