@@ -76,7 +76,7 @@ class Run:
             "train": [[r["step"], r["tokens"], r["loss"]] for r in metrics["train"]],
             "validation": [[r["step"], r["loss"]] for r in metrics["validation"]],
             "tasks": [{"step": r["step"], **r["tasks"]} for r in metrics["tasks"]],
-            "command": shlex.join(self.command),
+            "command": shlex.join(["python", *self.command[1:]]),  # of any environment
             "configuration": _configuration(self.folder / "config.yaml"),
             "commit": commit,
             "machine": machine,
