@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from nsa_kernels.decode.append import num_whole
+from nsa_kernels.selection.top import merge_sorted
 
 FAR = tl.constexpr(2**31 - 1)
 INFINITY_BITS = tl.constexpr(0x7F800000)  # of fp32: more than any importance
@@ -45,6 +46,37 @@ def _maxima(tile_max_ptr, state, live, tile, num_tiles, num_used):
     """[rows, tiles]: -inf for tiles that are not used."""
     used = live[:, None] & (tile < num_used)[None, :]
     return tl.load(tile_max_ptr + (state * num_tiles)[:, None] + tile[None, :], mask=used, other=float("-inf"))
+
+
+@triton.jit
+def keys_of(block, importance, own, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr):
+    """int64 of blocks and their fp32 importance, of the shape of both; -1 behind the query's own block."""
+    forced = (block < NUM_INIT) | (block > own - NUM_LOCAL)
+    bits = tl.where(forced, INFINITY_BITS, importance.to(tl.int32, bitcast=True))
+    return tl.where(block <= own, (bits.to(tl.int64) << 32) | (block ^ FAR).to(tl.int64), -1)
+
+
+@triton.jit
+def best_of(candidates_ptr, count, CHOSEN_PAD: tl.constexpr, CANDIDATES: tl.constexpr, ROWS: tl.constexpr):
+    """The best CHOSEN_PAD of `count` keys in a row, descending, -1 for none: [1, CHOSEN_PAD].
+
+    Rows of CANDIDATES are sorted side by side, a warp each.
+    """
+    best = tl.full([1, CHOSEN_PAD], -1, tl.int64)
+    for first in tl.range(0, count, ROWS * CANDIDATES):
+        index = first + tl.arange(0, ROWS)[:, None] * CANDIDATES + tl.arange(0, CANDIDATES)[None, :]
+        key = tl.topk(tl.load(candidates_ptr + index, mask=index < count, other=-1), CHOSEN_PAD)
+        if ROWS > 1:
+            key = tl.topk(tl.reshape(key, [1, ROWS * CHOSEN_PAD]), CHOSEN_PAD)
+        best = merge_sorted(best, key)
+    return best
+
+
+@triton.jit
+def ids_of(keys, NUM_CHOSEN: tl.constexpr):
+    """Blocks [1, N] of the first NUM_CHOSEN keys [1, N], ascending, FAR behind them and for none."""
+    rank = tl.arange(0, keys.shape[1])[None, :]
+    return tl.sort(tl.where((keys >= 0) & (rank < NUM_CHOSEN), (keys & FAR).to(tl.int32) ^ FAR, FAR))
 
 
 @triton.jit
@@ -85,9 +117,7 @@ def chunk_candidates(
             scale = tl.where(crosses, tl.exp2(m - lse[:, None])[:, :, None], scale)
         imp += scale * share
     total = tl.sum(imp, 0)
-    forced = (block < NUM_INIT) | (block > own - NUM_LOCAL)
-    bits = tl.where(forced, INFINITY_BITS, total.to(tl.int32, bitcast=True))
-    key = tl.where(block <= own, (bits.to(tl.int64) << 32) | (block ^ FAR).to(tl.int64), -1)
+    key = keys_of(block, total, own, NUM_INIT, NUM_LOCAL)
     best = tl.topk(tl.reshape(key, [1, CHUNK_TILES * TILE_PAGES]), CHOSEN_PAD)
     to = candidates_ptr + ((query * num_heads + head) * num_chunks + chunk) * CHOSEN_PAD
     tl.store(to + tl.arange(0, CHOSEN_PAD)[None, :], best)

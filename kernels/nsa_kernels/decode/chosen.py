@@ -11,8 +11,6 @@ Shapes
 Source      Yuan et al. 2025, arXiv:2502.11089, eq. 11 and 12
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -21,43 +19,11 @@ from torch import Tensor
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
 from nsa_kernels.common.tiles import dot_precision
-from nsa_kernels.decode.candidates import FAR
+from nsa_kernels.decode.candidates import FAR, best_of, ids_of
 from nsa_kernels.decode.compressed import LOG2_E
 from nsa_kernels.decode.online import attend, load_queries
 from nsa_kernels.decode.tiles import CANDIDATES, blocks_of_part, candidate_rows, chosen_options
 from nsa_kernels.decode_contracts import DecodeSizes, PagedCache
-from nsa_kernels.selection.top import merge_sorted
-
-
-class ChosenParts(NamedTuple):
-    """What the parts leave, and how blocks are cut into them."""
-
-    maximum: Tensor
-    total: Tensor
-    out: Tensor
-    block_indices: Tensor
-    part_blocks: int
-    slc_parts: int
-
-
-@triton.jit
-def _best(
-    candidates_ptr, count, CHOSEN_PAD: tl.constexpr, NUM_CHOSEN: tl.constexpr, CANDIDATES: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """Ids [1, CHOSEN_PAD] of the best NUM_CHOSEN of `count` candidates, ascending, FAR behind them.
-
-    Rows of CANDIDATES are sorted side by side, a warp each.
-    """
-    best = tl.full([1, CHOSEN_PAD], -1, tl.int64)  # descending; -1: none
-    for first in tl.range(0, count, ROWS * CANDIDATES):
-        index = first + tl.arange(0, ROWS)[:, None] * CANDIDATES + tl.arange(0, CANDIDATES)[None, :]
-        key = tl.topk(tl.load(candidates_ptr + index, mask=index < count, other=-1), CHOSEN_PAD)
-        if ROWS > 1:
-            key = tl.topk(tl.reshape(key, [1, ROWS * CHOSEN_PAD]), CHOSEN_PAD)
-        best = merge_sorted(best, key)
-    rank = tl.arange(0, CHOSEN_PAD)[None, :]
-    return tl.sort(tl.where((best >= 0) & (rank < NUM_CHOSEN), (best & FAR).to(tl.int32) ^ FAR, FAR))
 
 
 @triton.jit
@@ -121,7 +87,7 @@ def _chosen_kernel(
 
     count = (own // CHUNK + 1) * CHOSEN_PAD
     candidates = candidates_ptr + (query * num_heads + head) * num_chunks * CHOSEN_PAD
-    block_ids = _best(candidates, count, CHOSEN_PAD, NUM_CHOSEN, CANDIDATES, ROWS)
+    block_ids = ids_of(best_of(candidates, count, CHOSEN_PAD, CANDIDATES, ROWS), NUM_CHOSEN)
     if part == 0:
         tl.store(indices, tl.where(block_ids < FAR, block_ids, -1), mask=rank < NUM_CHOSEN)
     q_rows = q_ptr + query * stride_qt + (head * G + tl.minimum(g, G - 1))[:, None] * stride_qh
@@ -172,20 +138,15 @@ def attend_chosen(
     part_blocks = blocks_of_part(queries, sizes.num_slc_blocks)
     num_parts = cdiv(sizes.num_slc_blocks, part_blocks)
     rows = batch, new, num_q_heads, num_parts
-    parts = ChosenParts(
-        q.new_empty(rows, dtype=torch.float32),
-        q.new_empty(rows, dtype=torch.float32),
-        q.new_empty(*rows, dim_v, dtype=torch.float32),
-        ends.new_empty(batch, new, num_heads, sizes.num_slc_blocks),
-        part_blocks,
-        num_parts,
-    )
+    maximum, total = (q.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    out_parts = q.new_empty(*rows, dim_v, dtype=torch.float32)
+    block_indices = ends.new_empty(batch, new, num_heads, sizes.num_slc_blocks)
     out = q.new_empty(batch, new, num_q_heads, dim_v)
     dk_a, dk_b = split_head_dim(dim_k)
     packed, gates, most = q.flatten(0, 1), gates.flatten(0, 1), max(CANDIDATES, chosen_pad)
     _chosen_kernel[(num_parts, queries)](
         packed, cache.k_slc, cache.v_slc, candidates, sum_of_two, gates, slots, cache.page_table, ends,
-        *parts[:4], arrived, out, cache.lengths,
+        maximum, total, out_parts, block_indices, arrived, out, cache.lengths,
         new, num_heads, cache.page_table.shape[1], num_chunks, softmax_scale * cache.k_scale * LOG2_E,
         cache.v_scale, *packed.stride()[:2], *gates.stride(),
         G=group, G_PAD=max(16, next_power_of_2(group)), SLC_LEN=sizes.slc_block_len,
@@ -194,4 +155,4 @@ def attend_chosen(
         DK_A=dk_a, DK_B=dk_b, DV=dim_v, PRECISION=dot_precision(q.dtype),
         **chosen_options(q.dtype, queries),
     )  # fmt: skip
-    return out, parts.block_indices
+    return out, block_indices

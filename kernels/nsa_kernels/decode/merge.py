@@ -10,6 +10,8 @@ Source      Milakov & Gimelshein 2018, arXiv:1805.02867, section 3.1
 import triton
 import triton.language as tl
 
+from nsa_kernels.decode.online import with_parts
+
 
 @triton.jit
 def merged(max_ptr, sum_ptr, out_ptr, row, num_used, NUM_PARTS: tl.constexpr, PARTS: tl.constexpr, DV: tl.constexpr):
@@ -26,11 +28,5 @@ def merged(max_ptr, sum_ptr, out_ptr, row, num_used, NUM_PARTS: tl.constexpr, PA
         part_max = tl.load(max_ptr + part, mask=used, other=float("-inf"))
         part_sum = tl.load(sum_ptr + part, mask=used, other=0.0)
         outs = tl.load(out_ptr + part[:, None] * DV + dim, mask=used[:, None], other=0.0)
-        m_new = tl.maximum(m, tl.max(part_max, 0))
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weight = tl.exp2(part_max - base)
-        alpha = tl.exp2(m - base)
-        acc = acc * alpha + tl.sum(outs * weight[:, None], 0)
-        total = total * alpha + tl.sum(part_sum * weight, 0)
-        m = m_new
+        m, total, acc = with_parts(m, total, acc, part_max, part_sum, outs)
     return acc / tl.where(total > 0, total, 1.0)

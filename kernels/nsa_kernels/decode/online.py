@@ -18,6 +18,30 @@ def load_queries(q_rows, DK_A: tl.constexpr, DK_B: tl.constexpr):
 
 
 @triton.jit
+def scores(
+    q_a, q_b, k_rows, there, seen, scale, DK_A: tl.constexpr, DK_B: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """q . k [M, N] of the keys of rows [N], times scale; -inf where a query does not see one."""
+    k = tl.load(k_rows[:, None] + tl.arange(0, DK_A)[None, :], mask=there[:, None], other=0.0)
+    s = tl.dot(q_a, tl.trans(k.to(q_a.dtype)), input_precision=PRECISION)
+    if DK_B:
+        k = tl.load(k_rows[:, None] + DK_A + tl.arange(0, DK_B)[None, :], mask=there[:, None], other=0.0)
+        s = tl.dot(q_b, tl.trans(k.to(q_a.dtype)), s, input_precision=PRECISION)
+    return tl.where(seen, s * scale, float("-inf"))
+
+
+@triton.jit
+def with_parts(m, total, acc, part_max, part_sum, outs):
+    """m, total [1] and acc [DV] with further parts of one row: maxima and sums [N], outs [N, DV]."""
+    m_new = tl.maximum(m, tl.max(part_max, 0))
+    base = tl.where(m_new == float("-inf"), 0.0, m_new)
+    weight = tl.exp2(part_max - base)
+    alpha = tl.exp2(m - base)
+    acc = acc * alpha + tl.sum(outs * weight[:, None], 0)
+    return m_new, total * alpha + tl.sum(part_sum * weight, 0), acc
+
+
+@triton.jit
 def attend(
     q_a, q_b, k_rows, v_rows, there, seen, scale, m, total, acc,
     DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
@@ -28,12 +52,7 @@ def attend(
 
     there       [N]: rows that are read         seen        [M, N]: those of them that each query sees
     """
-    k = tl.load(k_rows[:, None] + tl.arange(0, DK_A)[None, :], mask=there[:, None], other=0.0)
-    s = tl.dot(q_a, tl.trans(k.to(q_a.dtype)), input_precision=PRECISION)
-    if DK_B:
-        k = tl.load(k_rows[:, None] + DK_A + tl.arange(0, DK_B)[None, :], mask=there[:, None], other=0.0)
-        s = tl.dot(q_b, tl.trans(k.to(q_a.dtype)), s, input_precision=PRECISION)
-    s = tl.where(seen, s * scale, float("-inf"))
+    s = scores(q_a, q_b, k_rows, there, seen, scale, DK_A, DK_B, PRECISION)
     m_new = tl.maximum(m, tl.max(s, 1))
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(s - base[:, None])

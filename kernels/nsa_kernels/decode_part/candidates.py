@@ -19,12 +19,11 @@ from torch import Tensor
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.decode.append import num_whole
-from nsa_kernels.decode.candidates import FAR, INFINITY_BITS
+from nsa_kernels.decode.candidates import best_of, keys_of
 from nsa_kernels.decode.tiles import CANDIDATE_WARPS, CANDIDATES, Split
 from nsa_kernels.decode_contracts import DecodeSizes
 from nsa_kernels.decode_part.compressed import PartScores
 from nsa_kernels.decode_part.part import CachePart
-from nsa_kernels.selection.top import merge_sorted
 
 
 @launchable
@@ -76,27 +75,15 @@ def _part_candidates_kernel(
     there = live[:, None, None] & (here < num_here)[None, :, :]
     imp = tl.load(imp_ptr + (state * max_here)[:, None, None] + here[None, :, :], mask=there, other=0.0)
     importance = tl.sum(imp * scale[:, :, None], 0)
-    forced = (block < NUM_INIT) | (block > own - NUM_LOCAL)
-    bits = tl.where(forced, INFINITY_BITS, importance.to(tl.int32, bitcast=True))
-    key = tl.where(block <= own, (bits.to(tl.int64) << 32) | (block ^ FAR).to(tl.int64), -1)
+    key = keys_of(block, importance, own, NUM_INIT, NUM_LOCAL)
     tl.store(to, tl.topk(tl.reshape(key, [1, CHUNK_TILES * TILE_PAGES]), CHOSEN_PAD))
-
-
-@triton.jit
-def best_of(candidates_ptr, count, CANDIDATES: tl.constexpr, CHOSEN_PAD: tl.constexpr):
-    """The best CHOSEN_PAD keys of `count` in a row, descending: [1, CHOSEN_PAD]."""
-    best = tl.full([1, CHOSEN_PAD], -1, tl.int64)
-    for first in tl.range(0, count, CANDIDATES):
-        index = first + tl.arange(0, CANDIDATES)[None, :]
-        best = merge_sorted(best, tl.topk(tl.load(candidates_ptr + index, mask=index < count, other=-1), CHOSEN_PAD))
-    return best
 
 
 @launchable
 @triton.jit
 def _best_kernel(candidates_ptr, best_ptr, count, CANDIDATES: tl.constexpr, CHOSEN_PAD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    best = best_of(candidates_ptr + row * count, count, CANDIDATES, CHOSEN_PAD)
+    best = best_of(candidates_ptr + row * count, count, CHOSEN_PAD, CANDIDATES, 1)
     tl.store(best_ptr + row * CHOSEN_PAD + tl.arange(0, CHOSEN_PAD)[None, :], best)
 
 

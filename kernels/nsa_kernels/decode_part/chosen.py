@@ -10,6 +10,8 @@ Shapes
 Source      Yuan et al. 2025, arXiv:2502.11089, eq. 11 and 12, section 3.3.3
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,12 +20,22 @@ from torch import Tensor
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
 from nsa_kernels.common.tiles import dot_precision
-from nsa_kernels.decode.candidates import FAR
-from nsa_kernels.decode.chosen import ChosenParts
+from nsa_kernels.decode.candidates import FAR, ids_of
 from nsa_kernels.decode.compressed import LOG2_E
+from nsa_kernels.decode.online import attend, load_queries
 from nsa_kernels.decode.tiles import blocks_of_part, chosen_options
 from nsa_kernels.decode_contracts import DecodeSizes, PagedCache
 from nsa_kernels.selection.top import merge_sorted
+
+
+class ChosenParts(NamedTuple):
+    """What the programs leave; the first `slc_programs` of them are of chosen blocks, the others of the window."""
+
+    maximum: Tensor
+    total: Tensor
+    out: Tensor
+    block_indices: Tensor
+    slc_programs: int
 
 
 @launchable
@@ -70,20 +82,12 @@ def _part_chosen_kernel(
         for part in tl.static_range(NUM_PARTS):
             keys = candidates_ptr + ((part * num_queries + query) * num_heads + head) * CHOSEN_PAD
             best = merge_sorted(best, tl.load(keys + rank))
-        block_ids = tl.where((best >= 0) & (rank < NUM_CHOSEN), (best & FAR).to(tl.int32) ^ FAR, FAR)
-        block_ids = tl.sort(block_ids)  # the unchosen go last
+        block_ids = ids_of(best, NUM_CHOSEN)
         if program == 0:
             tl.store(to_ids, tl.where(block_ids < FAR, block_ids, -1), mask=rank < NUM_CHOSEN)
 
-    dim_a = tl.arange(0, DK_A)
-    dim_b = DK_A + tl.arange(0, DK_B if DK_B else 16)
-    dim_v = tl.arange(0, DV)
     q_rows = q_ptr + query * stride_qt + (head * G + tl.minimum(g, G - 1))[:, None] * stride_qh
-    q_a = tl.load(q_rows + dim_a[None, :])
-    q_b = q_a
-    if DK_B:
-        q_b = tl.load(q_rows + dim_b[None, :])
-
+    q_a, q_b = load_queries(q_rows, DK_A, DK_B)
     in_block = tl.arange(0, SLC_LEN)
     k_ptr = tl.where(is_win, k_win_ptr, k_page_ptr)
     v_ptr = tl.where(is_win, v_win_ptr, v_page_ptr)
@@ -95,24 +99,13 @@ def _part_chosen_kernel(
         there = (token <= position) & (is_win | (page >= 0))
         row = tl.where(is_win, slot * win_ring + token % win_ring, page * SLC_LEN + in_block)
         at = row * num_heads + head
-        k_rows = k_ptr + at[:, None] * (DK_A + DK_B)
-        k = tl.load(k_rows + dim_a[None, :], mask=there[:, None], other=0.0)
-        s = tl.dot(q_a, tl.trans(k), input_precision=PRECISION)  # [G_PAD, SLC_LEN]
-        if DK_B:
-            k = tl.load(k_rows + dim_b[None, :], mask=there[:, None], other=0.0)
-            s = tl.dot(q_b, tl.trans(k), s, input_precision=PRECISION)
-        s = tl.where(there[None, :], s * scale, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - base[:, None])
-        alpha = tl.exp2(m - base)
-        total = total * alpha + tl.sum(p, 1)
-        v = tl.load(v_ptr + at[:, None] * DV + dim_v[None, :], mask=there[:, None], other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-        m = m_new
+        m, total, acc, _ = attend(
+            q_a, q_b, k_ptr + at * (DK_A + DK_B), v_ptr + at * DV, there, there[None, :],
+            scale, m, total, acc, DK_A, DK_B, DV, PRECISION,
+        )  # fmt: skip
     tl.store(max_ptr + to, m, mask=live)
     tl.store(sum_ptr + to, total, mask=live)
-    tl.store(out_ptr + to[:, None] * DV + dim_v[None, :], acc, mask=live[:, None])
+    tl.store(out_ptr + to[:, None] * DV + tl.arange(0, DV)[None, :], acc, mask=live[:, None])
 
 
 def attend_chosen_here(
@@ -133,7 +126,6 @@ def attend_chosen_here(
         q.new_empty(*rows, dtype=torch.float32),
         q.new_empty(*rows, dim_v, dtype=torch.float32),
         ends.new_empty(batch, new, num_heads, sizes.num_slc_blocks),
-        blocks,
         slc_programs,
     )
     dk_a, dk_b = split_head_dim(dim_k)

@@ -26,6 +26,7 @@ from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
 from nsa_kernels.common.tiles import dot_precision
 from nsa_kernels.decode.append import num_whole
 from nsa_kernels.decode.compressed import LOG2_E
+from nsa_kernels.decode.online import attend, load_queries, scores
 from nsa_kernels.decode.tiles import Split, block_rows, compressed_options
 from nsa_kernels.decode_contracts import DecodeSizes
 from nsa_kernels.decode_part.part import CachePart, cells_following
@@ -39,17 +40,6 @@ class PartScores(NamedTuple):
     out: Tensor
     importance: Tensor
     tile_max: Tensor
-
-
-@triton.jit
-def _dot_qk(q_a, q_b, rows, dim_a, dim_b, mask, DK_B: tl.constexpr, PRECISION: tl.constexpr):
-    """[BLOCK_M, columns]: q . k of the key rows at these addresses."""
-    k = tl.load(rows + dim_a[None, :], mask=mask[:, None], other=0.0)
-    s = tl.dot(q_a, tl.trans(k), input_precision=PRECISION)
-    if DK_B:
-        k = tl.load(rows + dim_b[None, :], mask=mask[:, None], other=0.0)
-        s = tl.dot(q_b, tl.trans(k), s, input_precision=PRECISION)
-    return s
 
 
 @launchable
@@ -87,15 +77,9 @@ def _part_compressed_kernel(
     token = row // G
     seen = tl.where(live, num_whole(end - new + 1 + token, CMP_LEN, CMP_STRIDE), 0)  # [BLOCK_M]
 
-    dim_a = tl.arange(0, DK_A)
-    dim_b = DK_A + tl.arange(0, DK_B if DK_B else 16)
-    dim_v = tl.arange(0, DV)
     token = tl.minimum(token, new - 1)
     q_rows = q_ptr + (batch * new + token)[:, None] * stride_qt + (head * G + row % G)[:, None] * stride_qh
-    q_a = tl.load(q_rows + dim_a[None, :])
-    q_b = q_a
-    if DK_B:
-        q_b = tl.load(q_rows + dim_b[None, :])
+    q_a, q_b = load_queries(q_rows, DK_A, DK_B)
 
     # Cells of a tile by residue slowly and page fast, so that the S cells of a page lie in one thread's registers.
     column = tl.arange(0, SLC_PAD * TILE_PAGES)
@@ -116,16 +100,10 @@ def _part_compressed_kernel(
         there = (residue < CELLS_SLC) & (block >= 0) & (here < num_here) & (block < num_blocks)
         where = tl.load(table + page, mask=here < num_here, other=0).to(tl.int64)
         at = (where * CELLS_SLC + residue) * num_heads + head
-        s = _dot_qk(q_a, q_b, k_ptr + at[:, None] * (DK_A + DK_B), dim_a, dim_b, there, DK_B, PRECISION)
-        s = tl.where(there[None, :] & (block[None, :] < seen[:, None]), s * scale, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - base[:, None])
-        alpha = tl.exp2(m - base)
-        total = total * alpha + tl.sum(p, 1)
-        v = tl.load(v_ptr + at[:, None] * DV + dim_v[None, :], mask=there[:, None], other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-        m = m_new
+        m, total, acc, p = attend(
+            q_a, q_b, k_ptr + at * (DK_A + DK_B), v_ptr + at * DV, there,
+            there[None, :] & (block[None, :] < seen[:, None]), scale, m, total, acc, DK_A, DK_B, DV, PRECISION,
+        )  # fmt: skip
 
         # Eq. 9 for offset k = r - (l/d - 1) from the first row of its block.
         offset = cell_residue - (CELLS_CMP - 1)
@@ -142,8 +120,10 @@ def _part_compressed_kernel(
             there = (behind_residue < FOLLOWING) & (here < num_here) & (block < num_blocks)
             where = tl.load(behind_table + page, mask=there, other=0).to(tl.int64)
             at = (where * FOLLOWING + behind_residue) * num_heads + head
-            s = _dot_qk(q_a, q_b, following_ptr + at[:, None] * (DK_A + DK_B), dim_a, dim_b, there, DK_B, PRECISION)
-            s = tl.where(there[None, :] & (block[None, :] < seen[:, None]), s * scale, float("-inf"))
+            s = scores(
+                q_a, q_b, following_ptr + at * (DK_A + DK_B), there,
+                there[None, :] & (block[None, :] < seen[:, None]), scale, DK_A, DK_B, PRECISION,
+            )  # fmt: skip
             tile_max = tl.maximum(m, tl.max(s, 1))
             base = tl.where(tile_max == float("-inf"), 0.0, tile_max)
             shares = tl.reshape(tl.exp2(s - base[:, None]), [BLOCK_M, FOLLOWING_PAD, TILE_PAGES])
@@ -154,7 +134,7 @@ def _part_compressed_kernel(
         tl.store(to, share, mask=live[:, None] & (first + tile_page < num_here)[None, :])
     tl.store(max_ptr + part, m, mask=live)
     tl.store(sum_ptr + part, total, mask=live)
-    tl.store(out_ptr + part[:, None] * DV + dim_v[None, :], acc, mask=live[:, None])
+    tl.store(out_ptr + part[:, None] * DV + tl.arange(0, DV)[None, :], acc, mask=live[:, None])
 
 
 def score_part(

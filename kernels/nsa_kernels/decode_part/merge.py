@@ -18,9 +18,10 @@ from torch import Tensor
 
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import next_power_of_2
-from nsa_kernels.decode.chosen import ChosenParts
+from nsa_kernels.decode.online import with_parts
 from nsa_kernels.decode.tiles import MERGE_WARPS
 from nsa_kernels.decode_contracts import PagedCache
+from nsa_kernels.decode_part.chosen import ChosenParts
 from nsa_kernels.decode_part.compressed import PartScores
 
 
@@ -68,13 +69,7 @@ def _merge_splits_kernel(
         used = part_max > float("-inf")
         part_sum = tl.load(sum_ptr + part, mask=used, other=0.0)
         outs = tl.load(out_parts_ptr + part[:, None] * DV + dim[None, :], mask=used[:, None], other=0.0)
-        m_new = tl.maximum(m, tl.max(part_max, 0))
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weight = tl.exp2(part_max - base)
-        alpha = tl.exp2(m - base)
-        acc = acc * alpha + tl.sum(outs * weight[:, None], 0)
-        total = total * alpha + tl.sum(part_sum * weight, 0)
-        m = m_new
+        m, total, acc = with_parts(m, total, acc, part_max, part_sum, outs)
     acc /= tl.where(total > 0, total, 1.0)
     tl.store(merged_ptr + tl.where(is_second, out_at2, out_at) + row * DV + dim, acc)
     lse = tl.where(total > 0, m + tl.log2(total), float("-inf"))
@@ -100,7 +95,7 @@ def merge_chosen(chosen: ChosenParts, merged: Merged) -> None:
         *chosen[:3],
         merged.all,
         1, 1, programs, size, merged.lse_at + merged.rows, merged.win_at, merged.win_at + size,
-        G=1, GROUPED=False, FIRST=0, SECOND=chosen.slc_parts, LAST=programs,
+        G=1, GROUPED=False, FIRST=0, SECOND=chosen.slc_programs, LAST=programs,
         SPLITS=min(8, next_power_of_2(programs)), DV=merged.dim_v, num_warps=MERGE_WARPS,
     )  # fmt: skip
 
