@@ -9,11 +9,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_pg_size
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nsa_dist.attention import BranchKV, nsa_attention
 from nsa_dist.compress import MeanCompress
 from nsa_dist.cp.comm import Comm, Traffic
-from nsa_dist.cp.formulas.batches import call_plan
+from nsa_dist.cp.formulas.batches import samples_a_call
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.mcore.compressor import GateBias, ParallelCompressMLP
@@ -43,9 +44,9 @@ class NSACoreAttention(MegatronModule):
     def forward(self, q: Tensor, kv: Tensor, gate_logits: Tensor, rank_plan: RankPlan) -> Tensor:
         """q [T, b, Hq, Dk], kv [T, b, Hkv, pairs * (Dk + Dv)], gate_logits [T, b, Hq, 3] -> [T, b, Hq * Dv].
 
-        A batch is a pack: its samples are documents one behind the other, as many in a call as `call_plan` says.
+        A batch is a pack: its samples are documents one behind the other, as many in a call as `samples_a_call` says.
         """
-        count = call_plan(rank_plan.plan, q.shape[1], q[0, 0].numel()).num_documents if q.shape[1] > 1 else 1
+        count = samples_a_call(rank_plan.plan, q.shape[1], q[0, 0].numel())
         parts = (x.transpose(0, 1).split(count) for x in (q, kv, gate_logits))  # [count, T, ...] each
         outs = []
         for its_q, its_kv, its_logits in zip(*parts, strict=True):
@@ -161,9 +162,7 @@ class NSACoreAttention(MegatronModule):
             self._rotate(q, turned), self._branches(kv, turned), self._gates(gate_logits), layer, step,
             self.config.softmax_scale,
         )  # fmt: skip
-        return out.new_zeros(rows, out[0].numel()).index_copy_(
-            0, torch.arange(len(out), device=out.device), out.flatten(1)
-        )
+        return pad(out.flatten(1), (0, 0, 0, rows - len(out)))
 
     def _make_cache(self, q: Tensor, kv: Tensor, pages: int, max_sequences: int = 0) -> NSACache:
         config = self.config

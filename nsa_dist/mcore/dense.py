@@ -13,7 +13,7 @@ from nsa_dist.mcore.attention import PlannedSelfAttention, nsa_group_widths
 from nsa_dist.mcore.config import NSATransformerConfig
 from nsa_dist.mcore.core import NSACoreAttention
 from nsa_dist.mcore.plans import RankPlan
-from nsa_dist.rope import rotate
+from nsa_dist.rope import Positions
 from nsa_dist.rope_scaling import Rotary
 
 
@@ -74,16 +74,15 @@ class DenseCoreAttention(MegatronModule):
     def forward(self, q: Tensor, kv: Tensor, rank_plan: RankPlan) -> Tensor:
         """q [T, b, Hq, Dk], kv [T, b, Hkv, Dk + Dv] -> [T, b, Hq * Dv]."""
         plan = rank_plan.plan
-        position = plan.unshard([rank_plan.document_position])  # [T]: a plan of one rank pads documents to blocks
         k, v = kv.split([self.config.kv_channels, self.config.v_head_dim], -1)
-        q, k = (self._turned(x, position) for x in (q, k))
+        q, k = (self._turned(x, rank_plan.token_positions) for x in (q, k))
         documents = [slice(a, b) for a, b in pairwise(plan.cu_seqlens) if b > a]
         out = torch.cat([self._attend(q[which], k[which], v[which]) for which in documents])
         return out.flatten(2)
 
-    def _turned(self, x: Tensor, position: Tensor) -> Tensor:
+    def _turned(self, x: Tensor, positions: Positions) -> Tensor:
         """x [T, b, H, D]: samples are further heads to the rotation."""
-        return rotate(x.flatten(1, 2), position, self.rotary).view(x.shape)
+        return positions.turns(self.rotary, x.shape[-1], x.dtype).of(x.flatten(1, 2)).view(x.shape)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One document: q [T, b, Hq, Dk], k and v [T, b, Hkv, D] -> [T, b, Hq, Dv]."""

@@ -41,6 +41,11 @@ class RankPlan:
         """Of this rank's tokens, for all layers."""
         return Positions(self.document_position)
 
+    @cached_property
+    def token_positions(self) -> Positions:
+        """As `positions` of a plan of one rank, without the padding of its documents."""
+        return Positions(self.plan.unshard([self.document_position]))
+
     def turns(self, rotary: Rotary, head_dim: int, dtype: torch.dtype) -> Turns:
         return self.positions.turns(rotary, head_dim, dtype)
 

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nsa_dist.bench.decode.measure import BACKENDS
 from nsa_dist.inference.model import GPT
 from nsa_dist.layer import NSALayer
-from nsa_dist.rope import rotate
+from nsa_dist.rope import Positions
 
 
 class DenseAttention:
@@ -33,29 +33,30 @@ class DenseAttention:
         shape = batch, layer.num_kv_heads, num_tokens
         self.k, self.v = (rows.new_zeros(*shape, dim) for dim in self.widths[1:])
 
-    def prefill(self, x: Tensor, slot: int) -> Tensor:
+    def prefill(self, x: Tensor, slot: int, positions: Positions) -> Tensor:
         """x [T, hidden], the whole prompt of one sequence -> [T, hidden]."""
-        q, k, v = self._project(x, torch.arange(len(x), device=x.device))
+        q, k, v = self._project(x, positions)
         self.k[slot, :, : len(x)], self.v[slot, :, : len(x)] = k.transpose(0, 1), v.transpose(0, 1)
         q, k, v = (y.transpose(0, 1)[None] for y in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.layer.proj(out[0].transpose(0, 1).flatten(1))
 
-    def step(self, x: Tensor, length: int) -> Tensor:
+    def step(self, x: Tensor, length: int, positions: Positions) -> Tensor:
         """x [batch, 1, hidden], a token behind `length` others of each -> [batch, 1, hidden]."""
-        q, k, v = self._project(x[:, 0], torch.full((len(x),), length, device=x.device))
+        q, k, v = self._project(x[:, 0], positions)
         self.k[:, :, length], self.v[:, :, length] = k, v
         held = self.k[:, :, : length + 1], self.v[:, :, : length + 1]
         out = F.scaled_dot_product_attention(q[:, :, None], *held, enable_gqa=True)
         return self.layer.proj(out[:, :, 0].flatten(1))[:, None]
 
-    def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """[T, hidden] -> q [T, Hq, Dk], k [T, Hkv, Dk], v [T, Hkv, Dv]."""
         layer = self.layer
         mixed = F.linear(x, self.weight).unflatten(-1, (layer.num_kv_heads, -1))
         q, k, v = mixed.split(self.widths, -1)
         q, k = layer.q_norm(q.unflatten(-1, (-1, layer.head_dim)).flatten(1, 2)), self.k_norm(k)
-        q, k = rotate(torch.cat([q, k], 1), position, layer.rotary).split([layer.num_q_heads, layer.num_kv_heads], 1)
+        turns = positions.turns(layer.rotary, layer.head_dim, q.dtype)
+        q, k = turns.of(torch.cat([q, k], 1)).split([layer.num_q_heads, layer.num_kv_heads], 1)
         return q, k, v
 
 
@@ -74,8 +75,9 @@ class DenseTwin:
     def prefill(self, tokens: Tensor, slot: int = 0, rows: Sequence[int] = (-1,)) -> Tensor:
         """tokens [T] -> logits [rows, vocab]."""
         x = self.model.embedding(tokens)
+        positions = Positions(torch.arange(len(x), device=x.device))
         for block, attention in zip(self.model.layers, self.attention, strict=True):
-            x = x + attention.prefill(block.attention_norm(x), slot)
+            x = x + attention.prefill(block.attention_norm(x), slot, positions)
             x = x + block.mlp(block.mlp_norm(x))
         return self.model._logits(x[list(rows)])
 
@@ -83,8 +85,9 @@ class DenseTwin:
     def step(self, tokens: Tensor, length: int) -> Tensor:
         """tokens [batch, 1] -> logits [batch, 1, vocab]."""
         x = self.model.embedding(tokens)
+        positions = Positions(torch.full((len(x),), length, device=x.device))
         for block, attention in zip(self.model.layers, self.attention, strict=True):
-            x = x + attention.step(block.attention_norm(x), length)
+            x = x + attention.step(block.attention_norm(x), length, positions)
             x = x + block.mlp(block.mlp_norm(x))
         return self.model._logits(x)
 

@@ -5,8 +5,8 @@ from nsa_dist.cp.plan import ShardPlan
 MOST_TOGETHER = 2**27  # numbers of the queries of one call: beyond it the host's share of a call no longer counts
 
 
-def call_plan(sequence: ShardPlan, samples: int, query_width: int) -> ShardPlan:
-    """The plan of the samples of a micro-batch that `nsa_attention` is given at once: its documents.
+def samples_a_call(sequence: ShardPlan, samples: int, query_width: int) -> int:
+    """How many samples of a micro-batch `nsa_attention` is given at once.
 
     As many as divide `samples` and keep to `MOST_TOGETHER`: a call costs the host milliseconds, whatever its length,
     but its largest moment takes memory for each token.
@@ -15,7 +15,12 @@ def call_plan(sequence: ShardPlan, samples: int, query_width: int) -> ShardPlan:
     """
     queries = sequence.tokens_per_rank * query_width
     fitting = (n for n in range(1, samples + 1) if samples % n == 0 and n * queries <= MOST_TOGETHER)
-    return batch_plan(sequence, max(fitting, default=1))
+    return max(fitting, default=1)
+
+
+def call_plan(sequence: ShardPlan, samples: int, query_width: int) -> ShardPlan:
+    """The plan of the samples of one such call: its documents."""
+    return batch_plan(sequence, samples_a_call(sequence, samples, query_width))
 
 
 def batch_plan(sequence: ShardPlan, samples: int) -> ShardPlan:
