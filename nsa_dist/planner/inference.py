@@ -6,6 +6,7 @@ on rank (home + i) % P. Bytes are `over_ranks.storage.rank_bytes`, which is `Cac
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -62,7 +63,7 @@ class CachePlan:
         tokens = self.num_sequences * -(-self.num_tokens // self.cp_size)
         return self.model.num_layers * tokens * self.dense_token_bytes
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         return sum(x.numel() * x.itemsize for x in GPT(self.model, "meta").parameters())
 
