@@ -100,6 +100,11 @@ class ParallelSection(Section):
     layout: Literal["zigzag", "contiguous"] = Field(
         default="zigzag", description="rank r of P holds chunks r and 2P-1-r of 2P; contiguous: chunk r of P"
     )
+    pack_order: Literal["sequence", "documents"] = Field(
+        default="sequence",
+        description="of packed documents in a zigzag: the whole row is one, wherever documents end; documents: each is "
+        "one of its own, padded to 2 * context_parallel_size * slc_block_len",
+    )
     kv_fetch_budget_bytes: int | None = Field(
         default=None, description="bytes of other ranks' selected pages held at once; null: those of two head groups"
     )
@@ -248,6 +253,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check_sections_together(self) -> "TrainConfig":
         _check_sequence(self)
+        _check_pack_order(self)
         _check_positions(self)
         _check_task_lengths(self)
         _check_model_parallel(self)
@@ -305,6 +311,24 @@ def _check_sequence(config: TrainConfig) -> None:
             f"sequence_length={length} must be a multiple of {formula} * slc_block_len = {chunks} * {block} = "
             f"{chunks * block}, so that every rank holds whole selection blocks; "
             f"take sequence_length={_round_up(length, chunks * block)}"
+        )
+
+
+def _check_pack_order(config: TrainConfig) -> None:
+    parallel = config.parallel
+    if parallel.pack_order == "sequence":
+        return
+    if not config.data.is_packed or parallel.layout != "zigzag":
+        raise ValueError(
+            f"pack_order=documents with documents={config.data.documents} and layout={parallel.layout}: it makes a "
+            f"zigzag of each packed document, and there is none; leave it out, or take documents=packed and "
+            f"layout=zigzag"
+        )
+    if parallel.pipeline_model_parallel_size > 1 and parallel.context_parallel_size > 1:
+        raise ValueError(
+            f"pack_order=documents with pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}: every "
+            f"micro-batch has another length with the padding of its documents, and stages hand on one length; take "
+            f"pack_order=sequence"
         )
 
 

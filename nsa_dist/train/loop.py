@@ -15,6 +15,7 @@ from nsa_dist.train import checkpoint
 from nsa_dist.train.checkpoint import Position
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.data.batches import BatchCutter, Datasets, build_datasets, sequence_plan
+from nsa_dist.train.data.packs import Packer
 from nsa_dist.train.export.start import fill
 from nsa_dist.train.files import notices
 from nsa_dist.train.files.intact import Intact, newest_intact
@@ -63,15 +64,16 @@ def train(config: TrainConfig, hooks: Hooks, device: torch.device) -> TrainResul
             for text in intact.notices:
                 hooks.on_notice(text)
         datasets = build_datasets(config, output, world)
-        cutter = BatchCutter(config, world, sequence_plan(config))
         begins_with_folder = intact.path is None and config.run.start_from is not None
         with notices.collected(GPTModel.__module__) as texts:
             model = build(config, world, partial(fill, config=config) if begins_with_folder else None)
         if world.is_main:
             for text in notices.not_given_yet(output, texts):
                 hooks.on_notice(text)
+        packer = Packer(model.config, world) if config.data.is_packed else None
+        cutter = BatchCutter(config, world, sequence_plan(config), packer)
         first = Position() if intact.path is None else checkpoint.restore(model, intact.path)
-        meter = TrafficMeter(config, cutter.plan, world.transport.name == "one_sided")
+        meter = TrafficMeter(config, cutter.plan, world.cp.rank, world.transport.name == "one_sided")
         monitor = Monitor(config, world, model, cutter)
         run = _Run(config, hooks, output, world, model, cutter, datasets, meter, monitor, Patience(config.run))
         with run.logging(first.step):
@@ -245,7 +247,8 @@ class _Run:
         blocks = selected_blocks(self.model, self.cutter, self.datasets.validation, self.world)
         if self.world.is_main and blocks is not None:
             layer = max(n for n, kind in enumerate(first_stage, 1) if kind == "nsa")
-            where = f"layer {layer}, first head, a validation sequence"
+            what = "document" if self.config.data.is_packed else "sequence"
+            where = f"layer {layer}, first head, a validation {what}"
             plot_selection(blocks, self.config.nsa.sizes(), where, self.output.root / "selection.png")
 
 

@@ -51,6 +51,7 @@ class TaskSamples:
             "labels": torch.from_numpy(row[1:]),
             "loss_mask": weights,
             "position_ids": torch.arange(self.sequence_length),
+            "cu_seqlens": torch.tensor([0, self.sequence_length]),
         }
 
 
