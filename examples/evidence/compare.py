@@ -5,8 +5,8 @@
 Every run is a process of its own on one device, through torchrun; `--at-once` of them share it. With `--then` each goes
 on in stages: a stage's file has the keys that are otherwise than in the one before, and takes its weights from there.
 OUT gets a folder and a log for each, and `results.jsonl` a line as each ends: the experiment, its whole configuration,
-commit, machine, software, and the losses and answers by step. `pictures.py` draws them. Exit code 1 if a run failed; its
-line says so.
+commit, machine, software, and the losses and answers by step. `pictures.py` draws them. If a run failed, its line says
+so, and the exit code is 1.
 """
 
 import argparse
