@@ -1,4 +1,4 @@
-"""`run.start_from`: a run's first weights are those of a folder, whatever its layout, and it learns from there."""
+"""`run.start_from`: a run's first weights are a folder's or another run's, in any layout, and it learns from there."""
 
 import json
 import shutil
@@ -54,10 +54,22 @@ def test_it_learns_and_goes_on_without_the_folder(base):
         ({"model": {"norm_eps": 1e-5}}, r"norm_eps: .*nsa has 1e-06, the run 1e-05\ngive the values of .*config.json"),
         ({"nsa": {"window_len": 40}}, r"nsa: .*window_len=20.*window_len=40"),
         ({"model": {"attention": "dense"}}, "take attention=nsa, or leave start_from out"),
-        ({"run": {"start_from": "nowhere"}}, "give a folder that nsa-dist convert or nsa-dist export wrote"),
+        (
+            {"run": {"start_from": "nowhere"}},
+            "give a run's output_dir, or a folder that nsa-dist convert or nsa-dist export",
+        ),
+        ({"run": {"start_from": "RUNS/other"}}, "set resume=true instead to go on with the run"),
+        (
+            {"run": {"start_from": "RUNS/CP2"}, "nsa": {"window_len": 40}},
+            r"give the values of .*CP2/run.json, under identity",
+        ),
+        ({"run": {"start_from": "RUNS/dense"}}, r"model.attention=dense, and the run nsa.*take attention=dense"),
+        ({"run": {"start_from": "RUNS/CP2"}, "model": {"attention": ["nsa", "dense"]}}, "take attention=nsa"),
     ],
 )
 def test_another_model_is_refused_before_anything_starts(base, change, remedy):
+    if (place := change.get("run", {}).get("start_from", "")).startswith("RUNS/"):
+        change = {**change, "run": {"start_from": base / place.removeprefix("RUNS/")}}
     with pytest.raises(Refused, match=f"(?s){remedy}"):
         prepare_output(config(base, "other", **change))
     assert not (base / "other").exists()
@@ -69,3 +81,29 @@ def test_another_vocabulary_is_refused(base):
     path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer": "huggingface"}))
     with pytest.raises(Refused, match=r"build data.tokens with the model's own tokenizer"):
         prepare_output(config(base, "other", run={"start_from": base / "words"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "tolerance"),
+    [("of CP2", "CP2", 1e-6), ("bf16 of CP2", "CP2", 1e-2), ("of dense", "dense", 1e-6)],
+)
+def test_a_run_begins_with_the_weights_that_another_ended_with(base, name, source, tolerance):
+    first, last = (records(base, run, "validation")[which]["loss"] for run, which in ((name, 0), (source, -1)))
+    assert first == pytest.approx(last, rel=tolerance)
+
+
+def test_other_turns_and_longer_samples_are_other_losses(base):
+    last = {run: records(base, run, "validation")[-1]["loss"] for run in ("CP2", "dense")}
+    slower, longer = (records(base, run, "validation")[0]["loss"] for run in ("slower turns", "longer"))
+    assert abs(slower / last["CP2"] - 1) > 1e-6
+    assert 1e-6 < abs(longer / last["dense"] - 1) < 0.1
+
+
+def test_what_a_run_began_with_is_said(base):
+    told = (base / "told.txt").read_text()
+    assert f"the first weights are those of step 4 of {base / 'CP2'}" in told
+    assert "rotary_base" not in told
+    assert (
+        f"rotary_base is 10000000.0, and {base / 'CP2'} was trained with 1000000.0"
+        in (base / "told of turns.txt").read_text()
+    )
