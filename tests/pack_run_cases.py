@@ -128,7 +128,7 @@ def learning(base: Path, name: str, parallel: dict, texts: str = "copies", atten
             "cmp_block_len": 8, "cmp_stride": 4, "slc_block_len": 8, "num_slc_blocks": 5, "window_len": 16,
             "rotary_base": 500.0,
         },
-        data={"folder": base / texts, "validation_fraction": 0.05, "documents": "packed"},
+        data={"folder": base / "texts" / texts, "validation_fraction": 0.05, "documents": "packed"},
         optimizer={"lr": 4e-3, "min_lr": 1e-4, "warmup_steps": 20},
         run={
             "steps": LEARNING_STEPS, "sequence_length": 512, "global_batch_size": 4, "micro_batch_size": 4,

@@ -168,8 +168,8 @@ def test_20_steps_of_every_layout_are_those_of_one_process(many, name):
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory):
     base = tmp_path_factory.mktemp("learnt")
-    write_copies(base / "copies")
-    write_copies(base / "scrambled", scrambled=True)
+    write_copies(base / "texts/copies")
+    write_copies(base / "texts/scrambled", scrambled=True)
     run_ranks(1, learn_alone, base)
     run_ranks(2, learn_over_ranks, base)
     return {name: records(base, name, "validation")[-1]["loss"] for name in
