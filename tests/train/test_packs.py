@@ -178,10 +178,13 @@ def learnt(tmp_path_factory):
 
 @pytest.mark.slow
 def test_copying_within_documents_is_learnt_in_every_order_and_not_of_scrambled_tokens(learnt):
-    """Drawn letters cost ln 26 nats each, their copies nothing; the bar and the end of a document are certain."""
+    """Drawn letters cost ln 26 nats each, copies nothing, but for the document that a row begins within: about 0.2 nats.
+
+    The bar and the end of a document are certain.
+    """
     tokens = 2 * LETTERS + 1  # that have a label of their own document
     copied, guessed = (math.log(26) * letters / tokens for letters in (LETTERS - 1, 2 * LETTERS - 1))
     for name in ("one", "dense", *ORDERS):
-        assert learnt[name] < copied + 0.3 * (guessed - copied), name
+        assert learnt[name] < copied + 0.5 * (guessed - copied), name
     for name in ("scrambled", "wrong order"):
         assert learnt[name] > copied + 0.8 * (guessed - copied), name
