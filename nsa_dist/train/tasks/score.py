@@ -57,9 +57,10 @@ def _counted(model: Trainable, cutter: BatchCutter, samples: TaskSamples, world:
             if parallel_state.get_tensor_model_parallel_rank() or world.cp.rank:
                 continue  # all of them hold the same
             for n, row in zip(numbers, right, strict=True):
-                for answer in samples.drawn(n).answers:
-                    is_right = bool(row[answer.start - 1 : answer.stop - 1].all())
-                    counts[int(answer.depth * DEPTHS)] += torch.tensor([is_right, 1.0], dtype=torch.float64)
+                for start, drawn in samples.texts(n).items():
+                    for answer in drawn.answers:
+                        is_right = bool(row[start + answer.start - 1 : start + answer.stop - 1].all())
+                        counts[int(answer.depth * DEPTHS)] += torch.tensor([is_right, 1.0], dtype=torch.float64)
     return world.sum(counts.flatten().to(world.device)).cpu().view(DEPTHS, 2)
 
 
