@@ -178,7 +178,7 @@ def learnt(tmp_path_factory):
 
 @pytest.mark.slow
 def test_copying_within_documents_is_learnt_in_every_order_and_not_of_scrambled_tokens(learnt):
-    """Drawn letters cost ln 26 nats each, copies nothing, but for the document that a row begins within: about 0.2 nats.
+    """Drawn letters cost ln 26 nats each, copies nothing but for the document that a row begins in: about 0.2 nats.
 
     The bar and the end of a document are certain.
     """

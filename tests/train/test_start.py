@@ -6,13 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch.nn.functional import cross_entropy
 
-from dense_models import QWEN3, drawn, write_folder
+from dense_models import QWEN3, drawn, logits, write_folder
 from nsa_dist import NSAConfig
 from nsa_dist.convert.dense import read_dense
 from nsa_dist.convert.nsa import converted
 from nsa_dist.inference.folder import load_model, save_model
-from nsa_dist.train.export.run import plain_model
+from nsa_dist.train.data.samples import Samples
+from nsa_dist.train.export.run import config_of, plain_model
+from nsa_dist.train.export.write import write
+from nsa_dist.train.files.marker import RunMarker
+from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.prepare import prepare_output
 from nsa_dist.train.refused import Refused
 from ranks import run_ranks
@@ -26,7 +32,7 @@ def base(tmp_path_factory) -> Path:
     write_texts(folder / "texts")
     model = {**QWEN3, "num_key_value_heads": 2}
     dense = read_dense(write_folder(folder / "dense", model, drawn(model)))
-    save_model(converted(dense, NSAConfig(**SIZES), gate_logit=3.0, tokenizer="bytes"), folder / "nsa")
+    save_model(converted(dense._replace(tokenizer="bytes"), NSAConfig(**SIZES), gate_logit=3.0), folder / "nsa")
     run_ranks(2, runs, folder)
     return folder
 
@@ -107,3 +113,49 @@ def test_what_a_run_began_with_is_said(base):
         f"rotary_base is 10000000.0, and {base / 'CP2'} was trained with 1000000.0"
         in (base / "told of turns.txt").read_text()
     )
+
+
+def losses_of(folder: Path, of_run: Path, samples: int) -> float:
+    """Of a dense folder over the first validation samples of a run, by the mathematics alone."""
+    raw, weights = json.loads((folder / "config.json").read_text()), read_dense(folder).weights
+    run = config_of(OutputDir(of_run)).run
+    validation = Samples(IndexedDataset(str(of_run / "data/validation")), run.sequence_length, run.seed)
+    found = [
+        cross_entropy(logits(raw, weights, x["tokens"]), x["labels"])
+        for x in map(validation.__getitem__, range(samples))
+    ]
+    return torch.stack(found).mean().item()
+
+
+def test_a_dense_run_is_exported_as_what_it_is(base, tmp_path):
+    written = write(base / "dense", tmp_path / "qwen")
+    assert (written.kind, written.step) == ("a dense model", 4)
+    dense = read_dense(tmp_path / "qwen")
+    assert (dense.tokenizer, dense.sequence_length, dense.not_read) == ("bytes", 256, ("architectures", "bos_token_id"))
+    expected = records(base, "dense", "validation")[-1]["loss"]
+    assert losses_of(tmp_path / "qwen", base / "dense", samples=4) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_dense_run_goes_on_with_nsa(base, tmp_path):
+    """Exported, converted and begun with: the logits are the dense run's while all blocks are selected."""
+    write(base / "dense", tmp_path / "qwen")
+    model = converted(read_dense(tmp_path / "qwen"), NSAConfig(**SIZES))
+    save_model(model, tmp_path / "nsa")
+    tokens = torch.arange(64) * 37 % 251
+    expected = logits(
+        json.loads((tmp_path / "qwen/config.json").read_text()), read_dense(tmp_path / "qwen").weights, tokens
+    )
+    torch.testing.assert_close(model(tokens).double(), expected, rtol=0, atol=1e-4)
+    prepare_output(config(base, "from dense", run={"start_from": tmp_path / "nsa"}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model.qk_norm", "l2"), ("nsa.rotary_percent", 0.5), ("nsa.no_rope_freq", 2)]
+)
+def test_what_no_folder_of_hugging_face_computes_is_not_exported(base, tmp_path, key, value):
+    shutil.copytree(base / "dense", tmp_path / "run")
+    marker = RunMarker.read(base / "dense")
+    marker.changed(identity={**marker.identity, key: value}).write(tmp_path / "run")
+    with pytest.raises(Refused, match=f"{key}={value}.*evaluate this run by its metrics.jsonl"):
+        write(tmp_path / "run", tmp_path / "to")
+    assert not (tmp_path / "to").exists()
