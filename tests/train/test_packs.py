@@ -21,11 +21,11 @@ from pack_run_cases import (
     ORDERS,
     PAIRS,
     alone,
+    answer_tasks,
     learn_alone,
     learn_over_ranks,
     over_ranks,
     seen,
-    answer_tasks,
     write_copies,
     write_documents,
 )
