@@ -139,7 +139,9 @@ class PlanCache:
         return self._by_length[key]
 
     def of_packed(self, packed: PackedSeqParams, local_tokens: int, place: Place) -> RankPlan:
-        """The documents of a pack, cut as `pack_order` says. Follows what is written to the pack (`PackReading`).
+        """The documents of a pack, cut as `pack_order` says, in the contiguous layout into one chunk a rank.
+
+        Follows what is written to the pack (`PackReading`).
 
         ValueError if the pack is not one, or its documents end elsewhere than the batch, or, in Megatron's order of
         documents, blocks would span two ranks.

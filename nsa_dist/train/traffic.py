@@ -12,7 +12,7 @@ Recomputing the attention runs its forward twice, and both are counted. What ran
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -38,6 +38,15 @@ _SUMS = ("remote blocks", "keys of the busiest rank", "keys")  # over the calls 
 
 
 @dataclass(frozen=True)
+class Expected:
+    """By the formulas, of one micro-batch in one layer on one rank."""
+
+    sent_bytes: dict[str, int]
+    busiest_keys: int  # attended by the rank of its group that attends most
+    keys: int
+
+
+@dataclass(frozen=True)
 class TrafficMeter:
     """Counts a step on every rank and makes a record of the sum. A group of one sends nothing and counts nothing.
 
@@ -50,7 +59,7 @@ class TrafficMeter:
     plan: ShardPlan  # of a sequence that is one document
     rank: int = 0  # of the context-parallel group
     one_sided: bool = False  # the transport of these groups
-    packs: list[Pack | None] = field(default_factory=list)  # of the micro-batches of this step
+    expected: list[Expected] = field(default_factory=list)  # of the micro-batches of this step
 
     @property
     def is_on(self) -> bool:
@@ -67,10 +76,11 @@ class TrafficMeter:
             yield counted
 
     def noting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The micro-batches of a step, which formulas are then asked about."""
-        self.packs.clear()
+        """The micro-batches of a step. What the formulas say of each is kept; its plan has much on the device."""
+        self.expected.clear()
         for batch in batches:
-            self.packs.append(batch.pack)
+            if self.is_on:
+                self.expected.append(self._of_whole if batch.pack is None else self._of_pack(batch.pack))
             yield batch
 
     def pack(self, model: Trainable, counted: dict[int, Traffic]) -> Tensor:
@@ -78,13 +88,15 @@ class TrafficMeter:
         if not self.is_on:
             return torch.zeros(0, dtype=torch.float64)
         table = torch.zeros(self._table_shape, dtype=torch.float64)
-        kinds, formula, keys = self._kinds, self._formula(), self._keys()
+        kinds = self._kinds
+        formula = [sum(micro.sent_bytes.get(kind, 0) for micro in self.expected) for kind in kinds]
+        keys = [sum(micro.busiest_keys for micro in self.expected), sum(micro.keys for micro in self.expected)]
         for attention in model.attentions:
             layer, traffic = attention.layer_number - 1, counted[attention.layer_number - 1]
             for kind, num_bytes in traffic.sent_bytes.items():
                 if kind != "layout":
                     table[layer, kinds.index(kind)] = num_bytes
-            table[layer, len(kinds) : 2 * len(kinds)] = torch.tensor([formula[kind] for kind in kinds])
+            table[layer, len(kinds) : 2 * len(kinds)] = torch.tensor(formula)
             table[layer, self._heads_of(attention)] = _chosen(traffic)
             table[layer, self._sums] = torch.tensor([sum(traffic.remote_blocks), *keys], dtype=torch.float64)
             if self._has_domains:
@@ -139,28 +151,28 @@ class TrafficMeter:
     def _has_domains(self) -> bool:
         return self.config.parallel.fetch_options().domain_of(self.plan.cp_size) > 1
 
-    # --- This step on this rank ------------------------------------------------------------------------------------
-
-    def _calls(self) -> list[tuple[ShardPlan, int]]:
-        """(plan, how often) of the calls of a layer, recomputed ones not counted again."""
-        whole = self._call_plan, self.config.run.micro_batch_size // self._call_plan.num_documents
-        return [whole if pack is None else (pack.rank_plan.plan, 1) for pack in self.packs]
+    # --- A micro-batch on this rank, one layer -----------------------------------------------------------------------
 
     @cached_property
-    def _call_plan(self) -> ShardPlan:
-        """Of the samples of a micro-batch that one call computes together, where it is no pack."""
-        return call_plan(self.plan, self.config.run.micro_batch_size, self._heads.num_q_heads * self._heads.dim_k)
+    def _of_whole(self) -> Expected:
+        """Where it is no pack: of all the calls that compute some of its samples together."""
+        samples = self.config.run.micro_batch_size
+        plan = call_plan(self.plan, samples, self._heads.num_q_heads * self._heads.dim_k)
+        return self._of_call(plan, samples // plan.num_documents)
 
-    def _formula(self) -> dict[str, int]:
-        """By kind, of one layer, had nobody chosen a remote block."""
-        total = dict.fromkeys(self._kinds, 0)
-        for plan, times in self._calls():
-            for kind, num_bytes in self._sent(plan).items():
-                total[kind] += times * (1 if kind.endswith(".grad") else self._forward_runs) * num_bytes
-        for pack in filter(None, self.packs):
-            for kind, num_bytes in self._dealt(pack).items():
-                total[kind] += num_bytes
-        return total
+    def _of_pack(self, pack: Pack) -> Expected:
+        found = self._of_call(pack.rank_plan.plan)
+        return replace(found, sent_bytes=found.sent_bytes | self._dealt(pack))
+
+    def _of_call(self, plan: ShardPlan, times: int = 1) -> Expected:
+        """Had nobody chosen a remote block; backward runs once, forward again where it is recomputed."""
+        keys = [rank_work(plan, self.config.nsa.sizes(), rank).attended_keys for rank in range(plan.cp_size)]
+        runs = self._forward_runs
+        sent = {
+            kind: times * (1 if kind.endswith(".grad") else runs) * num_bytes
+            for kind, num_bytes in self._sent(plan).items()
+        }
+        return Expected(sent, times * max(keys), times * keys[self.rank])
 
     def _sent(self, plan: ShardPlan) -> dict[str, int]:
         """In one forward and backward of one call."""
@@ -178,14 +190,6 @@ class TrafficMeter:
             return {}
         widths = projected_width(self.config), heads.num_q_heads * heads.dim_v
         return dealt_bytes(given, plan, *widths, heads.element_bytes)[self.rank]
-
-    def _keys(self) -> tuple[int, int]:
-        """(attended by the busiest rank, by this one), summed over calls."""
-        busiest = own = 0
-        for plan, times in self._calls():
-            keys = [rank_work(plan, self.config.nsa.sizes(), rank).attended_keys for rank in range(plan.cp_size)]
-            busiest, own = busiest + times * max(keys), own + times * keys[self.rank]
-        return busiest, own
 
     # --- All ranks -------------------------------------------------------------------------------------------------
 

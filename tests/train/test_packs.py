@@ -2,14 +2,16 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from nsa_dist.train.data.batches import BatchCutter, sequence_plan
 from nsa_dist.train.data.packing import write_corpus
-from nsa_dist.train.data.packs import joined
+from nsa_dist.train.data.packs import Pack, Packer, joined
 from nsa_dist.train.data.samples import Samples
 from nsa_dist.train.sections.data import DataSection
 from pack_run_cases import (
@@ -19,6 +21,7 @@ from pack_run_cases import (
     ORDERS,
     PAIRS,
     alone,
+    answer_tasks,
     learn_alone,
     learn_over_ranks,
     over_ranks,
@@ -69,6 +72,24 @@ def test_where_the_stream_begins_again_there_is_a_bound(documents):
 
 def test_rows_of_a_micro_batch_are_one_pack():
     assert joined([torch.tensor([0, 3, 8]), torch.tensor([0, 8]), torch.tensor([0, 1, 8])]) == (0, 3, 8, 16, 17, 24)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_ranks_have_of_a_pack_is_put_together_by_samples(tmp_path, order):
+    config = small_config(tmp_path, "x", parallel={"context_parallel_size": 2, **ORDERS[order]},
+                          data={"documents": "packed"})  # fmt: skip
+    parallel = config.parallel
+    world = SimpleNamespace(cp=SimpleNamespace(size=2, rank=0))
+    megatron = SimpleNamespace(nsa=config.nsa.sizes(), nsa_layout=parallel.layout, nsa_pack_order=parallel.pack_order)
+    bounds = (0, 30, 256, 399, 512)
+    packer = Packer(megatron, world)
+    pack = Pack(bounds, packer._cut(bounds), None, None)
+    row = torch.arange(1, 513)
+    shards = [pack.shard(row, rank)[:, None] for rank in range(2)]
+    assert len(shards[0]) == len(shards[1]) >= 256
+    cutter = BatchCutter(config, world, sequence_plan(config), packer)
+    assert cutter.shape == (1, 512)
+    assert torch.equal(cutter.samples_of(shards, pack), row.view(2, 256))
 
 
 @pytest.mark.parametrize(
@@ -145,6 +166,14 @@ def test_tokens_near_the_cuts_travel_unless_documents_are_cut_one_by_one(few, or
         assert record["sent_bytes"]["pages.grad"] > 0
 
 
+def test_rows_that_are_one_text_are_answered_alike_in_packs(few):
+    run_ranks(2, answer_tasks, few)
+    packed, whole = "tasks packed", "tasks whole"
+    assert largest_difference(records(few, packed), records(few, whole)) < 1e-6
+    assert records(few, packed, "tasks") == records(few, whole, "tasks")
+    assert records(few, packed, "tasks")[-1]["tasks"]["copy"]["answers"] > 0
+
+
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     base = tmp_path_factory.mktemp("many")
@@ -178,7 +207,7 @@ def learnt(tmp_path_factory):
 
 @pytest.mark.slow
 def test_copying_within_documents_is_learnt_in_every_order_and_not_of_scrambled_tokens(learnt):
-    """Drawn letters cost ln 26 nats each, copies nothing, but for the document that a row begins within: about 0.2 nats.
+    """Drawn letters cost ln 26 nats each, copies nothing but for the document that a row begins in: about 0.2 nats.
 
     The bar and the end of a document are certain.
     """
