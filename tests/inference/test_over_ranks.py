@@ -1,6 +1,7 @@
 """The cache over ranks against training's forward in fp64: ranks are processes over gloo, or threads."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from nsa_dist.inference import CacheFullError, nsa_decode, nsa_prefill
 from nsa_dist.inference.model import GPT, GPTConfig
 from nsa_dist.inference.over_ranks.storage import following_cells
 from nsa_dist.inference.over_ranks.traffic import decode_bytes
-from rank_cache_cases import RankPlay, over_processes, prefilled
+from rank_cache_cases import PLACEMENTS, RankPlay, over_processes, prefilled
 from ranks import run_ranks
 from thread_ranks import ThreadComm, run_threads
+
+BOTH = pytest.mark.parametrize("placement", PLACEMENTS)
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -25,28 +28,30 @@ def test_teacher_forcing_over_processes_is_training(world_size):
     """Over every number of ranks up to that; threads stand for three and four below."""
     answers = run_ranks(world_size, over_processes, world_size)
     out, blocks = Case.of(70, SMALL, "mlp", False, seed=3).trained(range(70))
-    for size in range(1, world_size + 1):
+    for size, placement in product(range(1, world_size + 1), PLACEMENTS):
         for rank in range(size):
-            found = [torch.cat(x) for x in zip(*answers[rank][size], strict=True)]
+            mine, first = (answers[r][size, placement] for r in (rank, 0))
+            found = [torch.cat(x) for x in zip(*mine, strict=True)]
             torch.testing.assert_close(found[0], out, rtol=0, atol=1e-10)
             assert torch.equal(found[1], blocks)
-            assert all(torch.equal(a[0], b[0]) for a, b in zip(answers[rank][size], answers[0][size], strict=True))
+            assert all(torch.equal(a[0], b[0]) for a, b in zip(mine, first, strict=True))
 
 
-def play_over_ranks(seed: int, **sizes: int) -> None:
-    run_threads(seed % 4 + 1, lambda comm: RankPlay(comm, seed, **sizes).run())
+def play_over_ranks(seed: int, placement: str, **sizes: int) -> None:
+    run_threads(seed % 4 + 1, lambda comm: RankPlay(comm, seed, **sizes, placement=placement).run())
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_drawn_cases(seed):
-    play_over_ranks(seed, most=120, steps=10)
+@BOTH
+@pytest.mark.parametrize("seed", range(8))
+def test_drawn_cases(seed, placement):
+    play_over_ranks(seed, placement, most=120, steps=10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hundred", range(4))
 def test_four_hundred_drawn_cases(hundred):
     for seed in range(1000 + 100 * hundred, 1100 + 100 * hundred):
-        play_over_ranks(seed, most=3000 if seed % 20 == 0 else 400, steps=14)
+        play_over_ranks(seed, PLACEMENTS[seed // 4 % 2], most=3000 if seed % 20 == 0 else 400, steps=14)
 
 
 class RankKernelPlay(RankPlay):
@@ -58,9 +63,10 @@ class RankKernelPlay(RankPlay):
 
 
 @pytest.mark.slow
+@BOTH
 @pytest.mark.parametrize("seed", [0, 1, 5])  # over 2, 3 and 4 ranks
-def test_drawn_cases_by_kernels(seed):
-    run_threads(seed % 3 + 2, lambda comm: RankKernelPlay(comm, seed, most=80, steps=6).run())
+def test_drawn_cases_by_kernels(seed, placement):
+    run_threads(seed % 3 + 2, lambda comm: RankKernelPlay(comm, seed, 80, 6, placement).run())
 
 
 @pytest.mark.parametrize("cfg", CONFIGS[:3])
