@@ -23,6 +23,7 @@ from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.device import put_on
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.inference.cache import NSACache
+from nsa_dist.inference.over_ranks.held import as_held
 from nsa_dist.inference.over_ranks.storage import RankStorage, spread
 from nsa_dist.inference.over_ranks.wanted import Chunks, Moves, Rows
 from nsa_dist.inference.storage import Pair
@@ -49,9 +50,10 @@ def first_chunks(
     storage = spread(cache, comm)
     added = [stop - start for start, stop in pairwise(plan.cu_seqlens)]
     with cache.appending(seqs, added) as states, torch.autocast(q.device.type, enabled=False):
+        held, compress_k, compress_v = as_held(kv, cache)
         results = nsa_attention(
-            q, kv, gates, cache.cfg, compress_k=cache.compress_k, compress_v=cache.compress_v, plan=plan,
-            cp_group=comm, ops=ops, softmax_scale=softmax_scale, return_block_indices=True,
+            q, held, gates, cache.cfg, compress_k=compress_k, compress_v=compress_v, plan=plan, cp_group=comm,
+            ops=ops, softmax_scale=softmax_scale, return_block_indices=True,
         )  # fmt: skip
         _move(kv, cache, storage, Chunks(states, plan, cache.shape), comm, ops)
     out, block_indices = results
