@@ -1,9 +1,9 @@
 """Cases drawn by seed: what is done to the sequences of a cache, and what training's forward says of each."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ class Play:
     configs: Sequence[NSAConfig] = CONFIGS
     heads: Sequence[tuple[int, int, int, int]] = ((4, 2, 8, 6), (3, 1, 4, 8), (2, 2, 6, 6))
     decode_ops: ModuleType | None = None
-    options: dict[str, Any] = {}  # of the cache
+    options: Mapping[str, Any] = MappingProxyType({})  # of the cache
 
     def __init__(self, seed: int, most: int, steps: int) -> None:
         self.rng = rng = random.Random(seed)

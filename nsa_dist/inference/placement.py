@@ -1,11 +1,12 @@
 """Where the compressed keys and values of a cache over ranks lie: on every rank, or each on the rank of its page.
 
-    replicated  each rank keeps and reads them all, chooses alone, and sends its part of selected attention: one exchange
-                of a layer and step
+    replicated  each rank keeps and reads them all, chooses alone, and sends its part of selected attention: one
+                exchange of a layer and step
     sharded     each rank keeps and reads a P-th: three exchanges, and bytes that shrink with the number of ranks
 
-A rank reads num_tokens / d rows more for what two exchanges cost. At 1M tokens, with the paper's sizes, Hkv 4, D 128 and
-bf16, those are 134 MB or about 35 us of an H200's memory, against 9 us of a fourth of them; two all-gathers are tens of us.
+Replicated, a rank reads all N / d rows, and sharded a P-th of them, but waits for two exchanges more. At 1M tokens,
+with the paper's sizes, Hkv 4, D 128 and bf16, they are 134 MB, about 35 us of an H200's memory, and a fourth of them
+9 us; two all-gathers take tens of us.
 """
 
 from typing import Literal, get_args
@@ -25,7 +26,7 @@ def placement_of(given: CmpPlacement | None, num_tokens: int) -> CmpPlacement:
     if given not in get_args(CmpPlacement):
         raise ValueError(
             f"cmp_placement={given!r} must be one of {', '.join(map(repr, get_args(CmpPlacement)))}, or None: "
-            f"compressed keys lie on all ranks or each on one; leave it out, and up to {MOST_REPLICATED_TOKENS:,} tokens "
-            f"of the pages of all ranks they are replicated"
+            f"compressed keys lie on all ranks or each on one; leave it out, and they are replicated up to "
+            f"{MOST_REPLICATED_TOKENS:,} tokens of all ranks' pages"
         )
     return given

@@ -114,7 +114,8 @@ class CachePlan:
     def as_data(self) -> dict[str, int | float | bool | str]:
         names = (
             "num_tokens", "num_sequences", "cp_size", "token_bytes", "dense_token_bytes", "pages", "ring_bytes",
-            "cmp_placement", "cache_bytes", "dense_bytes", "weight_bytes", "room_bytes", "fits", "longest", "longest_dense",
+            "cmp_placement", "cache_bytes", "dense_bytes", "weight_bytes", "room_bytes", "fits", "longest",
+            "longest_dense",
         )  # fmt: skip
         found = {name: getattr(self, name) for name in names}
         return found | {f"{x}_bytes": self.bytes_if(x) for x in get_args(CmpPlacement)}

@@ -289,7 +289,7 @@ def test_compressed_keys_lie_on_every_rank_up_to_a_million_tokens(num_pages, giv
 
 
 def test_other_placements_are_refused():
-    with pytest.raises(ValueError, match="'nowhere' must be one of 'replicated', 'sharded'.*leave it out"):
+    with pytest.raises(ValueError, match=r"'nowhere' must be one of 'replicated', 'sharded'.*leave it out"):
         NSACache(SMALL, 1, 8, 8, 4, cmp_placement="nowhere")
 
 
@@ -303,7 +303,7 @@ def test_ranks_that_placed_them_otherwise_are_refused_on_all():
     def work(comm):
         cache = case.cache(2, cmp_placement=PLACEMENTS[comm.rank])
         asked = Agreeing(board=comm.board, index=comm.rank)
-        with pytest.raises(ValueError, match="made different caches.*cmp_placement"):
+        with pytest.raises(ValueError, match=r"made different caches.*cmp_placement"):
             nsa_decode(*case.batch([[0]]), cache, [cache.new_sequence()], cp_group=asked)
 
     run_threads(2, work)
@@ -338,7 +338,7 @@ def test_pages_in_fp8_are_one_ranks():
             return prefilled(case.rows(range(start, stop)), cache, [seq], plan, comm)
 
         refused = case.cache(4, **pages, cmp_placement="sharded")
-        with pytest.raises(ValueError, match="make the NSACache without page_dtype, or with cmp_placement='replicated'"):
+        with pytest.raises(ValueError, match="without page_dtype, or with cmp_placement='replicated'"):
             nsa_decode(*case.batch([[0]]), refused, [refused.new_sequence()], cp_group=comm)
         return steps(case.cache(10, **pages), over, cp_group=comm)
 

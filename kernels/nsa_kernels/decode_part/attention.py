@@ -10,8 +10,8 @@
         candidates - all parts' --> step.attend(candidates)
         partials --- all parts' --> step.combine(partials)          out and block_indices, the same for every part
 
-    TokenPartAttention  one step on a part that has all compressed rows: `partials`, all parts' --> step.combine(partials).
-                        Before it `all_cells` and decoding's phi in place of `part_store`
+    TokenPartAttention  one step on a part that has all compressed rows: step.partials, all parts' -->
+                        step.combine(partials). Before it `all_cells` and decoding's phi in place of `part_store`
 
 As in `nsa_kernels.decode` grids follow from shapes alone and lengths are read on the device, so a CUDA graph of it
 stays valid; sums have a fixed order. What is exchanged does not grow with the context.

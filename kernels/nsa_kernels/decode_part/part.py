@@ -39,7 +39,7 @@ class CachePart(NamedTuple):
 class TokenPart(NamedTuple):
     """Tokens of some pages of a cache, and the compressed rows and rings of all.
 
-    cache       pages of this part, but for k_cmp, v_cmp, which have more; page_table has -1 for pages of tokens elsewhere
+    cache       pages of this part, but for k_cmp, v_cmp, which have more; page_table has -1 for tokens' pages elsewhere
     cmp_table   int32 [R, max_pages]: of every page of a sequence where its compressed rows lie in k_cmp, v_cmp
     """
 

@@ -131,7 +131,9 @@ def _decode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-dense", action="store_true", help="leave dense attention out")
     parser.add_argument("--fp8", action="store_true", help="pages in e4m3; also how far that is from bf16")
     parser.add_argument(
-        "--cmp-placement", choices=("replicated", "sharded"), help="over ranks, of compressed rows; default: both in turn"
+        "--cmp-placement",
+        choices=("replicated", "sharded"),
+        help="of compressed rows over ranks; default: both in turn",
     )
     parser.set_defaults(command=_decode)
 

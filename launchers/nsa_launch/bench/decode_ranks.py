@@ -13,7 +13,8 @@ from nsa_dist.inference.placement import CmpPlacement
 from nsa_launch.bench.team import TaskFailed, Team
 
 _MOST_S = 180.0
-_HEADER = f"{'':>16} {'compressed rows':<16}{'exchanges':>9}{'graph':>9}{'alone':>9}{'exchange':>10}{'one rank':>10}{'call':>10}{'kB sent':>9}"
+_HEADER = f"{'':>16} {'compressed rows':<16}{'exchanges':>11}"
+_HEADER += f"{'graph':>9}{'alone':>9}{'exchange':>10}{'one rank':>10}{'call':>10}{'kB sent':>9}"
 _TIMES = ("graph_s", "nothing_sent_s", "exchange_s", "one_rank_s", "call_s")
 
 
@@ -44,13 +45,13 @@ def placements(given: CmpPlacement | None, is_fp8: bool, place: Place | None) ->
     """Of compressed rows, in turn. ValueError for one that would mean nothing or that a cache refuses."""
     if given and place is None:
         raise ValueError(
-            f"--cmp-placement {given} was given without --gpus or --ranks, but on one rank compressed rows lie with all "
-            f"else; leave it out, or give --gpus all"
+            f"--cmp-placement {given} was given without --gpus or --ranks, but on one rank compressed rows lie with "
+            f"all else; leave it out, or give --gpus all"
         )
     if given == "sharded" and is_fp8:
         raise ValueError(
-            "--cmp-placement sharded was given with --fp8, but a cache whose compressed rows are sharded takes no pages "
-            "of 8 bits; leave one of them out"
+            "--cmp-placement sharded was given with --fp8, but a cache whose compressed rows are sharded takes no "
+            "pages of 8 bits; leave one of them out"
         )
     every: tuple[CmpPlacement, ...] = ("replicated",) if is_fp8 else get_args(CmpPlacement)
     return (given,) if given else every
@@ -67,7 +68,7 @@ def _slowest(rows: list[Row]) -> Row:
 
 
 def _line(row: Row) -> str:
-    name = f"{row['case']:>16} {row['cmp_placement']:<16}{row['exchanges']:>9}"
+    name = f"{row['case']:>16} {row['cmp_placement']:<16}{row['exchanges']:>11}"
     if row["wrong"]:
         return f"{name}  WRONG: {row['wrong']}"
     widths = (9, 9, 10, 10, 10)

@@ -67,7 +67,9 @@ def _write_pages(
 ) -> None:
     """What of the new tokens and of the compressed blocks that they make whole belongs here."""
     tokens = share.tokens
-    storage.write_pages(storage.slc, tokens.slots, Pair(*(x.index_select(0, tokens.rows) for x in (kv.k_slc, kv.v_slc))))
+    storage.write_pages(
+        storage.slc, tokens.slots, Pair(*(x.index_select(0, tokens.rows) for x in (kv.k_slc, kv.v_slc)))
+    )
     if not len(at.fresh_slots):
         return
     fresh = compressed(Pair(kv.k_cmp, kv.v_cmp), cache, at, ops)

@@ -16,10 +16,10 @@ from nsa_dist.inference.storage import CacheShape, Pair, Storage, indexable
 class RankStorage(Storage):
     """The pages of one rank, under ids of `PagePool` over ranks: page `id // P` of rank `id % P`. Rings are whole.
 
-    placement       of `cmp`: "sharded", with the pages; "replicated": of the pages of all ranks, [P * num_pages, ...] by id
-    following       sharded: K tensors [num_pages, cells, Hkv, Dk], K = ceil((l/d - 1) / (l'/d)): entry m - 1 has of each
-                    page of rank (cp_rank + m) % P the first compressed keys, which the importance of the page m before it
-                    needs. Replicated: none
+    placement       of `cmp`: "sharded", with the pages; "replicated", [P * num_pages, ...], those of all pages by id
+    following       sharded: K tensors [num_pages, cells, Hkv, Dk], K = ceil((l/d - 1) / (l'/d)): entry m - 1 has of
+                    each page of rank (cp_rank + m) % P the first compressed keys, which the importance of the page m
+                    before it needs. Replicated: none
     """
 
     def __init__(self, whole: Storage, cp_rank: int, cp_size: int, placement: CmpPlacement) -> None:
@@ -141,9 +141,9 @@ def spread(cache: NSACache, comm: Comm) -> RankStorage:
     placement = placement_over(cache, comm.size)
     if placement == "sharded" and storage.pages.is_fp8:
         raise ValueError(
-            f"cp_group of {comm.size} ranks was given to a cache with page_dtype={storage.pages.dtype} whose compressed "
-            f"keys are sharded: ranks must then send and multiply them in the dtype of q; make the NSACache without "
-            f"page_dtype, or with cmp_placement='replicated'"
+            f"cp_group of {comm.size} ranks was given to a cache with page_dtype={storage.pages.dtype} whose "
+            f"compressed keys are sharded: ranks then multiply them in the dtype of q, as they lie; make the NSACache "
+            f"without page_dtype, or with cmp_placement='replicated'"
         )
     text = repr((cache.shape, len(storage.slc.k), storage.dtype, storage.pages, placement, comm.size))
     cache.hold_over_ranks(RankStorage(storage, comm.rank, comm.size, placement), comm.size)

@@ -32,7 +32,8 @@ class RankTables(Tables):
     """As `Tables`, with pages as this rank numbers them, -1 for those of others.
 
     cmp_table           replicated: int32 [rings, pages]: the ids of all pages, by which compressed rows lie
-    following_table     sharded: int32 [rings, pages]: of page i its row of `RankStorage.following` if page i - 1 is here
+    following_table     sharded: int32 [rings, pages]: of page i its row of `RankStorage.following`, if page i - 1 is
+                        here
     first               sharded: int32 [rings]: the first page of each sequence that is here
     """
 
