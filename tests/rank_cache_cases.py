@@ -11,7 +11,7 @@ from inference_cases import Case, Play
 from nsa_dist import BranchKV, ShardPlan
 from nsa_dist.cp.comm import Comm
 from nsa_dist.inference import NSACache, nsa_decode, nsa_prefill
-from nsa_dist.inference.placement import CmpPlacement
+from nsa_dist.inference.pool import CmpPlacement
 from ranks import groups_up_to
 
 PLACEMENTS = get_args(CmpPlacement)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from nsa_dist.compress import Compress, PhiForm
 from nsa_dist.config import NSAConfig
-from nsa_dist.inference.placement import CmpPlacement, placement_of
-from nsa_dist.inference.pool import PagePool
+from nsa_dist.inference.pool import CmpPlacement, PagePool, placement_of
 from nsa_dist.inference.storage import MOST_BACK, CacheShape, PageFormat, Storage
 from nsa_dist.inference.tables import Tables
 from nsa_dist.rope import turn_of

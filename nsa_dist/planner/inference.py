@@ -1,7 +1,7 @@
 """What inference holds: weights, the cache of so many sequences of so many tokens, and the longest that fit a GPU.
 
 The model lies whole on each of P GPUs, as `nsa_dist.inference` has it; its cache lies over them, page i of a sequence
-on rank (home + i) % P, and compressed rows with their page or on every rank (`inference.placement`), as a cache with
+on rank (home + i) % P, and compressed rows with their page or on every rank (`inference.pool`), as a cache with
 `num_pages` for these sequences has it if nothing is asked for. Bytes are `over_ranks.storage.rank_bytes`, which is
 `CacheShape.num_bytes` for one rank.
 """
@@ -15,7 +15,7 @@ import torch
 
 from nsa_dist.inference.model import GPT, GPTConfig
 from nsa_dist.inference.over_ranks.storage import rank_bytes
-from nsa_dist.inference.placement import CmpPlacement, placement_of
+from nsa_dist.inference.pool import CmpPlacement, placement_of
 from nsa_dist.inference.storage import CacheShape
 from nsa_dist.planner.cluster import Cluster
 from nsa_dist.train.config import TrainConfig

@@ -23,7 +23,9 @@ from nsa_dist.cp.comm import Traffic
 from nsa_dist.cp.formulas import cost
 from nsa_dist.cp.formulas.batches import call_plan
 from nsa_dist.cp.formulas.cost import HeadSizes
+from nsa_dist.cp.formulas.groups import num_head_groups
 from nsa_dist.cp.formulas.work import load_imbalance
+from nsa_dist.cp.options import MOST_IN_LINE
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.mcore import NSASelfAttention
 from nsa_dist.train.config import TrainConfig
@@ -92,6 +94,13 @@ class TrafficMeter:
     @cached_property
     def load_imbalance(self) -> float:
         return load_imbalance(self.plan, self.config.nsa.sizes())
+
+    @cached_property
+    def head_groups(self) -> int:
+        """Groups in which the kv heads of a call travel."""
+        plan, heads, fetch = self._call_plan, self._heads, self.config.parallel.fetch_options()
+        is_short = plan.tokens_per_rank * heads.num_q_heads * heads.dim_k <= MOST_IN_LINE
+        return num_head_groups(plan, self.config.nsa.sizes(), heads, fetch, in_line=self.one_sided and is_short)
 
     # --- Counted ---------------------------------------------------------------------------------------------------
 

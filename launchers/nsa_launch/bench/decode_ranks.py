@@ -9,7 +9,7 @@ from nsa_dist.bench.decode.over_ranks import DecodeOverRanks
 from nsa_dist.bench.decode.run import DecodeRequest
 from nsa_dist.bench.show.report import Report, Row, machine
 from nsa_dist.bench.world import Place
-from nsa_dist.inference.placement import CmpPlacement
+from nsa_dist.inference.pool import CmpPlacement
 from nsa_launch.bench.team import TaskFailed, Team
 
 _MOST_S = 180.0

@@ -22,7 +22,7 @@ from nsa_dist.inference.cache import NSACache
 from nsa_dist.inference.decode import slots_of
 from nsa_dist.inference.over_ranks.storage import RankStorage, spread
 from nsa_dist.inference.over_ranks.traffic import decode_bytes
-from nsa_dist.inference.placement import CmpPlacement
+from nsa_dist.inference.pool import CmpPlacement
 from nsa_dist.inference.storage import indexable
 
 

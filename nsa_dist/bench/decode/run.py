@@ -12,7 +12,7 @@ import torch
 from nsa_dist.bench.decode.case import PAPER_HEADS, DecodeCase
 from nsa_dist.bench.decode.measure import Clock, Row, dense_seconds, measure
 from nsa_dist.bench.show.report import Report, machine
-from nsa_dist.inference.placement import CmpPlacement
+from nsa_dist.inference.pool import CmpPlacement
 
 BATCHES = (1, 8, 64)
 TOKENS = (4096, 16384, 65536, 262144, 1048576)

@@ -4,7 +4,7 @@
     rings       on every rank: the window, and what phi still needs
 
 New tokens attend to what each rank holds, and partial results are merged in the order of the ranks, alike on all. Where
-compressed rows are replicated (`placement`), those of all pages lie on every rank, and
+compressed rows are replicated (`pool`), those of all pages lie on every rank, and
 
     compressed attention, importance, the n blocks: on every rank, as on one alone
     selected attention to those here --(out, softmax_lse) to all--> out; each has the window

@@ -9,7 +9,7 @@ from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.device import put_on
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.inference.over_ranks.tables import RankTables
-from nsa_dist.inference.placement import CmpPlacement, placement_of
+from nsa_dist.inference.pool import CmpPlacement, placement_of
 from nsa_dist.inference.storage import CacheShape, Pair, Storage, indexable
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nsa_dist.inference.placement import CmpPlacement
+from nsa_dist.inference.pool import CmpPlacement
 from nsa_dist.inference.tables import Held, Tables
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from nsa_dist.inference.placement import CmpPlacement
+from nsa_dist.inference.pool import CmpPlacement
 from nsa_dist.inference.storage import CacheShape
 
 

@@ -27,7 +27,7 @@ def add_nsa_arguments(parser: ArgumentParser) -> ArgumentParser:
     """
     group = parser.add_argument_group("Native Sparse Attention (arXiv 2502.11089)")
     for name, default in _numbers().items():
-        kind = float if isinstance(default, float) else int
+        kind = float if isinstance(default, float) or name == "link_gb_per_s" else int
         group.add_argument(_flag(name), type=kind, default=default, help=f"nsa_dist: {name} (%(default)s)")
     group.add_argument(
         "--nsa-transport", choices=TRANSPORTS, default="auto", help="how context-parallel ranks exchange"
