@@ -86,7 +86,7 @@ class _Branches(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, window, call: Call):
-        heads = HeadSizes(q.shape[1], *k_slc.shape[1:], v_slc.shape[2], q.itemsize)
+        heads = HeadSizes(q.shape[1], k_slc.shape[1], k_slc.shape[2], v_slc.shape[2], q.itemsize)
         groups = head_groups(heads, len(q), call)
         stages = forward_stages(groups, k_slc.shape[1], call)
         run = _forward_in_line if call.comm.in_line else _forward_overlapped
