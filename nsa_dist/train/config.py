@@ -197,7 +197,8 @@ class RunSection(Section):
     seed: int = Field(default=1234, ge=0, description="of the initial weights and of the order of samples")
     start_from: Path | None = Field(
         default=None,
-        description="folder of the first weights, that nsa-dist convert or export wrote; null: they are drawn",
+        description="where the first weights come from: another run's output_dir, or a folder that nsa-dist convert or "
+        "export wrote; null: they are drawn",
     )
     resume: bool = Field(default=False, description="go on from the last checkpoint in output_dir")
     overwrite: bool = Field(default=False, description="start afresh in an output_dir that holds a run, removing it")

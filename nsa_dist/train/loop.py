@@ -4,7 +4,6 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from nsa_dist.train import checkpoint
 from nsa_dist.train.checkpoint import Position
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.data.batches import BatchCutter, Datasets, build_datasets, sequence_plan
-from nsa_dist.train.export.start import fill
+from nsa_dist.train.export.start import FirstWeights, first_weights
 from nsa_dist.train.files import notices
 from nsa_dist.train.files.intact import Intact, newest_intact
 from nsa_dist.train.files.metrics import MetricsLog
@@ -59,14 +58,14 @@ def train(config: TrainConfig, hooks: Hooks, device: torch.device) -> TrainResul
     with entered(config, device) as world, naming_the_missing():
         world.agreed(lambda: prepare_output(config))
         intact = newest_intact(output, world)
+        begun = first_weights(config, world) if intact.path is None else FirstWeights()
         if world.is_main:
-            for text in intact.notices:
+            for text in (*intact.notices, *begun.notices):
                 hooks.on_notice(text)
         datasets = build_datasets(config, output, world)
         cutter = BatchCutter(config, world, sequence_plan(config))
-        begins_with_folder = intact.path is None and config.run.start_from is not None
         with notices.collected(GPTModel.__module__) as texts:
-            model = build(config, world, partial(fill, config=config) if begins_with_folder else None)
+            model = build(config, world, begun.fill)
         if world.is_main:
             for text in notices.not_given_yet(output, texts):
                 hooks.on_notice(text)
