@@ -113,8 +113,7 @@ def test_mixed_lengths_and_an_empty_slot(heads, dtype, step, device):
     check(draw([190, None, 31], 1, heads, dtype=dtype), step, dtype, device)
 
 
-@SLOW_WITHOUT_A_GPU
-@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("step", [pytest.param(step, marks=SLOW_WITHOUT_A_GPU) for step in (2, 3)])
 def test_pages_in_fp8(step, device):
     drawn = draw([250, None, 31], 2, (4, 2, 16, 16)).in_fp8(0.5, 2.0)
     check(drawn, step, torch.bfloat16, device)
@@ -133,14 +132,14 @@ def test_other_block_lengths(sizes, device):
     check(draw([59, 3], 6, (2, 1, 16, 16), DecodeSizes(*sizes), torch.float32), 2, torch.float32, device)
 
 
-@SLOW_WITHOUT_A_GPU
-def test_the_choice_and_the_sums_have_one_parts_bits(device, monkeypatch):
+@pytest.mark.parametrize("step", [pytest.param(3, marks=SLOW_WITHOUT_A_GPU)])
+def test_the_choice_and_the_sums_have_one_parts_bits(step, device, monkeypatch):
     """Chunks and splits are merged as those of a cache in one piece, whatever lies where; one part's output is its."""
     monkeypatch.setattr(tiles, "TILE_CELLS", 16)
     for module in (attention, of_parts):
         monkeypatch.setattr(module, "CHUNK_BLOCKS", 4)
     drawn = draw([700, 200], 1, (2, 1, 16, 16), PAPER._replace(num_slc_blocks=4)).to(torch.bfloat16, device)
-    parts, alone = (cut(drawn, step) for step in (3, 1))
+    parts, alone = (cut(drawn, count) for count in (step, 1))
     out, blocks = decoded(drawn, parts)
     one, one_blocks = decoded(drawn, alone)
     expected, expected_blocks = drawn.decode(_Decode)

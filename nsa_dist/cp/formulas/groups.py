@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from nsa_dist.config import NSAConfig
-from nsa_dist.cp.formulas.cost import HeadSizes
+from nsa_dist.cp.formulas.cost import HeadSizes, pieces
 from nsa_dist.cp.formulas.work import RankWork, backward_flops, cmp_keys_below, forward_flops, slc_keys_below
 from nsa_dist.cp.options import FetchOptions
 from nsa_dist.cp.plan import ShardPlan
@@ -87,15 +87,20 @@ def _of_least_time(
     every = range(1, min(MOST_GROUPS, heads.num_kv_heads) + 1)
     page_bytes = plan.block_len * (heads.dim_k + heads.dim_v) * heads.element_bytes
     at_once = fetch.round_pages(page_bytes, fetch.domain_of(plan.cp_size))
-    blocks = _remote_tokens(plan) // plan.block_len
+    blocks = -(-_remote_tokens(plan) // plan.block_len)
     fitting = [count for count in every if at_once is None or blocks * -(-heads.num_kv_heads // count) <= at_once]
     return min(fitting or every, key=lambda count: (group_seconds(count, plan, cfg, heads, fetch, costs), count))
 
 
 def _remote_tokens(plan: ShardPlan) -> int:
-    """That a rank may choose of others': both its segments reach into one document, or into two."""
-    longest = max((stop - start for start, stop in pairwise(plan.cu_seqlens)), default=0)
-    return min((plan.cp_size - 1) * plan.tokens_per_rank, 2 * longest)
+    """Of the documents of a rank, those of others; of the rank that has most."""
+    lengths = [stop - start for start, stop in pairwise(plan.cu_seqlens)]
+
+    def of_rank(rank: int) -> int:
+        own = pieces(plan, rank)
+        return sum(lengths[document] for document in {p.document for p in own}) - sum(p.stop - p.start for p in own)
+
+    return plan.memo(("remote_tokens",), lambda: max(map(of_rank, range(plan.cp_size))))
 
 
 def _wire_s(plan: ShardPlan, heads: HeadSizes, fetch: FetchOptions, costs: GroupCosts) -> float:
