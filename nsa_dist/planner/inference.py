@@ -161,6 +161,8 @@ def sentence(plans: Sequence[CachePlan]) -> str:
     plan = plans[0]
     tokens, times = f"{plan.num_tokens:,} tokens", plan.token_bytes / plan.dense_token_bytes
     what = tokens if plan.num_sequences == 1 else f"{plan.num_sequences} sequences of {tokens}"
+    if plan.cp_size > 1:
+        what += f" over {plan.cp_size} GPUs, compressed rows {plan.cmp_placement}"
     layers = plan.model.num_layers
     return (
         f"Inference, {what}: {plan.token_bytes:,.0f} bytes a token and layer, {times:.5g} of a dense cache's "
