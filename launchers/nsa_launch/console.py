@@ -162,6 +162,7 @@ class Console:
                 f"whole_shard_fraction={record['whole_shard_fraction']:.3g}"
                 f"{f' for links of {link:g} GB/s' if link else ''}, keep_pages={record['keep_pages']}, "
                 f"head_groups={record['head_groups'] or 'auto'}"
+                f"{' by sizes' if record.get('head_groups_by_sizes') else ''}"
                 f"{f', domains of {domain} ranks' if domain else ''}"
             )
             if "transport" in record:  # not in records of earlier versions

@@ -188,6 +188,8 @@ class _Run:
                 "layout": parallel.layout,
                 "load_imbalance": self.meter.load_imbalance,
                 **asdict(parallel.fetch_options()),
+                "head_groups": self.meter.head_groups,
+                "head_groups_by_sizes": parallel.head_groups is None,
                 "transport": str(self.world.transport),
                 "link_gb_per_s": parallel.link_gb_per_s,
             }

@@ -24,7 +24,9 @@ from nsa_dist.cp.formulas import cost
 from nsa_dist.cp.formulas.batches import call_plan
 from nsa_dist.cp.formulas.cost import HeadSizes
 from nsa_dist.cp.formulas.deals import dealt_bytes
+from nsa_dist.cp.formulas.groups import num_head_groups
 from nsa_dist.cp.formulas.work import load_imbalance, rank_work
+from nsa_dist.cp.options import MOST_IN_LINE
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.mcore import NSASelfAttention
 from nsa_dist.train.config import TrainConfig
@@ -122,6 +124,13 @@ class TrafficMeter:
     def load_imbalance(self) -> float:
         return load_imbalance(self.plan, self.config.nsa.sizes())
 
+    @cached_property
+    def head_groups(self) -> int:
+        """Groups in which the kv heads of a call travel, had its samples one document each."""
+        plan, heads, fetch = self._call_plan, self._heads, self.config.parallel.fetch_options()
+        is_short = plan.tokens_per_rank * heads.num_q_heads * heads.dim_k <= MOST_IN_LINE
+        return num_head_groups(plan, self.config.nsa.sizes(), heads, fetch, in_line=self.one_sided and is_short)
+
     # --- Columns ---------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -156,9 +165,11 @@ class TrafficMeter:
     @cached_property
     def _of_whole(self) -> Expected:
         """Where it is no pack: of all the calls that compute some of its samples together."""
-        samples = self.config.run.micro_batch_size
-        plan = call_plan(self.plan, samples, self._heads.num_q_heads * self._heads.dim_k)
-        return self._of_call(plan, samples // plan.num_documents)
+        return self._of_call(self._call_plan, self.config.run.micro_batch_size // self._call_plan.num_documents)
+
+    @property
+    def _call_plan(self) -> ShardPlan:
+        return call_plan(self.plan, self.config.run.micro_batch_size, self._heads.num_q_heads * self._heads.dim_k)
 
     def _of_pack(self, pack: Pack) -> Expected:
         found = self._of_call(pack.rank_plan.plan)

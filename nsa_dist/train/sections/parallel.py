@@ -34,12 +34,12 @@ class ParallelSection(Section):
     )
     link_gb_per_s: float | None = Field(
         default=None,
-        description="GB that a rank sends in a second; sets whole_shard_fraction where both ways are as quick",
+        description="GB a rank sends in a second; head_groups follows from it, and so does whole_shard_fraction",
     )
     keep_pages: bool = Field(default=False, description="keep fetched pages for backward instead of fetching again")
     head_groups: int | None = Field(
         default=None,
-        description="kv heads travel in so many groups, each under others' work; null: 4, or 1 in short calls",
+        description="kv heads travel in so many groups, each under others' work; null: by sizes and link_gb_per_s",
     )
     transport: Literal["auto", "one_sided", "all_to_all"] = Field(
         default="auto",
