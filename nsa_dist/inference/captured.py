@@ -11,7 +11,7 @@ from torch import Tensor
 from nsa_dist.attention import default_ops
 from nsa_dist.cp.comm import Comm
 from nsa_dist.inference import over_ranks
-from nsa_dist.inference.decode import EMPTY_SLOT, any_whole, decoding, has_kernels, paged, slots_of
+from nsa_dist.inference.decode import EMPTY_SLOT, any_whole, decoding, has_kernels, paged, rings_of, slots_of
 from nsa_dist.inference.model import GPT, ModelCache
 
 
@@ -45,6 +45,7 @@ class CapturedDecode:
         device = model.embedding.weight.device
         self._tokens = torch.zeros(batch, new, dtype=torch.int64, device=device)
         self._slots = [torch.full((batch,), EMPTY_SLOT, dtype=torch.int32, device=device) for _ in cache.layers]
+        self._rings = [[EMPTY_SLOT] * batch for _ in cache.layers]  # that the slots have
         self._addresses: list[int] = []
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
@@ -52,9 +53,9 @@ class CapturedDecode:
         """tokens [B, new] on the device and B ids -> logits [B, new, vocab], which the next call overwrites."""
         with_phi = any_whole(self.cache.layers[0], seqs, self.new)
         with ExitStack() as stack:
-            for layer, slots in zip(self.cache.layers, self._slots, strict=True):
+            for layer in self.cache.layers:
                 stack.enter_context(decoding(layer, seqs, self.new))
-                slots.copy_(slots_of(layer, seqs))
+            self._place(seqs)
             self._tokens.copy_(tokens)
             addresses = [x.data_ptr() for layer in self.cache.layers for x in paged(layer) if isinstance(x, Tensor)]
             if addresses != self._addresses:
@@ -64,6 +65,14 @@ class CapturedDecode:
             graph, logits = self._graphs[with_phi]
             graph.replay()
         return logits
+
+    def _place(self, seqs: Sequence[int]) -> None:
+        """Slots on the device, where sequences have others than before: mostly they stay from step to step."""
+        for i, layer in enumerate(self.cache.layers):
+            rings = rings_of(layer, seqs)
+            if rings != self._rings[i]:
+                self._slots[i].copy_(slots_of(layer, seqs))
+                self._rings[i] = rings
 
     def _captured(self, with_phi: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The step runs once before, as capturing wants, on empty slots, which change nothing."""

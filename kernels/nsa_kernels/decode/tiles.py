@@ -10,10 +10,17 @@ from nsa_kernels.common.sizes import cdiv, next_power_of_2
 
 # Compressed rows of a tile. 128: 163 / 28; 64, two stages of copies more: 178 / 34.
 TILE_CELLS = 128
-# Tiles of one program, the largest number with which there are ENOUGH_SPLITS programs. Batch 64: 8 tiles 157, 4 163, 2
-# 175, 1 231. Batch 8: 4 tiles 28, 2 31, 1 35.
+# Programs of the first launch that are on the card at once: three on each of 132 multiprocessors, as each has 168
+# registers a thread and 72 KB.
+AT_ONCE = 396
+# Tiles of one program, where there are too many heads of sequences for one round of programs: the largest number with
+# which there are ENOUGH_SPLITS programs. Batch 64: 8 tiles 157, 4 163, 2 175, 1 231.
 SPLIT_TILES = (8, 4, 2, 1)
 ENOUGH_SPLITS = 256
+# In one round: of at least these programs, and no longer splits than these, or a long sequence among short ones would
+# keep few programs at work.
+FULL_ROUND = 320
+MOST_TILES = 12
 # Selection blocks whose candidates one program finds. The second and third launch together, with 1 warp in the second:
 # 128 76 / 21.4, 64 77 / 21.5, 32 83 / 24.1. 512: candidates alone 66 instead of 27.
 CHUNK_BLOCKS = 64
@@ -43,13 +50,15 @@ class Split(NamedTuple):
 
 
 def split(batch: int, num_kv_heads: int, max_pages: int, cells_slc: int) -> Split:
-    """Short splits where there are few sequences, so that they fill the card."""
+    """Short splits where there are few sequences, so that they fill the card, if that can be once."""
     tile_pages = max(1, TILE_CELLS // next_power_of_2(cells_slc))
-    for tiles in SPLIT_TILES:
-        num_splits = cdiv(max_pages, tile_pages * tiles)
-        if batch * num_kv_heads * num_splits >= ENOUGH_SPLITS or tiles == SPLIT_TILES[-1]:
-            break
-    return Split(tile_pages, tile_pages * tiles, num_splits)
+    heads, num_tiles = batch * num_kv_heads, cdiv(max_pages, tile_pages)
+    splits = AT_ONCE // heads
+    tiles = cdiv(num_tiles, splits) if splits * heads >= FULL_ROUND else MOST_TILES + 1
+    if tiles > MOST_TILES:
+        enough = (n for n in SPLIT_TILES if heads * cdiv(num_tiles, n) >= ENOUGH_SPLITS)
+        tiles = next(enough, SPLIT_TILES[-1])
+    return Split(tile_pages, tile_pages * tiles, cdiv(num_tiles, tiles))
 
 
 def block_rows(num_rows: int) -> int:
@@ -86,9 +95,19 @@ def candidate_rows(queries: int, count: int, most: int) -> int:
     return 1 if queries > MANY_QUERIES else min(CANDIDATE_ROWS, next_power_of_2(cdiv(count, most)))
 
 
+def value_tiles(queries: int, dim_v: int) -> int:
+    """Tiles of values, with programs of their own in the third launch."""
+    return 2 if queries <= FEW_QUERIES and dim_v % 32 == 0 else 1
+
+
 def second_warps(queries: int) -> int:
     return CANDIDATE_WARPS if queries <= FEW_QUERIES else MERGE_WARPS
 
 
-def chosen_options(dtype: torch.dtype, queries: int = MANY_QUERIES + 1) -> dict[str, Any]:
-    return {"num_warps": 4 if queries > MANY_QUERIES else 8, "num_stages": 2 if dtype == torch.float32 else 3}
+def chosen_options(dtype: torch.dtype) -> dict[str, Any]:
+    """Of selected attention that reads pages as it goes, in `decode_part`."""
+    return {"num_warps": 4, "num_stages": 2 if dtype == torch.float32 else 3}
+
+
+def third_options(dtype: torch.dtype, queries: int) -> dict[str, Any]:
+    return {"num_warps": 4 if queries > MANY_QUERIES else 8, "num_stages": 2}
