@@ -61,6 +61,12 @@ def split(batch: int, num_kv_heads: int, max_pages: int, cells_slc: int) -> Spli
     return Split(tile_pages, tile_pages * tiles, cdiv(num_tiles, tiles))
 
 
+def reads_pages_ahead(heads: int, cut: Split) -> bool:
+    """Whether programs of one tile ask for its pages before they know the sequence's length. It takes registers, with
+    which two programs are on a multiprocessor instead of three. heads: of all sequences."""
+    return cut.split_pages == cut.tile_pages and heads * cut.num_splits <= AT_ONCE * 2 // 3
+
+
 def block_rows(num_rows: int) -> int:
     """Of `num_rows` (token, head) rows that share keys, those of a tile; a dot takes 16 at least."""
     return max(16, min(MOST_ROWS, next_power_of_2(num_rows)))
