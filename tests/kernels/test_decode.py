@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from kernels.judge import assert_twice
 from kernels.pace import SLOW_WITHOUT_A_GPU
 from kernels.paged import draw
-from nsa_kernels.decode import append, attention, candidates, phi, tiles
+from nsa_kernels.decode import append, attention, chosen, phi, tiles
 from nsa_kernels.decode_contracts import DecodeSizes
 from nsa_kernels.reference import decode as reference
 
@@ -168,28 +166,8 @@ def test_splits_and_chunks_are_merged(device, monkeypatch):
     """Many of them, where a small case has one: the blocks are the same, the output to rounding."""
     monkeypatch.setattr(tiles, "TILE_CELLS", 16)
     monkeypatch.setattr(attention, "CHUNK_BLOCKS", 8)
-    monkeypatch.setattr(tiles, "CANDIDATES", 4)
-    check(draw([1200, 200], 1, (2, 1, 16, 16)), torch.bfloat16, device)
-
-
-@triton.jit
-def _best_kernel(keys_ptr, best_ptr, count, room, PAD: tl.constexpr, LISTS: tl.constexpr, LEVELS: tl.constexpr):
-    keys, between = candidates.first_keys(keys_ptr, room, PAD, LISTS)
-    best = candidates.best_of(keys, between, keys_ptr, count, PAD, LISTS, LEVELS)
-    tl.store(best_ptr + tl.arange(0, PAD)[None, :], best)
-
-
-@pytest.mark.parametrize(("lists", "count", "pad"), [(8, 5, 4), (4, 4, 2), (2, 7, 8), (4, 1, 4)])
-def test_best_of_descending_lists(lists, count, pad, device):
-    """Of as many as are merged at once, more, and fewer; what lies behind them is larger, and is not taken."""
-    keys = torch.randint(0, 2**40, (count, pad)).sort(1, descending=True).values
-    keys[-1, pad // 2 :] = -1  # the last list is not full
-    held = torch.cat([keys.flatten(), torch.full((3 * pad,), 2**50)]).to(device)
-    best = torch.empty(1, pad, dtype=torch.int64, device=device)
-    _best_kernel[(1,)](
-        held, best, count * pad, len(held), PAD=pad, LISTS=lists, LEVELS=lists.bit_length() - 1, num_warps=4
-    )
-    assert torch.equal(best.cpu()[0], keys.flatten().sort(descending=True).values[:pad])
+    monkeypatch.setattr(chosen, "CANDIDATES", 16)
+    check(draw([700, 200], 1, (2, 1, 16, 16)), torch.bfloat16, device)
 
 
 def test_a_wider_table_changes_no_bit(device):

@@ -57,47 +57,32 @@ def keys_of(block, importance, own, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.conste
 
 
 @triton.jit
-def first_keys(candidates_ptr, room, CHOSEN_PAD: tl.constexpr, LISTS: tl.constexpr):
-    """Of `room` keys in lists of CHOSEN_PAD, each descending, those that `best_of` takes first: the first and every
-    other list [LISTS / 2, CHOSEN_PAD], and those between, turned round."""
-    row = tl.arange(0, LISTS // 2)[:, None] * (2 * CHOSEN_PAD)
-    rank = tl.arange(0, CHOSEN_PAD)[None, :]
-    at, between = row + rank, row + (2 * CHOSEN_PAD - 1) - rank
-    return (
-        tl.load(candidates_ptr + at, mask=at < room, other=-1),
-        tl.load(candidates_ptr + between, mask=between < room, other=-1),
-    )
+def first_keys(candidates_ptr, room, CANDIDATES: tl.constexpr, ROWS: tl.constexpr):
+    """Of `room` keys in a row those that `best_of` takes first, [ROWS, CANDIDATES]."""
+    index = tl.arange(0, ROWS)[:, None] * CANDIDATES + tl.arange(0, CANDIDATES)[None, :]
+    return tl.load(candidates_ptr + index, mask=index < room, other=-1)
 
 
 @triton.jit
-def best_of(
-    keys, between, candidates_ptr, count, CHOSEN_PAD: tl.constexpr, LISTS: tl.constexpr, LEVELS: tl.constexpr
-):  # fmt: skip
-    """The best CHOSEN_PAD of `count` keys, descending, -1 for none: [1, CHOSEN_PAD]. 2 ** LEVELS = LISTS.
+def best_of(keys, candidates_ptr, count, CHOSEN_PAD: tl.constexpr, CANDIDATES: tl.constexpr, ROWS: tl.constexpr):
+    """The best CHOSEN_PAD of `count` keys in a row, descending, -1 for none: [1, CHOSEN_PAD].
 
-    Lists are merged in pairs, and what is found in pairs again, a descending list with one that is turned round:
-    the larger of their numbers are the best of both, and bitonic (Batcher 1968).
-
-    keys, between   `first_keys`, of which more than `count` may be read before it is known
+    Rows of CANDIDATES are sorted side by side, a warp each. keys: `first_keys`, of which more than `count` may be read
+    before it is known.
     """
-    # Whole lists are there or none.
-    row = tl.arange(0, LISTS // 2)[:, None] * (2 * CHOSEN_PAD)
-    keys = tl.where(row < count, keys, -1)
-    between = tl.where(row + CHOSEN_PAD < count, between, -1)
-    best = _best_of_lists(keys, between, LEVELS)
-    for first in tl.range(LISTS * CHOSEN_PAD, count, LISTS * CHOSEN_PAD):
-        keys, between = first_keys(candidates_ptr + first, count - first, CHOSEN_PAD, LISTS)
-        best = merge_sorted(best, _best_of_lists(keys, between, LEVELS))
+    index = tl.arange(0, ROWS)[:, None] * CANDIDATES + tl.arange(0, CANDIDATES)[None, :]
+    best = _best_of_rows(tl.where(index < count, keys, -1), CHOSEN_PAD, ROWS)
+    for first in tl.range(ROWS * CANDIDATES, count, ROWS * CANDIDATES):
+        keys = first_keys(candidates_ptr + first, count - first, CANDIDATES, ROWS)
+        best = merge_sorted(best, _best_of_rows(keys, CHOSEN_PAD, ROWS))
     return best
 
 
 @triton.jit
-def _best_of_lists(keys, between, LEVELS: tl.constexpr):
-    best = tl.bitonic_merge(tl.maximum(keys, between), descending=True)
-    for _ in tl.static_range(1, LEVELS):
-        pairs = tl.permute(tl.reshape(best, [best.shape[0] // 2, 2, best.shape[1]]), (0, 2, 1))
-        first, second = tl.split(pairs)
-        best = merge_sorted(first, second)
+def _best_of_rows(keys, CHOSEN_PAD: tl.constexpr, ROWS: tl.constexpr):
+    best = tl.topk(keys, CHOSEN_PAD)
+    if ROWS > 1:
+        best = tl.topk(tl.reshape(best, [1, ROWS * CHOSEN_PAD]), CHOSEN_PAD)
     return best
 
 

@@ -24,7 +24,7 @@ from nsa_kernels.decode.candidates import FAR, best_of, first_keys, ids_of
 from nsa_kernels.decode.compressed import LOG2_E
 from nsa_kernels.decode.online import attend, load_queries
 from nsa_kernels.decode.overlap import overlapping, wait
-from nsa_kernels.decode.tiles import blocks_of_part, candidate_lists, third_options
+from nsa_kernels.decode.tiles import CANDIDATES, blocks_of_part, candidate_rows, third_options
 from nsa_kernels.decode_contracts import DecodeSizes, PagedCache
 
 
@@ -59,7 +59,7 @@ def _chosen_kernel(
     max_ptr, sum_ptr, out_parts_ptr, block_indices_ptr, arrived_ptr, out_ptr, lengths_ptr,
     new, num_heads, max_pages, num_chunks, scale, v_scale, stride_qt, stride_qh, stride_gt, stride_gh, stride_gb,
     G: tl.constexpr, G_PAD: tl.constexpr, SLC_LEN: tl.constexpr, NUM_CHOSEN: tl.constexpr,
-    CHOSEN_PAD: tl.constexpr, CHUNK: tl.constexpr, LISTS: tl.constexpr, LEVELS: tl.constexpr,
+    CHOSEN_PAD: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr, ROWS: tl.constexpr,
     NUM_PARTS: tl.constexpr, PART_BLOCKS: tl.constexpr, DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr,
     V_TILES: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +82,7 @@ def _chosen_kernel(
     wait(OVERLAPS)
     end = tl.load(ends_ptr + batch)
     candidates = candidates_ptr + (query * num_heads + head) * num_chunks * CHOSEN_PAD
-    keys, between = first_keys(candidates, num_chunks * CHOSEN_PAD, CHOSEN_PAD, LISTS)
+    keys = first_keys(candidates, num_chunks * CHOSEN_PAD, CANDIDATES, ROWS)
     if end <= 0:
         if part == 0:
             if v_tile == 0:
@@ -98,7 +98,7 @@ def _chosen_kernel(
         return
 
     count = (own // CHUNK + 1) * CHOSEN_PAD
-    block_ids = ids_of(best_of(keys, between, candidates, count, CHOSEN_PAD, LISTS, LEVELS), NUM_CHOSEN)
+    block_ids = ids_of(best_of(keys, candidates, count, CHOSEN_PAD, CANDIDATES, ROWS), NUM_CHOSEN)
     pages = tl.load(page_table_ptr + slot * max_pages + block_ids, mask=block_ids < FAR, other=0)
     if (part == 0) & (v_tile == 0):
         tl.store(indices, tl.where(block_ids < FAR, block_ids, -1), mask=rank < NUM_CHOSEN)
@@ -156,15 +156,15 @@ def attend_chosen(
     block_indices = ends.new_empty(batch, new, num_heads, sizes.num_slc_blocks)
     out = q.new_empty(batch, new, num_q_heads, dim_v)
     dk_a, dk_b = split_head_dim(dim_k)
-    packed, gates, lists = q.flatten(0, 1), gates.flatten(0, 1), candidate_lists(queries, num_chunks, chosen_pad)
+    packed, gates, most = q.flatten(0, 1), gates.flatten(0, 1), max(CANDIDATES, chosen_pad)
     _chosen_kernel[(num_parts * v_tiles, queries)](
         packed, cache.k_slc, cache.v_slc, candidates, sum_of_two, gates, slots, cache.page_table, ends,
         maximum, total, out_parts, block_indices, arrived, out, cache.lengths,
         new, num_heads, cache.page_table.shape[1], num_chunks, softmax_scale * cache.k_scale * LOG2_E,
         cache.v_scale, *packed.stride()[:2], *gates.stride(),
         G=group, G_PAD=max(16, next_power_of_2(group)), SLC_LEN=sizes.slc_block_len,
-        NUM_CHOSEN=sizes.num_slc_blocks, CHOSEN_PAD=chosen_pad, CHUNK=chunk, LISTS=lists,
-        LEVELS=lists.bit_length() - 1, NUM_PARTS=num_parts, PART_BLOCKS=part_blocks,
+        NUM_CHOSEN=sizes.num_slc_blocks, CHOSEN_PAD=chosen_pad, CHUNK=chunk, CANDIDATES=most,
+        ROWS=candidate_rows(queries, num_chunks * chosen_pad, most), NUM_PARTS=num_parts, PART_BLOCKS=part_blocks,
         DK_A=dk_a, DK_B=dk_b, DV=dim_v, V_TILES=v_tiles, PRECISION=dot_precision(q.dtype),
         **third_options(q.dtype, queries), **overlapping(q),
     )  # fmt: skip

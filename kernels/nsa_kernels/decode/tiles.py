@@ -29,8 +29,10 @@ CHUNK_BLOCKS = 64
 CANDIDATE_WARPS = 2
 MERGE_WARPS = 1
 FEW_QUERIES = 16
-# Merged at once when the best of all are found; four times as many where there are few queries.
+# Sorted side by side when the best of all are found, in up to CANDIDATE_ROWS rows where there are few queries, and one
+# where there are many: batch 64 57 with 4 rows, 41 with 1; batch 1 11.7 and 12.7.
 CANDIDATES = 128
+CANDIDATE_ROWS = 4
 # More have 4 warps in the third launch, as many or fewer 8: batch 8 14.4 instead of 15.2, batch 1 9.5 instead of 11.8.
 MANY_QUERIES = 64
 # Of selected attention. Batch 64: 8 blocks a program 43, 4 52. Batch 8: 8 blocks 21, 4 15.7, 2 15.3, 1 19.
@@ -94,10 +96,9 @@ def window_blocks(queries: int, num_blocks: int) -> int:
     return 1
 
 
-def candidate_lists(queries: int, num_chunks: int, chosen_pad: int) -> int:
-    """Lists of `chosen_pad` candidates that are merged at once, a power of two from 2 on."""
-    most = CANDIDATES if queries > MANY_QUERIES else 4 * CANDIDATES
-    return max(2, min(most // chosen_pad, next_power_of_2(num_chunks)))
+def candidate_rows(queries: int, count: int, most: int) -> int:
+    """Rows of `most` in which `count` candidates are sorted, so many at once."""
+    return 1 if queries > MANY_QUERIES else min(CANDIDATE_ROWS, next_power_of_2(cdiv(count, most)))
 
 
 def value_tiles(queries: int, dim_v: int) -> int:

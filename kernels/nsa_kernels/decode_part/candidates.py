@@ -81,12 +81,10 @@ def _part_candidates_kernel(
 
 @launchable
 @triton.jit
-def _best_kernel(
-    candidates_ptr, best_ptr, count, CHOSEN_PAD: tl.constexpr, LISTS: tl.constexpr, LEVELS: tl.constexpr
-):  # fmt: skip
+def _best_kernel(candidates_ptr, best_ptr, count, CANDIDATES: tl.constexpr, CHOSEN_PAD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    keys, between = first_keys(candidates_ptr + row * count, count, CHOSEN_PAD, LISTS)
-    best = best_of(keys, between, candidates_ptr + row * count, count, CHOSEN_PAD, LISTS, LEVELS)
+    keys = first_keys(candidates_ptr + row * count, count, CANDIDATES, 1)
+    best = best_of(keys, candidates_ptr + row * count, count, CHOSEN_PAD, CANDIDATES, 1)
     tl.store(best_ptr + row * CHOSEN_PAD + tl.arange(0, CHOSEN_PAD)[None, :], best)
 
 
@@ -113,9 +111,7 @@ def candidates_of_part(
     if num_chunks == 1:
         return found.squeeze(3)
     best = found.new_empty(batch, new, num_heads, chosen_pad)
-    lists = max(2, CANDIDATES // chosen_pad)
     _best_kernel[(batch * new * num_heads,)](
-        found, best, num_chunks * chosen_pad,
-        CHOSEN_PAD=chosen_pad, LISTS=lists, LEVELS=lists.bit_length() - 1, num_warps=4,
-    )  # fmt: skip
+        found, best, num_chunks * chosen_pad, CANDIDATES=max(CANDIDATES, chosen_pad), CHOSEN_PAD=chosen_pad, num_warps=4
+    )
     return best
