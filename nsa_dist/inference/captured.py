@@ -79,15 +79,19 @@ class CapturedDecode:
         kept = [slots.clone() for slots in self._slots]
         for slots in self._slots:
             slots.fill_(EMPTY_SLOT)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.model.decode_step(self._tokens, self.cache, self._slots, self.cp_group, with_phi=with_phi)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # NCCL's watchdog asks for events in another thread: such calls must not spoil the capture.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            logits = self.model.decode_step(self._tokens, self.cache, self._slots, self.cp_group, with_phi=with_phi)
-        for slots, before in zip(self._slots, kept, strict=True):
-            slots.copy_(before)
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.model.decode_step(self._tokens, self.cache, self._slots, self.cp_group, with_phi=with_phi)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # NCCL's watchdog asks for events in another thread: such calls must not spoil the capture.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                logits = self.model.decode_step(
+                    self._tokens, self.cache, self._slots, self.cp_group, with_phi=with_phi
+                )  # fmt: skip
+        finally:
+            for slots, before in zip(self._slots, kept, strict=True):
+                slots.copy_(before)
         return graph, logits

@@ -10,17 +10,11 @@ from nsa_kernels.common.sizes import cdiv, next_power_of_2
 
 # Compressed rows of a tile. 128: 163 / 28; 64, two stages of copies more: 178 / 34.
 TILE_CELLS = 128
-# Programs of the first launch that are on the card at once: three on each of 132 multiprocessors, as each has 168
-# registers a thread and 72 KB.
-AT_ONCE = 396
-# Tiles of one program, where there are too many heads of sequences for one round of programs: the largest number with
-# which there are ENOUGH_SPLITS programs. Batch 64: 8 tiles 157, 4 163, 2 175, 1 231.
+# Tiles of one program, the largest number with which there are ENOUGH_SPLITS programs. Batch 64: 8 tiles 157, 4 163, 2
+# 175, 1 231. Batch 8: 4 tiles 28, 2 31, 1 35; 3, all programs on the card at once, as 4.
 SPLIT_TILES = (8, 4, 2, 1)
 ENOUGH_SPLITS = 256
-# In one round: of at least these programs, and no longer splits than these, or a long sequence among short ones would
-# keep few programs at work.
-FULL_ROUND = 320
-MOST_TILES = 12
+AT_ONCE = 264  # programs of two on each of 132 multiprocessors
 # Selection blocks whose candidates one program finds. The second and third launch together, with 1 warp in the second:
 # 128 76 / 21.4, 64 77 / 21.5, 32 83 / 24.1. 512: candidates alone 66 instead of 27.
 CHUNK_BLOCKS = 64
@@ -50,21 +44,19 @@ class Split(NamedTuple):
 
 
 def split(batch: int, num_kv_heads: int, max_pages: int, cells_slc: int) -> Split:
-    """Short splits where there are few sequences, so that they fill the card, if that can be once."""
+    """Short splits where there are few sequences, so that they fill the card."""
     tile_pages = max(1, TILE_CELLS // next_power_of_2(cells_slc))
-    heads, num_tiles = batch * num_kv_heads, cdiv(max_pages, tile_pages)
-    splits = AT_ONCE // heads
-    tiles = cdiv(num_tiles, splits) if splits * heads >= FULL_ROUND else MOST_TILES + 1
-    if tiles > MOST_TILES:
-        enough = (n for n in SPLIT_TILES if heads * cdiv(num_tiles, n) >= ENOUGH_SPLITS)
-        tiles = next(enough, SPLIT_TILES[-1])
-    return Split(tile_pages, tile_pages * tiles, cdiv(num_tiles, tiles))
+    for tiles in SPLIT_TILES:
+        num_splits = cdiv(max_pages, tile_pages * tiles)
+        if batch * num_kv_heads * num_splits >= ENOUGH_SPLITS or tiles == SPLIT_TILES[-1]:
+            break
+    return Split(tile_pages, tile_pages * tiles, num_splits)
 
 
 def reads_pages_ahead(heads: int, cut: Split) -> bool:
-    """Whether programs of one tile ask for its pages before they know the sequence's length. It takes registers, with
-    which two programs are on a multiprocessor instead of three. heads: of all sequences."""
-    return cut.split_pages == cut.tile_pages and heads * cut.num_splits <= AT_ONCE * 2 // 3
+    """Whether programs of one tile ask for its pages before they know the sequence's length. It takes 255 registers
+    instead of 168, with which two programs are on a multiprocessor and not three. heads: of all sequences."""
+    return cut.split_pages == cut.tile_pages and heads * cut.num_splits <= AT_ONCE
 
 
 def block_rows(num_rows: int) -> int:
