@@ -11,7 +11,8 @@ from torch import Tensor
 from nsa_dist.attention import default_ops
 from nsa_dist.cp.comm import Comm
 from nsa_dist.inference import over_ranks
-from nsa_dist.inference.decode import EMPTY_SLOT, any_whole, decoding, has_kernels, paged, rings_of, slots_of
+from nsa_dist.inference.cache import NSACache
+from nsa_dist.inference.decode import EMPTY_SLOT, any_whole, decoding, has_kernels, rings_of, slots_of
 from nsa_dist.inference.model import GPT, ModelCache
 
 
@@ -46,7 +47,7 @@ class CapturedDecode:
         self._tokens = torch.zeros(batch, new, dtype=torch.int64, device=device)
         self._slots = [torch.full((batch,), EMPTY_SLOT, dtype=torch.int32, device=device) for _ in cache.layers]
         self._rings = [[EMPTY_SLOT] * batch for _ in cache.layers]  # that the slots have
-        self._addresses: list[int] = []
+        self._held: list[object] = []  # that the graphs read
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def __call__(self, tokens: Tensor, seqs: Sequence[int]) -> Tensor:
@@ -57,9 +58,9 @@ class CapturedDecode:
                 stack.enter_context(decoding(layer, seqs, self.new))
             self._place(seqs)
             self._tokens.copy_(tokens)
-            addresses = [x.data_ptr() for layer in self.cache.layers for x in paged(layer) if isinstance(x, Tensor)]
-            if addresses != self._addresses:
-                self._graphs, self._addresses = {}, addresses
+            held = [x for layer in self.cache.layers for x in _movable(layer)]
+            if len(held) != len(self._held) or any(a is not b for a, b in zip(held, self._held, strict=True)):
+                self._graphs, self._held = {}, held
             if with_phi not in self._graphs:
                 self._graphs[with_phi] = self._captured(with_phi)
             graph, logits = self._graphs[with_phi]
@@ -95,3 +96,8 @@ class CapturedDecode:
             for slots, before in zip(self._slots, kept, strict=True):
                 slots.copy_(before)
         return graph, logits
+
+
+def _movable(cache: NSACache) -> tuple[object, ...]:
+    """What is another object whenever tensors of the cache have moved."""
+    return cache.storage, cache.storage.win, cache.storage.raw, cache.tables.page_table, cache.tables.lengths
