@@ -14,7 +14,7 @@ TILE_CELLS = 128
 # 175, 1 231. Batch 8: 4 tiles 28, 2 31, 1 35; 3, all programs on the card at once, as 4.
 SPLIT_TILES = (8, 4, 2, 1)
 ENOUGH_SPLITS = 256
-AT_ONCE = 264  # programs of two on each of 132 multiprocessors
+AT_ONCE = 264  # two programs on each of 132 multiprocessors
 # Selection blocks whose candidates one program finds. The second and third launch together, with 1 warp in the second:
 # 128 76 / 21.4, 64 77 / 21.5, 32 83 / 24.1. 512: candidates alone 66 instead of 27.
 CHUNK_BLOCKS = 64
