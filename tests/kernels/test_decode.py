@@ -8,7 +8,8 @@ import torch
 from kernels.judge import assert_twice
 from kernels.pace import SLOW_WITHOUT_A_GPU
 from kernels.paged import draw
-from nsa_kernels.decode import append, attention, chosen, overlap, phi, tiles
+from nsa_kernels.common import overlap
+from nsa_kernels.decode import append, attention, chosen, phi, tiles
 from nsa_kernels.decode_contracts import DecodeSizes
 from nsa_kernels.reference import decode as reference
 

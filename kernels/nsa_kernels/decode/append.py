@@ -20,9 +20,9 @@ from torch import Tensor
 
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.limits import check_dtypes
+from nsa_kernels.common.overlap import let_next_begin, overlapping, wait
 from nsa_kernels.common.rows import token_head_strides, unit_stride
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
-from nsa_kernels.decode.overlap import let_next_begin, overlapping, wait
 from nsa_kernels.decode_contracts import MOST_NEW, Appended, DecodeSizes, PagedCache, check_pages
 
 

@@ -18,12 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.common.launch import launchable
+from nsa_kernels.common.overlap import overlapping, wait
 from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
 from nsa_kernels.common.tiles import dot_precision
 from nsa_kernels.decode.candidates import FAR, best_of, first_keys, ids_of
 from nsa_kernels.decode.compressed import LOG2_E
 from nsa_kernels.decode.online import attend, load_queries
-from nsa_kernels.decode.overlap import overlapping, wait
 from nsa_kernels.decode.tiles import CANDIDATES, blocks_of_part, candidate_rows, third_options
 from nsa_kernels.decode_contracts import DecodeSizes, PagedCache
 

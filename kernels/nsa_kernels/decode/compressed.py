@@ -27,10 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.overlap import let_next_begin
 from nsa_kernels.common.sizes import cdiv
 from nsa_kernels.decode.append import num_whole
 from nsa_kernels.decode.online import attend, load_queries
-from nsa_kernels.decode.overlap import let_next_begin
 from nsa_kernels.decode.tiles import Split
 
 LOG2_E = 1.4426950408889634

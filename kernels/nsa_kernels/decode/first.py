@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.common.launch import launchable
+from nsa_kernels.common.overlap import overlapping, wait
 from nsa_kernels.common.rows import token_head_strides
 from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
 from nsa_kernels.common.tiles import dot_precision
 from nsa_kernels.decode.append import num_whole, write_token
 from nsa_kernels.decode.compressed import LOG2_E, CompressedParts, compressed_split
-from nsa_kernels.decode.overlap import overlapping, wait
 from nsa_kernels.decode.tiles import Split, block_rows, compressed_options, reads_pages_ahead
 from nsa_kernels.decode.window import Parts, window_part
 from nsa_kernels.decode_contracts import DecodeSizes, PagedCache

@@ -22,10 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.common.launch import launchable
+from nsa_kernels.common.overlap import overlapping, wait
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.common.tiles import dot_precision
 from nsa_kernels.decode.append import in_page
-from nsa_kernels.decode.overlap import overlapping, wait
 from nsa_kernels.decode.turn import partner, turned, turns_of
 from nsa_kernels.decode_contracts import Appended, PagedCache
 from nsa_kernels.phi.compress import mlp_tensors

@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.common.launch import launchable
+from nsa_kernels.common.overlap import let_next_begin, overlapping, wait
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.decode.append import num_whole
 from nsa_kernels.decode.candidates import chunk_candidates
 from nsa_kernels.decode.compressed import CompressedParts
 from nsa_kernels.decode.merge import merged
-from nsa_kernels.decode.overlap import let_next_begin, overlapping, wait
 from nsa_kernels.decode.tiles import Split, second_warps, value_tiles
 from nsa_kernels.decode.window import Parts
 from nsa_kernels.decode_contracts import DecodeSizes, PagedCache

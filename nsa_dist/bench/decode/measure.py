@@ -103,8 +103,8 @@ def check(layer: Layer) -> Row:
 def _graph_seconds(layer: Layer, clock: Clock) -> Row:
     """Of replays of both graphs that `captured` has, without phi and with it, in which a block of each sequence becomes
     whole; of the latter also where none does; of empty launches in as many nodes, and how many those are; and of as
-    many launches with as many reads that wait for each other (`floor`)."""
-    from nsa_dist.bench.decode.floor import chain  # needs triton, as only a GPU does
+    many launches with as many reads that wait for each other (`chain`)."""
+    from nsa_kernels.decode.chain import chain  # needs triton, as only a GPU does
 
     slots, lengths, cfg = layer.tables(), layer.cache.tables.lengths, layer.case.cfg
     at = lengths.clone()

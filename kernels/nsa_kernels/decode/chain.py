@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.common.device import num_multiprocessors
-from nsa_kernels.decode.overlap import let_next_begin, overlapping, wait
+from nsa_kernels.common.overlap import let_next_begin, overlapping, wait
 
 APART = 1024  # numbers, so that reads share no line
 
