@@ -207,6 +207,8 @@ class NSACache:
             state.longest = max(state.longest, state.length)
 
     def _reserve(self, states: Sequence[SequenceState], added: Sequence[int]) -> None:
+        if all(self._has_room(state, count) for state, count in zip(states, added, strict=True)):
+            return
         wanted = [self._pages_of(state.length + count) for state, count in zip(states, added, strict=True)]
         more = [
             range(state.home + len(state.pages), state.home + total)
@@ -229,6 +231,11 @@ class NSACache:
                 pages = self._pool.take(some)
                 self.storage.blank_pages(pages)
                 state.pages = torch.cat([state.pages, pages])
+
+    def _has_room(self, state: SequenceState, count: int) -> bool:
+        """Whether its last page takes `count` more tokens as it is, which of most steps of decoding is all there is."""
+        fits = state.length + count <= state.pages.numel() * self.cfg.slc_block_len
+        return fits and not state.is_stale and not self._is_last_shared(state)
 
     def _take_back(self, state: SequenceState, before: Tensor) -> None:
         self.storage.blank_pages(state.pages[len(before) :])

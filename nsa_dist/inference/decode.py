@@ -45,10 +45,14 @@ def decoding(cache: NSACache, seqs: Sequence[int], new: int) -> Iterator[None]:
         state.told_length = state.length  # the step has taken the device's on
 
 
+def rings_of(cache: NSACache, seqs: Sequence[int]) -> list[int]:
+    """Rows of the tables and rings of these sequences, -1 for empty slots."""
+    return [EMPTY_SLOT if seq == EMPTY_SLOT else cache.state(seq).ring for seq in seqs]
+
+
 def slots_of(cache: NSACache, seqs: Sequence[int]) -> Tensor:
-    """int32 [B] on the device: rows of the tables and rings of these sequences, -1 for empty slots."""
-    rings = [EMPTY_SLOT if seq == EMPTY_SLOT else cache.state(seq).ring for seq in seqs]
-    return put_on(cache.storage.device, torch.tensor(rings, dtype=torch.int32))
+    """`rings_of`, int32 [B] on the device."""
+    return put_on(cache.storage.device, torch.tensor(rings_of(cache, seqs), dtype=torch.int32))
 
 
 def paged(cache: NSACache) -> PagedCache:

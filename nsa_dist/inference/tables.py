@@ -35,8 +35,9 @@ class Tables:
 
     def tell(self, states: Sequence[Held], num_rings: int) -> None:
         """Bring the rows of `states` up to date; `told_pages` and `told_length` then say so."""
-        self._make_room(num_rings, max([self.most_pages, *(len(state.pages) for state in states)]))
-        behind = [state for state in states if state.told_pages < len(state.pages)]
+        held = [state.pages.numel() for state in states]
+        self._make_room(num_rings, max([self.most_pages, *held]))
+        behind = [state for state, count in zip(states, held, strict=True) if state.told_pages < count]
         if behind:
             width = self.page_table.shape[1]
             at = [state.ring * width + torch.arange(state.told_pages, len(state.pages)) for state in behind]
@@ -48,8 +49,8 @@ class Tables:
             rows = torch.tensor([[state.ring for state in wrong], [state.length for state in wrong]])
             index, lengths = put_on(self.device, rows)
             self.lengths.index_copy_(0, index, lengths.to(torch.int32))
-        for state in states:
-            state.told_pages, state.told_length = len(state.pages), state.length
+        for state, count in zip(states, held, strict=True):
+            state.told_pages, state.told_length = count, state.length
 
     def _make_room(self, num_rings: int, num_pages: int) -> None:
         rings, width = self.page_table.shape

@@ -147,3 +147,4 @@ def test_a_graph_is_timed():
     row = measure.measure(DecodeCase(2, 4096), torch.device("cuda"), measure.Clock(3))
     assert row["launches"] == 3
     assert 0 < row["floor_s"] < row["graph_s"]
+    assert row["floor_s"] < row["chain_s"] < row["graph_s"]

@@ -15,6 +15,7 @@ from kernels.ties import TIE, importance
 from nsa_dist import BranchKV, NSAConfig, nsa_attention
 from nsa_dist.compress import BlockPlaces, compress_both
 from nsa_dist.inference import NSACache, generate, nsa_decode, nsa_prefill
+from nsa_dist.inference.captured import CapturedDecode
 from nsa_dist.inference.decode import any_whole, decode_step, decoding, slots_of
 from nsa_dist.inference.model import GPT, GPTConfig
 from nsa_kernels import reference
@@ -53,14 +54,20 @@ class Rounded(Case):
             )  # fmt: skip
 
     def compare(self, tokens, out, blocks):
-        """The last tokens, of which there are answers. Blocks may be others where importances tie within rounding."""
+        """The last tokens, of which there are answers. Blocks may be others where importances tie within rounding.
+
+        A compressed key across a border gives the same to both blocks (eq. 9), so neighbours tie wherever one key has
+        nearly all of the weight: how often is up to what is drawn. Other ties are few.
+        """
         first = len(tokens) - len(out)
         exact, expected_blocks = (x[first:] for x in self.trained_in(torch.float64, tokens))
-        others = (blocks != expected_blocks).any(-1)
+        others, apart = (blocks != expected_blocks).any(-1), 0
         for row, head in others.nonzero().tolist():
             mine, theirs = ({int(block) for block in x[row, head]} for x in (blocks, expected_blocks))
-            self.check_tie(tokens[: first + row + 1], head, mine - theirs, theirs - mine)
-        assert others.sum() <= max(1, others.numel() // 100)
+            taken, left = mine - theirs, theirs - mine
+            self.check_tie(tokens[: first + row + 1], head, taken, left)
+            apart += any(abs(a - b) > 1 for a, b in zip(sorted(taken), sorted(left), strict=True))
+        assert apart <= max(1, others.numel() // 100)
         same = ~others.any(-1)
         assert_twice("out", out[same], self.trained_in(torch.float32, tokens)[0][first:][same], exact[same])
 
@@ -137,11 +144,27 @@ def test_drawn_cases(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hundred", [pytest.param(hundred, marks=NEEDS_A_GPU) for hundred in range(3)])
-def test_three_hundred_drawn_cases(hundred):
-    """Without a GPU they would take hours."""
-    for seed in range(1000 + 100 * hundred, 1100 + 100 * hundred):
+@pytest.mark.parametrize("part", [pytest.param(part, marks=NEEDS_A_GPU) for part in range(12)])
+def test_three_hundred_drawn_cases(part):
+    """25 in each part. Without a GPU they would take hours."""
+    for seed in range(1000 + 25 * part, 1025 + 25 * part):
         KernelPlay(seed, most=1500 if seed % 10 == 0 else 400, steps=12).run()
+
+
+def test_slots_are_told_when_they_change():
+    """A graph reads them where they are: of a step like the one before nothing is copied."""
+    sizes = GPTConfig(2, 32, 2, 1, 16, 48, SMALL, vocab_size=16)
+    model = GPT(sizes, device=DEVICE)
+    cache = model.make_cache(64, num_sequences=3)
+    a, b = (cache.new_sequence() for _ in range(2))
+    captured = CapturedDecode(model, cache, 2)
+    captured._place([a, -1])
+    captured._slots[0].fill_(7)
+    captured._place([a, -1])
+    assert captured._slots[0].tolist() == [7, 7]
+    captured._place([b, a])
+    rings = [[layer.state(seq).ring for seq in (b, a)] for layer in cache.layers]
+    assert [slots.tolist() for slots in captured._slots] == rings
 
 
 def gpu_case():

@@ -1,11 +1,14 @@
 """Decoding from a paged cache against the fp64 reference: outputs by the twice rule, blocks, what the cache holds."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from kernels.judge import assert_twice
 from kernels.pace import SLOW_WITHOUT_A_GPU
 from kernels.paged import draw
+from nsa_kernels.common import overlap
 from nsa_kernels.decode import append, attention, chosen, phi, tiles
 from nsa_kernels.decode_contracts import DecodeSizes
 from nsa_kernels.reference import decode as reference
@@ -199,6 +202,14 @@ def test_errors_name_the_remedy(change, remedy, device):
     change(drawn)
     with pytest.raises(ValueError, match=remedy):
         drawn.decode(Kernels)
+
+
+def test_launches_begin_early_where_the_card_lets_them(device, monkeypatch):
+    """A card from compute capability 9 on is asked for it, no other; the kernels are the same but for that."""
+    assert overlap.overlapping(torch.empty(0)) == {"OVERLAPS": False}
+    for major, options in ((8, {"OVERLAPS": False}), (9, {"OVERLAPS": True, "launch_pdl": True})):
+        monkeypatch.setattr("nsa_kernels.common.device._major", lambda _, major=major: major)
+        assert overlap.overlapping(SimpleNamespace(is_cuda=True, device="cuda:0")) == options
 
 
 def test_what_the_kernels_take():

@@ -24,3 +24,8 @@ def num_multiprocessors(x: Tensor) -> int:
 def on_hopper(x: Tensor) -> bool:
     """Whether `x` lies on a GPU of compute capability 9."""
     return x.is_cuda and _major(x.device) == 9
+
+
+def begins_early(x: Tensor) -> bool:
+    """Whether launches on the GPU that holds `x` can begin before those that they wait for have ended."""
+    return x.is_cuda and _major(x.device) >= 9

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.limits import check_dtypes
+from nsa_kernels.common.overlap import let_next_begin, overlapping, wait
 from nsa_kernels.common.rows import token_head_strides, unit_stride
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.decode_contracts import MOST_NEW, Appended, DecodeSizes, PagedCache, check_pages
@@ -90,10 +91,13 @@ def _append_kernel(
     NUM_FRESH: tl.constexpr, UNIT_TOKENS: tl.constexpr, HEADS_PAD: tl.constexpr,
     CMP_LEN: tl.constexpr, CMP_STRIDE: tl.constexpr, SLC_LEN: tl.constexpr,
     CELLS_SLC: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Unit u < new of a sequence writes its new token u; the others lay out tokens of the blocks become whole."""
     batch = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(1)
+    wait(OVERLAPS)
+    let_next_begin(OVERLAPS)
     slot = tl.load(slots_ptr + batch).to(tl.int64)
     length = tl.load(lengths_ptr + tl.maximum(slot, 0))
     end = tl.where(slot >= 0, length + new, 0)
@@ -203,6 +207,7 @@ def decode_append(
         CMP_LEN=sizes.cmp_block_len, CMP_STRIDE=sizes.cmp_stride, SLC_LEN=sizes.slc_block_len,
         CELLS_SLC=sizes.cells_slc, DK=dim_k, DV=dim_v,
         BLOCK_K=next_power_of_2(num_heads * dim_k), BLOCK_V=next_power_of_2(num_heads * dim_v), num_warps=2,
+        **overlapping(slots),
     )  # fmt: skip
     return made
 

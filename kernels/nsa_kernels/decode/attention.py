@@ -97,12 +97,11 @@ def _attend(
     check_dtypes(q=q, k_win=cache.k_win)
     check_pages(cache)
     check_sizes(q, dim_k, dim_v, sizes.slc_block_len)
-    q, queries = unit_stride(q), batch * new * num_heads
+    q = unit_stride(q)
     cut = split(batch, num_heads, cache.page_table.shape[1], sizes.cells_slc)
-    win_blocks = window_blocks(queries, cdiv(sizes.window_len, sizes.slc_block_len))
+    win_blocks = window_blocks(batch * new * num_heads, cdiv(sizes.window_len, sizes.slc_block_len))
     parts, window = attend_first(q, given, cache, slots, ends, cut, win_blocks, sizes, softmax_scale)
     chosen_pad = max(2, next_power_of_2(sizes.num_slc_blocks))
     chunk = max(CHUNK_BLOCKS, chosen_pad, cut.tile_pages)
-    found = attend_second(parts, window, gates, ends, cut, win_blocks, sizes, chunk, chosen_pad, cache.v_scale)
-    candidates, sum_of_two, arrived = found
-    return attend_chosen(q, candidates, chunk, sum_of_two, arrived, gates, cache, slots, ends, sizes, softmax_scale)
+    found = attend_second(parts, window, gates, cache, slots, cut, win_blocks, sizes, chunk, chosen_pad)
+    return attend_chosen(q, found[0], chunk, *found[1:], gates, cache, slots, ends, sizes, softmax_scale)

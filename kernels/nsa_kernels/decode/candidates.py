@@ -57,18 +57,32 @@ def keys_of(block, importance, own, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.conste
 
 
 @triton.jit
-def best_of(candidates_ptr, count, CHOSEN_PAD: tl.constexpr, CANDIDATES: tl.constexpr, ROWS: tl.constexpr):
+def first_keys(candidates_ptr, room, CANDIDATES: tl.constexpr, ROWS: tl.constexpr):
+    """Of `room` keys in a row those that `best_of` takes first, [ROWS, CANDIDATES]."""
+    index = tl.arange(0, ROWS)[:, None] * CANDIDATES + tl.arange(0, CANDIDATES)[None, :]
+    return tl.load(candidates_ptr + index, mask=index < room, other=-1)
+
+
+@triton.jit
+def best_of(keys, candidates_ptr, count, CHOSEN_PAD: tl.constexpr, CANDIDATES: tl.constexpr, ROWS: tl.constexpr):
     """The best CHOSEN_PAD of `count` keys in a row, descending, -1 for none: [1, CHOSEN_PAD].
 
-    Rows of CANDIDATES are sorted side by side, a warp each.
+    Rows of CANDIDATES are sorted side by side, a warp each. keys: `first_keys`, of which more than `count` may be read
+    before it is known.
     """
-    best = tl.full([1, CHOSEN_PAD], -1, tl.int64)
-    for first in tl.range(0, count, ROWS * CANDIDATES):
-        index = first + tl.arange(0, ROWS)[:, None] * CANDIDATES + tl.arange(0, CANDIDATES)[None, :]
-        key = tl.topk(tl.load(candidates_ptr + index, mask=index < count, other=-1), CHOSEN_PAD)
-        if ROWS > 1:
-            key = tl.topk(tl.reshape(key, [1, ROWS * CHOSEN_PAD]), CHOSEN_PAD)
-        best = merge_sorted(best, key)
+    index = tl.arange(0, ROWS)[:, None] * CANDIDATES + tl.arange(0, CANDIDATES)[None, :]
+    best = _best_of_rows(tl.where(index < count, keys, -1), CHOSEN_PAD, ROWS)
+    for first in tl.range(ROWS * CANDIDATES, count, ROWS * CANDIDATES):
+        keys = first_keys(candidates_ptr + first, count - first, CANDIDATES, ROWS)
+        best = merge_sorted(best, _best_of_rows(keys, CHOSEN_PAD, ROWS))
+    return best
+
+
+@triton.jit
+def _best_of_rows(keys, CHOSEN_PAD: tl.constexpr, ROWS: tl.constexpr):
+    best = tl.topk(keys, CHOSEN_PAD)
+    if ROWS > 1:
+        best = tl.topk(tl.reshape(best, [1, ROWS * CHOSEN_PAD]), CHOSEN_PAD)
     return best
 
 

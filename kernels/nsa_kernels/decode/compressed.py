@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.overlap import let_next_begin
 from nsa_kernels.common.sizes import cdiv
 from nsa_kernels.decode.append import num_whole
 from nsa_kernels.decode.online import attend, load_queries
@@ -53,14 +54,19 @@ class CompressedParts(NamedTuple):
 
 @triton.jit
 def compressed_split(
-    q_ptr, k_ptr, v_ptr, table, max_ptr, sum_ptr, out_ptr, imp_ptr, tile_max_ptr,
+    q_ptr, k_ptr, v_ptr, table, where, max_ptr, sum_ptr, out_ptr, imp_ptr, tile_max_ptr,
     batch, head, split, row, end, new, num_heads, num_splits, num_tiles, scale, stride_qt, stride_qh,
     G: tl.constexpr, BLOCK_M: tl.constexpr,
     CMP_LEN: tl.constexpr, CMP_STRIDE: tl.constexpr, CELLS_CMP: tl.constexpr, CELLS_SLC: tl.constexpr,
     SLC_PAD: tl.constexpr, NUM_LAYERS: tl.constexpr, TILE_PAGES: tl.constexpr, SPLIT_PAGES: tl.constexpr,
-    DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+    DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, PAGES_AHEAD: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """The rows `row` [BLOCK_M] of a split that has cells; `table`: the sequence's row of the page table."""
+    """The rows `row` [BLOCK_M] of a split that has cells.
+
+    table, where    the sequence's row of the page table; with PAGES_AHEAD what it says of the split's only tile, a page
+                    a column
+    """
     num_cells = num_whole(end, CMP_LEN, CMP_STRIDE) + CELLS_CMP - 1
     num_pages = tl.cdiv(num_cells, CELLS_SLC)
     num_rows = new * G
@@ -87,8 +93,10 @@ def compressed_split(
         page = first + column % TILE_PAGES
         block = page * CELLS_SLC + residue - (CELLS_CMP - 1)  # the compressed block of each column
         there = (residue < CELLS_SLC) & (block >= 0) & (page < num_pages) & (block < num_cells - (CELLS_CMP - 1))
-        where = tl.load(table + page, mask=page < num_pages, other=0).to(tl.int64)
-        at = (where * CELLS_SLC + residue) * num_heads + head
+        at_page = where
+        if not PAGES_AHEAD:
+            at_page = tl.load(table + page, mask=page < num_pages, other=0)
+        at = (at_page.to(tl.int64) * CELLS_SLC + residue) * num_heads + head
         m, total, acc, p = attend(
             q_a, q_b, k_ptr + at * (DK_A + DK_B), v_ptr + at * DV, there,
             there[None, :] & (block[None, :] < seen[:, None]), scale, m, total, acc, DK_A, DK_B, DV, PRECISION,
@@ -106,6 +114,7 @@ def compressed_split(
             # -0.0, unlike 0.0, is what the compiler may leave out of a sum.
             share = tl.sum(tl.where(weight > 0, shares * weight, -0.0), 1)  # [BLOCK_M, TILE_PAGES]
             tl.store(to + layer * imp_pages, share, mask=stored)
+    let_next_begin(OVERLAPS)
     part = state * num_splits + split
     tl.store(max_ptr + part, m, mask=live)
     tl.store(sum_ptr + part, total, mask=live)

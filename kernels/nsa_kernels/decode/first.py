@@ -10,12 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.common.launch import launchable
+from nsa_kernels.common.overlap import overlapping, wait
 from nsa_kernels.common.rows import token_head_strides
 from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
 from nsa_kernels.common.tiles import dot_precision
 from nsa_kernels.decode.append import num_whole, write_token
 from nsa_kernels.decode.compressed import LOG2_E, CompressedParts, compressed_split
-from nsa_kernels.decode.tiles import Split, block_rows, compressed_options
+from nsa_kernels.decode.tiles import Split, block_rows, compressed_options, reads_pages_ahead
 from nsa_kernels.decode.window import Parts, window_part
 from nsa_kernels.decode_contracts import DecodeSizes, PagedCache
 
@@ -35,7 +36,7 @@ def _first_kernel(
     SLC_PAD: tl.constexpr, NUM_LAYERS: tl.constexpr, TILE_PAGES: tl.constexpr, SPLIT_PAGES: tl.constexpr,
     SLC_LEN: tl.constexpr, WINDOW: tl.constexpr, PART_BLOCKS: tl.constexpr,
     DK_A: tl.constexpr, DK_B: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PAGES_AHEAD: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """IS_APPENDED: pages and rings have what is new already."""
     of_cmp = num_heads * ROW_TILES * num_splits  # programs of a sequence
@@ -49,24 +50,28 @@ def _first_kernel(
     of = tl.where(is_cmp, of_cmp, tl.where(is_win, of_win, new))
     batch = (program // of).to(tl.int64)
     program = program % of
+    head, split = program % num_heads, program // num_heads // ROW_TILES
+    wait(OVERLAPS)
     slot = tl.load(slots_ptr + batch).to(tl.int64)
     length = tl.load(lengths_ptr + tl.maximum(slot, 0))
+    table = page_table_ptr + tl.maximum(slot, 0) * max_pages
+    where = tl.zeros([SLC_PAD * TILE_PAGES], tl.int32)
+    if PAGES_AHEAD:  # beside the length, and not behind it; pages past the sequence's last are not used
+        page = split * SPLIT_PAGES + tl.arange(0, SLC_PAD * TILE_PAGES) % TILE_PAGES
+        where = tl.load(table + page, mask=is_cmp & (page < max_pages), other=0)
     end = tl.where(slot >= 0, length + new, 0)
-    table = page_table_ptr + slot * max_pages
-    head = program % num_heads
     if is_cmp:
-        split = program // num_heads // ROW_TILES
         if program == 0:
             tl.store(ends_ptr + batch, end)
         num_cells = tl.where(end >= CMP_LEN, num_whole(end, CMP_LEN, CMP_STRIDE) + CELLS_CMP - 1, 0)
         if split * SPLIT_PAGES * CELLS_SLC < num_cells:
             row = program // num_heads % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
             compressed_split(
-                q_ptr, k_cell_ptr, v_cell_ptr, table, max_ptr, sum_ptr, out_ptr, imp_ptr, tile_max_ptr,
+                q_ptr, k_cell_ptr, v_cell_ptr, table, where, max_ptr, sum_ptr, out_ptr, imp_ptr, tile_max_ptr,
                 batch, head, split, row, end, new, num_heads, num_splits, num_tiles, scale * k_scale,
                 stride_qt, stride_qh,
                 G, BLOCK_M, CMP_LEN, CMP_STRIDE, CELLS_CMP, CELLS_SLC, SLC_PAD, NUM_LAYERS, TILE_PAGES, SPLIT_PAGES,
-                DK_A, DK_B, DV, PRECISION,
+                DK_A, DK_B, DV, PRECISION, PAGES_AHEAD, OVERLAPS,
             )  # fmt: skip
     elif end > 0:
         if is_win:
@@ -124,6 +129,7 @@ def attend_first(
         SLC_LEN=sizes.slc_block_len, WINDOW=sizes.window_len, PART_BLOCKS=win_blocks,
         DK_A=dk_a, DK_B=dk_b, DV=dim_v, BLOCK_K=next_power_of_2(num_heads * dim_k),
         BLOCK_V=next_power_of_2(num_heads * dim_v), PRECISION=dot_precision(q.dtype),
-        **compressed_options(q.dtype, block_m),
+        PAGES_AHEAD=reads_pages_ahead(batch * num_heads, cut), **compressed_options(q.dtype, block_m),
+        **overlapping(q),
     )  # fmt: skip
     return compressed, window

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.common.launch import launchable
+from nsa_kernels.common.overlap import overlapping, wait
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.common.tiles import dot_precision
 from nsa_kernels.decode.append import in_page
@@ -44,9 +45,10 @@ def _mlp_kernel(
     num_blocks, block_len, num_heads, width, width2, half, half2, inverse, inverse2,
     PARTS: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, D_MOST: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_D: tl.constexpr, IS_TURNED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Tensors and sizes that end in 2 are of values, the others of keys."""
+    wait(OVERLAPS)
     part = tl.program_id(0)
     block = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     cell_row = tl.load(cell_rows_ptr + block, mask=block < num_blocks, other=-1)
@@ -130,9 +132,10 @@ def _mean_kernel(
     x_ptr, x2_ptr, cell_rows_ptr, start_ptr, turn_ptr, turn2_ptr,
     page_ptr, page2_ptr,
     block_len, num_heads, half, half2, inverse, inverse2,
-    D: tl.constexpr, D2: tl.constexpr, BLOCK_D: tl.constexpr, IS_TURNED: tl.constexpr,
+    D: tl.constexpr, D2: tl.constexpr, BLOCK_D: tl.constexpr, IS_TURNED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One block of one head, of keys and then of values."""
+    wait(OVERLAPS)
     block = tl.program_id(0).to(tl.int64)
     cell_row = tl.load(cell_rows_ptr + block).to(tl.int64)
     if cell_row < 0:
@@ -196,7 +199,7 @@ def decode_compress_mlp(
         D_PAD=next_power_of_2(max(dim_k, dim_v)), BLOCK_M=BLOCK_M,
         BLOCK_F=block_f, HIDDEN=min(block_f, 64), BLOCK_D=min(power_of_2_part(dim, 64) for dim in (dim_k, dim_v)),
         IS_TURNED=any(halves),
-        PRECISION=dot_precision(xs[0].dtype), num_warps=4,
+        PRECISION=dot_precision(xs[0].dtype), num_warps=4, **overlapping(xs[0]),
     )  # fmt: skip
 
 
@@ -214,4 +217,5 @@ def decode_compress_mean(
         len(appended.k_raw) // num_blocks, num_heads, *halves,
         1 / cache.k_scale, 1 / cache.v_scale,
         D=dim_k, D2=dim_v, BLOCK_D=next_power_of_2(max(dim_k, dim_v)), IS_TURNED=any(halves), num_warps=1,
+        **overlapping(appended.k_raw),
     )  # fmt: skip

@@ -10,20 +10,22 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.common.launch import launchable
+from nsa_kernels.common.overlap import let_next_begin, overlapping, wait
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.decode.append import num_whole
 from nsa_kernels.decode.candidates import chunk_candidates
 from nsa_kernels.decode.compressed import CompressedParts
 from nsa_kernels.decode.merge import merged
-from nsa_kernels.decode.tiles import Split, second_warps
+from nsa_kernels.decode.tiles import Split, second_warps, value_tiles
 from nsa_kernels.decode.window import Parts
-from nsa_kernels.decode_contracts import DecodeSizes
+from nsa_kernels.decode_contracts import DecodeSizes, PagedCache
 
 
 @launchable
 @triton.jit
 def _second_kernel(
-    max_ptr, sum_ptr, out_ptr, imp_ptr, tile_max_ptr, win_max_ptr, win_sum_ptr, win_out_ptr, gates_ptr, ends_ptr,
+    max_ptr, sum_ptr, out_ptr, imp_ptr, tile_max_ptr, win_max_ptr, win_sum_ptr, win_out_ptr, gates_ptr, slots_ptr,
+    lengths_ptr,
     candidates_ptr, sum_of_two_ptr, arrived_ptr,
     num_queries, new, num_heads, num_tiles, num_chunks, v_scale, stride_gt, stride_gh, stride_gb,
     G: tl.constexpr, G_PAD: tl.constexpr, CMP_LEN: tl.constexpr, CMP_STRIDE: tl.constexpr,
@@ -31,7 +33,7 @@ def _second_kernel(
     NUM_SPLITS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_PAGES: tl.constexpr,
     TILE_PAGES: tl.constexpr, CHUNK_TILES: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
     CHOSEN_PAD: tl.constexpr, WINDOW: tl.constexpr, WIN_TOKENS: tl.constexpr, WIN_PARTS: tl.constexpr,
-    WIN_PAD: tl.constexpr, MERGED: tl.constexpr, DV: tl.constexpr,
+    WIN_PAD: tl.constexpr, MERGED: tl.constexpr, DV: tl.constexpr, V_TILES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     num_candidates = num_queries * num_heads * num_chunks
@@ -41,7 +43,12 @@ def _second_kernel(
     query = (program // of_query).to(tl.int64)  # sequence * new + token
     program = program % of_query
     batch, token = query // new, (query % new).to(tl.int32)
-    end = tl.load(ends_ptr + batch)
+    # The first launch, which began after all before it, writes neither slots nor lengths: they are read while it ends.
+    slot = tl.load(slots_ptr + batch, cache_modifier=".cg")
+    length = tl.load(lengths_ptr + tl.maximum(slot, 0), cache_modifier=".cg")
+    end = tl.where(slot >= 0, length + new, 0)
+    wait(OVERLAPS)
+    let_next_begin(OVERLAPS)
     position = tl.where(end > 0, end - new + token, -1)
     if is_merge:
         if end > 0:
@@ -57,7 +64,8 @@ def _second_kernel(
             out += gate_win * merged(win_max_ptr, win_sum_ptr, win_out_ptr, row, parts, WIN_PARTS, WIN_PAD, DV)
             tl.store(sum_of_two_ptr + row * DV + tl.arange(0, DV), out)
             if program % G == 0:
-                tl.store(arrived_ptr + query * num_heads + program // G, 0)
+                counters = arrived_ptr + (query * num_heads + program // G) * V_TILES
+                tl.store(counters + tl.arange(0, V_TILES), tl.zeros([V_TILES], tl.int32))
     else:
         own = tl.where(position >= 0, position // SLC_LEN, -1)
         chunk = program % num_chunks
@@ -71,26 +79,27 @@ def _second_kernel(
 
 
 def attend_second(
-    parts: CompressedParts, window: Parts, gates: Tensor, ends: Tensor, cut: Split, win_blocks: int,
-    sizes: DecodeSizes, chunk: int, chosen_pad: int, v_scale: float,
+    parts: CompressedParts, window: Parts, gates: Tensor, cache: PagedCache, slots: Tensor, cut: Split,
+    win_blocks: int, sizes: DecodeSizes, chunk: int, chosen_pad: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Candidates, the sum of the two branches fp32 [B, new, Hq, Dv], and zeros int32 [B, new, Hkv] to count with.
+    """Candidates; the sum of the two branches fp32 [B, new, Hq, Dv]; and zeros int32 [B, new, Hkv, tiles of values] to
+    count with.
 
     chunk           blocks of a chunk, whole tiles
     """
     batch, new, num_q_heads, win_parts, dim_v = window.out.shape
     num_heads, num_splits = parts.maximum.shape[1], cut.num_splits
-    group = num_q_heads // num_heads
+    group, queries = num_q_heads // num_heads, batch * new * num_heads
     num_tiles = parts.tile_max.shape[3]
     num_chunks = cdiv(num_tiles * cut.tile_pages, chunk)
-    candidates = ends.new_empty(batch, new, num_heads, num_chunks, chosen_pad, dtype=torch.int64)
+    candidates = slots.new_empty(batch, new, num_heads, num_chunks, chosen_pad, dtype=torch.int64)
     sum_of_two = window.out.new_empty(batch, new, num_q_heads, dim_v)
-    arrived = ends.new_empty(batch, new, num_heads)
+    arrived = slots.new_empty(batch, new, num_heads, value_tiles(queries, dim_v))
     gates = gates.flatten(0, 1)
-    _second_kernel[(batch * new * num_heads * (num_chunks + group),)](
-        *parts, *window, gates, ends,
+    _second_kernel[(queries * (num_chunks + group),)](
+        *parts, *window, gates, slots, cache.lengths,
         candidates, sum_of_two, arrived,
-        batch * new, new, num_heads, num_tiles, num_chunks, v_scale, *gates.stride(),
+        batch * new, new, num_heads, num_tiles, num_chunks, cache.v_scale, *gates.stride(),
         G=group, G_PAD=next_power_of_2(group), CMP_LEN=sizes.cmp_block_len, CMP_STRIDE=sizes.cmp_stride,
         CELLS_CMP=sizes.cells_cmp, CELLS_SLC=sizes.cells_slc, SLC_LEN=sizes.slc_block_len, NUM_LAYERS=sizes.num_layers,
         NUM_SPLITS=num_splits, SPLITS=min(16, next_power_of_2(num_splits)), SPLIT_PAGES=cut.split_pages,
@@ -98,6 +107,6 @@ def attend_second(
         NUM_INIT=sizes.num_init_blocks, NUM_LOCAL=sizes.num_local_blocks, CHOSEN_PAD=chosen_pad,
         WINDOW=sizes.window_len, WIN_TOKENS=win_blocks * sizes.slc_block_len, WIN_PARTS=win_parts,
         WIN_PAD=next_power_of_2(win_parts), MERGED=min(8, next_power_of_2(num_splits)), DV=dim_v,
-        num_warps=second_warps(batch * new * num_heads),
+        V_TILES=arrived.shape[3], num_warps=second_warps(queries), **overlapping(gates),
     )  # fmt: skip
     return candidates, sum_of_two, arrived

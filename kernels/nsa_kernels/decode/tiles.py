@@ -11,9 +11,10 @@ from nsa_kernels.common.sizes import cdiv, next_power_of_2
 # Compressed rows of a tile. 128: 163 / 28; 64, two stages of copies more: 178 / 34.
 TILE_CELLS = 128
 # Tiles of one program, the largest number with which there are ENOUGH_SPLITS programs. Batch 64: 8 tiles 157, 4 163, 2
-# 175, 1 231. Batch 8: 4 tiles 28, 2 31, 1 35.
+# 175, 1 231. Batch 8: 4 tiles 28, 2 31, 1 35; 3, all programs on the card at once, as 4.
 SPLIT_TILES = (8, 4, 2, 1)
 ENOUGH_SPLITS = 256
+AT_ONCE = 264  # two programs on each of 132 multiprocessors
 # Selection blocks whose candidates one program finds. The second and third launch together, with 1 warp in the second:
 # 128 76 / 21.4, 64 77 / 21.5, 32 83 / 24.1. 512: candidates alone 66 instead of 27.
 CHUNK_BLOCKS = 64
@@ -52,6 +53,12 @@ def split(batch: int, num_kv_heads: int, max_pages: int, cells_slc: int) -> Spli
     return Split(tile_pages, tile_pages * tiles, num_splits)
 
 
+def reads_pages_ahead(heads: int, cut: Split) -> bool:
+    """Whether programs of one tile ask for its pages before they know the sequence's length. It takes 255 registers
+    instead of 168, with which two programs are on a multiprocessor and not three. heads: of all sequences."""
+    return cut.split_pages == cut.tile_pages and heads * cut.num_splits <= AT_ONCE
+
+
 def block_rows(num_rows: int) -> int:
     """Of `num_rows` (token, head) rows that share keys, those of a tile; a dot takes 16 at least."""
     return max(16, min(MOST_ROWS, next_power_of_2(num_rows)))
@@ -86,9 +93,19 @@ def candidate_rows(queries: int, count: int, most: int) -> int:
     return 1 if queries > MANY_QUERIES else min(CANDIDATE_ROWS, next_power_of_2(cdiv(count, most)))
 
 
+def value_tiles(queries: int, dim_v: int) -> int:
+    """Tiles of values, with programs of their own in the third launch."""
+    return 2 if queries <= FEW_QUERIES and dim_v % 32 == 0 else 1
+
+
 def second_warps(queries: int) -> int:
     return CANDIDATE_WARPS if queries <= FEW_QUERIES else MERGE_WARPS
 
 
-def chosen_options(dtype: torch.dtype, queries: int = MANY_QUERIES + 1) -> dict[str, Any]:
-    return {"num_warps": 4 if queries > MANY_QUERIES else 8, "num_stages": 2 if dtype == torch.float32 else 3}
+def chosen_options(dtype: torch.dtype) -> dict[str, Any]:
+    """Of selected attention that reads pages as it goes, in `decode_part`."""
+    return {"num_warps": 4, "num_stages": 2 if dtype == torch.float32 else 3}
+
+
+def third_options(dtype: torch.dtype, queries: int) -> dict[str, Any]:
+    return {"num_warps": 4 if queries > MANY_QUERIES else 8, "num_stages": 2}

@@ -127,7 +127,7 @@ class TokenPartAttention:
         chosen_pad = max(2, next_power_of_2(sizes.num_slc_blocks))
         chunk = max(CHUNK_BLOCKS, chosen_pad, cut.tile_pages)
         candidates, self._sum_of_two, _ = attend_second(
-            *found, gates, self.ends, cut, win_blocks, sizes, chunk, chosen_pad, cache.v_scale
+            *found, gates, cache, slots, cut, win_blocks, sizes, chunk, chosen_pad
         )
         self._chosen = attend_chosen_here(self.q, candidates, part.cache, slots, self.ends, sizes, softmax_scale, chunk)
         self._merged = Merged(q, q.shape[:3].numel(), dim_v, sends=1)

@@ -19,7 +19,7 @@ from torch import Tensor
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.decode.append import num_whole
-from nsa_kernels.decode.candidates import best_of, keys_of
+from nsa_kernels.decode.candidates import best_of, first_keys, keys_of
 from nsa_kernels.decode.tiles import CANDIDATE_WARPS, CANDIDATES, Split
 from nsa_kernels.decode_contracts import DecodeSizes
 from nsa_kernels.decode_part.compressed import PartScores
@@ -83,7 +83,8 @@ def _part_candidates_kernel(
 @triton.jit
 def _best_kernel(candidates_ptr, best_ptr, count, CANDIDATES: tl.constexpr, CHOSEN_PAD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    best = best_of(candidates_ptr + row * count, count, CHOSEN_PAD, CANDIDATES, 1)
+    keys = first_keys(candidates_ptr + row * count, count, CANDIDATES, 1)
+    best = best_of(keys, candidates_ptr + row * count, count, CHOSEN_PAD, CANDIDATES, 1)
     tl.store(best_ptr + row * CHOSEN_PAD + tl.arange(0, CHOSEN_PAD)[None, :], best)
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2, split_head_dim
 from nsa_kernels.common.tiles import dot_precision
-from nsa_kernels.decode.candidates import FAR, best_of, ids_of
+from nsa_kernels.decode.candidates import FAR, best_of, first_keys, ids_of
 from nsa_kernels.decode.compressed import LOG2_E
 from nsa_kernels.decode.online import attend, load_queries
-from nsa_kernels.decode.tiles import CANDIDATES, blocks_of_part, candidate_rows, chosen_options
+from nsa_kernels.decode.tiles import CANDIDATES, blocks_of_part, candidate_rows, chosen_options, third_options
 from nsa_kernels.decode_contracts import DecodeSizes, PagedCache
 from nsa_kernels.selection.top import merge_sorted
 
@@ -81,8 +81,9 @@ def _part_chosen_kernel(
     block_ids = tl.zeros([1, CHOSEN_PAD], tl.int32)
     if program < SLC_PROGRAMS:
         if CHUNK > 0:
-            keys = candidates_ptr + (query * num_heads + head) * num_chunks * CHOSEN_PAD
-            best = best_of(keys, (own // CHUNK + 1) * CHOSEN_PAD, CHOSEN_PAD, CANDIDATES, ROWS)
+            lists = candidates_ptr + (query * num_heads + head) * num_chunks * CHOSEN_PAD
+            keys = first_keys(lists, num_chunks * CHOSEN_PAD, CANDIDATES, ROWS)
+            best = best_of(keys, lists, (own // CHUNK + 1) * CHOSEN_PAD, CHOSEN_PAD, CANDIDATES, ROWS)
         else:
             best = tl.full([1, CHOSEN_PAD], -1, tl.int64)  # descending; -1: none
             for part in tl.static_range(NUM_PARTS):
@@ -154,6 +155,6 @@ def attend_chosen_here(
         CANDIDATES=most, ROWS=candidate_rows(queries, num_lists * chosen_pad, most), WITH_WINDOW=win_programs > 0,
         SLC_PROGRAMS=slc_programs, PROGRAM_BLOCKS=blocks,
         DK_A=dk_a, DK_B=dk_b, DV=dim_v, PRECISION=dot_precision(q.dtype),
-        **(chosen_options(q.dtype, queries) if chunk else chosen_options(q.dtype)),
+        **(third_options(q.dtype, queries) if chunk else chosen_options(q.dtype)),
     )  # fmt: skip
     return made

@@ -102,7 +102,10 @@ def check(layer: Layer) -> Row:
 
 def _graph_seconds(layer: Layer, clock: Clock) -> Row:
     """Of replays of both graphs that `captured` has, without phi and with it, in which a block of each sequence becomes
-    whole; of the latter also where none does; of empty launches in as many nodes; and how many those are."""
+    whole; of the latter also where none does; of empty launches in as many nodes, and how many those are; and of as
+    many launches with as many reads that wait for each other (`chain`)."""
+    from nsa_kernels.decode.chain import chain  # needs triton, as only a GPU does
+
     slots, lengths, cfg = layer.tables(), layer.cache.tables.lengths, layer.case.cfg
     at = lengths.clone()
     whole = at // cfg.cmp_stride * cfg.cmp_stride - 1
@@ -118,6 +121,7 @@ def _graph_seconds(layer: Layer, clock: Clock) -> Row:
         "phi_s": clock.seconds(with_phi.replay, before=lambda: lengths.copy_(at)),
         "whole_s": clock.seconds(with_phi.replay, before=lambda: lengths.copy_(whole)),
         "floor_s": clock.seconds(floor.replay),
+        "chain_s": clock.seconds(captured(chain(lengths)).replay),
     }
     lengths.copy_(at)
     return found

@@ -18,7 +18,7 @@ BATCHES = (1, 8, 64)
 TOKENS = (4096, 16384, 65536, 262144, 1048576)
 TINY_HEADS = (4, 2, 16, 16)
 HEADER = (
-    f"{'':>21}{'graph':>9}{'+ phi':>9}{'whole':>9}{'floor':>9}{'call':>9}{'NSA bytes':>11}{'of rate':>9}"
+    f"{'':>21}{'graph':>9}{'+ phi':>9}{'whole':>9}{'floor':>9}{'chain':>9}{'call':>9}{'NSA bytes':>11}{'of rate':>9}"
     f"{'dense bytes':>13}{'times':>7}  dense kernels"
 )
 
@@ -110,13 +110,13 @@ def _line(row: Row) -> str:
     if row["wrong"]:
         return f"{name}  WRONG: {row['wrong']}"
     if "graph_s" not in row:
-        return f"{name}{'':>36}{_us(row['call_s'])}{_fp8(row)}"
+        return f"{name}{'':>45}{_us(row['call_s'])}{_fp8(row)}"
     graph, own, dense = row["graph_s"], row["nsa_bytes_s"], row["dense_bytes_s"]
     kernels = ", ".join(
         f"{name} {1e6 * s:,.0f}" if isinstance(s, float) else f"{name}: {s}" for name, s in row["dense"].items()
     )
     return (
-        f"{name}{_us(graph)}{_us(row['phi_s'])}{_us(row['whole_s'])}{_us(row['floor_s'])}{_us(row['call_s'])}"
+        f"{name}{_us(graph)}{_us(row['phi_s'])}{_us(row['whole_s'])}{_us(row['floor_s'])}{_us(row['chain_s'])}{_us(row['call_s'])}"
         f"{_us(own, 11)}{own / graph:>9.0%}{_us(dense, 13)}{dense / graph:>6.1f}x  {kernels}{_fp8(row)}"
     )
 
