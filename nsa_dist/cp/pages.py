@@ -49,9 +49,15 @@ def only_here(block_indices: Tensor, table: Tensor) -> Tensor:
     return ids.masked_fill(ids == none, -1)
 
 
-def page_arguments(stage: Stage, k: Tensor, fetched: Sequence[Fetched], table: Tensor, call: Call) -> dict[str, Any]:
-    """What `selected_attention` and its backward take besides tensors of the queries and the rank's own pages."""
+def page_arguments(
+    stage: Stage, k: Tensor, fetched: Sequence[Fetched], table: Tensor, call: Call, *, all_here: bool
+) -> dict[str, Any]:
+    """What `selected_attention` and its backward take besides tensors of the queries and the rank's own pages.
+
+    all_here    whether these are all the blocks that the stage's queries chose
+    """
     arguments = {
+        **(call.short(stage.rows) if all_here else {}),
         "block_table": table,
         "position": stage.of_rows(call.layout.position),
         "slc_block_len": call.cfg.slc_block_len,

@@ -33,6 +33,7 @@ from nsa_kernels.contracts import SelectedCall
 from nsa_kernels.selected import backward_items
 from nsa_kernels.selected.hopper import backward as hopper_backward
 from nsa_kernels.selected.index import BlockIndex
+from nsa_kernels.selected.pages import put
 from nsa_kernels.selected.parts import sum_parts
 from nsa_kernels.selected.tiles import backward_tiles, hopper_takes
 
@@ -76,23 +77,16 @@ def _pages_kernel(
         dk_remote, dv_remote = dk, dv
     if page >= num_local_pages:
         at = (page - num_local_pages).to(tl.int64) * BLOCK_LEN + row
-        _put(dk_remote + at * (DK0 + DK1) + k0_column, dk0_sum, ADD)
+        put(dk_remote + at * (DK0 + DK1) + k0_column, dk0_sum, ADD)
         if DK1 > 0:
-            _put(dk_remote + at * (DK0 + DK1) + k1_column, dk1_sum, ADD)
-        _put(dv_remote + at * DV + v_column, dv_sum, ADD)
+            put(dk_remote + at * (DK0 + DK1) + k1_column, dk1_sum, ADD)
+        put(dv_remote + at * DV + v_column, dv_sum, ADD)
     else:
         at = (page.to(tl.int64) * BLOCK_LEN + row) * num_kv_heads + kv_head
-        _put(dk + at * (DK0 + DK1) + k0_column, dk0_sum, ADD)
+        put(dk + at * (DK0 + DK1) + k0_column, dk0_sum, ADD)
         if DK1 > 0:
-            _put(dk + at * (DK0 + DK1) + k1_column, dk1_sum, ADD)
-        _put(dv + at * DV + v_column, dv_sum, ADD)
-
-
-@triton.jit
-def _put(at, total, ADD: tl.constexpr):
-    if ADD:
-        total += tl.load(at).to(tl.float32)
-    tl.store(at, total.to(at.dtype.element_ty))
+            put(dk + at * (DK0 + DK1) + k1_column, dk1_sum, ADD)
+        put(dv + at * DV + v_column, dv_sum, ADD)
 
 
 @launchable
