@@ -1,6 +1,7 @@
-"""The whole layer as its users call it: `nsa_attention` over one document, as it is or captured in CUDA graphs."""
+"""The whole layer as its users call it: `nsa_attention` over a case's tokens, as it is or captured in CUDA graphs."""
 
 from collections.abc import Callable
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -15,9 +16,12 @@ def whole_layer(x: LayerInputs, ops: ModuleType | None = None) -> Callable[[], T
     """() -> out [T, Hq, Dv]; differentiable by the leaves of `x`."""
     kv = BranchKV(*(t for pair in x.raw.values() for t in pair))
     compress_k, compress_v = (_Phi(weights) for weights in x.phi)
+    bounds = torch.tensor([*accumulate(x.case.documents, initial=0)]) if x.case.documents else None
 
     def forward() -> Tensor:
-        out = nsa_attention(x.q, kv, x.gates, CONFIG, compress_k=compress_k, compress_v=compress_v, ops=ops)
+        out = nsa_attention(
+            x.q, kv, x.gates, CONFIG, compress_k=compress_k, compress_v=compress_v, cu_seqlens=bounds, ops=ops
+        )
         assert isinstance(out, Tensor)  # block_indices were not asked for
         return out
 
