@@ -10,8 +10,8 @@ Loop order  a block at a time against all queries that chose it, at any G: see `
             `backward`, `parts`.
 Bits        a query's result depends on its own list and keys only, not on its neighbours or on where pages lie.
 Short way   queries whose visible blocks are all chosen: `short`, where the caller says which they are.
-Memory      `tiles.WORKSPACE_BYTES` beside inputs and outputs, whatever T is, and fp32 dk, dv where T is cut or some
-            queries take the short way.
+Memory      `tiles.WORKSPACE_BYTES` beside inputs and outputs, whatever T is, and fp32 dk, dv where T is cut, or of the
+            keys of the short way.
 Reference   nsa_kernels.reference.selected_attention
 """
 
@@ -29,7 +29,7 @@ from nsa_kernels.contracts import SelectedCall, Upstream, meets
 from nsa_kernels.selected.backward import differentiate_chunk, pack_rows
 from nsa_kernels.selected.forward import attend_chunk
 from nsa_kernels.selected.index import BlockIndex, build_block_index
-from nsa_kernels.selected.short import ShortRows, add_copied, first_sums
+from nsa_kernels.selected.short import ShortRows, add_copied, whole_sums
 from nsa_kernels.selected.short import attend as attend_short
 from nsa_kernels.selected.short import key_gradients as short_key_gradients
 from nsa_kernels.selected.short import query_gradients as short_query_gradients
@@ -141,13 +141,14 @@ def _gradients(
     cut = any(rows.stop - rows.start < len(others.q) for rows, _ in parts)
     dq = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
     pages: tuple[Any, ...] = (k, v, call.k_remote, call.v_remote)
-    # Chunks of queries add to each other's sums, which stay in fp32 until the last; chunks of heads do not meet.
-    sums_dtype = torch.float32 if cut or short is not None else dtype
-    if short is None:
-        sums = [_zeros(x, sums_dtype) for x in pages]
-    else:
-        found = short_key_gradients(upstream, call, short)
-        sums = [*first_sums(found, short, (k, v)), *(_zeros(x, sums_dtype) for x in pages[2:])]
+    # Chunks of queries add to each other's sums, which stay in fp32 until the last, and so do copies of blocks, which
+    # come after them; chunks of heads do not meet.
+    found = None if short is None else short_key_gradients(upstream, call, short, dtype)
+    copied = short is not None and short.blocks is not None
+    sums = [_zeros(x, torch.float32 if cut or copied else dtype) for x in pages]
+    in_place = None if found is None or copied else (found.dk, found.dv)
+    if in_place is not None and not parts:
+        sums[:2] = whole_sums(in_place, sums[:2])
     if parts:
         grad_out = upstream.grad_out[of_others]
         about_rows = pack_rows(*_about(upstream, of_others), others.position)
@@ -156,7 +157,7 @@ def _gradients(
         index = _index(part, heads, tiles, gather_all=True)
         differentiate_chunk(
             part, index, grad_out[rows], about_rows[:, rows], dq[of_others][rows], sums,
-            head_start=heads.start, add=rows.start > 0 or short is not None,
+            head_start=heads.start, add=rows.start > 0, short=in_place if rows.start == 0 else None,
         )  # fmt: skip
     if short is not None:
         add_copied(found, short, call, sums)

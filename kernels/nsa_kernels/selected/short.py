@@ -8,7 +8,7 @@ stay those of its own, whatever is packed, cut or shared out around it.
 
 Keys        rows of the rank's own k and v where they lie; or, where some are on other ranks or in pages of a cache,
             the documents' first blocks, copied side by side through the table of pages
-Gradients   their dk and dv are fp32, and what `backward` adds to; copied blocks' are added after it, page by page
+Gradients   their dk and dv are fp32, and `backward` adds them to each page's; copied blocks' are added after it
 """
 
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class ShortRows:
     end: Tensor
     unseen: Tensor  # of the keys
     blocks: Tensor | None
-    num_keys: int
+    num_keys: int  # whole blocks
 
     @classmethod
     def of(cls, places: ShortPlaces, position: Tensor) -> "ShortRows | None":
@@ -74,7 +74,7 @@ class ShortRows:
         length = num_queries // len(is_short)
         count = int(is_short.sum())
         is_first = bool(is_short[:count].all())
-        num_keys = int(end.max())
+        num_keys = -(-int(end.max()) // length) * length
         rows = slice(0, count * length if is_first else num_queries)
         begin, end = (x[rows].to(device, torch.int32).contiguous() for x in (begin, end))
         spans = masked = None
@@ -126,14 +126,19 @@ def attend(call: SelectedCall, short: ShortRows, out: Tensor, lse: Tensor) -> No
 
 
 class ShortGradients(NamedTuple):
-    """dk and dv of the keys of the short way, fp32 [keys, Hkv, D], and what its dq takes."""
+    """dk and dv of the keys of the short way [keys, Hkv, D], and what its dq takes."""
 
     dk: Tensor
     dv: Tensor
     arguments: tuple
 
 
-def key_gradients(upstream: Upstream, call: SelectedCall, short: ShortRows) -> ShortGradients:
+def key_gradients(
+    upstream: Upstream, call: SelectedCall, short: ShortRows, dtype: torch.dtype | None
+) -> ShortGradients:
+    """In fp32, to be added to; in `dtype`, None: that of k, where nothing is: all queries, and no copies."""
+    is_all = short.others.start == short.others.stop and short.blocks is None
+    kv_dtype = (dtype or call.k.dtype) if is_all else torch.float32
     rows = short.rows
     q, grad_out = (copyable_by_tma(x[rows]) for x in (call.q, upstream.grad_out))
     k, v = short.keys(call)
@@ -143,9 +148,9 @@ def key_gradients(upstream: Upstream, call: SelectedCall, short: ShortRows) -> S
     )
     arguments = (q, k, v, short.begin, short.end, statistics, grad_out, call.softmax_scale)
     if _on_hopper(q, k, v):
-        grads = hopper_grad_kv.grad_kv(*arguments, torch.float32)
+        grads = hopper_grad_kv.grad_kv(*arguments, kv_dtype)
     else:
-        grads = grad_kv.grad_kv(*arguments, torch.float32, apart=not _whole(q, k))
+        grads = grad_kv.grad_kv(*arguments, kv_dtype, apart=not _whole(q, k))
     return ShortGradients(*grads, arguments)
 
 
@@ -165,16 +170,13 @@ def query_gradients(found: ShortGradients, short: ShortRows, dq: Tensor) -> None
         dq.index_copy_(0, row, into.index_select(0, row).to(dq.dtype))
 
 
-def first_sums(found: ShortGradients, short: ShortRows, like: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """dk, dv [R, Hkv, D] in fp32 with what the short way adds to them; zeros where its keys are copies."""
-    grads = found.dk, found.dv
-    if short.blocks is None and short.num_keys == len(like[0]):
+def whole_sums(grads: tuple[Tensor, Tensor], zeros: list[Tensor]) -> list[Tensor]:
+    """dk, dv [keys, Hkv, D] as those of all rows of k and v, of which they are the first."""
+    if len(grads[0]) == len(zeros[0]):
         return list(grads)
-    sums = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in like]
-    if short.blocks is None:
-        for total, grad in zip(sums, grads, strict=True):
-            total[: short.num_keys] = grad
-    return sums
+    for total, grad in zip(zeros, grads, strict=True):
+        total[: len(grad)] = grad
+    return zeros
 
 
 def add_copied(found: ShortGradients, short: ShortRows, call: SelectedCall, sums: list[Tensor | None]) -> None:
