@@ -36,14 +36,15 @@ def measure_case(case: Case, timer: Timer, dense_limit_s: float) -> list[Row]:
     if case.tokens <= CAPTURED_TOKENS:
         steps.insert(2, ("all, captured", lambda: _measure_captured(case, timer, rows)))
     for step, measure in steps:
-        rows += attempted(step, lambda measure=measure: [row] if (row := measure()) else [])
+        rows += attempted(step, measure)
     return rows
 
 
-def attempted(step: str, measure: Callable[[], list[Row]]) -> list[Row]:
+def attempted(step: str, measure: Callable[[], Row | list[Row]]) -> list[Row]:
     """The rows of `measure`, or one that says why there are none."""
     try:
-        return measure()
+        found = measure()
+        return found if isinstance(found, list) else [found] if found else []
     except torch.cuda.OutOfMemoryError:
         return [{"step": step, "note": "out of memory"}]
     except Exception as error:  # a kernel that does not compile must not take the other cases with it

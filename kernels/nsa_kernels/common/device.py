@@ -24,3 +24,8 @@ def num_multiprocessors(x: Tensor) -> int:
 def on_hopper(x: Tensor) -> bool:
     """Whether `x` lies on a GPU of compute capability 9."""
     return x.is_cuda and _major(x.device) == 9
+
+
+def backend() -> str:
+    """Of triton's compiler: cuda or hip."""
+    return "hip" if torch.version.hip else "cuda"

@@ -29,7 +29,8 @@ from nsa_kernels.contracts import SelectedCall, Upstream, meets
 from nsa_kernels.selected.backward import differentiate_chunk, pack_rows
 from nsa_kernels.selected.forward import attend_chunk
 from nsa_kernels.selected.index import BlockIndex, build_block_index
-from nsa_kernels.selected.short import ShortRows, add_copied, whole_sums
+from nsa_kernels.selected.pages import add_to_pages
+from nsa_kernels.selected.short import ShortRows, whole_sums
 from nsa_kernels.selected.short import attend as attend_short
 from nsa_kernels.selected.short import key_gradients as short_key_gradients
 from nsa_kernels.selected.short import query_gradients as short_query_gradients
@@ -159,8 +160,9 @@ def _gradients(
             part, index, grad_out[rows], about_rows[:, rows], dq[of_others][rows], sums,
             head_start=heads.start, add=rows.start > 0, short=in_place if rows.start == 0 else None,
         )  # fmt: skip
-    if short is not None:
-        add_copied(found, short, call, sums)
+    if short is not None and found is not None:
+        if short.blocks is not None:
+            add_to_pages(found.dk, found.dv, short.blocks, call, sums)
         short_query_gradients(found, short, dq)
     return dq, *[s if s is None else s.to(dtype or x.dtype) for s, x in zip(sums, pages, strict=True)]
 

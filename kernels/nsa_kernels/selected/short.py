@@ -31,7 +31,7 @@ from nsa_kernels.interval import (
 from nsa_kernels.interval.statistics import row_statistics
 from nsa_kernels.interval.tiles import KEY_TILE, SPAN_QUERIES
 from nsa_kernels.interval.unseen import unseen_tiles
-from nsa_kernels.selected.pages import add_to_pages, copied_pages
+from nsa_kernels.selected.pages import copied_pages
 
 WHOLE_ROWS = 128  # rows of the largest tile: where a span has a multiple of them, no tile holds two documents
 
@@ -163,26 +163,24 @@ def query_gradients(found: ShortGradients, short: ShortRows, dq: Tensor) -> None
         hopper_grad_q.grad_q(*found.arguments, unseen=short.unseen, spans=short.spans, into=into)
     else:
         win_grad_q.grad_q(*found.arguments, apart=not _whole(q, k), spans=short.spans, into=into)
-    if into is not dq and short.spans is None:
+    if into is dq:
+        return
+    if short.spans is None:
         dq.copy_(into)
-    elif into is not dq:
+    else:
         row = (short.spans[:, None] + torch.arange(SPAN_QUERIES, device=q.device)).flatten().long()
         dq.index_copy_(0, row, into.index_select(0, row).to(dq.dtype))
 
 
-def whole_sums(grads: tuple[Tensor, Tensor], zeros: list[Tensor]) -> list[Tensor]:
+def whole_sums(grads: tuple[Tensor, Tensor], zeros: list[Tensor | None]) -> list[Tensor | None]:
     """dk, dv [keys, Hkv, D] as those of all rows of k and v, of which they are the first."""
-    if len(grads[0]) == len(zeros[0]):
-        return list(grads)
+    sums: list[Tensor | None] = []
     for total, grad in zip(zeros, grads, strict=True):
-        total[: len(grad)] = grad
-    return zeros
-
-
-def add_copied(found: ShortGradients, short: ShortRows, call: SelectedCall, sums: list[Tensor | None]) -> None:
-    """Adds the gradients of copied blocks to those of their pages: dk, dv, dk_remote, dv_remote in fp32."""
-    if short.blocks is not None:
-        add_to_pages(found.dk, found.dv, short.blocks, call, sums)
+        assert total is not None  # only remote pages may be
+        if len(grad) < len(total):
+            total[: len(grad)] = grad
+        sums.append(grad if len(grad) == len(total) else total)
+    return sums
 
 
 def _whole(q: Tensor, k: Tensor) -> bool:
