@@ -1,9 +1,9 @@
 """Compiles every plain kernel for a GPU that is not here, with the tiles it would pick there; prints what each needs.
 
-    python target_compile.py sm_80 [slow]
+    python target_compile.py sm_80 [BRANCH | wide]      of a layer's calls those of a branch; other groups and head dims
 
-A launch compiles and does not run: the driver is a stand-in, and tensors are on the CPU. A line a kernel: its name and
-the most bytes of shared memory that a program of it needs. A process of its own, as the tests beside it run in
+A launch compiles and does not run: the driver is a stand-in, and tensors are on the CPU. A line a compiled kernel is
+its name and the bytes of shared memory that a program of it needs. A process of its own, as the tests beside it run in
 triton's interpreter.
 """
 
@@ -24,7 +24,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-needed: dict[str, int] = {}
 failed: list[str] = []
 
 
@@ -53,17 +52,19 @@ def _compile(kernel: JITFunction, grid):
         except Exception as error:
             failed.append(f"{name} with {options}: {type(error).__name__}: {error}")
             return
-        needed[name] = max(needed.get(name, 0), shared)
+        print(name, shared, flush=True)
 
     return launch
 
 
-def compile_layer(group: int, dim_k: int, dim_v: int) -> None:
-    """Every call of a layer, forward and backward, in bf16."""
+def compile_layer(group: int, dim_k: int, dim_v: int, only: str) -> None:
+    """Every call of a layer, forward and backward, in bf16; `only` those of a branch, if one is named."""
     from nsa_kernels.bench.cases import Case
     from nsa_kernels.bench.compile import branches_alone
 
     for branch in branches_alone(Case(256, 2 * group, 2, dim_k, dim_v), "cpu"):
+        if only not in ("", branch.name):
+            continue
         output = branch.forward()
         if branch.leaves:
             branch.backward(output, torch.ones_like(output[0] if isinstance(output, tuple) else output))()
@@ -74,8 +75,7 @@ if __name__ == "__main__":
     triton.runtime.driver.set_active(_Driver(target))
     device.backend = lambda: target.backend  # before any module takes it from there
     JITFunction.__getitem__ = _compile
-    for case in [(16, 128, 128)] if sys.argv[2:] != ["slow"] else [(1, 192, 128), (64, 256, 256), (4, 64, 64)]:
-        compile_layer(*case)
-    for name, shared in sorted(needed.items()):
-        print(name, shared)
-    sys.exit("\n".join(failed))
+    which = sys.argv[2] if len(sys.argv) > 2 else ""
+    for case in [(1, 192, 128), (64, 256, 256), (4, 64, 64)] if which == "wide" else [(16, 128, 128)]:
+        compile_layer(*case, "" if which == "wide" else which)
+    sys.exit("\n".join(failed) or 0)

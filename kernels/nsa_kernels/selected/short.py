@@ -162,7 +162,7 @@ def query_gradients(found: ShortGradients, short: ShortRows, dq: Tensor) -> None
     if on_hopper:
         hopper_grad_q.grad_q(*found.arguments, unseen=short.unseen, spans=short.spans, into=into)
     else:
-        win_grad_q.grad_q(*found.arguments, apart=not _whole(q, k), spans=short.spans, into=into)
+        win_grad_q.grad_q(*found.arguments, not _whole(q, k), spans=short.spans, into=into)
     if into is dq:
         return
     if short.spans is None:
