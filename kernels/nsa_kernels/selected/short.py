@@ -156,13 +156,18 @@ def key_gradients(
 
 def query_gradients(found: ShortGradients, short: ShortRows, dq: Tensor) -> None:
     """Writes dq [T, Hq, Dk] of these queries."""
-    q, k, v = found.arguments[:3]
+    q, k, v, begin, end, statistics, grad_out, softmax_scale = found.arguments
     dq, on_hopper = dq[short.rows], _on_hopper(q, k, v)
     into = dq if dq.dtype == q.dtype or not on_hopper else torch.empty_like(q, memory_format=torch.contiguous_format)
     if on_hopper:
-        hopper_grad_q.grad_q(*found.arguments, unseen=short.unseen, spans=short.spans, into=into)
+        hopper_grad_q.grad_q(
+            q, k, v, begin, end, statistics, grad_out, softmax_scale,
+            unseen=short.unseen, spans=short.spans, into=into,
+        )  # fmt: skip
     else:
-        win_grad_q.grad_q(*found.arguments, not _whole(q, k), spans=short.spans, into=into)
+        win_grad_q.grad_q(
+            q, k, v, begin, end, statistics, grad_out, softmax_scale, not _whole(q, k), spans=short.spans, into=into
+        )
     if into is dq:
         return
     if short.spans is None:
