@@ -135,7 +135,7 @@ def nsa_attention(
         names = local_plan.memo(("block_ids", q.device), lambda: local_plan.block_ids.to(q.device))
         ids = names[block_indices.clamp(min=0).long()]
         block_indices = torch.where(block_indices >= 0, ids, -1).to(torch.int32)
-    return out, block_indices
+    return out, block_indices.clone()  # they may be the plan's, where all blocks are chosen
 
 
 def post_agreement(plan: ShardPlan, cfg: NSAConfig, heads: Heads, fetch: FetchOptions, comm: Comm) -> None:

@@ -94,12 +94,11 @@ def _attention(
         window.attend_interior()
         k_cmp, v_cmp = run.compressed((k_rows, v_rows), (phi_k, phi_v))
         out, ids = _Branches.forward(run.ctx, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, window, call)
-        saved = run.ctx.saved_tensors[-7:]  # lse_win, out_win, out_cmp, lse_cmp, ids, out_slc, lse_slc
+        saved = list(run.ctx.saved_tensors[-7:])  # lse_win, out_win, out_cmp, lse_cmp, ids, out_slc, lse_slc
+        saved[4] = ids.clone()  # results of an operator share no memory, and these may be the plan's
         results = [run.plan.blank_padding(out, 0), ids] if is_sharded else [run.plan.unshard([x]) for x in (out, ids)]
-    found = [*results, k_cmp, v_cmp, *saved]
-    if found[1] is found[8]:  # results of an operator share no memory
-        found[1] = ids.clone()
-    return [x.contiguous() for x in found]
+        results[1] = results[1].clone()
+    return [x.contiguous() for x in (*results, k_cmp, v_cmp, *saved)]
 
 
 @_attention.register_fake
