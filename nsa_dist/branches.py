@@ -24,6 +24,7 @@ from nsa_dist.cp.gather import CompressedGather, CompressedReturn
 from nsa_dist.cp.halo import extended, post_halos
 from nsa_dist.cp.one_sided.counting import count_read
 from nsa_dist.cp.one_sided.selected import SelectedOverRanks, selected_backward, selected_forward
+from nsa_dist.cp.pages import all_blocks_of
 from nsa_dist.cp.sent.routes import Route
 from nsa_dist.cp.window import WholeWindow, WindowBackward, WindowForward
 
@@ -242,7 +243,7 @@ def _attend_and_select(stage: Stage, q: Tensor, k: Tensor, v: Tensor, call: Call
         out, lse = call.ops.compressed_attention(
             queries, keys, stage.of_keys(v), *seen, softmax_scale=call.softmax_scale, **call.tiles
         )
-    block_indices = call.all_blocks(stage)
+    block_indices = all_blocks_of(stage, call)
     if block_indices is not None:
         return out, lse, block_indices
     with call.comm.computing(f"select[{stage.number}]", "select"):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.layout import RankLayout
 from nsa_dist.cp.options import FetchOptions
 from nsa_dist.cp.sent.domains import Domains
-from nsa_dist.cp.short import all_blocks, short_option, short_rows
 
 if TYPE_CHECKING:
     from nsa_kernels import Tapes
@@ -42,14 +41,6 @@ class Call:
     def sum_dtype(self, x: Tensor) -> torch.dtype | None:
         """Of gradients to which those of other ranks or rounds are added: fp32 or better. One rank: None, as x."""
         return None if self.comm.size == 1 else torch.promote_types(x.dtype, torch.float32)
-
-    def short(self, rows: slice) -> dict[str, Any]:
-        """The option of selected attention for the queries `rows`, all of whose chosen blocks are at hand."""
-        return short_option(short_rows(self.layout, rows, self.cfg, self.ops))
-
-    def all_blocks(self, stage: "Stage") -> Tensor | None:
-        """block_indices of a stage's queries, if all of them take the short way: there is nothing to select then."""
-        return all_blocks(self.layout, stage.rows, stage.kv_heads.stop - stage.kv_heads.start, self.cfg, self.ops)
 
     def run(
         self, part: str, body: Callable[[list[Tensor]], Sequence[Tensor]], inputs: list[Tensor]

@@ -12,7 +12,7 @@ from kernels.pace import SLOW_WITHOUT_A_GPU
 from kernels.test_slc_attention import check, make_case
 from nsa_dist import NSAConfig, ShardPlan
 from nsa_dist.cp.layout import rank_layout
-from nsa_dist.cp.short import short_rows
+from nsa_dist.cp.pages import short_rows
 from nsa_kernels.selected.attention import selected_attention, selected_attention_backward
 
 LEN, SLOTS = 64, 2

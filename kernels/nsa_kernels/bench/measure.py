@@ -14,15 +14,14 @@ from nsa_kernels.bench.branches import Branch, branches
 from nsa_kernels.bench.cases import CAPTURED_TOKENS, Case
 from nsa_kernels.bench.checks import Wanted, check_branch, check_layer, complaints, sample_rows
 from nsa_kernels.bench.inputs import make_inputs, random
-from nsa_kernels.bench.layer import captured_layer, whole_layer
-from nsa_kernels.bench.packs import measure_pack
+from nsa_kernels.bench.layer import captured_layer, measure_pack, whole_layer
 from nsa_kernels.bench.timing import Row, Timer, time_both
 
 
 def measure_case(case: Case, timer: Timer, dense_limit_s: float) -> list[Row]:
     """A row for every branch, `all` for the layer as it is called, `dense` for dense causal attention.
 
-    Of short cases also `all, captured`, the layer in CUDA graphs. Packs: see `packs`.
+    Of short cases also `all, captured`, the layer in CUDA graphs. Packs: see `layer`.
     """
     if case.documents:
         return attempted("all", lambda: measure_pack(case, timer))

@@ -21,7 +21,7 @@ from nsa_dist.cp.device import Side
 from nsa_dist.cp.one_sided.comm import OneSidedComm, Queued
 from nsa_dist.cp.one_sided.tables import reader_tables
 from nsa_dist.cp.options import CHUNK_BYTES
-from nsa_dist.cp.pages import only_here, round_name
+from nsa_dist.cp.pages import only_here, round_name, short_of
 from nsa_kernels.exchange.mailbox import aligned
 from nsa_kernels.exchange.pages import gradient_slot_bytes
 
@@ -134,7 +134,7 @@ class Pages:
         """
         dim_k = self._k.shape[2]
         return {
-            **(self._call.short(stage.rows) if all_here else {}),
+            **(short_of(stage, self._call) if all_here else {}),
             "block_table": table,
             "position": stage.of_rows(self._call.layout.position),
             "slc_block_len": self._call.cfg.slc_block_len,
