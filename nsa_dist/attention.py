@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import nsa_dist.saved  # noqa: F401
-from nsa_dist import compiled
 from nsa_dist.branches import BranchKV, attend
+from nsa_dist.compiled import attention as compiled_attention
+from nsa_dist.compiled import takes as compiled_takes
 from nsa_dist.compress import Compress
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.call import Call
@@ -95,9 +96,9 @@ def nsa_attention(
     """
     check_inputs(q, kv, gates, softmax_scale)
     phis = compress_k, compress_v
-    if torch.compiler.is_compiling() and compiled.takes(phis, cu_seqlens, plan, cp_group, ops, fetch, traffic, trace):
+    if torch.compiler.is_compiling() and compiled_takes(phis, cu_seqlens, plan, cp_group, ops, fetch, traffic, trace):
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        out, ids = compiled.attention(q, kv, gates, cfg, phis, plan, ops, scale)
+        out, ids = compiled_attention(q, kv, gates, cfg, phis, plan, ops, scale)
         return (out, ids) if return_block_indices else out
     comm = cp_group if isinstance(cp_group, Comm) else Comm(cp_group)
     comm = replace(comm, traffic=traffic or comm.traffic, trace=trace or comm.trace)
