@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from nsa_dist.compress import BlockPlaces, Compress, compress_both
 from nsa_dist.cp.call import Call, Stage, forward_stages, head_groups
+from nsa_dist.cp.formulas.cost import HeadSizes
 from nsa_dist.cp.gather import CompressedGather, CompressedReturn
 from nsa_dist.cp.halo import extended, post_halos
 from nsa_dist.cp.one_sided.counting import count_read
@@ -86,7 +87,8 @@ class _Branches(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, window, call: Call):
-        groups = head_groups(q.shape[1], k_slc.shape[1], len(q), call)
+        heads = HeadSizes(q.shape[1], k_slc.shape[1], k_slc.shape[2], v_slc.shape[2], q.itemsize)
+        groups = head_groups(heads, len(q), call)
         stages = forward_stages(groups, k_slc.shape[1], call)
         run = _forward_in_line if call.comm.in_line else _forward_overlapped
         out, done = run(q, k_cmp, v_cmp, k_slc, v_slc, gates, window, groups, stages, call)

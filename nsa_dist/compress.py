@@ -57,7 +57,7 @@ def compress_both(
         options = {"run": run} if run else {}
         pair = ops.compress_mlp_pair(*rows, places.rows, *weights, **options)
     else:
-        pair = _compress(phis[0], rows[0], places, ops), _compress(phis[1], rows[1], places, ops)
+        pair = compress_one(phis[0], rows[0], places, ops), compress_one(phis[1], rows[1], places, ops)
     names = ("compress_k", "compress_v")
     k, v = (_checked(name, y, x, places) for name, y, x in zip(names, pair, rows, strict=True))
     return k, v
@@ -76,7 +76,8 @@ def _checked(name: str, compressed: Tensor, rows: Tensor, places: BlockPlaces) -
     return compressed.to(rows.dtype)
 
 
-def _compress(phi: Compress | None, rows: Tensor, places: BlockPlaces, ops: ModuleType) -> Tensor:
+def compress_one(phi: Compress | None, rows: Tensor, places: BlockPlaces, ops: ModuleType) -> Tensor:
+    """What `phi` returns for `rows` [R, Hkv, D], unchecked; None: the mean."""
     if phi is None:
         return ops.compress_mean(rows, places.rows, places.block_len)
     if getattr(phi, "takes_rows", False):

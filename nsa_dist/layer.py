@@ -143,7 +143,7 @@ class NSALayer(nn.Module):
     def make_cache(self, num_pages: int, max_sequences: int = 0, max_tokens: int = 0, **pages: Any) -> NSACache:
         """For this layer, of its weights' dtype and device; `NSACache` says what pages are.
 
-        pages       page_dtype, k_scale, v_scale
+        pages       page_dtype, k_scale, v_scale, cmp_placement
         """
         weight = self.qkv.weight
         return NSACache(

@@ -1,12 +1,13 @@
 """Random inputs of nsa_attention in fp64, shared by the tests of the reference and of context parallelism."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nsa_dist import BranchKV, NSAConfig, ShardPlan, nsa_attention
 from nsa_dist.compress import CompressMLP
+from nsa_dist.cp.options import FetchOptions
 
 # Everything happens within a few blocks: 2 of at most 4 to 8 visible blocks are free choices.
 SMALL = NSAConfig(8, 4, 16, 5, 1, 2, 20)
@@ -57,7 +58,13 @@ def make_inputs(num_tokens: int, num_q_heads=4, num_kv_heads=2, dim_k=8, dim_v=8
 def run(
     inputs: Inputs, cfg: NSAConfig, lengths: list[int], plan: ShardPlan | None = None, rank=0, group=None, **kwargs
 ):
-    """(out, block_indices, gradients of the leaves, gradients of phi's parameters) of one rank's shard."""
+    """(out, block_indices, gradients of the leaves, gradients of phi's parameters) of one rank's shard.
+
+    Heads go in four groups, as those of long calls do, if nothing else is asked for and the call is not in line.
+    """
+    fetch = kwargs.pop("fetch", None) or FetchOptions()
+    if fetch.head_groups is None and not getattr(group, "most_in_line", 0):
+        fetch = replace(fetch, head_groups=4)
     leaves = [x.detach() for x in inputs.leaves()]
     weight = inputs.weight
     if plan is not None:
@@ -66,7 +73,7 @@ def run(
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     out, block_indices = nsa_attention(
         leaves[0], BranchKV(*leaves[1:7]), leaves[7], cfg, compress_k=inputs.phi_k, compress_v=inputs.phi_v,
-        cu_seqlens=cu_seqlens, plan=plan, cp_group=group, return_block_indices=True, **kwargs,
+        cu_seqlens=cu_seqlens, plan=plan, cp_group=group, fetch=fetch, return_block_indices=True, **kwargs,
     )  # fmt: skip
     grads = torch.autograd.grad((out * weight).sum(), [*leaves, *inputs.parameters()], materialize_grads=True)
     return out.detach(), block_indices, list(grads[:8]), list(grads[8:])

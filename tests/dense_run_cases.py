@@ -8,7 +8,7 @@ import torch.distributed as dist
 from nsa_dist.train.config import TrainConfig
 from train_cases import FORK_STEP, StopAfter, run, small_config
 
-STEPS = 4
+STEPS = FORK_STEP + 20
 MODELS: dict[str, str | list[str]] = {"dense": "dense", "both": ["nsa", "dense"]}
 LAYOUTS: dict[str, dict] = {
     "TP2": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
@@ -20,7 +20,10 @@ RUNS = [("dense", "TP2"), ("both", "TP2"), ("both", "PP2")]
 
 def config(base: Path, name: str, attention: str | list[str], **sections: dict) -> TrainConfig:
     model = {"attention": attention, **sections.pop("model", {})}
-    lengths = {"health_interval": 2, "steps": STEPS, "eval_interval": STEPS}
+    lengths = {
+        "health_interval": STEPS // 2, "steps": STEPS, "eval_interval": STEPS, "checkpoint_interval": STEPS,
+    }  # fmt: skip
+    sections["optimizer"] = {"adam_eps": 2e-5}  # docs/decisions/tiny-job.md: at 1e-8 rounding moves weights
     return small_config(base, name, model=model, run=lengths, **sections)
 
 

@@ -84,7 +84,7 @@ def spoiled(is_bad: Callable[[int], bool], told: list, firsts: list[int], by: st
     train_step, forward_backward = loop.train_step, step._forward_backward
 
     def seen(model, cutter, dataset, first, *others):
-        before = State.of(model)
+        before, seen.first = State.of(model), first
         result = train_step(model, cutter, dataset, first, *others)
         firsts.append(first)
         if not result.is_finite:
@@ -92,9 +92,9 @@ def spoiled(is_bad: Callable[[int], bool], told: list, firsts: list[int], by: st
         seen.model = model
         return result
 
-    def poisoned(model, cutter, dataset, first, forward_only):
-        totals = forward_backward(model, cutter, dataset, first, forward_only)
-        if not forward_only and is_bad(first) and dist.get_rank() == dist.get_world_size() - 1:
+    def poisoned(model, cutter, batches, forward_only):
+        totals = forward_backward(model, cutter, batches, forward_only)
+        if not forward_only and is_bad(seen.first) and dist.get_rank() == dist.get_world_size() - 1:
             if by == "loss":
                 return totals * math.nan
             next(iter(model.bare_model.parameters())).main_grad.view(-1)[3] = math.inf

@@ -1,9 +1,10 @@
 """Cases drawn by seed: what is done to the sequences of a cache, and what training's forward says of each."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import ModuleType
+from types import MappingProxyType, ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,6 +124,7 @@ class Play:
     configs: Sequence[NSAConfig] = CONFIGS
     heads: Sequence[tuple[int, int, int, int]] = ((4, 2, 8, 6), (3, 1, 4, 8), (2, 2, 6, 6))
     decode_ops: ModuleType | None = None
+    options: Mapping[str, Any] = MappingProxyType({})  # of the cache
 
     def __init__(self, seed: int, most: int, steps: int) -> None:
         self.rng = rng = random.Random(seed)
@@ -131,7 +133,7 @@ class Play:
             seed, rng.choice(self.heads),
         )  # fmt: skip
         self.most, self.steps = most, steps
-        self.cache = self.case.cache(7 * -(-most // self.case.cfg.slc_block_len))
+        self.cache = self.case.cache(7 * -(-most // self.case.cfg.slc_block_len), **self.options)
         self.told: dict[int, Told] = {}
 
     def run(self) -> None:

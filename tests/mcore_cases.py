@@ -214,9 +214,14 @@ def packed_is_one_by_one() -> None:
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     x = torch.randn(sum(lengths), 1, HIDDEN, dtype=torch.float64)
     pack = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
-    together, _ = attention(x, None, packed_seq_params=pack)
-    alone = [attention(document, None)[0] for document in x.split(lengths)]
+    shown = []
+    with attention.core_attention.observing(lambda *values: shown.append(values)):
+        together, _ = attention(x, None, packed_seq_params=pack)
+        alone = [attention(document, None)[0] for document in x.split(lengths)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=1e-12)
+    of_pack, *of_documents = shown
+    for got, expected in zip(of_pack, zip(*of_documents, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.cat(expected), rtol=1e-12, atol=1e-12)
 
 
 def batch_is_one_by_one() -> None:
@@ -231,8 +236,10 @@ def batch_is_one_by_one() -> None:
         torch.testing.assert_close(together[name], sum(a[name] for a, _ in alone), rtol=1e-12, atol=1e-12)
     for i, (_, its) in enumerate(alone):
         assert torch.equal(seen["recorded"][i], its["recorded"][0])
-        assert torch.equal(seen["blocks"][i], its["blocks"][0])
-        torch.testing.assert_close(seen["gates"][i], its["gates"][0], rtol=1e-12, atol=1e-12)
+        for name in ("blocks", "own"):
+            assert torch.equal(seen[name][0].chunk(3)[i], its[name][0])
+        torch.testing.assert_close(seen["gates"][0].chunk(3)[i], its["gates"][0], rtol=1e-12, atol=1e-12)
+        assert its["own"][0].tolist() == [n // SIZES.slc_block_len for n in range(100)]
 
 
 def batch_in_calls() -> None:
@@ -257,11 +264,11 @@ def batch_in_calls() -> None:
 
 def _watched(attention: NSASelfAttention, x: Tensor, upstream: Tensor) -> tuple[dict[str, Tensor], dict[str, list]]:
     """(output and gradients, what was shown) of one forward and backward."""
-    x, seen = x.clone().requires_grad_(), {"gates": [], "blocks": []}
+    x, seen = x.clone().requires_grad_(), {"gates": [], "blocks": [], "own": []}
 
-    def observe(gates: Tensor, blocks: Tensor) -> None:
-        seen["gates"].append(gates)
-        seen["blocks"].append(blocks)
+    def observe(gates: Tensor, blocks: Tensor, own: Tensor) -> None:
+        for name, values in (("gates", gates), ("blocks", blocks), ("own", own)):
+            seen[name].append(values)
 
     attention.zero_grad()
     with attention.core_attention.observing(observe), attention.core_attention.recording_blocks() as recorded:

@@ -28,11 +28,13 @@ from mcore_cases import (
 )
 from nsa_dist import ShardPlan
 from nsa_dist.cp.comm import Comm, Traffic
+from nsa_dist.cp.formulas.deals import dealt_bytes, dealt_tokens
 from nsa_dist.mcore import prepare_pack
 from ranks import attempted
 
 WORLD = 2
 CP2 = Layout(cp=2)
+CONTIGUOUS = Layout(cp=2, order="contiguous")
 INTER_DOCUMENT = {"dataloader_inter_document_masking": True}
 PACKS = {
     "blocks that divide": [64, 128, 64],
@@ -107,13 +109,28 @@ def everything(rank: int) -> dict[str, str]:
     with groups(CP2):
         for case in cases:
             attempt(f"sequence: {case}", lambda case=case: agrees(case, expected[case]))
+        for pack in PACKS:
+            attempt(f"chunks: {pack}", lambda pack=pack: agrees_in_chunks(pack, expected[pack, ""]))
         for name, work in {**WRITES, **OVER_RANKS}.items():
             attempt(f"two ranks: {name}", lambda work=work: work(CP2))
     return results
 
 
+def in_chunks(x: Tensor) -> Tensor:
+    """x [s, 1, h] in one chunk a rank, wherever documents end."""
+    return x.chunk(WORLD)[parallel_state.get_context_parallel_rank()]
+
+
 def agrees(case: tuple[str, str], expected: dict[str, Tensor]) -> None:
     got = attend_row(CP2, PACKS[case[0]], {**INTER_DOCUMENT, **VARIANTS[case[1]]}, cut_by_megatron)
+    are_equal(got, expected)
+
+
+def agrees_in_chunks(pack: str, expected: dict[str, Tensor]) -> None:
+    are_equal(attend_row(CONTIGUOUS, PACKS[pack], {}, in_chunks), expected)
+
+
+def are_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
@@ -329,8 +346,6 @@ def order_of_packs(layout: Layout) -> None:
     odd = build_attention(make_config(layout, **INTER_DOCUMENT))
     row = torch.zeros(127, 1, HIDDEN, dtype=torch.float64)
     expect_error(lambda: odd(row, None, packed_seq_params=pack_of([0, 64, 254])), "pad the row to 256 tokens")
-    contiguous = build_attention(make_config(Layout(cp=2, order="contiguous")))
-    expect_error(lambda: contiguous(x, None, packed_seq_params=pack_of([0, 60, 256])), "pad each document to a .* 16")
 
 
 def counted(layout: Layout) -> None:
@@ -347,8 +362,11 @@ def counted(layout: Layout) -> None:
     come = int((given.rank_of(plan.positions(rank)[plan.positions(rank) >= 0]) != rank).sum())
     wide, narrow = attention.linear_qkv.weight.shape[0] * 8, 4 * 8 * 8
     assert leave > 0
+    assert dealt_tokens(given, plan)[rank] == (leave, come)
     assert traffic.sent_bytes["tokens"] == leave * wide + come * narrow
     assert traffic.sent_bytes["tokens.grad"] == come * wide + leave * narrow
+    formula = dealt_bytes(given, plan, wide // 8, narrow // 8, 8)[rank]
+    assert {kind: traffic.sent_bytes[kind] for kind in formula} == formula
 
 
 OVER_RANKS: dict[str, Callable[[Layout], None]] = {

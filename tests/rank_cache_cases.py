@@ -1,6 +1,7 @@
 """A cache over ranks: the drawn cases of one rank, played by every rank at once, and teacher forcing over processes."""
 
 import random
+from typing import get_args
 
 import torch.distributed as dist
 from torch import Tensor
@@ -10,8 +11,10 @@ from inference_cases import Case, Play
 from nsa_dist import BranchKV, ShardPlan
 from nsa_dist.cp.comm import Comm
 from nsa_dist.inference import NSACache, nsa_decode, nsa_prefill
+from nsa_dist.inference.pool import CmpPlacement
 from ranks import groups_up_to
 
+PLACEMENTS = get_args(CmpPlacement)
 LAYOUTS = (ShardPlan.zigzag, ShardPlan.contiguous, ShardPlan.zigzag_documents)
 
 
@@ -34,7 +37,8 @@ def prefilled(
 class RankPlay(Play):
     """One rank's part of a drawn case; the draws are the same on all."""
 
-    def __init__(self, comm: Comm, seed: int, most: int, steps: int) -> None:
+    def __init__(self, comm: Comm, seed: int, most: int, steps: int, placement: str = "sharded") -> None:
+        self.options = {"cmp_placement": placement}
         super().__init__(seed, most, steps)
         self.comm, self.layouts = comm, random.Random(seed)
 
@@ -53,18 +57,18 @@ class RankPlay(Play):
         return out, blocks
 
 
-def over_processes(rank: int, world_size: int) -> dict[int, list[tuple[Tensor, Tensor]]]:
-    """For each number of ranks what prefill of 40 tokens and 30 steps behind it answer."""
+def over_processes(rank: int, world_size: int) -> dict[tuple[int, str], list[tuple[Tensor, Tensor]]]:
+    """For each number of ranks and placement what prefill of 40 tokens and 30 steps behind it answer."""
     found = {}
     for size, group in groups_up_to(world_size).items():
-        if rank < size:
-            found[size] = _teacher_forced(group)
+        for placement in PLACEMENTS if rank < size else ():
+            found[size, placement] = _teacher_forced(group, placement)
     return found
 
 
-def _teacher_forced(group: dist.ProcessGroup) -> list[tuple[Tensor, Tensor]]:
+def _teacher_forced(group: dist.ProcessGroup, placement: str) -> list[tuple[Tensor, Tensor]]:
     case, comm = Case.of(70, SMALL, "mlp", False, seed=3), Comm(group)
-    cache = case.cache(6)
+    cache = case.cache(6, cmp_placement=placement)
     seq = cache.new_sequence()
     plan = ShardPlan.zigzag([0, 40], comm.size, SMALL.slc_block_len)
     steps = [prefilled(case.rows(range(40)), cache, [seq], plan, comm)]

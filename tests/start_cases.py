@@ -1,4 +1,4 @@
-"""Runs that begin with a folder's weights: importable, because spawned processes find their work by name."""
+"""Runs that begin with others' weights: importable, because spawned processes find their work by name."""
 
 import shutil
 from pathlib import Path
@@ -35,6 +35,12 @@ def config(base: Path, name: str, **sections: dict) -> TrainConfig:
     )
 
 
+def of_a_run(base: Path, name: str, source: str, **sections: dict) -> TrainConfig:
+    """One step from another run's weights, which are judged before it."""
+    run_keys = {"steps": 1, "start_from": base / source, **sections.pop("run", {})}
+    return config(base, name, run=run_keys, **sections)
+
+
 def runs(rank: int, base: Path) -> None:
     """One that stops and goes on where its folder is gone; the same over heads; and two that move no weight."""
     if rank == 0:
@@ -47,6 +53,25 @@ def runs(rank: int, base: Path) -> None:
     dist.barrier()
     run(config(base, "CP2", run=moved, **LAYOUTS["CP2"]).resuming())
     run(config(base, "moving TP2", **LAYOUTS["TP2"]), StopAfter(3))
+    lengthened(rank, base)
     for name in ("TP2", "PP2"):
         still = {"lr": 1e-30, "min_lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0}
         run(config(base, name, run={"steps": 1}, optimizer=still, **LAYOUTS[name]))
+
+
+def lengthened(rank: int, base: Path) -> None:
+    """Runs of runs: in another layout, with another rotary base, in bf16, longer, and of dense layers."""
+    told = StopAfter(2)
+    run(of_a_run(base, "of CP2", "CP2", **LAYOUTS["PP2"]), told)
+    if rank == 0:
+        (base / "told.txt").write_text("\n".join(told.notices))
+    told = StopAfter(2)
+    run(of_a_run(base, "slower turns", "CP2", nsa={"rotary_base": 1e7}, **LAYOUTS["TP2"]), told)
+    if rank == 0:
+        (base / "told of turns.txt").write_text("\n".join(told.notices))
+    run(of_a_run(base, "bf16 of CP2", "CP2", run={"dtype": "bf16"}, **LAYOUTS["CP2"]))
+    dense = {"model": {"attention": "dense"}, **LAYOUTS["TP2"]}
+    run(config(base, "dense", run={"start_from": None}, **dense))
+    run(of_a_run(base, "of dense", "dense", **dense))
+    longer = {"sequence_length": 512, "dtype": "bf16"}
+    run(of_a_run(base, "longer", "dense", run=longer, **dense))

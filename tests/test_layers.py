@@ -24,7 +24,7 @@ MCORE = ATTENTION | {
     "nsa_dist.mcore",
     "megatron",
 }
-TRAIN = MCORE | INFERENCE | {"nsa_dist.train", "pydantic", "yaml", "rich", "matplotlib", "numpy"}
+TRAIN = MCORE | INFERENCE | {"nsa_dist.train", "nsa_dist.convert", "pydantic", "yaml", "rich", "matplotlib", "numpy"}
 PLANNER = TRAIN | {"nsa_dist.planner"}
 BENCH = PLANNER | {"nsa_dist.bench"}
 LAUNCH = BENCH | INFERENCE | {"nsa_dist.convert", "nsa_launch", "ray"}

@@ -39,7 +39,9 @@ def shifted_set(monkeypatch, prefix: Path, start: int, num_files: int = 8, vocab
 
 def config_of(base: Path, name: str, data: dict | None = None, **sections: dict) -> TrainConfig:
     blend = [[weight, str(base / "sets" / name)] for name, weight in WEIGHTS.items()]
-    return small_config(base, name, data={"folder": None, "tokens": blend, **(data or {})}, **sections)
+    return small_config(
+        base, name, data={"folder": None, "tokens": blend, "documents": "packed", **(data or {})}, **sections
+    )
 
 
 def token_runs(rank: int, base: Path) -> None:

@@ -59,7 +59,7 @@ def write_texts(folder: Path, num_files: int = 8) -> Path:
 
 
 def small_config(base: Path, name: str, **sections: dict) -> TrainConfig:
-    """16 blocks of which 4 are selected, two layers, a second to train."""
+    """16 blocks of which 4 are selected, two layers, a second to train; packs have runs of their own."""
     raw: dict[str, dict] = {
         "model": {
             "num_layers": 2, "hidden_size": 32, "num_query_groups": 2, "head_dim": 8, "ffn_hidden_size": 48,
@@ -68,7 +68,7 @@ def small_config(base: Path, name: str, **sections: dict) -> TrainConfig:
         "nsa": {
             "cmp_block_len": 8, "cmp_stride": 4, "slc_block_len": 16, "num_slc_blocks": 4, "window_len": 20,
         },
-        "data": {"folder": base / "texts", "validation_fraction": 0.25},
+        "data": {"folder": base / "texts", "validation_fraction": 0.25, "documents": "whole"},
         "optimizer": {"warmup_steps": 2},
         "run": {
             "output_dir": base / name, "steps": STEPS, "sequence_length": 256, "global_batch_size": 4,

@@ -2,9 +2,11 @@
 
     python examples/evidence/compare.py configs/evidence/copy-cpu.yaml --out runs/copy-cpu --seeds 1 2 run.steps=50
 
-Every run is a process of its own on one device, through torchrun; `--at-once` of them share it. OUT gets a folder and a
-log for each, and `results.jsonl` a line as each ends: the experiment, its whole configuration, commit, machine,
-software, and the losses and answers by step. `pictures.py` draws them. Exit code 1 if a run failed; its line says so.
+Every run is a process of its own on one device, through torchrun; `--at-once` of them share it. With `--then` each goes
+on in stages: a stage's file has the keys that are otherwise than in the one before, and takes its weights from there.
+OUT gets a folder and a log for each, and `results.jsonl` a line as each ends: the experiment, its whole configuration,
+commit, machine, software, and the losses and answers by step. `pictures.py` draws them. If a run failed, its line says
+so, and the exit code is 1.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
@@ -32,19 +34,25 @@ ROOT = Path(__file__).resolve().parents[2]
 class Run:
     """One of the comparison, from its start to its line."""
 
-    config: Path
+    stages: Sequence[Path]  # this one's configuration, and those that come after it
     attention: str
     seed: int
     out: Path
     words: Sequence[str]
+    before: "Run | None" = None
     started: float = 0.0
     process: subprocess.Popen | None = None
     log: IO[str] | None = field(default=None, repr=False)
 
     @property
+    def config(self) -> Path:
+        return self.stages[0]
+
+    @property
     def name(self) -> str:
         letters = self.attention.strip("[]").replace(",", "-").replace(" ", "")
-        return f"{letters}-seed{self.seed}"
+        stage = f"-{self.config.stem}" if self.before else ""
+        return f"{letters}-seed{self.seed}{stage}"
 
     @property
     def folder(self) -> Path:
@@ -53,6 +61,7 @@ class Run:
     @property
     def command(self) -> list[str]:
         own = [f"model.attention={self.attention}", f"run.seed={self.seed}", f"output_dir={self.folder}"]
+        own += [f"run.start_from={self.before.folder}"] if self.before else []
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
         return [*torchrun, "-m", "nsa_launch.torchrun", str(self.config), *own, *self.words]
 
@@ -60,6 +69,12 @@ class Run:
         self.started = time.monotonic()
         self.log = (self.out / f"{self.name}.log").open("w")
         self.process = subprocess.Popen(self.command, stdout=self.log, stderr=subprocess.STDOUT)
+
+    def next(self) -> "Run | None":
+        """What comes after this one, if it came to its end."""
+        if len(self.stages) == 1 or self.process is None or self.process.returncode:
+            return None
+        return replace(self, stages=self.stages[1:], before=self, process=None, log=None)
 
     def result(self, commit: str | None, machine: dict[str, str]) -> dict[str, Any]:
         """Its line, whether it came to its end or not."""
@@ -88,6 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
     parser.add_argument("words", nargs="*", metavar="key=value", help="for every run, as nsa-dist train takes them")
+    parser.add_argument(
+        "--then", nargs="*", type=Path, default=[], metavar="STAGE.yaml", help="each from the last's weights"
+    )
     parser.add_argument("--out", type=Path, required=True, help="a folder; runs that it holds are not overwritten")
     parser.add_argument("--attention", nargs="+", default=["dense", "nsa"], help="words or patterns, [nsa,dense]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1234])
@@ -95,8 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="of this checkout, where git cannot tell")
     arguments = parser.parse_intermixed_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    stages = _stages([arguments.config, *arguments.then], arguments.out)
     runs = [
-        Run(arguments.config, attention, seed, arguments.out, arguments.words)
+        Run(stages, attention, seed, arguments.out, arguments.words)
         for seed in arguments.seeds
         for attention in arguments.attention
     ]
@@ -110,6 +129,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(failed > 0)
 
 
+def _stages(paths: Sequence[Path], out: Path) -> list[Path]:
+    """The first as it is; of each other a file with all that the earlier ones say and it does not, in `out`."""
+    stages, whole = [paths[0]], yaml.safe_load(paths[0].read_text())
+    for path in paths[1:]:
+        for section, keys in yaml.safe_load(path.read_text()).items():
+            whole[section] = {**whole.get(section, {}), **keys}
+        stages.append(out / path.name)
+        stages[-1].write_text(yaml.safe_dump(whole, sort_keys=False))
+    return stages
+
+
 def _ended(runs: Sequence[Run], at_once: int) -> Iterator[Run]:
     """Each as it ends; all of them end with this process."""
     waiting, going = list(runs), []  # type: tuple[list[Run], list[Run]]
@@ -121,6 +151,9 @@ def _ended(runs: Sequence[Run], at_once: int) -> Iterator[Run]:
             time.sleep(0.5)
             for run in [run for run in going if run.process and run.process.poll() is not None]:
                 going.remove(run)
+                following = run.next()
+                if following is not None:
+                    waiting.insert(0, following)
                 yield run
     finally:
         for run in going:

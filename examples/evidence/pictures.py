@@ -3,7 +3,8 @@
     python examples/evidence/pictures.py runs/copy-cpu/results.jsonl --out runs/copy-cpu
 
 Draws `losses.png`; where there are tasks also `answers.png`, by step, and for each of them `TASK.png`, heat maps of
-length and depth side by side. Runs that failed are left out and named.
+length and depth side by side. Where the lines are of several experiments, as stages are, each has a folder of its own.
+Runs that failed are left out and named.
 """
 
 import argparse
@@ -31,19 +32,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in lines:
         if line["exit_code"]:
             print(f"left out: {line['attention']} seed {line['seed']} ended with exit code {line['exit_code']}")
-    results: dict[str, list] = defaultdict(list)
+    ended: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))  # by experiment, by attention
     for line in lines:
         if line["exit_code"] == 0:
-            results[line["attention"]].append(line)
-    if not results:
+            ended[line["experiment"]][line["attention"]].append(line)
+    if not ended:
         print("no run came to its end: there is nothing to draw", file=sys.stderr)
         return 1
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    for experiment, results in ended.items():
+        draw(results, arguments.out / experiment if len(ended) > 1 else arguments.out)
+    return 0
+
+
+def draw(results: Results, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     figures = {"losses": losses(results), **answers(results)}
     for name, figure in figures.items():
-        figure.savefig(arguments.out / f"{name}.png", dpi=130)
-    print(f"drew {', '.join(f'{name}.png' for name in figures)} in {arguments.out}")
-    return 0
+        figure.savefig(folder / f"{name}.png", dpi=130)
+    print(f"drew {', '.join(f'{name}.png' for name in figures)} in {folder}")
 
 
 def losses(results: Results) -> Figure:

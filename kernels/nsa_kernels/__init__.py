@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from nsa_kernels.decode.phi import decode_compress_mean as decode_compress_mean
     from nsa_kernels.decode.phi import decode_compress_mlp as decode_compress_mlp
     from nsa_kernels.decode_part.attention import PartAttention as PartAttention
+    from nsa_kernels.decode_part.attention import TokenPartAttention as TokenPartAttention
     from nsa_kernels.decode_part.attention import part_takes as part_takes
+    from nsa_kernels.decode_part.store import all_cells as all_cells
     from nsa_kernels.decode_part.store import part_store as part_store
     from nsa_kernels.gates.combine import combine as combine
     from nsa_kernels.gates.deltas import gate_deltas as gate_deltas
@@ -65,7 +67,9 @@ _ALONE = {
     "PartAttention": "decode_part.attention",
     "ShortRows": "selected.short",
     "Tapes": "common.tape",
+    "TokenPartAttention": "decode_part.attention",
     "WHOLE_TILES": "common.wild",
+    "all_cells": "decode_part.store",
     "decode_append": "decode.append",
     "decode_append_and_attend": "decode.attention",
     "decode_attention": "decode.attention",

@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from rich.console import Console as Terminal
-
 from nsa_dist.train.files.records import MetricsFollower, Record, read_metrics
 from nsa_dist.train.health.record import SLOW
 from nsa_launch.config import RunConfig
@@ -17,6 +15,7 @@ from nsa_launch.hangs.watch import HangWatch
 from nsa_launch.progress import TrainProgress, answers
 from nsa_launch.ranks import output as rank_output
 from nsa_launch.run_folder import MORE_MEMORY, OUT_OF_MEMORY, PROCESS_DIED, RunFolder
+from nsa_launch.terminal import Terminal
 
 _RANKS_SHOWN = 2  # of those that failed: one dead rank takes all others with it
 _LINE_INTERVAL_S = 10.0  # between lines of progress, where no bar can be drawn
@@ -163,6 +162,7 @@ class Console:
                 f"whole_shard_fraction={record['whole_shard_fraction']:.3g}"
                 f"{f' for links of {link:g} GB/s' if link else ''}, keep_pages={record['keep_pages']}, "
                 f"head_groups={record['head_groups'] or 'auto'}"
+                f"{' by sizes' if record.get('head_groups_by_sizes') else ''}"
                 f"{f', domains of {domain} ranks' if domain else ''}"
             )
             if "transport" in record:  # not in records of earlier versions

@@ -22,7 +22,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 _SIZES = {
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "vocab_size", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
-    "partial_rotary_factor", "tie_word_embeddings", "eos_token_id", "torch_dtype", "dtype", "layer_types",
+    "partial_rotary_factor", "tie_word_embeddings", "eos_token_id", "torch_dtype", "dtype", "layer_types", "tokenizer",
+    "max_position_embeddings",
 }  # fmt: skip
 _KINDS = {"llama": None, "qwen3": "rms"}  # and the norm of their queries and keys
 
@@ -45,6 +46,8 @@ class DenseModel(NamedTuple):
     tie_embeddings: bool
     end_of_document: int
     dtype: str
+    tokenizer: str  # "huggingface", or "bytes" if the folder says so: a row of the embedding is a byte
+    sequence_length: int | None  # the longest that it was trained on
     weights: dict[str, Tensor]
     not_read: tuple[str, ...]  # keys of config.json that say nothing of what is computed, as far as is known here
 
@@ -119,6 +122,8 @@ def _sizes(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
             "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
             "end_of_document": int((end[0] if isinstance(end, list) else end) or 0),
             "dtype": "bf16" if "bfloat16" in dtype else "fp32",
+            "tokenizer": "bytes" if raw.get("tokenizer") == "bytes" else "huggingface",
+            "sequence_length": raw.get("max_position_embeddings"),
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(

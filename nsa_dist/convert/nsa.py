@@ -25,7 +25,6 @@ def converted(
     *,
     compression: Literal["mlp", "mean"] = "mlp",
     gate_logit: float = GATE_LOGIT,
-    tokenizer: Literal["bytes", "huggingface"] = "huggingface",
 ) -> GPT:
     """The model, for evaluation or to save.
 
@@ -34,7 +33,7 @@ def converted(
     sizes = dense._asdict()
     for name in ("weights", "not_read"):
         del sizes[name]
-    config = GPTConfig(nsa=nsa, compression=compression, gate_bias=True, tokenizer=tokenizer, **sizes)
+    config = GPTConfig(nsa=nsa, compression=compression, gate_bias=True, **sizes)
     model = GPT(config, "meta")
     weights = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
     if not dense.tie_embeddings:

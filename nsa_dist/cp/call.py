@@ -11,6 +11,8 @@ from torch import Tensor
 
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.comm import Comm
+from nsa_dist.cp.formulas.cost import HeadSizes
+from nsa_dist.cp.formulas.groups import num_head_groups
 from nsa_dist.cp.layout import RankLayout
 from nsa_dist.cp.options import FetchOptions
 from nsa_dist.cp.sent.domains import Domains
@@ -94,10 +96,12 @@ class Stage:
         return cut(x, self.rows)
 
 
-def head_groups(num_q_heads: int, num_kv_heads: int, num_tokens: int, call: Call) -> list[Stage]:
-    """All queries, kv head by kv head or a few at a time: `FetchOptions.num_head_groups`. One rank: one stage."""
-    count = 1 if call.comm.size == 1 else call.fetch.num_head_groups(num_kv_heads, in_line=call.comm.in_line)
-    group = num_q_heads // num_kv_heads
+def head_groups(heads: HeadSizes, num_tokens: int, call: Call) -> list[Stage]:
+    """All queries, kv head by kv head or a few at a time: `formulas.groups`. One rank: one stage."""
+    count, num_kv_heads = 1, heads.num_kv_heads
+    if call.comm.size > 1:
+        count = num_head_groups(call.layout.host.plan, call.cfg, heads, call.fetch, in_line=call.comm.in_line)
+    group = heads.num_q_heads // num_kv_heads
     bounds = [num_kv_heads * i // count for i in range(count + 1)]
     return [
         Stage(number, slice(a, b), slice(a * group, b * group), slice(0, num_tokens))

@@ -37,7 +37,8 @@ class Traffic:
     Forward and backward are counted apart: the gradient of `pages` travels as `pages.grad`. A ring or tree inside a
     collective may move them more than once; what is counted is the data each rank contributes to each other rank.
     Where ranks read each other's memory, `pages` are what this rank read: over all ranks the same.
-    `union_fractions` has for each call, in order, u of every kv head: chosen remote blocks / remote blocks.
+    `union_fractions` has for each call, in order, u of every kv head: chosen remote blocks / remote blocks, of which
+    `remote_blocks` has the number.
     `passed_on` has for each call in domains how many pages this rank fetched as its share, and how many neighbours
     passed on to it.
     """
@@ -45,6 +46,7 @@ class Traffic:
     def __init__(self) -> None:
         self._sent_bytes: dict[str, int] = defaultdict(int)
         self._union_fractions: list[list[float]] = []
+        self._remote_blocks: list[int] = []
         self._owed: list[Callable[[], None]] = []
         self.passed_on: list[tuple[int, int]] = []
 
@@ -58,9 +60,10 @@ class Traffic:
         self._settle()
         return self._union_fractions
 
-    @union_fractions.setter
-    def union_fractions(self, fractions: list[list[float]]) -> None:
-        self._union_fractions = fractions
+    @property
+    def remote_blocks(self) -> list[int]:
+        self._settle()
+        return self._remote_blocks
 
     def add(self, kind: str, num_bytes: int) -> None:
         self._sent_bytes[kind] += num_bytes
@@ -78,6 +81,7 @@ class Traffic:
     def count_union(self, chosen: Tensor, num_remote: int) -> None:
         """chosen int64 [Hkv] on the CPU: how many of the remote blocks this rank's queries chose."""
         self._union_fractions.append((chosen / max(1, num_remote)).tolist())
+        self._remote_blocks.append(num_remote)
 
     def owe(self, count: Callable[[], None]) -> None:
         """`count()` adds what only the device knows: it is called when somebody asks, or when too many are owed."""

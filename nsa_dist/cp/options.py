@@ -28,8 +28,9 @@ class FetchOptions:
     whole_shard_fraction: float = 1.0  # of an (owner, kv head)'s blocks chosen: from here on all of them are sent
     keep_pages: bool = False  # keep fetched pages for backward instead of fetching them again
     transport: str = "auto"  # one of TRANSPORTS: how pages and all else move; auto: one-sided where ranks can
-    head_groups: int | None = None  # kv heads travel in so many groups, each under others' work; None: 4, in line 1
+    head_groups: int | None = None  # kv heads travel in so many groups; None: by sizes, `formulas.groups`
     domain_size: int | None = None  # so many consecutive ranks are near; a page enters each domain once; None: off
+    link_gb_per_s: float | None = None  # that a rank sends, by which groups are chosen; None: as measured among H200s
 
     def __post_init__(self) -> None:
         if self.kv_fetch_budget_bytes is not None and self.kv_fetch_budget_bytes < 1:
@@ -51,6 +52,11 @@ class FetchOptions:
             raise ValueError(
                 f"head_groups={self.head_groups} must be at least 1: the kv heads travel in so many groups; pass 1 to "
                 f"move all of them at once, with nothing to hide it"
+            )
+        if self.link_gb_per_s is not None and not self.link_gb_per_s > 0:
+            raise ValueError(
+                f"link_gb_per_s={self.link_gb_per_s:g} must be positive, because the time of sending is compared; pass "
+                f"what one rank sends in a second in GB, `nsa-dist bench cp --gpus all` measures it, or None"
             )
         self._check_domains()
 
@@ -98,7 +104,7 @@ class FetchOptions:
                 f"rates of {rates} bytes per second must be positive, because times are compared; pass measured ones"
             )
         threshold = (1 / link_bytes_per_s + 1 / copy_bytes_per_s) / (1 / link_bytes_per_s + 1 / gather_bytes_per_s)
-        return cls(whole_shard_fraction=min(1.0, threshold), **others)
+        return cls(whole_shard_fraction=min(1.0, threshold), link_gb_per_s=link_bytes_per_s / 1e9, **others)
 
     def domain_of(self, num_ranks: int) -> int:
         """Ranks of a domain in a group of so many; 1: every rank for itself, as in one domain of all.
@@ -123,11 +129,6 @@ class FetchOptions:
             return None
         pages = self.kv_fetch_budget_bytes // page_bytes // 2
         return max(1, pages if domain_size == 1 else pages * domain_size // (domain_size + 1))
-
-    def num_head_groups(self, num_kv_heads: int, *, in_line: bool = False) -> int:
-        """Groups in which the kv heads of a rank travel; `in_line`: nothing travels under anything."""
-        wanted = self.head_groups or (1 if in_line else 4)
-        return min(num_kv_heads, wanted)
 
     def halves_queries(self, num_kv_heads: int) -> bool:
         """Whether the queries of a rank's only kv head go in two halves, so that one's fetch hides under the other.

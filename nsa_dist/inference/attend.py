@@ -27,7 +27,18 @@ from nsa_dist.inference import over_ranks
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.inference.decode import EMPTY_SLOT, any_whole, decode_step, decoding, has_kernels, slots_of
 from nsa_dist.inference.places import Places, places
+<<<<<<< HEAD
 from nsa_dist.inference.rows import chosen_pages, compress_fresh, extended, short_prefill, write_rings
+=======
+from nsa_dist.inference.rows import (
+    chosen_blocks,
+    chosen_pages,
+    compress_fresh,
+    extended,
+    in_sequence,
+    write_rings,
+)
+>>>>>>> main
 from nsa_dist.inference.storage import MOST_BACK, Pair
 
 
@@ -140,7 +151,7 @@ def nsa_decode(
         with decoding(cache, seqs, new):
             results = decode_step(q, kv, gates, cache, slots_of(cache, seqs), ops, softmax_scale, with_phi=with_phi)
         return results if return_block_indices else results[0]
-    if comm.size > 1 and taken and over_ranks.has_kernels(ops, cache):
+    if comm.size > 1 and taken and over_ranks.has_kernels(ops, cache, comm.size):
         results = over_ranks.decode(q, kv, gates, cache, seqs, comm, ops, softmax_scale)
         return results if return_block_indices else results[0]
     if len(used) < batch:
@@ -195,11 +206,7 @@ def _attend(
     cfg = cache.cfg
     compressed, seen = _compressed(cache, at), (at.cmp_begin, at.cmp_end)
     out_cmp, lse = ops.compressed_attention(q, *compressed, *seen, softmax_scale=scale, **tiles.options)
-    block_indices = ops.select_blocks(
-        q, compressed.k, lse, *seen, at.position, at.doc_start, softmax_scale=scale,
-        cmp_block_len=cfg.cmp_block_len, cmp_stride=cfg.cmp_stride, slc_block_len=cfg.slc_block_len,
-        num_slc_blocks=cfg.num_slc_blocks, num_init_blocks=cfg.num_init_blocks, num_local_blocks=cfg.num_local_blocks,
-    )  # fmt: skip
+    block_indices = chosen_blocks(q, compressed.k, lse, cache, at, ops, scale)
     pages, block_table = chosen_pages(cache, at.block_page, block_indices)
     out_slc, _ = ops.selected_attention(
         q,
@@ -213,8 +220,7 @@ def _attend(
     )
     out_win, _ = ops.window_attention(q, *window, at.win_begin, at.win_end, softmax_scale=scale, **tiles.options)
     out = ops.combine(gates, out_cmp, out_slc, out_win)
-    first = torch.div(at.doc_start, cfg.slc_block_len, rounding_mode="floor")[:, None, None]
-    return out, torch.where(block_indices >= 0, block_indices - first, -1)
+    return out, in_sequence(block_indices, at, cfg.slc_block_len)
 
 
 def _compressed(cache: NSACache, at: Places) -> Pair:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nsa_dist.compress import Compress, PhiForm
 from nsa_dist.config import NSAConfig
-from nsa_dist.inference.pool import PagePool
+from nsa_dist.inference.pool import CmpPlacement, PagePool, placement_of
 from nsa_dist.inference.storage import MOST_BACK, CacheShape, PageFormat, Storage
 from nsa_dist.inference.tables import Tables
 from nsa_dist.rope import turn_of
@@ -45,6 +45,10 @@ class NSACache:
     page_dtype                  of the keys and values of the selected branch and of the compressed ones; None: `dtype`;
                                 torch.float8_e4m3fn takes half of bf16's bytes, and rounds to 4 bits
     k_scale, v_scale            powers of two by which numbers of 8 bits are multiplied: up to 448 of them fit
+    cmp_placement               over ranks: "replicated", compressed keys and values are on every rank; "sharded", each
+                                on the rank of its page; None: replicated if the pages of all ranks have room for up to
+                                1M tokens and 64k that follow. A cache that is not over ranks has them all, whatever it
+                                is
 
     Kept are keys and values of the selected branch for all tokens, of the window branch for the last w + 8, of the
     compressed branch for the last l + 8, and one compressed key and value every d tokens: `num_bytes`.
@@ -72,6 +76,7 @@ class NSACache:
         page_dtype: torch.dtype | None = None,
         k_scale: float = 1.0,
         v_scale: float = 1.0,
+        cmp_placement: CmpPlacement | None = None,
     ) -> None:
         sizes = {"num_kv_heads": num_kv_heads, "head_dim_k": head_dim_k, "head_dim_v": head_dim_v}
         for name, value in {**sizes, "num_pages": num_pages}.items():
@@ -85,6 +90,8 @@ class NSACache:
         self.cfg, self.compress_k, self.compress_v = cfg, compress_k, compress_v
         self.shape = CacheShape(cfg, num_kv_heads, head_dim_k, head_dim_v)
         pages = _page_format(dtype, page_dtype, k_scale, v_scale)
+        placement_of(cmp_placement, 0)  # a name that is none is refused here
+        self.cmp_placement = cmp_placement
         self.storage = Storage(self.shape, num_pages, dtype, torch.device(device), pages)
         self.storage.reserve_rings(max_sequences)
         self.tables = Tables(self.storage.device, self._pages_of(max_tokens))
@@ -109,12 +116,6 @@ class NSACache:
 
     def hold_over_ranks(self, storage: Storage, cp_size: int) -> None:
         """From now on `storage` holds what one of `cp_size` ranks does. ValueError if a sequence has tokens already."""
-        if self.storage.pages.is_fp8:
-            raise ValueError(
-                f"cp_group of {cp_size} ranks was given to a cache with page_dtype={self.storage.pages.dtype}: over "
-                f"ranks pages must have the dtype of q, as ranks multiply them with operators that take no other; make "
-                f"the NSACache without page_dtype"
-            )
         used = [seq for seq, state in self._sequences.items() if state.length]
         if used:
             raise ValueError(

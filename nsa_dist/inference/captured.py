@@ -11,6 +11,7 @@ from torch import Tensor
 from nsa_dist.attention import default_ops
 from nsa_dist.cp.comm import Comm
 from nsa_dist.inference import over_ranks
+from nsa_dist.inference.cache import NSACache
 from nsa_dist.inference.decode import EMPTY_SLOT, any_whole, decoding, has_kernels, paged, slots_of
 from nsa_dist.inference.model import GPT, ModelCache
 
@@ -19,8 +20,12 @@ def can_capture(model: GPT, cache: ModelCache, cp_group: dist.ProcessGroup | Com
     """Whether a step is launches alone: on a GPU, with kernels that take the layers' sizes, over ranks by NCCL."""
     weight = model.embedding.weight
     comm = cp_group if isinstance(cp_group, Comm) else Comm(cp_group)
-    takes = over_ranks.has_kernels if comm.size > 1 else has_kernels
-    return weight.is_cuda and comm.is_on_device and all(takes(default_ops(weight), layer) for layer in cache.layers)
+    ops = default_ops(weight)
+
+    def takes(layer: NSACache) -> bool:
+        return over_ranks.has_kernels(ops, layer, comm.size) if comm.size > 1 else has_kernels(ops, layer)
+
+    return weight.is_cuda and comm.is_on_device and all(map(takes, cache.layers))
 
 
 class CapturedDecode:

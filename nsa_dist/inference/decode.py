@@ -80,11 +80,11 @@ def decode_step(
         if not with_phi:
             return ops.decode_append_and_attend(q, gates, kv, pages, slots, sizes=sizes, softmax_scale=scale)
         appended = ops.decode_append(*kv, pages, slots, sizes=sizes)
-        _compress(appended, cache, pages, ops)
+        compress_appended(appended, cache, pages, ops)
         return ops.decode_attention(q, gates, appended, pages, slots, sizes=sizes, softmax_scale=scale)
 
 
-def _compress(appended: Appended, cache: NSACache, pages: PagedCache, ops: ModuleType) -> None:
+def compress_appended(appended: Appended, cache: NSACache, pages: PagedCache, ops: ModuleType) -> None:
     """phi of the blocks that have become whole: MLPs or means, turned, in one launch; other functions of all places."""
     phis, block_len = (cache.compress_k, cache.compress_v), cache.cfg.cmp_block_len
     forms = [form for phi in phis if (form := PhiForm.of(phi, block_len)) is not None]

@@ -21,9 +21,14 @@ def save_model(model: GPT, folder: Path, tokenizer: Mapping[str, bytes] | None =
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(model.config.as_json(), indent=2) + "\n", encoding="utf-8")
-    if not tokenizer and model.config.tokenizer == "bytes":
-        tokenizer = {name: text.encode() for name, text in byte_tokenizer_files().items()}
-    for name, content in (tokenizer or {}).items():
+    write_tokenizer(folder, model.config.tokenizer, tokenizer)
+
+
+def write_tokenizer(folder: Path, kind: str, files: Mapping[str, bytes] | None) -> None:
+    """Name and content of a tokenizer's files; without any, those of bytes for a model of bytes."""
+    if not files and kind == "bytes":
+        files = {name: text.encode() for name, text in byte_tokenizer_files().items()}
+    for name, content in (files or {}).items():
         (folder / name).write_bytes(content)
 
 

@@ -43,6 +43,24 @@ def extended(new: Pair, rings: Pair, at: Extended) -> Pair:
     return Pair(put(new.k, old.k), put(new.v, old.v))
 
 
+def chosen_blocks(
+    q: Tensor, keys: Tensor, lse: Tensor, cache: NSACache, at: Places, ops: ModuleType, softmax_scale: float
+) -> Tensor:
+    """block_indices [Q, Hkv, n], ids in the stream, of query rows that have attended to the compressed `keys`."""
+    cfg = cache.cfg
+    return ops.select_blocks(
+        q, keys, lse, at.cmp_begin, at.cmp_end, at.position, at.doc_start, softmax_scale=softmax_scale,
+        cmp_block_len=cfg.cmp_block_len, cmp_stride=cfg.cmp_stride, slc_block_len=cfg.slc_block_len,
+        num_slc_blocks=cfg.num_slc_blocks, num_init_blocks=cfg.num_init_blocks, num_local_blocks=cfg.num_local_blocks,
+    )  # fmt: skip
+
+
+def in_sequence(block_indices: Tensor, at: Places, block_len: int) -> Tensor:
+    """Ids in the stream -> in each sequence; -1 for none."""
+    first = torch.div(at.doc_start, block_len, rounding_mode="floor")[:, None, None]
+    return torch.where(block_indices >= 0, block_indices - first, -1)
+
+
 def chosen_pages(cache: NSACache, block_page: Tensor, block_indices: Tensor) -> tuple[Pair, Tensor]:
     """Rows that hold the chosen blocks, whole pages, and the table from a block of the stream to its page there.
 

@@ -145,11 +145,11 @@ class Storage:
         """`new` [len(rows), Hkv, D] to rows of the flat `pages`, `slc` or `cmp`."""
         scales = self.pages.k_scale, self.pages.v_scale
         held = (in_pages(x, scale, self.pages.dtype) for x, scale in zip(new, scales, strict=True))
-        Pair(*map(_indexable, pages)).write(rows, Pair(*map(_indexable, held)))
+        Pair(*map(indexable, pages)).write(rows, Pair(*map(indexable, held)))
 
     def read_pages(self, pages: Pair, rows: Tensor) -> Pair:
         """Rows of the flat `pages`, in the dtype of the rings."""
-        return self.widened(Pair(*(x.view(self.pages.dtype) for x in Pair(*map(_indexable, pages)).read(rows))))
+        return self.widened(Pair(*(x.view(self.pages.dtype) for x in Pair(*map(indexable, pages)).read(rows))))
 
     def widened(self, found: Pair) -> Pair:
         """What pages hold, in the dtype of the rings."""
@@ -160,7 +160,7 @@ class Storage:
         """Zeros: what a freed sequence left there may be NaN, and 0 times NaN is NaN."""
         index = put_on(self.device, pages)
         for x in (*self.slc, *self.cmp):
-            _indexable(x).index_fill_(0, index, 0)
+            indexable(x).index_fill_(0, index, 0)
 
     def blank_tail(self, page: int, num_tokens: int, num_cmp: int) -> None:
         """All but the first tokens and compressed blocks of a page."""
@@ -181,6 +181,6 @@ class Storage:
         return Pair(*(torch.zeros(*size, dtype=dtype, device=self.device) for size in sizes))
 
 
-def _indexable(x: Tensor) -> Tensor:
+def indexable(x: Tensor) -> Tensor:
     """`x` by its bytes where it has numbers of 8 bits, which torch does not index."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x

@@ -39,7 +39,7 @@ class NSACoreAttention(MegatronModule):
         self.gate = GateBias(config, pg_collection) if config.nsa_gate_bias else torch.nn.Identity()
         self._recorded: list[Tensor] | None = None
         self._traffic: Traffic | None = None
-        self._observe: Callable[[Tensor, Tensor], None] | None = None
+        self._observe: Callable[[Tensor, Tensor, Tensor], None] | None = None
 
     def forward(self, q: Tensor, kv: Tensor, gate_logits: Tensor, rank_plan: RankPlan) -> Tensor:
         """q [T, b, Hq, Dk], kv [T, b, Hkv, pairs * (Dk + Dv)], gate_logits [T, b, Hq, 3] -> [T, b, Hq * Dv].
@@ -57,7 +57,10 @@ class NSACoreAttention(MegatronModule):
 
     @contextmanager
     def recording_blocks(self) -> Iterator[list[Tensor]]:
-        """Inside, every sample's block_indices, int32 [T, Hkv, n], are appended to the list this yields."""
+        """Inside, every sample's block_indices, int32 [T, Hkv, n], are appended to the list this yields.
+
+        Of a pack that came as one they are one entry, by the ids of the pack.
+        """
         recorded: list[Tensor] = []
         self._recorded = recorded
         try:
@@ -66,8 +69,11 @@ class NSACoreAttention(MegatronModule):
             self._recorded = None
 
     @contextmanager
-    def observing(self, observe: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-        """Inside, `observe(gates [T, Hq, 3], block_indices [T, Hkv, n])` is called for every sample."""
+    def observing(self, observe: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+        """Inside, `observe(gates [T, Hq, 3], block_indices [T, Hkv, n], own_block [T])` is called for every call.
+
+        Of its tokens without padding. Blocks are counted from the first of a token's own document; -1 for none.
+        """
         self._observe = observe
         try:
             yield
@@ -107,21 +113,20 @@ class NSACoreAttention(MegatronModule):
             traffic=self._traffic,
             return_block_indices=True,
         )
+        if self._observe is not None:
+            self._observe(*_seen(gates, block_indices, rank_plan))
         if plan.cp_size == 1:
-            out, block_indices = plan.unshard([out]), plan.unshard([block_indices])
-        if self._observe is not None or self._recorded is not None:
-            self._show(plan.unshard([gates]) if plan.cp_size == 1 else gates, block_indices, rank_plan)
+            out = plan.unshard([out])
+        if self._recorded is not None:
+            self._record(plan.unshard([block_indices]) if plan.cp_size == 1 else block_indices, rank_plan)
         return out
 
-    def _show(self, gates: Tensor, block_indices: Tensor, rank_plan: RankPlan) -> None:
-        """To who watches, sample by sample."""
-        samples = [x.chunk(rank_plan.samples) for x in (gates, block_indices)]
-        for i, (its_gates, its_blocks) in enumerate(zip(*samples, strict=True)):
-            its_blocks = torch.where(its_blocks >= 0, its_blocks - i * rank_plan.blocks_of_sample, its_blocks)
-            if self._observe is not None:
-                self._observe(its_gates, its_blocks)
-            if self._recorded is not None:
-                self._recorded.append(its_blocks)
+    def _record(self, block_indices: Tensor, rank_plan: RankPlan) -> None:
+        """Sample by sample."""
+        assert self._recorded is not None
+        for i, its_blocks in enumerate(block_indices.chunk(rank_plan.samples)):
+            moved = its_blocks - i * rank_plan.blocks_of_sample
+            self._recorded.append(torch.where(its_blocks >= 0, moved, its_blocks))
 
     def append(self, q: Tensor, kv: Tensor, gate_logits: Tensor, context: Any, layer_number: int) -> Tensor:
         """As `forward`, of new tokens behind those that the inference context has of each sample or request."""
@@ -189,6 +194,13 @@ class NSACoreAttention(MegatronModule):
 
     def _rotate(self, x: Tensor, rank_plan: RankPlan) -> Tensor:
         return rank_plan.turns(self.rotary, x.shape[-1], x.dtype).of(x)
+
+
+def _seen(gates: Tensor, block_indices: Tensor, rank_plan: RankPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the plan as `observing` shows them."""
+    is_token, first, own = rank_plan.document_blocks
+    chosen = torch.where(block_indices >= 0, block_indices - first[:, None, None], -1)
+    return gates[is_token], chosen[is_token], own[is_token]
 
 
 def _build_compressor(

@@ -56,6 +56,15 @@ class PackReading:
         return self._read if self._claimed is None else self._claimed
 
     @cached_property
+    def lengths(self) -> tuple[int, ...] | None:
+        """Tokens of each document of `bounds` without its padding; None where the pack says nothing of padding."""
+        q, _, padded, _ = self._copies
+        if q is None or padded is None:
+            return None
+        sizes = [c.wait().flatten().diff().tolist() for c in (q, padded)]
+        return tuple(length for length, room in zip(*sizes, strict=True) if room)
+
+    @cached_property
     def _read(self) -> tuple[int, ...]:
         q, kv, q_padded, kv_padded = (None if c is None else c.wait().flatten().tolist() for c in self._copies)
         for name, of_kv, of_q in (("cu_seqlens_kv", kv, q), ("cu_seqlens_kv_padded", kv_padded, q_padded)):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -34,6 +35,7 @@ class RankPlan:
     given: ShardPlan  # how the batch was cut: the plan itself, unless there is a deal
     deal: Deal | None = None  # None: every token is where the plan wants it
     samples: int = 1  # of the batch, documents one behind the other; 1 for a pack of documents that came as one
+    reading: PackReading | None = field(default=None, repr=False, compare=False)  # of the pack that this is the plan of
     _batches: dict[int, "RankPlan"] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -45,6 +47,20 @@ class RankPlan:
     def token_positions(self) -> Positions:
         """As `positions` of a plan of one rank, without the padding of its documents."""
         return Positions(self.plan.unshard([self.document_position]))
+
+    @cached_property
+    def document_blocks(self) -> "DocumentBlocks":
+        """Of this rank's tokens, for who looks at what they chose."""
+        plan = self.plan
+        blocks = plan.local_blocks(self.rank)
+        counts = -(-torch.tensor(plan.cu_seqlens).diff() // plan.block_len)
+        first = (counts.cumsum(0) - counts)[blocks.document].repeat_interleave(plan.block_len)
+        lengths = self.reading and self.reading.lengths
+        doc_len = blocks.doc_len if lengths is None else torch.tensor(lengths)[blocks.document]
+        is_token = torch.arange(plan.block_len) < (doc_len - blocks.offset)[:, None]
+        own = (blocks.offset // plan.block_len).repeat_interleave(plan.block_len)
+        device = self.document_position.device
+        return DocumentBlocks(*(put_on(device, x) for x in (is_token.flatten(), first, own)))
 
     def turns(self, rotary: Rotary, head_dim: int, dtype: torch.dtype) -> Turns:
         return self.positions.turns(rotary, head_dim, dtype)
@@ -63,6 +79,14 @@ class RankPlan:
             position = self.document_position.repeat(samples)
             self._batches[samples] = RankPlan(plan, self.rank, position, plan, samples=samples)
         return self._batches[samples]
+
+
+class DocumentBlocks(NamedTuple):
+    """Of every token of a rank, [plan.tokens_per_rank]."""
+
+    is_token: Tensor  # bool: no padding
+    first: Tensor  # int64: the id that callers see of the first selection block of its document
+    own: Tensor  # int64: its own block, counted from there
 
 
 @dataclass(frozen=True)
@@ -115,10 +139,12 @@ class PlanCache:
         return self._by_length[key]
 
     def of_packed(self, packed: PackedSeqParams, local_tokens: int, place: Place) -> RankPlan:
-        """The documents of a pack, cut as `pack_order` says. Follows what is written to the pack (`PackReading`).
+        """The documents of a pack, cut as `pack_order` says, in the contiguous layout into one chunk a rank.
+
+        Follows what is written to the pack (`PackReading`).
 
         ValueError if the pack is not one, or its documents end elsewhere than the batch, or, in Megatron's order of
-        documents and in the contiguous layout, blocks would span two ranks.
+        documents, blocks would span two ranks.
         """
         entries = vars(packed).setdefault("_nsa_plans", _PackPlans())
         key = (self._cut(packed, place), self.config.nsa.slc_block_len, place)
@@ -132,7 +158,7 @@ class PlanCache:
                 f"cu_seqlens_q that ends at {local_tokens * place.cp_size}"
             )
         if rank_plan is None:
-            rank_plan = self._plan_of_pack(reading.bounds, key[0], place)
+            rank_plan = self._plan_of_pack(reading, key[0], place)
             entries[key] = reading, rank_plan
         return rank_plan
 
@@ -140,7 +166,7 @@ class PlanCache:
         """As `of_packed` for a batch that is not there yet."""
         key = (self._cut(packed, place), self.config.nsa.slc_block_len, place)
         reading = PackReading(packed, claimed)
-        rank_plan = self._plan_of_pack(reading.bounds, key[0], place)
+        rank_plan = self._plan_of_pack(reading, key[0], place)
         vars(packed).setdefault("_nsa_plans", _PackPlans())[key] = reading, rank_plan
         return rank_plan
 
@@ -149,40 +175,38 @@ class PlanCache:
             return "contiguous"
         return pack_order(self.config, packed)
 
-    def _plan_of_pack(self, bounds: tuple[int, ...], cut: str, place: Place) -> RankPlan:
-        size, block_len = place.cp_size, self.config.nsa.slc_block_len
-        if cut == "sequence":
-            return self._plan_of_row(bounds, place)
-        make = ShardPlan.contiguous if cut == "contiguous" else ShardPlan.zigzag_documents
-        plan = make(bounds, size, block_len)
-        if size > 1 and plan.tokens_per_rank * size != plan.num_tokens:
-            if cut == "contiguous":
-                remedy = f"pad each document to a multiple of {block_len}, and the pack to one of {size * block_len}"
-            else:
-                whole = 2 * size * block_len
-                remedy = (
-                    f"in Megatron's order a document has 2 * context_parallel_size = {2 * size} chunks, so "
-                    f"pad each document to a multiple of {whole}"
+    def _plan_of_pack(self, reading: PackReading, cut: str, place: Place) -> RankPlan:
+        bounds, size, block_len = reading.bounds, place.cp_size, self.config.nsa.slc_block_len
+        if size == 1:
+            plan = ShardPlan.contiguous(bounds, size, block_len)
+        elif cut == "documents":
+            plan = ShardPlan.zigzag_documents(bounds, size, block_len)
+            if plan.tokens_per_rank * size != plan.num_tokens:
+                raise ValueError(
+                    f"the documents of a pack, bounds {list(bounds[:6])}{'...' if len(bounds) > 6 else ''}, must be "
+                    f"whole numbers of selection blocks in every chunk, so that no block spans two ranks; in "
+                    f"Megatron's order a document has 2 * context_parallel_size = {2 * size} chunks, so pad each "
+                    f"document to a multiple of {2 * size * block_len}"
                 )
-            raise ValueError(
-                f"the documents of a pack, bounds {list(bounds[:6])}{'...' if len(bounds) > 6 else ''}, must be whole "
-                f"numbers of selection blocks in every chunk, so that no block spans two ranks; {remedy}"
-            )
-        return _on_device(plan, plan, place)
+        else:
+            return self._plan_of_row(reading, cut, place)
+        return _on_device(plan, plan, place, reading)
 
-    def _plan_of_row(self, bounds: tuple[int, ...], place: Place) -> RankPlan:
-        """Of a row that is cut into 2P chunks wherever its documents end: tokens move to the rank of their block."""
-        chunk, rest = divmod(bounds[-1], 2 * place.cp_size)
+    def _plan_of_row(self, reading: PackReading, cut: str, place: Place) -> RankPlan:
+        """Of a row that is cut into chunks wherever its documents end: tokens move to the rank of their block."""
+        make = ShardPlan.contiguous if cut == "contiguous" else ShardPlan.zigzag
+        bounds, per_rank = reading.bounds, 1 if cut == "contiguous" else 2
+        chunk, rest = divmod(bounds[-1], per_rank * place.cp_size)
         if rest:
             raise ValueError(
-                f"packed_seq_params ends at token {bounds[-1]}, which is not a multiple of 2 * context_parallel_size = "
-                f"{2 * place.cp_size}, the number of chunks that Megatron cuts a row into; pad the row to "
-                f"{(chunk + 1) * 2 * place.cp_size} tokens"
+                f"packed_seq_params ends at token {bounds[-1]}, which is not a multiple of {per_rank} * "
+                f"context_parallel_size = {per_rank * place.cp_size}, the number of chunks that a row is cut into; pad "
+                f"the row to {(chunk + 1) * per_rank * place.cp_size} tokens"
             )
-        plan = ShardPlan.zigzag(bounds, place.cp_size, self.config.nsa.slc_block_len)
-        if plan.tokens_per_rank * place.cp_size == plan.num_tokens:  # no padding: chunks are Megatron's
-            return _on_device(plan, plan, place)
-        return _on_device(plan, ShardPlan.zigzag([0, bounds[-1]], place.cp_size, chunk), place)
+        plan = make(bounds, place.cp_size, self.config.nsa.slc_block_len)
+        if plan.tokens_per_rank * place.cp_size == plan.num_tokens:  # no padding: chunks are the row's
+            return _on_device(plan, plan, place, reading)
+        return _on_device(plan, make([0, bounds[-1]], place.cp_size, chunk), place, reading)
 
 
 def prepare_pack(
@@ -193,7 +217,7 @@ def prepare_pack(
     cu_seqlens: Sequence[int] | Tensor | None = None,
     pg_collection: ProcessGroupCollection | None = None,
     dtype: torch.dtype | None = None,
-) -> None:
+) -> RankPlan:
     """Works out the plan of a pack ahead of the layers, and asks the other ranks whether theirs is the same.
 
     Call it where the batch is made, on every context-parallel rank at the same place among the group's collectives,
@@ -206,15 +230,19 @@ def prepare_pack(
     pg_collection   with tp and cp, as the layers have it; None: Megatron's own groups
     dtype           of the layers' queries; None: config.params_dtype
 
-    ValueError as the layers raise it. What ranks disagree about is raised by the first layer.
+    Returns the plan as this rank has it. ValueError as the layers raise it. What ranks disagree about is raised by the
+    first layer.
     """
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
     place = Place.of(groups, device)
-    plan = PlanCache(config).prepare(packed, None if cu_seqlens is None else document_bounds(cu_seqlens), place).plan
+    claimed = None if cu_seqlens is None else document_bounds(cu_seqlens)
+    rank_plan = PlanCache(config).prepare(packed, claimed, place)
+    plan = rank_plan.plan
     if place.cp_size > 1:
         heads = local_heads(config, get_pg_size(groups.tp), dtype or config.params_dtype)
         post_agreement(plan, config.nsa, heads, config.nsa_fetch, Comm(groups.cp))
     rank_layout(plan, config.nsa, place.rank, device)
+    return rank_plan
 
 
 def local_heads(config: NSATransformerConfig, tp_size: int, dtype: torch.dtype) -> Heads:
@@ -223,8 +251,8 @@ def local_heads(config: NSATransformerConfig, tp_size: int, dtype: torch.dtype) 
     return Heads(*num_heads, config.kv_channels, config.v_head_dim, dtype)
 
 
-def _on_device(plan: ShardPlan, given: ShardPlan, place: Place) -> RankPlan:
+def _on_device(plan: ShardPlan, given: ShardPlan, place: Place, reading: PackReading | None = None) -> RankPlan:
     with torch.inference_mode(False):  # kept for batches that train
         position = put_on(place.device, plan.document_positions(place.rank))
         dealt = None if given is plan else deal(given, plan, place.rank, place.device)
-    return RankPlan(plan, place.rank, position, given, dealt)
+    return RankPlan(plan, place.rank, position, given, dealt, reading=reading)

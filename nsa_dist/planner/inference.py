@@ -1,17 +1,21 @@
 """What inference holds: weights, the cache of so many sequences of so many tokens, and the longest that fit a GPU.
 
 The model lies whole on each of P GPUs, as `nsa_dist.inference` has it; its cache lies over them, page i of a sequence
-on rank (home + i) % P. Bytes are `over_ranks.storage.rank_bytes`, which is `CacheShape.num_bytes` for one rank.
+on rank (home + i) % P, and compressed rows with their page or on every rank (`inference.pool`), as a cache with
+`num_pages` for these sequences has it if nothing is asked for. Bytes are `over_ranks.storage.rank_bytes`, which is
+`CacheShape.num_bytes` for one rank.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import get_args
 
 import torch
 
 from nsa_dist.inference.model import GPT, GPTConfig
 from nsa_dist.inference.over_ranks.storage import rank_bytes
+from nsa_dist.inference.pool import CmpPlacement, placement_of
 from nsa_dist.inference.storage import CacheShape
 from nsa_dist.planner.cluster import Cluster
 from nsa_dist.train.config import TrainConfig
@@ -36,7 +40,7 @@ class CachePlan:
     @property
     def token_bytes(self) -> float:
         """Of a token in a layer, over all GPUs: its part of a page. Rings are a sequence's, whatever its length."""
-        return self._bytes(1, 0) / self.shape.cfg.slc_block_len
+        return self._bytes(1, 0, self.cmp_placement) / self.shape.cfg.slc_block_len
 
     @property
     def dense_token_bytes(self) -> int:
@@ -51,11 +55,19 @@ class CachePlan:
 
     @property
     def ring_bytes(self) -> int:
-        return self.model.num_layers * self._bytes(0, self.num_sequences)
+        return self.model.num_layers * self._bytes(0, self.num_sequences, self.cmp_placement)
+
+    @property
+    def cmp_placement(self) -> CmpPlacement:
+        return self._placement_for(self.num_tokens)
 
     @property
     def cache_bytes(self) -> int:
-        return self.model.num_layers * self._bytes(self.pages, self.num_sequences)
+        return self.bytes_if(self.cmp_placement)
+
+    def bytes_if(self, placement: CmpPlacement) -> int:
+        """`cache_bytes` where compressed rows lie so."""
+        return self.model.num_layers * self._bytes(self.pages, self.num_sequences, placement)
 
     @property
     def dense_bytes(self) -> int:
@@ -79,8 +91,12 @@ class CachePlan:
     @property
     def longest(self) -> int:
         """Tokens, whole pages, that each of the sequences can have; 0 where not even rings have room."""
+        tokens = self._longest("sharded")
+        return tokens if self._placement_for(tokens) == "sharded" else self._longest("replicated")
+
+    def _longest(self, placement: CmpPlacement) -> int:
         layers = self.model.num_layers
-        pages = (self.room_bytes - self.ring_bytes) // (layers * self._bytes(1, 0))
+        pages = (self.room_bytes - self.ring_bytes) // (layers * self._bytes(1, 0, placement))
         few, many = 0, max(0, pages) * self.cp_size + 1  # most_pages(few) <= pages < most_pages(many)
         while many - few > 1:
             middle = (few + many) // 2
@@ -95,15 +111,21 @@ class CachePlan:
         token = self.model.num_layers * self.num_sequences * self.dense_token_bytes
         return max(0, self.room_bytes // token) * self.cp_size
 
-    def as_data(self) -> dict[str, int | float | bool]:
+    def as_data(self) -> dict[str, int | float | bool | str]:
         names = (
             "num_tokens", "num_sequences", "cp_size", "token_bytes", "dense_token_bytes", "pages", "ring_bytes",
-            "cache_bytes", "dense_bytes", "weight_bytes", "room_bytes", "fits", "longest", "longest_dense",
+            "cmp_placement", "cache_bytes", "dense_bytes", "weight_bytes", "room_bytes", "fits", "longest",
+            "longest_dense",
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in names}
+        return found | {f"{x}_bytes": self.bytes_if(x) for x in get_args(CmpPlacement)}
 
-    def _bytes(self, pages: int, rings: int) -> int:
-        return rank_bytes(self.shape, self.cp_size, pages, rings, self.model.torch_dtype)
+    def _placement_for(self, num_tokens: int) -> CmpPlacement:
+        pages = most_pages(self._pages_of(num_tokens), self.num_sequences, self.cp_size)
+        return placement_of(None, pages * self.cp_size * self.shape.cfg.slc_block_len)
+
+    def _bytes(self, pages: int, rings: int, placement: CmpPlacement) -> int:
+        return rank_bytes(self.shape, self.cp_size, pages, rings, self.model.torch_dtype, placement)
 
     def _pages_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self.shape.cfg.slc_block_len)
@@ -139,6 +161,8 @@ def sentence(plans: Sequence[CachePlan]) -> str:
     plan = plans[0]
     tokens, times = f"{plan.num_tokens:,} tokens", plan.token_bytes / plan.dense_token_bytes
     what = tokens if plan.num_sequences == 1 else f"{plan.num_sequences} sequences of {tokens}"
+    if plan.cp_size > 1:
+        what += f" over {plan.cp_size} GPUs, compressed rows {plan.cmp_placement}"
     layers = plan.model.num_layers
     return (
         f"Inference, {what}: {plan.token_bytes:,.0f} bytes a token and layer, {times:.5g} of a dense cache's "

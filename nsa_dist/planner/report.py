@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from nsa_dist.planner.core.strategies import head_groups
 from nsa_dist.planner.fetching import fetching
 from nsa_dist.planner.inference import CachePlan
 from nsa_dist.planner.sweep import Candidate, Plan
@@ -40,6 +41,7 @@ def _candidate(plan: Plan, candidate: Candidate) -> dict[str, Any]:
         "replicas": candidate.replicas,
         "idle_gpus": candidate.idle_gpus,
         "load_imbalance": candidate.imbalance,
+        "head_groups": head_groups(candidate.shape.core, plan.options),
         "fits": candidate.fits(plan.cluster),
         "strategies": [
             {

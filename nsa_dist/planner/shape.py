@@ -3,12 +3,12 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from nsa_dist.cp.formulas.batches import call_plan
+from nsa_dist.cp.formulas.batches import batch_plan, call_plan
 from nsa_dist.cp.formulas.cost import HeadSizes
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.planner.core.sizes import Core
 from nsa_dist.train.config import TrainConfig
-from nsa_dist.train.heads import local_heads
+from nsa_dist.train.heads import local_heads, projected_width
 from nsa_dist.train.tokens.sets import padded_vocab_size
 
 
@@ -68,7 +68,9 @@ class Shape:
 
     @cached_property
     def call_plan(self) -> ShardPlan:
-        """Of the samples that one such call computes together."""
+        """Of the samples that one such call computes together: a micro-batch that is a pack has one call."""
+        if self.config.data.is_packed:
+            return batch_plan(self.plan, self.batch)
         return call_plan(self.plan, self.batch, self.heads.num_q_heads * self.heads.dim_k)
 
     @property
@@ -112,9 +114,7 @@ class Shape:
 
     @property
     def qkv_width(self) -> int:
-        """Columns of `linear_qkv`: queries, key/value pairs and gate logits."""
-        heads = self.heads
-        return heads.num_q_heads * (heads.dim_k + 3) + self.kv_pairs * heads.row_elements
+        return projected_width(self.config)
 
     @property
     def linear_parameters(self) -> int:

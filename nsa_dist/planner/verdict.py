@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from nsa_dist.planner.core.strategies import GIB, Strategy, domain_size
+from nsa_dist.planner.core.strategies import GIB, Strategy, domain_size, head_groups
 from nsa_dist.planner.core.time import ranks_per_node
 from nsa_dist.planner.knobs import turn_knobs
 from nsa_dist.planner.sweep import Candidate, Plan, make_plan
@@ -35,7 +35,7 @@ CAVEATS = (
 
 def verdict(plan: Plan) -> list[str]:
     """What to do and why, most important first."""
-    return [*_size(plan), *_room(plan), *_layout(plan), *_wire(plan), *_precision(plan)]
+    return [*_size(plan), *_room(plan), *_layout(plan), *_groups(plan), *_wire(plan), *_precision(plan)]
 
 
 def summary(plan: Plan) -> list[str]:
@@ -67,6 +67,16 @@ def break_even(plan: Plan, candidate: Candidate, how: str) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if slower(middle) else (middle, high)
     return low
+
+
+def _groups(plan: Plan) -> list[str]:
+    """In how many groups the kv heads will travel."""
+    best = plan.best
+    if best is None or best.cp_size == 1:
+        return []
+    count, asked = head_groups(best.shape.core, plan.options), plan.options.fetch.head_groups
+    why = "as configured" if asked else "by sizes and measured constants; calls in line take one"
+    return [f"Kv heads travel in {count} group{'s' * (count > 1)} at cp {best.cp_size}, {why}."]
 
 
 def _fits(plan: Plan) -> str:

@@ -10,11 +10,11 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from nsa_dist.config import layer_attentions
-from nsa_dist.cp.options import FetchOptions
 from nsa_dist.rope_scaling import Rotary
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.sections.data import LEAST_TASK_LENGTH, DataSection
 from nsa_dist.train.sections.nsa import NSASection
+from nsa_dist.train.sections.parallel import ParallelSection
 from nsa_dist.train.sections.section import Section, named
 
 VOCAB_SIZE = 256  # a token is a byte
@@ -88,77 +88,6 @@ class ModelSection(Section):
         return self
 
 
-class ParallelSection(Section):
-    """How many ways the model and the sequence are cut; what is left of the processes is data parallel."""
-
-    tensor_model_parallel_size: int = Field(default=1, ge=1, description="ranks that share heads and MLP of a layer")
-    pipeline_model_parallel_size: int = Field(default=1, ge=1, description="stages that the layers are cut into")
-    context_parallel_size: int = Field(default=1, ge=1, description="ranks that share the tokens of a sequence")
-    sequence_parallel: bool = Field(
-        default=False, description="tensor-parallel ranks share the tokens between attention and MLP, too"
-    )
-    layout: Literal["zigzag", "contiguous"] = Field(
-        default="zigzag", description="rank r of P holds chunks r and 2P-1-r of 2P; contiguous: chunk r of P"
-    )
-    kv_fetch_budget_bytes: int | None = Field(
-        default=None, description="bytes of other ranks' selected pages held at once; null: those of two head groups"
-    )
-    whole_shard_fraction: float = Field(
-        default=1.0,
-        description="from this share of a rank's blocks chosen on all of them are sent; read, each alone is as quick",
-    )
-    link_gb_per_s: float | None = Field(
-        default=None,
-        description="GB that a rank sends in a second; sets whole_shard_fraction where both ways are as quick",
-    )
-    keep_pages: bool = Field(default=False, description="keep fetched pages for backward instead of fetching again")
-    head_groups: int | None = Field(
-        default=None,
-        description="kv heads travel in so many groups, each under others' work; null: 4, or 1 in short calls",
-    )
-    transport: Literal["auto", "one_sided", "all_to_all"] = Field(
-        default="auto",
-        description="ranks read each other's GPU memory, or send by collectives; auto: they read where they can",
-    )
-    domain_size: int | None = Field(
-        default=None,
-        description="so many consecutive context-parallel ranks are near, as on one node; a page enters them once",
-    )
-
-    @model_validator(mode="after")
-    def _check_fetch(self) -> "ParallelSection":
-        self.fetch_options().domain_of(self.context_parallel_size)
-        return self
-
-    def fetch_options(self) -> FetchOptions:
-        """How the selected branch moves the blocks that other context-parallel ranks hold."""
-        others: dict[str, Any] = {
-            "kv_fetch_budget_bytes": self.kv_fetch_budget_bytes,
-            "keep_pages": self.keep_pages,
-            "head_groups": self.head_groups,
-            "transport": self.transport,
-            "domain_size": self.domain_size,
-        }
-        if self.link_gb_per_s is None:
-            return FetchOptions(whole_shard_fraction=self.whole_shard_fraction, **others)
-        if self.link_gb_per_s <= 0:
-            raise ValueError(
-                f"link_gb_per_s={self.link_gb_per_s:g} must be positive, because the time of sending is compared; pass "
-                f"what one rank sends in a second in GB, `nsa-dist bench cp --gpus all` measures it, or null"
-            )
-        if self.whole_shard_fraction != 1.0:
-            raise ValueError(
-                f"link_gb_per_s={self.link_gb_per_s:g} and whole_shard_fraction={self.whole_shard_fraction:g} are both "
-                f"given, but the first sets the second; leave one of them out"
-            )
-        return FetchOptions.for_link(1e9 * self.link_gb_per_s, **others)
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Processes that hold one replica of the model and one sequence."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-
-
 class OptimizerSection(Section):
     """AdamW with a warmup and a decay, counted in steps."""
 
@@ -197,7 +126,8 @@ class RunSection(Section):
     seed: int = Field(default=1234, ge=0, description="of the initial weights and of the order of samples")
     start_from: Path | None = Field(
         default=None,
-        description="folder of the first weights, that nsa-dist convert or export wrote; null: they are drawn",
+        description="where the first weights come from: another run's output_dir, or a folder that nsa-dist convert or "
+        "export wrote; null: they are drawn",
     )
     resume: bool = Field(default=False, description="go on from the last checkpoint in output_dir")
     overwrite: bool = Field(default=False, description="start afresh in an output_dir that holds a run, removing it")
@@ -248,6 +178,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check_sections_together(self) -> "TrainConfig":
         _check_sequence(self)
+        _check_pack_order(self)
         _check_positions(self)
         _check_task_lengths(self)
         _check_model_parallel(self)
@@ -305,6 +236,24 @@ def _check_sequence(config: TrainConfig) -> None:
             f"sequence_length={length} must be a multiple of {formula} * slc_block_len = {chunks} * {block} = "
             f"{chunks * block}, so that every rank holds whole selection blocks; "
             f"take sequence_length={_round_up(length, chunks * block)}"
+        )
+
+
+def _check_pack_order(config: TrainConfig) -> None:
+    parallel = config.parallel
+    if parallel.pack_order == "sequence":
+        return
+    if not config.data.is_packed or parallel.layout != "zigzag":
+        raise ValueError(
+            f"pack_order=documents with documents={config.data.documents} and layout={parallel.layout}: it makes a "
+            f"zigzag of each packed document, and there is none; leave it out, or take documents=packed and "
+            f"layout=zigzag"
+        )
+    if parallel.pipeline_model_parallel_size > 1 and parallel.context_parallel_size > 1:
+        raise ValueError(
+            f"pack_order=documents with pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}: every "
+            f"micro-batch has another length with the padding of its documents, and stages hand on one length; take "
+            f"pack_order=sequence"
         )
 
 

@@ -14,3 +14,9 @@ def local_heads(config: TrainConfig) -> HeadSizes:
         dim_v=model.head_dim,
         element_bytes=2 if config.run.dtype == "bf16" else 4,
     )
+
+
+def projected_width(config: TrainConfig) -> int:
+    """Columns of an NSA layer's `linear_qkv` on one rank: queries, key/value pairs and gate logits."""
+    heads, pairs = local_heads(config), 1 if config.nsa.shared_kv else 3
+    return heads.num_q_heads * (heads.dim_k + 3) + pairs * heads.row_elements

@@ -12,6 +12,7 @@ _SIZES = "the checkpoint's weights have these sizes"
 _DRAWN = "the weights were drawn with it"
 _ATTENTION = "the model was trained to attend so"
 _TASKS = "samples of tasks are drawn by it, in between those of text"
+_DOCUMENTS = "the model was trained to see so far, and no further"
 _CORPUS = "the corpus of the run was packed with it"
 
 FIXED: dict[str, str] = {
@@ -45,15 +46,17 @@ FIXED: dict[str, str] = {
     "nsa.rope_scaling": _ATTENTION,
     "nsa.no_rope_freq": _ATTENTION,
     "nsa.gate_bias": _SIZES,
-    "data.folder": _CORPUS,  # these may, if the same texts come of it: `prepare`
+    "data.folder": _CORPUS,
     "data.pattern": _CORPUS,
     "data.validation_fraction": _CORPUS,
     "data.max_file_bytes": _CORPUS,
-    "data.tokens": "the run was begun on these tokens",  # elsewhere they may lie
+    "data.tokens": "the run was begun on these tokens",
+    "data.documents": _DOCUMENTS,
     "data.tasks": _TASKS,
     "data.task_lengths": _TASKS,
 }
-OF_TEXTS = {key for key in FIXED if key.startswith("data.") and FIXED[key] != _TASKS}  # may, if they are the same texts
+# These may, if the same texts or tokens come of them: `prepare`.
+OF_TEXTS = {"data.folder", "data.pattern", "data.validation_fraction", "data.max_file_bytes", "data.tokens"}
 
 # These change nothing that a step computes from the same samples (to rounding), or are meant to be changed on the way.
 FREE = {
@@ -62,13 +65,14 @@ FREE = {
     "run.checkpoint_interval", "run.keep_checkpoints", "run.log_interval", "run.not_finite",
     "run.not_finite_limit", "run.health_interval", "run.replica_check_interval", "model.recompute_attention",
     "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size", "parallel.context_parallel_size",
-    "parallel.sequence_parallel", "parallel.layout", "parallel.kv_fetch_budget_bytes", "parallel.whole_shard_fraction",
-    "parallel.link_gb_per_s", "parallel.keep_pages", "parallel.head_groups", "parallel.transport",
-    "parallel.domain_size",
+    "parallel.sequence_parallel", "parallel.layout", "parallel.pack_order", "parallel.kv_fetch_budget_bytes",
+    "parallel.whole_shard_fraction", "parallel.link_gb_per_s", "parallel.keep_pages", "parallel.head_groups",
+    "parallel.transport", "parallel.domain_size",
     "optimizer.lr", "optimizer.min_lr", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.weight_decay",
     "optimizer.clip_grad", "optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_eps",
 }  # fmt: skip
 FREE_SECTIONS = {"launch"}  # the launcher's: where and how the processes run
+EARLIER = {"data.documents": "whole"}  # what a key stood for in runs from before there was one
 INSTRUCTIONS = {"run.output_dir", "run.resume", "run.overwrite"}  # what to do with the folder, and where it is
 
 
@@ -90,8 +94,11 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """{key: (old, new)} of the keys that may not change. A key that a run began without had its default."""
-    defaults = identity(TrainConfig(run=RunSection(output_dir=config.run.output_dir)))
+    """{key: (old, new)} of the keys that may not change.
+
+    A key that a run began without had its default, or what `EARLIER` says.
+    """
+    defaults = {**identity(TrainConfig(run=RunSection(output_dir=config.run.output_dir))), **EARLIER}
     pairs = {key: (old.get(key, defaults[key]), new) for key, new in identity(config).items()}
     return {key: (was, now) for key, (was, now) in pairs.items() if was != now}
 

@@ -4,7 +4,6 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +14,8 @@ from nsa_dist.train import checkpoint
 from nsa_dist.train.checkpoint import Position
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.data.batches import BatchCutter, Datasets, build_datasets, sequence_plan
-from nsa_dist.train.export.start import fill
+from nsa_dist.train.data.packs import Packer
+from nsa_dist.train.export.start import FirstWeights, first_weights
 from nsa_dist.train.files import notices
 from nsa_dist.train.files.intact import Intact, newest_intact
 from nsa_dist.train.files.metrics import MetricsLog
@@ -59,19 +59,20 @@ def train(config: TrainConfig, hooks: Hooks, device: torch.device) -> TrainResul
     with entered(config, device) as world, naming_the_missing():
         world.agreed(lambda: prepare_output(config))
         intact = newest_intact(output, world)
+        begun = first_weights(config, world) if intact.path is None else FirstWeights()
         if world.is_main:
-            for text in intact.notices:
+            for text in (*intact.notices, *begun.notices):
                 hooks.on_notice(text)
         datasets = build_datasets(config, output, world)
-        cutter = BatchCutter(config, world, sequence_plan(config))
-        begins_with_folder = intact.path is None and config.run.start_from is not None
         with notices.collected(GPTModel.__module__) as texts:
-            model = build(config, world, partial(fill, config=config) if begins_with_folder else None)
+            model = build(config, world, begun.fill)
         if world.is_main:
             for text in notices.not_given_yet(output, texts):
                 hooks.on_notice(text)
+        packer = Packer(model.config, world) if config.data.is_packed else None
+        cutter = BatchCutter(config, world, sequence_plan(config), packer)
         first = Position() if intact.path is None else checkpoint.restore(model, intact.path)
-        meter = TrafficMeter(config, cutter.plan, world.transport.name == "one_sided")
+        meter = TrafficMeter(config, cutter.plan, world.cp.rank, world.transport.name == "one_sided")
         monitor = Monitor(config, world, model, cutter)
         run = _Run(config, hooks, output, world, model, cutter, datasets, meter, monitor, Patience(config.run))
         with run.logging(first.step):
@@ -187,6 +188,8 @@ class _Run:
                 "layout": parallel.layout,
                 "load_imbalance": self.meter.load_imbalance,
                 **asdict(parallel.fetch_options()),
+                "head_groups": self.meter.head_groups,
+                "head_groups_by_sizes": parallel.head_groups is None,
                 "transport": str(self.world.transport),
                 "link_gb_per_s": parallel.link_gb_per_s,
             }
@@ -245,7 +248,8 @@ class _Run:
         blocks = selected_blocks(self.model, self.cutter, self.datasets.validation, self.world)
         if self.world.is_main and blocks is not None:
             layer = max(n for n, kind in enumerate(first_stage, 1) if kind == "nsa")
-            where = f"layer {layer}, first head, a validation sequence"
+            what = "document" if self.config.data.is_packed else "sequence"
+            where = f"layer {layer}, first head, a validation {what}"
             plot_selection(blocks, self.config.nsa.sizes(), where, self.output.root / "selection.png")
 
 

@@ -137,6 +137,7 @@ def transformer_config(config: TrainConfig, world: World) -> NSATransformerConfi
         qk_l2_norm=model.qk_norm == "l2",
         layernorm_epsilon=model.norm_eps,
         nsa_layout=parallel.layout,
+        nsa_pack_order=parallel.pack_order,
         nsa_fetch=parallel.fetch_options(),
         **(recompute if model.recompute_attention else {}),
     )

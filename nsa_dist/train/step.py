@@ -54,7 +54,8 @@ def train_step(
     model.module.zero_grad_buffer()
     model.optimizer.zero_grad()
     with meter.counting(model) as counted:
-        totals = _forward_backward(model, cutter, dataset, first, forward_only=False)
+        batches = meter.noting(cutter.micro_batches(dataset, first))
+        totals = _forward_backward(model, cutter, batches, forward_only=False)
     lr = model.optimizer.param_groups[0]["lr"]
     sent = meter.pack(model, counted).to(world.device)
     results: list[StepResult] = []
@@ -64,7 +65,7 @@ def train_step(
         row = torch.cat([totals, torch.tensor(told, dtype=torch.float64, device=world.device), sent])
         loss_sum, num_tokens, stop, bad, *traffic = world.sum(row).tolist()
         shown = grad_norm if not bad or not math.isfinite(grad_norm) else math.nan  # another rank's was not finite
-        results.append(StepResult(loss_sum / num_tokens, shown, lr, stop > 0, traffic))
+        results.append(StepResult(_mean(loss_sum, num_tokens), shown, lr, stop > 0, traffic))
         return results[0].is_finite
 
     with asked_before(model.optimizer, may_move):
@@ -78,22 +79,27 @@ def evaluate(model: Trainable, cutter: BatchCutter, dataset: SampleSource, num_b
     """Mean loss in nats per token over the first `num_batches` global batches of `dataset`."""
     model.module.eval()
     size = cutter.config.run.global_batch_size
-    batches = [_forward_backward(model, cutter, dataset, i * size, forward_only=True) for i in range(num_batches)]
-    loss_sum, num_tokens = world.sum(torch.stack(batches).sum(0)).tolist()
-    return loss_sum / num_tokens
+    firsts = range(0, num_batches * size, size)
+    sums = [_forward_backward(model, cutter, cutter.micro_batches(dataset, n), forward_only=True) for n in firsts]
+    loss_sum, num_tokens = world.sum(torch.stack(sums).sum(0)).tolist()
+    return _mean(loss_sum, num_tokens)
 
 
-def _forward_backward(
-    model: Trainable, cutter: BatchCutter, dataset: SampleSource, first: int, forward_only: bool
-) -> Tensor:
+def _mean(loss_sum: float, num_tokens: float) -> float:
+    """NaN where no token has a label of its own document: nothing can be learnt of such a batch."""
+    return loss_sum / num_tokens if num_tokens else math.nan
+
+
+def _forward_backward(model: Trainable, cutter: BatchCutter, batches: Iterator[Batch], forward_only: bool) -> Tensor:
     """[loss sum, tokens] of this process, fp64; zeros where the pipeline stage computes no loss."""
+    rows, length = cutter.shape
     micro_losses = get_forward_backward_func()(
         forward_step_func=_forward_step,
-        data_iterator=cutter.micro_batches(dataset, first),
+        data_iterator=batches,
         model=model.module,
         num_microbatches=cutter.num_micro_batches,
-        seq_length=cutter.config.run.sequence_length,
-        micro_batch_size=cutter.config.run.micro_batch_size,
+        seq_length=length,
+        micro_batch_size=rows,
         forward_only=forward_only,
     )
     totals = torch.zeros(2, dtype=torch.float64, device=cutter.world.device)
@@ -102,8 +108,10 @@ def _forward_backward(
 
 def _forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
     batch = next(batches)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return output, partial(_loss, batch["loss_mask"])
+    output = model(
+        batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=batch.packed_seq_params
+    )
+    return output, partial(_loss, batch.loss_mask)
 
 
 def _loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

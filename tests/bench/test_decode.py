@@ -77,15 +77,24 @@ def test_what_does_not_fit_is_left_out(tmp_path):
     assert left_out["what"] == "batch 1, 90"
 
 
-def over_two(comm):
+def over_two(comm, placement=None, **options):
     place = SimpleNamespace(num_ranks=comm.size)
     world = SimpleNamespace(place=place, device=torch.device("cpu"), comm=lambda _: comm)
-    return DecodeOverRanks(DecodeCase(2, 300, (2, 1, 16, 16), "fp32"))(world)
+    return DecodeOverRanks(DecodeCase(2, 300, (2, 1, 16, 16), "fp32", **options), placement)(world)
 
 
-def test_over_ranks_it_is_one_ranks():
-    for row in run_threads(2, over_two):
+@pytest.mark.parametrize(
+    ("placement", "options", "found", "exchanges"),
+    [
+        ("sharded", {}, "sharded", 3),
+        ("replicated", {}, "replicated", 1),
+        (None, {"fp8": True}, "replicated", 1),
+    ],
+)
+def test_over_ranks_it_is_one_ranks(placement, options, found, exchanges):
+    for row in run_threads(2, lambda comm: over_two(comm, placement, **options)):
         assert row["wrong"] is None
+        assert (row["cmp_placement"], row["exchanges"]) == (found, exchanges)
         assert row["error"] < 1e-5
         assert (row["other_blocks"], row["rows"]) == (0, 2)
         assert row["call_s"] > 0
@@ -108,7 +117,9 @@ def test_over_ranks_what_differs_is_wrong(monkeypatch):
 def test_over_processes(tmp_path, capsys):
     assert main([*ON_A_CPU, "--ranks", "2", "--out", str(tmp_path)]) == exit_codes.OK
     cases = json.loads((tmp_path / "decode-ranks.json").read_text())["cases"]
-    assert [row["case"] for row in cases] == ["batch 1, 90", "batch 2, 90"]
+    assert [(row["case"], row["cmp_placement"]) for row in cases] == [
+        (case, placement) for case in ("batch 1, 90", "batch 2, 90") for placement in ("replicated", "sharded")
+    ]
     assert all(len(row["ranks"]) == 2 and row["call_s"] > 0 for row in cases)
     assert (tmp_path / "decode-ranks.txt").read_text() in capsys.readouterr().out
 
@@ -120,6 +131,8 @@ def test_over_processes(tmp_path, capsys):
         (["--batch", "0"], "give for example"),
         (["--device", "cuda"], "cpu"),
         (["--ranks", "1"], "leave --ranks out"),
+        (["--cmp-placement", "sharded"], "leave it out, or give --gpus all"),
+        (["--ranks", "2", "--cmp-placement", "sharded", "--fp8"], "leave one of them out"),
     ],
 )
 def test_refusals(words, remedy, tmp_path, capsys, monkeypatch):

@@ -9,6 +9,7 @@ from dense_models import LLAMA, QWEN3, drawn, logits, write_folder
 from nsa_dist import NSAConfig
 from nsa_dist.convert.dense import read_dense
 from nsa_dist.convert.nsa import converted
+from nsa_dist.convert.write import write_dense
 from nsa_dist.inference.folder import load_model, save_model
 
 MODELS = {"llama": (LLAMA, 1), "qwen3": (QWEN3, 3)}
@@ -43,9 +44,23 @@ def test_phi_begins_near_the_mean(tmp_path):
 def test_sizes_are_those_of_the_folder(tmp_path):
     dense = read_dense(write_folder(tmp_path / "dense", LLAMA, drawn(LLAMA)))
     assert dense.not_read == ("initializer_range",)
-    config = converted(dense, NSAConfig(window_len=64), tokenizer="bytes").config
-    assert (config.end_of_document, config.tokenizer, config.dtype, config.nsa.window_len) == (7, "bytes", "fp32", 64)
+    config = converted(dense, NSAConfig(window_len=64)).config
+    assert (config.end_of_document, config.tokenizer, config.dtype) == (7, "huggingface", "fp32")
+    assert config.nsa.window_len == 64
     assert (config.rope_scaling, config.gate_bias) == (LLAMA["rope_scaling"], True)
+
+
+@pytest.mark.parametrize(("config", "files"), MODELS.values(), ids=MODELS)
+def test_what_is_written_is_what_was_read(tmp_path, config, files):
+    dense = read_dense(write_folder(tmp_path / "first", config, drawn(config), files))
+    dense = dense._replace(tokenizer="bytes", sequence_length=4096)
+    write_dense(dense, tmp_path / "second")
+    again = read_dense(tmp_path / "second")
+    for name in dense.weights:
+        assert torch.equal(again.weights[name], dense.weights[name])
+    assert again._replace(weights={}, not_read=()) == dense._replace(weights={}, not_read=())
+    assert again.weights.keys() == dense.weights.keys()
+    assert (tmp_path / "second/tokenizer.json").is_file()
 
 
 WRONG = {

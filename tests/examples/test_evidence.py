@@ -13,7 +13,7 @@ import pytest
 from nsa_launch.config import load
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs/evidence").glob("*.yaml"))
+CONFIGS = ROOT / "configs/evidence"
 COPY = ROOT / "configs/evidence/copy-cpu.yaml"
 
 
@@ -25,14 +25,18 @@ def example(name: str, monkeypatch) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_configurations_train_both_kinds(path):
     for attention in ("nsa", "dense"):
         config = load(path, [f"model.attention={attention}"])
         assert config.world_size == 1
-        assert config.run.sequence_length > config.nsa.window_len * 2, "what is asked for stands behind the window"
-        blocks = config.run.sequence_length // config.nsa.slc_block_len
-        assert blocks >= 2 * config.nsa.num_slc_blocks, "half of what is there is not selected"
+        assert_asks_for_what_is_far(config)
+
+
+def assert_asks_for_what_is_far(config) -> None:
+    assert config.run.sequence_length > config.nsa.window_len * 2, "what is asked for stands behind the window"
+    blocks = config.run.sequence_length // config.nsa.slc_block_len
+    assert blocks >= 2 * config.nsa.num_slc_blocks, "half of what is there is not selected"
 
 
 CHILD = """
@@ -99,6 +103,44 @@ def test_pictures_are_of_the_runs_that_ended(compared, tmp_path, monkeypatch, ca
     drawn = {path.name: matplotlib.image.imread(path) for path in (tmp_path / "drawn").iterdir()}
     assert drawn.keys() == {"losses.png", "answers.png", "copy.png", "recall.png"}
     assert all(picture.std() > 0.01 for picture in drawn.values())
+
+
+def test_stages_follow_one_another_and_are_drawn_apart(tmp_path, monkeypatch):
+    """The run of seed 2 with NSA fails, and nothing follows it."""
+    compare, pictures = example("compare", monkeypatch), example("pictures", monkeypatch)
+    begun_with = {}
+
+    def command(run) -> list[str]:
+        begun_with[run.name] = run.before and run.before.folder
+        fails = run.attention == "nsa" and run.seed == 2
+        return [sys.executable, "-c", CHILD, str(run.folder), run.attention, str(3 * fails)]
+
+    monkeypatch.setattr(compare.Run, "command", property(command))
+    (tmp_path / "longer.yaml").write_text("run: {steps: 40, sequence_length: 512}\ndata: {task_lengths: [512]}\n")
+    words = [str(COPY), "--then", str(tmp_path / "longer.yaml"), "--out", str(tmp_path / "out"), "--seeds", "1", "2"]
+    assert compare.main([*words, "--commit", "abc", "--at-once", "2"]) == 1
+    lines = [json.loads(line) for line in (tmp_path / "out/results.jsonl").open()]
+    ended = {(each["experiment"], each["attention"], each["seed"]) for each in lines}
+    assert ended == {
+        *(("copy-cpu", attention, seed) for attention in ("dense", "nsa") for seed in (1, 2)),
+        ("longer", "dense", 1), ("longer", "nsa", 1), ("longer", "dense", 2),
+    }  # fmt: skip
+    assert begun_with["dense-seed1-longer"] == tmp_path / "out/dense-seed1"
+    stage = load(tmp_path / "out/longer.yaml", [])
+    assert (stage.run.steps, stage.run.sequence_length, stage.run.global_batch_size) == (40, 512, 16)
+    assert stage.data.tasks == {"copy": 1.0}
+    assert pictures.main([str(tmp_path / "out/results.jsonl"), "--out", str(tmp_path / "drawn")]) == 0
+    assert {path.parent.name for path in (tmp_path / "drawn").rglob("losses.png")} == {"copy-cpu", "longer"}
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({path.parent for path in CONFIGS.rglob("*.yaml")} - {CONFIGS}), ids=lambda p: p.name
+)
+def test_stages_lead_to_what_is_asked(folder, tmp_path, monkeypatch):
+    stages = example("compare", monkeypatch)._stages(sorted(folder.glob("*.yaml")), tmp_path)
+    lengths = [load(stage, ["model.attention=dense"]).run.sequence_length for stage in stages]
+    assert lengths == sorted(lengths)
+    assert_asks_for_what_is_far(load(stages[-1], ["model.attention=nsa"]))
 
 
 def test_curves_are_met_where_all_seeds_have_them(monkeypatch):

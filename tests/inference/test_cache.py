@@ -278,9 +278,3 @@ def test_pages_in_fp8(kind):
 def test_page_formats_that_are_refused(options, remedy):
     with pytest.raises(ValueError, match=remedy):
         NSACache(SMALL, 2, 8, 8, 4, **options)
-
-
-def test_fp8_over_ranks_is_refused():
-    cache = NSACache(SMALL, 2, 8, 8, 4, page_dtype=torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match="make the NSACache without page_dtype"):
-        cache.hold_over_ranks(cache.storage, 2)

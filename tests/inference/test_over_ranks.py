@@ -1,6 +1,7 @@
 """The cache over ranks against training's forward in fp64: ranks are processes over gloo, or threads."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from inference.test_decode import KernelPlay
 from inference_cases import CONFIGS, Case
 from nsa_dist import BranchKV, NSAConfig, ShardPlan
 from nsa_dist.cp.comm import Comm
-from nsa_dist.inference import CacheFullError, nsa_decode, nsa_prefill
+from nsa_dist.inference import CacheFullError, NSACache, nsa_decode, nsa_prefill
 from nsa_dist.inference.model import GPT, GPTConfig
-from nsa_dist.inference.over_ranks.storage import following_cells
+from nsa_dist.inference.over_ranks.storage import following_cells, placement_over
 from nsa_dist.inference.over_ranks.traffic import decode_bytes
-from rank_cache_cases import RankPlay, over_processes, prefilled
+from rank_cache_cases import PLACEMENTS, RankPlay, over_processes, prefilled
 from ranks import run_ranks
 from thread_ranks import ThreadComm, run_threads
+
+BOTH = pytest.mark.parametrize("placement", PLACEMENTS)
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -25,28 +28,30 @@ def test_teacher_forcing_over_processes_is_training(world_size):
     """Over every number of ranks up to that; threads stand for three and four below."""
     answers = run_ranks(world_size, over_processes, world_size)
     out, blocks = Case.of(70, SMALL, "mlp", False, seed=3).trained(range(70))
-    for size in range(1, world_size + 1):
+    for size, placement in product(range(1, world_size + 1), PLACEMENTS):
         for rank in range(size):
-            found = [torch.cat(x) for x in zip(*answers[rank][size], strict=True)]
+            mine, first = (answers[r][size, placement] for r in (rank, 0))
+            found = [torch.cat(x) for x in zip(*mine, strict=True)]
             torch.testing.assert_close(found[0], out, rtol=0, atol=1e-10)
             assert torch.equal(found[1], blocks)
-            assert all(torch.equal(a[0], b[0]) for a, b in zip(answers[rank][size], answers[0][size], strict=True))
+            assert all(torch.equal(a[0], b[0]) for a, b in zip(mine, first, strict=True))
 
 
-def play_over_ranks(seed: int, **sizes: int) -> None:
-    run_threads(seed % 4 + 1, lambda comm: RankPlay(comm, seed, **sizes).run())
+def play_over_ranks(seed: int, placement: str, **sizes: int) -> None:
+    run_threads(seed % 4 + 1, lambda comm: RankPlay(comm, seed, **sizes, placement=placement).run())
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_drawn_cases(seed):
-    play_over_ranks(seed, most=120, steps=10)
+@BOTH
+@pytest.mark.parametrize("seed", range(8))
+def test_drawn_cases(seed, placement):
+    play_over_ranks(seed, placement, most=120, steps=10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hundred", range(4))
 def test_four_hundred_drawn_cases(hundred):
     for seed in range(1000 + 100 * hundred, 1100 + 100 * hundred):
-        play_over_ranks(seed, most=3000 if seed % 20 == 0 else 400, steps=14)
+        play_over_ranks(seed, PLACEMENTS[seed // 4 % 2], most=3000 if seed % 20 == 0 else 400, steps=14)
 
 
 class RankKernelPlay(RankPlay):
@@ -58,32 +63,41 @@ class RankKernelPlay(RankPlay):
 
 
 @pytest.mark.slow
+@BOTH
 @pytest.mark.parametrize("seed", [0, 1, 5])  # over 2, 3 and 4 ranks
-def test_drawn_cases_by_kernels(seed):
-    run_threads(seed % 3 + 2, lambda comm: RankKernelPlay(comm, seed, most=80, steps=6).run())
+def test_drawn_cases_by_kernels(seed, placement):
+    run_threads(seed % 3 + 2, lambda comm: RankKernelPlay(comm, seed, 80, 6, placement).run())
 
 
-@pytest.mark.parametrize("cfg", CONFIGS[:3])
-def test_ties_go_to_the_lower_block_wherever_it_lies(cfg):
+@BOTH
+@pytest.mark.parametrize("cfg", [CONFIGS[0], pytest.param(CONFIGS[1], marks=pytest.mark.slow), CONFIGS[2]])
+def test_ties_go_to_the_lower_block_wherever_it_lies(cfg, placement):
     """Keys of zero: every score is 0, and every importance but the last one's the same."""
     case = Case.of(64, cfg, "mean", False, seed=4)
     case.inputs.kv = case.inputs.kv._replace(k_cmp=torch.zeros_like(case.inputs.kv.k_cmp).detach())
     expected = case.trained(range(64))[1]
 
     def forced(comm):
-        cache = case.cache(40)
+        cache = case.cache(40, cmp_placement=placement)
         seq = cache.new_sequence()
-        found = [
-            nsa_decode(*case.batch([[t]]), cache, [seq], cp_group=comm, return_block_indices=True)[1] for t in range(64)
-        ]
-        return torch.cat([blocks[0] for blocks in found])
+        steps = [list(range(t, t + 4)) for t in range(0, 64, 4)]
+        found = [nsa_decode(*case.batch([t]), cache, [seq], cp_group=comm, return_block_indices=True) for t in steps]
+        return torch.cat([blocks[0] for _, blocks in found])
 
     for blocks in run_threads(3, forced):
         assert torch.equal(blocks, expected)
 
 
-@pytest.mark.parametrize("ops", [None, nsa_kernels])
-def test_single_precision_is_near(ops):
+@pytest.mark.parametrize(
+    ("ops", "placement"),
+    [
+        (None, "sharded"),
+        (nsa_kernels, "replicated"),
+        pytest.param(nsa_kernels, "sharded", marks=pytest.mark.slow),
+        pytest.param(None, "replicated", marks=pytest.mark.slow),
+    ],
+)
+def test_single_precision_is_near(ops, placement):
     """The operators for CPUs, and Triton's kernels in the interpreter, against the fp64 of training."""
     case = Case.of(90, NSAConfig(32, 16, 64, 3, 1, 1, 40), "mean", False, seed=5, heads=(2, 1, 16, 16))
     expected, expected_blocks = case.trained(range(90))
@@ -92,7 +106,7 @@ def test_single_precision_is_near(ops):
         return rows[0].float(), BranchKV(*(x.float() for x in rows[1])), rows[2].float()
 
     def work(comm):
-        cache = case.cache(3, torch.float32)
+        cache = case.cache(3, torch.float32, cmp_placement=placement)
         seq = cache.new_sequence()
         plan = ShardPlan.zigzag([0, 80], comm.size)
         first = prefilled(single(case.rows(range(80))), cache, [seq], plan, comm, ops=ops)
@@ -105,11 +119,12 @@ def test_single_precision_is_near(ops):
         assert torch.equal(blocks, expected_blocks)
 
 
-def test_a_full_rank_refuses_on_all_and_leaves_everything_as_it_was():
+@BOTH
+def test_a_full_rank_refuses_on_all_and_leaves_everything_as_it_was(placement):
     case = Case.of(200, SMALL, "mlp", False, seed=6)
 
     def work(comm):
-        cache = case.cache(2)  # 4 pages of 16 tokens over 2 ranks
+        cache = case.cache(2, cmp_placement=placement)  # 4 pages of 16 tokens over 2 ranks
         a, b = cache.new_sequence(), cache.new_sequence()
         nsa_decode(*case.batch([[0], [1]]), cache, [a, b], cp_group=comm)
         nsa_decode(*case.batch([list(range(8))]), cache, [a], cp_group=comm)
@@ -125,13 +140,14 @@ def test_a_full_rank_refuses_on_all_and_leaves_everything_as_it_was():
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
 
 
-def test_nan_of_a_sequence_reaches_no_other():
+@BOTH
+def test_nan_of_a_sequence_reaches_no_other(placement):
     case = Case.of(60, NSAConfig(16, 4, 8, 6, 2, 2, 33), "mlp", False, seed=8)
     expected = case.trained(range(60))[0]
     q, *kv, gates = (torch.full_like(x, math.nan).detach() for x in case.inputs.leaves())
 
     def work(comm):
-        cache = case.cache(8)
+        cache = case.cache(8, cmp_placement=placement)
         seq = cache.new_sequence()
         prefilled((q, BranchKV(*kv), gates), cache, [seq], ShardPlan.zigzag([0, 60], 3, 8), comm)
         cache.free(seq)
@@ -146,11 +162,12 @@ def test_nan_of_a_sequence_reaches_no_other():
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
 
 
-def test_what_differs_between_ranks_is_refused_on_all():
+@BOTH
+def test_what_differs_between_ranks_is_refused_on_all(placement):
     case = Case.of(20, SMALL, "mean", False, seed=9)
 
     def work(comm):
-        cache = case.cache(2)
+        cache = case.cache(2, cmp_placement=placement)
         seq = cache.new_sequence()
         with pytest.raises(ValueError, match=r"given different tokens or sequences.*a broadcast of the drawn token"):
             nsa_decode(*case.batch([[comm.rank]]), cache, [seq], cp_group=comm)
@@ -187,14 +204,15 @@ def test_refusals():
     run_threads(2, work)
 
 
-def test_a_model_over_ranks_says_what_it_says_alone():
+@BOTH
+def test_a_model_over_ranks_says_what_it_says_alone(placement):
     torch.manual_seed(0)
     model = GPT(GPTConfig(2, 32, 4, 2, 8, 48, SMALL, rotary_base=100.0)).requires_grad_(False).double()
     tokens = torch.randint(0, 256, (70,))
     expected = model(tokens)
 
     def work(comm):
-        cache = model.make_cache(80)
+        cache = model.make_cache(80, cmp_placement=placement)
         seq, found = cache.new_sequence(), []
         for start, stop in ((0, 40), (40, 62)):
             plan = ShardPlan.zigzag([0, stop - start], comm.size, 16)
@@ -220,28 +238,110 @@ def test_a_group_of_one_is_none():
 
 @pytest.mark.parametrize("cfg", [NSAConfig(), *CONFIGS])
 def test_bytes(cfg):
-    """Of a rank what one has alone, and the keys that follow its pages."""
+    """Of a rank what one has alone, and the keys that follow its pages, or the compressed rows of the other's."""
     case = Case.of(20, cfg, "mean", False, seed=12)
 
     def work(comm):
-        cache = case.cache(6)
-        alone, seq = cache.num_bytes(), cache.new_sequence()
-        nsa_decode(*case.batch([[0]]), cache, [seq], cp_group=comm)
-        rings = cache.shape.num_bytes(0, 1, torch.float64)
-        assert cache.num_bytes() == alone + rings + 6 * sum(following_cells(cache.shape)) * 2 * 8 * 8
+        sharded, replicated = (case.cache(6, cmp_placement=x) for x in ("sharded", "replicated"))
+        alone, rings = sharded.num_bytes(), sharded.shape.num_bytes(0, 1, torch.float64)
+        for cache in (sharded, replicated):
+            nsa_decode(*case.batch([[0]]), cache, [cache.new_sequence()], cp_group=comm)
+        assert sharded.num_bytes() == alone + rings + 6 * sum(following_cells(sharded.shape)) * 2 * 8 * 8
+        assert replicated.num_bytes() == alone + rings + 6 * cfg.slc_block_len // cfg.cmp_stride * 2 * (8 + 6) * 8
 
     run_threads(2, work)
 
 
-def test_what_a_step_sends():
+@BOTH
+def test_what_a_step_sends(placement):
     case = Case.of(40, SMALL, "mlp", False, seed=13)
 
     def work(comm):
-        cache = case.cache(9)
+        cache = case.cache(9, cmp_placement=placement)
         seqs = [cache.new_sequence(), cache.new_sequence()]
+        sizes = {"num_q_heads": 4, "num_sequences": 2, "new": 3, "cp_size": 3, "dtype": torch.float64}
         nsa_decode(*case.batch([[0, 1, 2], [3, 4, 5]]), cache, seqs, cp_group=comm)
-        expected = decode_bytes(cache.shape, num_q_heads=4, num_sequences=2, new=3, cp_size=3, dtype=torch.float64)
+        expected = decode_bytes(cache.shape, **sizes, placement=placement)
         assert dict(comm.traffic.sent_bytes) == expected
-        assert expected["lse"] == 2 * (6 * 4 * 8 + 5 * 8)
+        if placement == "sharded":
+            assert expected["lse"] == 2 * (6 * 4 * 8 + 5 * 8)
+        else:
+            assert expected == {"partials": 2 * (6 * 4 * 7 * 8 + 5 * 8)}
 
     run_threads(3, work)
+
+
+@pytest.mark.parametrize(
+    ("num_pages", "given", "found"),
+    [
+        (4, None, "replicated"),
+        (4, "sharded", "sharded"),
+        (2**14 + 2**10, None, "replicated"),
+        (2**14 + 2**10 + 1, None, "sharded"),
+        (2**14 + 2**10 + 1, "replicated", "replicated"),
+    ],
+)
+def test_compressed_keys_lie_on_every_rank_up_to_a_million_tokens(num_pages, given, found):
+    """Of all ranks and sequences; asked for, they lie as they should."""
+    cache = NSACache(NSAConfig(), 1, 2, 2, num_pages // 4 if num_pages % 4 == 0 else num_pages, cmp_placement=given)
+    size = 4 if num_pages % 4 == 0 else 1
+    assert placement_over(cache, size) == found
+
+
+def test_other_placements_are_refused():
+    with pytest.raises(ValueError, match=r"'nowhere' must be one of 'replicated', 'sharded'.*leave it out"):
+        NSACache(SMALL, 1, 8, 8, 4, cmp_placement="nowhere")
+
+
+def test_ranks_that_placed_them_otherwise_are_refused_on_all():
+    case = Case.of(20, SMALL, "mean", False, seed=14)
+
+    class Agreeing(ThreadComm):
+        def agree(self, value):
+            return len(set(self.board.exchange(self.index, "agree", value))) == 1
+
+    def work(comm):
+        cache = case.cache(2, cmp_placement=PLACEMENTS[comm.rank])
+        asked = Agreeing(board=comm.board, index=comm.rank)
+        with pytest.raises(ValueError, match=r"made different caches.*cmp_placement"):
+            nsa_decode(*case.batch([[0]]), cache, [cache.new_sequence()], cp_group=asked)
+
+    run_threads(2, work)
+
+
+def test_pages_in_fp8_are_one_ranks():
+    """First chunk, later chunk, steps, a fork and a truncation: what one rank answers; sharded they are refused."""
+    case = Case.of(90, SMALL, "mlp", False, seed=15)
+    pages = {"page_dtype": torch.float8_e4m3fn, "k_scale": 0.5, "v_scale": 2.0}
+
+    def steps(cache, prefill, **options):
+        seq = cache.new_sequence()
+        found = [prefill(cache, seq, 0, 50), prefill(cache, seq, 50, 64)]
+        draft = cache.fork(seq)
+        nsa_decode(*case.batch([range(7)]), cache, [draft], **options)
+        cache.truncate(draft, 65)
+        cache.truncate(seq, 60)
+        for start in (60, 66):
+            batch = case.batch([range(start, start + 6), range(1, 7)])
+            step = nsa_decode(*batch, cache, [seq, draft], return_block_indices=True, **options)
+            found.append([x.flatten(0, 1) for x in step])
+        return [torch.cat(x) for x in zip(*found, strict=True)]
+
+    def alone(cache, seq, start, stop):
+        return nsa_prefill(*case.rows(range(start, stop)), cache, [seq], return_block_indices=True)
+
+    out, blocks = steps(case.cache(20, **pages), alone)
+
+    def work(comm):
+        def over(cache, seq, start, stop):
+            plan = ShardPlan.zigzag([0, stop - start], comm.size, SMALL.slc_block_len)
+            return prefilled(case.rows(range(start, stop)), cache, [seq], plan, comm)
+
+        refused = case.cache(4, **pages, cmp_placement="sharded")
+        with pytest.raises(ValueError, match="without page_dtype, or with cmp_placement='replicated'"):
+            nsa_decode(*case.batch([[0]]), refused, [refused.new_sequence()], cp_group=comm)
+        return steps(case.cache(10, **pages), over, cp_group=comm)
+
+    for mine, chosen in run_threads(3, work):
+        torch.testing.assert_close(mine, out, rtol=0, atol=1e-10)
+        assert torch.equal(chosen, blocks)

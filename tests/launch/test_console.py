@@ -117,6 +117,13 @@ def test_the_choices_of_context_parallelism_are_told_at_the_start(tmp_path, fold
     )
 
 
+def test_groups_that_sizes_chose_are_told_as_such(tmp_path, folder, capsys):
+    with Console(tiny(tmp_path), folder) as console:
+        write(folder, (START % 4)[:-1] + ', "head_groups_by_sizes": true}')
+        console.update()
+    assert capsys.readouterr().out.endswith(", head_groups=4 by sizes\n")
+
+
 def test_domains_are_told_at_the_start(tmp_path, folder, capsys):
     with Console(tiny(tmp_path), folder) as console:
         write(folder, (START % 4)[:-1] + ', "domain_size": 2}')

@@ -106,9 +106,11 @@ def test_the_cache_of_inference(tmp_path, capsys):
     four, eight = json.loads(report.read_text())["inference"]
     assert (four["cp_size"], four["num_sequences"], eight["cp_size"]) == (4, 8, 8)
     printed = capsys.readouterr().out
-    assert (
-        "Inference, 8 sequences of 65,536 tokens: 2,192 bytes a token and layer" in printed
-    )  # with what follows pages
+    what = "8 sequences of 65,536 tokens over 4 GPUs, compressed rows replicated"
+    assert f"Inference, {what}: 2,560 bytes a token and layer" in printed  # 128 of them on every GPU
+    for plan in (four, eight):
+        assert plan["cmp_placement"] == "replicated"
+        assert plan["sharded_bytes"] < plan["replicated_bytes"] == plan["cache_bytes"]
     (longest,) = (line for line in printed.splitlines() if "longest, tokens" in line)
     assert [word for word in longest.split() if word[0].isdigit()] == [f"{x['longest']:,}" for x in (four, eight)]
 

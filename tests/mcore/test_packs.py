@@ -25,6 +25,11 @@ def test_a_row_that_is_cut_whole(results, pack):
     assert_passed(results, f"sequence: {(pack, '')}")
 
 
+@pytest.mark.parametrize("pack", PACKS)
+def test_a_row_that_is_cut_into_chunks(results, pack):
+    assert_passed(results, f"chunks: {pack}")
+
+
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v])
 def test_a_row_that_is_cut_whole_in_variants(results, variant):
     assert_passed(results, f"sequence: {('documents of any length', variant)}")

@@ -311,7 +311,7 @@ OTHER: dict[str, object] = {
     "nsa.rope_scaling": {"rope_type": "linear", "factor": 2}, "nsa.no_rope_freq": 2, "nsa.gate_bias": True,
     "model.qk_norm": "rms", "model.norm_eps": 1e-6, "data.folder": "elsewhere", "data.pattern": "*0.txt",
     "data.validation_fraction": 0.5, "data.max_file_bytes": 10, "data.tasks": {"recall": 0.5},
-    "data.task_lengths": [128],
+    "data.task_lengths": [128], "data.documents": "packed",
 }  # fmt: skip
 
 
@@ -329,6 +329,17 @@ def test_what_may_not_change_is_refused_with_both_values(base, key):
     shown = ["null" if v is None else str(v).lower() if isinstance(v, bool) else str(v) for v in (was, now)]
     assert f"{key}: the run has {shown[0]}, given is {shown[1]}; {FIXED[key]}" in str(caught.value)
     assert snapshot(output.root) == before
+
+
+def test_a_run_from_before_documents_were_kept_apart_goes_on_as_it_was(base):
+    output = begun(base)
+    marker = output.marker()
+    older = {key: value for key, value in marker.identity.items() if key != "data.documents"}
+    assert len(older) == len(marker.identity) - 1
+    marker.changed(identity=older).write(output.root)
+    with pytest.raises(ValueError, match=r"data\.documents: the run has whole, given is packed"):
+        prepare_output(config(base, data={"documents": "packed"}).resuming())
+    prepare_output(config(base, data={"documents": "whole"}).resuming())
 
 
 def test_all_differences_are_in_one_message(base):

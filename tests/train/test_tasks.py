@@ -24,7 +24,7 @@ LENGTHS = [LEAST_TASK_LENGTH, 129, 257, 1024, 4096, 16384]
 
 
 def drawn(task: str, n: int, length: int = 1024, split: str = "train") -> Drawn:
-    return TaskSamples(task, (length,), 4096, 7, split).drawn(n)
+    return TaskSamples(task, (length,), 4096, 7, split).texts(n)[0]
 
 
 def solved(task: str, before: bytes, size: int) -> tuple[bytes, int]:
@@ -84,7 +84,7 @@ def test_evidence_stands_at_every_depth(task):
 def test_a_sample_is_a_function_of_seed_split_and_number(task):
     again, texts = [[drawn(task, n).text for n in (0, 1, 10**9)] for _ in range(2)]
     assert again == texts
-    others = [drawn(task, 0, split="validation").text, TaskSamples(task, (1024,), 4096, 8, "train").drawn(0).text]
+    others = [drawn(task, 0, split="validation").text, TaskSamples(task, (1024,), 4096, 8, "train").texts(0)[0].text]
     assert len({*texts, *others}) == 5
 
 
@@ -114,7 +114,7 @@ def test_answers_alone_weigh_and_together_as_much_as_a_text(task):
     samples = TaskSamples(task, (1024, 256), 4096, 7, "train")
     lengths = set()
     for n in range(20):
-        sample, it = samples[n], samples.drawn(n)
+        sample, it = samples[n], samples.texts(n)[0]
         row = torch.cat([sample["tokens"], sample["labels"][-1:]])
         assert bytes(row[: len(it.text)].tolist()) == it.text
         assert not row[len(it.text) :].any()
@@ -125,6 +125,31 @@ def test_answers_alone_weigh_and_together_as_much_as_a_text(task):
         assert 2048 < sample["loss_mask"].sum() <= 4096
         lengths.add(1024 if len(it.text) > 256 else 256)
     assert lengths == {1024, 256}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_packed_texts_fill_the_row_and_stand_apart(task):
+    """Each as it would be alone at the beginning; the last is followed by what fills the row."""
+    samples = TaskSamples(task, (1024, 300), 2500, 7, "train", packed=True)
+    lengths = set()
+    for n in range(20):
+        sample, texts = samples[n], samples.texts(n)
+        length = min(start for start in texts if start)
+        assert list(texts) == [i * length for i in range(2500 // length)]
+        assert sample["cu_seqlens"].tolist() == [*texts, 2500]
+        weighed, inside = [], []
+        for start, it in texts.items():
+            row = sample["tokens"][start : start + len(it.text)]
+            assert bytes(row.tolist()) == it.text
+            weighed += [start + p - 1 for a in it.answers for p in range(a.start, a.stop)]
+            stop = start + length if start + 2 * length <= 2500 else 2500
+            inside += range(stop - start)
+        assert sorted(weighed) == sample["loss_mask"].nonzero().flatten().tolist()
+        assert len(sample["loss_mask"].unique()) == 2
+        assert 1250 < sample["loss_mask"].sum() <= 2500
+        assert sample["position_ids"].tolist() == inside
+        lengths.add(length)
+    assert lengths == {1024, 300}
 
 
 def check(**data) -> TrainConfig:
@@ -186,7 +211,7 @@ def test_an_answer_counts_whole_in_its_length_and_depth(monkeypatch):
     )
     samples = held_out_samples(config, "copy", 128)
     rows = [torch.ones(1, 256, dtype=torch.bool) for _ in range(3)]
-    spoiled = samples.drawn(1).answers[2]
+    spoiled = samples.texts(1)[0].answers[2]
     rows[1][0, spoiled.stop - 2] = False
     rows[2].zero_()
     monkeypatch.setattr(score, "_right", lambda *_: rows)
@@ -195,7 +220,7 @@ def test_an_answer_counts_whole_in_its_length_and_depth(monkeypatch):
     plan = ShardPlan.zigzag([0, 256], 1, 16)
     model = SimpleNamespace(module=torch.nn.Identity())
     record = score.task_record(config, model, BatchCutter(config, world, plan), 5, world)
-    answers = [len(samples.drawn(n).answers) for n in range(3)]
+    answers = [len(samples.texts(n)[0].answers) for n in range(3)]
     assert answers == [8, 8, 8]
     assert record["step"] == 5
     assert record["tasks"]["copy"]["answers"] == 24

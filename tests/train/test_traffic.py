@@ -32,15 +32,16 @@ def groups_are_ranks(monkeypatch):
 
 def test_stages_fill_their_layers_and_tensor_ranks_their_heads(tmp_path):
     meter = make_meter(tmp_path, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
-    total = torch.zeros(2, len(KINDS) + 2, dtype=torch.float64)
+    total = torch.zeros(2, 2 * len(KINDS) + 2 + 3, dtype=torch.float64)
     for layer in (0, 1):
         for head in (0, 1):
-            counted = Traffic()
-            counted.add("pages", 100 * (layer + 1))
-            counted.add("layout", 16)
-            # Of 16 remote blocks, in 2 calls of 2 sequences.
-            counted.union_fractions = [[(1 + layer + 2 * head) / 8]] * 2
-            total += meter.pack(stage(layer + 1, head), {layer: counted}).view_as(total)
+            for cp_rank in (0, 1):
+                counted = Traffic()
+                counted.add("pages", 0 if cp_rank else 100 * (layer + 1))
+                counted.add("layout", 16)
+                for _ in range(2):  # calls of 2 sequences, each with 16 remote blocks
+                    counted.count_union(torch.tensor([0 if cp_rank else 2 * (1 + layer + 2 * head)]), 16)
+                total += meter.pack(stage(layer + 1, head), {layer: counted}).view_as(total)
     record = meter.record(7, total.flatten().tolist())
     assert record["step"] == 7
     assert [layer["sent_bytes"]["pages"] for layer in record["layers"].values()] == [200, 400]
@@ -53,16 +54,18 @@ def test_stages_fill_their_layers_and_tensor_ranks_their_heads(tmp_path):
 def test_union_fractions_are_counts_again(tmp_path):
     """They are fractions in fp32; the number of pages must be whole."""
     meter, counted = make_meter(tmp_path), Traffic()
-    counted.union_fractions = [torch.tensor([3, 7]).div(16).tolist(), torch.tensor([1, 2]).div(16).tolist()]
+    for chosen in ([3, 7], [1, 2]):
+        counted.count_union(torch.tensor(chosen), 16)
     table = meter.pack(stage(1, 0), {0: counted}).view(2, -1)
-    assert table[0, -2:].tolist() == [4, 9]
+    assert table[0, 2 * len(KINDS) : -3].tolist() == [4, 9]
+    assert table[0, -3] == 32, "blocks that might have been"
     assert table[1].abs().sum() == 0
 
 
 def test_a_kind_without_a_formula_is_not_lost_silently(tmp_path):
     counted = Traffic()
     counted.add("gossip", 1)
-    counted.union_fractions = [[0.0, 0.0]]
+    counted.count_union(torch.zeros(2), 16)
     with pytest.raises(ValueError, match="gossip"):
         make_meter(tmp_path).pack(stage(1, 0), {0: counted})
 

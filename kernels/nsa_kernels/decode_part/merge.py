@@ -5,8 +5,8 @@
 
 A branch without keys is (0, -inf). The window is whole in every part, so it is not merged.
 
-What a part sends is `Merged.sent`, fp32 [2 * rows * (Dv + 1)], rows = B * new * Hq: out of cmp, out of slc, lse of cmp,
-lse of slc.
+What a part sends is `Merged.sent`, fp32 [branches * rows * (Dv + 1)], rows = B * new * Hq: out of cmp, out of slc, lse
+of cmp, lse of slc; or out and lse of slc alone.
 
 Source      Milakov & Gimelshein 2018, arXiv:1805.02867, section 3.1
 """
@@ -26,14 +26,18 @@ from nsa_kernels.decode_part.compressed import PartScores
 
 
 class Merged:
-    """The three branches of a part, [rows, Dv], and the lse of cmp and slc, in one piece of memory."""
+    """The branches of a part, [rows, Dv], and the lse of those that parts merge, in one piece of memory.
 
-    def __init__(self, like: Tensor, rows: int, dim_v: int) -> None:
+    sends       branches that parts merge: 2, and the window lies behind them, or 1, slc alone
+    """
+
+    def __init__(self, like: Tensor, rows: int, dim_v: int, sends: int) -> None:
         self.rows, self.dim_v = rows, dim_v
-        self.all = like.new_empty(3 * rows * (dim_v + 1), dtype=torch.float32)
-        self.sent = self.all[: 2 * rows * (dim_v + 1)]
-        self.lse_at = 2 * rows * dim_v
-        self.win_at = 2 * rows * (dim_v + 1)
+        held = sends * rows * (dim_v + 1)
+        self.all = like.new_empty(held + (sends - 1) * rows * (dim_v + 1), dtype=torch.float32)
+        self.sent = self.all[:held]
+        self.lse_at = sends * rows * dim_v
+        self.win_at = held
 
     @property
     def lse_cmp(self) -> Tensor:
@@ -100,14 +104,27 @@ def merge_chosen(chosen: ChosenParts, merged: Merged) -> None:
     )  # fmt: skip
 
 
+def merge_chosen_only(chosen: ChosenParts, merged: Merged) -> None:
+    """The selected branch into `merged`, which has no other."""
+    programs = chosen.slc_programs
+    _merge_splits_kernel[(merged.rows, 1)](
+        *chosen[:3],
+        merged.all,
+        1, 1, programs, 0, merged.lse_at, 0, 0,
+        G=1, GROUPED=False, FIRST=0, SECOND=programs, LAST=programs,
+        SPLITS=min(8, next_power_of_2(programs)), DV=merged.dim_v, num_warps=MERGE_WARPS,
+    )  # fmt: skip
+
+
 @launchable
 @triton.jit
 def _combine_kernel(
-    sent_ptr, win_ptr, gates_ptr, slots_ptr, ends_ptr,
+    sent_ptr, own_ptr, gates_ptr, slots_ptr, ends_ptr,
     out_ptr, lengths_ptr,
-    new, num_q_heads, num_rows, stride_p, stride_gt, stride_gh, stride_gb,
-    NUM_PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, DV: tl.constexpr,
+    new, num_q_heads, num_rows, v_scale, stride_p, stride_gt, stride_gh, stride_gb,
+    SENT: tl.constexpr, NUM_PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
+    """own: the window's out; where one branch is sent, what the other two have given, under their gates."""
     row = tl.program_id(0).to(tl.int64)
     query, q_head = row // num_q_heads, row % num_q_heads
     batch = query // new
@@ -115,16 +132,19 @@ def _combine_kernel(
     dim = tl.arange(0, DV)
     part = tl.arange(0, PARTS_PAD)
     gates = gates_ptr + query * stride_gt + q_head * stride_gh
-    acc = tl.load(gates + 2 * stride_gb).to(tl.float32) * tl.load(win_ptr + row * DV + dim)
-    for branch in tl.static_range(2):
-        lse_at = 2 * num_rows * DV + branch * num_rows + row
+    acc = tl.load(own_ptr + row * DV + dim)
+    if SENT > 1:
+        acc *= tl.load(gates + 2 * stride_gb).to(tl.float32)
+    for branch in tl.static_range(SENT):
+        lse_at = SENT * num_rows * DV + branch * num_rows + row
         lse = tl.load(sent_ptr + part * stride_p + lse_at, mask=part < NUM_PARTS, other=float("-inf"))
         at = part[:, None] * stride_p + (branch * num_rows + row) * DV + dim[None, :]
         outs = tl.load(sent_ptr + at, mask=(part < NUM_PARTS)[:, None], other=0.0)
         m = tl.max(lse, 0)
         weight = tl.exp2(lse - tl.where(m == float("-inf"), 0.0, m))
         total = tl.sum(weight, 0)
-        gate = tl.load(gates + branch * stride_gb).to(tl.float32) / tl.where(total > 0, total, 1.0)
+        gate = tl.load(gates + (branch + 2 - SENT) * stride_gb).to(tl.float32) * v_scale
+        gate /= tl.where(total > 0, total, 1.0)
         acc += gate * tl.sum(outs * weight[:, None], 0)
     acc = tl.where(end > 0, acc, 0.0)
     tl.store(out_ptr + row * DV + dim, acc.to(out_ptr.dtype.element_ty))
@@ -133,15 +153,20 @@ def _combine_kernel(
 
 
 def combine_parts(
-    gathered: Tensor, merged: Merged, gates: Tensor, cache: PagedCache, slots: Tensor, ends: Tensor, out: Tensor
-) -> None:
-    """gathered [parts, 2 * rows * (Dv + 1)]: every part's `Merged.sent`. Writes out [B, new, Hq, Dv], contiguous, and
-    `cache.lengths`."""
+    gathered: Tensor, own: Tensor, gates: Tensor, cache: PagedCache, slots: Tensor, ends: Tensor, out: Tensor,
+    sends: int,
+) -> None:  # fmt: skip
+    """Writes out [B, new, Hq, Dv], contiguous, and `cache.lengths`.
+
+    gathered    [parts, sends * rows * (Dv + 1)]: every part's `Merged.sent`
+    own         fp32 [rows, Dv]: the window's out, or with sends = 1 the sum of cmp's and win's under their gates
+    """
     new, num_q_heads, dim_v = out.shape[1:]
-    gates = gates.flatten(0, 1)
-    _combine_kernel[(merged.rows,)](
-        gathered, merged.all[merged.win_at :], gates, slots, ends,
+    rows, gates = out.shape[:3].numel(), gates.flatten(0, 1)
+    _combine_kernel[(rows,)](
+        gathered, own, gates, slots, ends,
         out, cache.lengths,
-        new, num_q_heads, merged.rows, gathered.shape[1], *gates.stride(),
-        NUM_PARTS=len(gathered), PARTS_PAD=next_power_of_2(len(gathered)), DV=dim_v, num_warps=MERGE_WARPS,
+        new, num_q_heads, rows, cache.v_scale, gathered.shape[1], *gates.stride(),
+        SENT=sends, NUM_PARTS=len(gathered), PARTS_PAD=next_power_of_2(len(gathered)), DV=dim_v,
+        num_warps=MERGE_WARPS,
     )  # fmt: skip

@@ -3,6 +3,8 @@
 Where the pages of a sequence lie on P devices in turn, each has such a part, with step P. Page p's compressed keys
 give to block p - 1 as well, by eq. 9, if l > d: so a part holds, with each of its pages, the first l/d - 1 compressed
 keys of the page after it once more, and finds the whole importance of its own blocks.
+
+Or each part has the compressed rows of all pages, and only the tokens of its own: `TokenPart`.
 """
 
 from typing import NamedTuple
@@ -32,6 +34,22 @@ class CachePart(NamedTuple):
     def max_pages(self) -> int:
         """Pages of a sequence that can be here."""
         return -(-self.cache.page_table.shape[1] // self.step)
+
+
+class TokenPart(NamedTuple):
+    """Tokens of some pages of a cache, and the compressed rows and rings of all.
+
+    cache       pages of this part, but for k_cmp, v_cmp, which have more; page_table has -1 for tokens' pages elsewhere
+    cmp_table   int32 [R, max_pages]: of every page of a sequence where its compressed rows lie in k_cmp, v_cmp
+    """
+
+    cache: PagedCache
+    cmp_table: Tensor
+
+    @property
+    def whole(self) -> PagedCache:
+        """The same tensors, with the books of compressed rows."""
+        return self.cache._replace(page_table=self.cmp_table)
 
 
 def cells_following(sizes: DecodeSizes) -> int:

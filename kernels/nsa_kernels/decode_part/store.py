@@ -2,6 +2,8 @@
 
 Block i is the cell i + l/d - 1 of its sequence, so in page (i + l/d - 1) // S, S = l'/d. It goes there if that page is
 here; its key, if it is one of the first l/d - 1 of its page, to `following` if the page before is here.
+
+Of a `TokenPart` it goes to that page in any case, through decoding's own phi or `decode_store`: `all_cells` says where.
 """
 
 import torch
@@ -14,7 +16,7 @@ from nsa_kernels.common.rows import token_head_strides, unit_stride
 from nsa_kernels.common.sizes import next_power_of_2
 from nsa_kernels.decode.append import num_whole
 from nsa_kernels.decode_contracts import Appended, DecodeSizes
-from nsa_kernels.decode_part.part import CachePart, cells_following
+from nsa_kernels.decode_part.part import CachePart, TokenPart, cells_following
 
 
 @launchable
@@ -72,3 +74,39 @@ def part_store(
         FOLLOWING=cells_following(sizes), DK=dim_k, DV=dim_v,
         BLOCK_K=next_power_of_2(num_heads * dim_k), BLOCK_V=next_power_of_2(num_heads * dim_v), num_warps=2,
     )  # fmt: skip
+
+
+@launchable
+@triton.jit
+def _cells_kernel(
+    slots_ptr, ends_ptr, table_ptr,
+    cell_rows_ptr,
+    new, num_fresh, max_pages,
+    CMP_LEN: tl.constexpr, CMP_STRIDE: tl.constexpr, CELLS_CMP: tl.constexpr, CELLS_SLC: tl.constexpr,
+):  # fmt: skip
+    source = tl.program_id(0).to(tl.int64)
+    batch = source // num_fresh
+    slot = tl.load(slots_ptr + batch).to(tl.int64)
+    end = tl.load(ends_ptr + batch)
+    block = num_whole(end - new, CMP_LEN, CMP_STRIDE) + (source % num_fresh).to(tl.int32)
+    is_fresh = (end > 0) & (block < num_whole(end, CMP_LEN, CMP_STRIDE))
+    cell = block + (CELLS_CMP - 1)
+    page = tl.load(table_ptr + slot * max_pages + cell // CELLS_SLC, mask=is_fresh, other=0)
+    tl.store(cell_rows_ptr + source, tl.where(is_fresh, page * CELLS_SLC + cell % CELLS_SLC, -1))
+
+
+@torch.no_grad()
+def all_cells(appended: Appended, part: TokenPart, slots: Tensor, new: int, *, sizes: DecodeSizes) -> Appended:
+    """`appended`, with the rows of the flat k_cmp, v_cmp by `cmp_table`: for phi and `decode_store` on `part.whole`.
+
+    new     tokens that `decode_append` added to each sequence
+    """
+    found = torch.empty_like(appended.cell_rows)
+    _cells_kernel[(len(found),)](
+        slots, appended.ends, part.cmp_table,
+        found,
+        new, len(found) // len(slots), part.cmp_table.shape[1],
+        CMP_LEN=sizes.cmp_block_len, CMP_STRIDE=sizes.cmp_stride, CELLS_CMP=sizes.cells_cmp, CELLS_SLC=sizes.cells_slc,
+        num_warps=1,
+    )  # fmt: skip
+    return appended._replace(cell_rows=found)

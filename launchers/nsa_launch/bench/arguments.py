@@ -32,7 +32,8 @@ Measure decoding: one layer, one new token for each of B sequences, from a cache
 compared with the reference first, then timed as a CUDA graph; beside it dense attention by PyTorch's kernels, the times
 that NSA's and the dense cache's bytes take at this card's copy rate, and an empty graph of as many launches (floor).
 Figures go to OUT/decode.json, a table to OUT/decode.txt. Without a GPU small sizes are checked and called. With --gpus
-or --ranks the cache lies over ranks: the time of a step and what of it is the exchange, in OUT/decode-ranks.json, .txt.
+or --ranks the cache lies over ranks, its compressed rows replicated and then sharded: the time of a step, how many
+exchanges it has and what of it they are, in OUT/decode-ranks.json, .txt.
 
 Exit codes: 0 measured, 1 a result differs from the reference's, 2 refused.
 """
@@ -129,6 +130,11 @@ def _decode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget-s", type=float, default=540.0, metavar="S", help="start no case after so long")
     parser.add_argument("--no-dense", action="store_true", help="leave dense attention out")
     parser.add_argument("--fp8", action="store_true", help="pages in e4m3; also how far that is from bf16")
+    parser.add_argument(
+        "--cmp-placement",
+        choices=("replicated", "sharded"),
+        help="of compressed rows over ranks; default: both in turn",
+    )
     parser.set_defaults(command=_decode)
 
 
@@ -170,6 +176,7 @@ def _decode(arguments: argparse.Namespace) -> int:
         request = DecodeRequest(
             arguments.out, arguments.device, arguments.batch, arguments.tokens, arguments.heads, arguments.only,
             arguments.budget_s, not arguments.no_dense, arguments.fp8,
+            decode_ranks.placements(arguments.cmp_placement, arguments.fp8, place),
         )  # fmt: skip
     except ValueError as error:
         print(f"nsa-dist: {error}", file=sys.stderr)

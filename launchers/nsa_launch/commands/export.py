@@ -7,26 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nsa_dist.inference.folder import save_model
 from nsa_dist.train.refused import Refused
 
 
 def run(folder: Path, to: Path, step: int | None, tokenizer: Path | None = None) -> None:
-    """Write the model into `to`. Refused if that holds something, and as `plain_model` and `tokenizer_files`."""
+    """Write the model into `to`. Refused if that holds something, and as `write`."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise Refused(f"--to {to} is there and not empty, and nothing is overwritten; name a new folder, or empty it")
     with quiet():
-        from nsa_dist.train.export.run import plain_model
+        from nsa_dist.train.export.write import write
 
-        model, chosen = plain_model(folder, step)
-        from nsa_dist.train.export.tokenizer import tokenizer_files
-
-        files = tokenizer_files(folder, tokenizer)
-    for notice in chosen.notices:
+        written = write(folder, to, step, tokenizer)
+    for notice in written.notices:
         print(f"nsa-dist: {notice}", file=sys.stderr)
-    save_model(model, to, files)
-    count = sum(x.numel() for x in model.parameters())
-    print(f"{to}: {count:,} weights of step {chosen.step}, {model.config.dtype}")
+    print(f"{to}: {written.kind}, {written.num_weights:,} weights of step {written.step}, {written.dtype}")
 
 
 @contextmanager

@@ -204,14 +204,23 @@ def _cache_table(caches: Sequence[CachePlan]) -> Table:
         ("weights", lambda plan: _gib(plan.weight_bytes)),
         ("cache", lambda plan: _gib(plan.cache_bytes)),
         ("of it rings", lambda plan: _gib(plan.ring_bytes)),
+        ("compressed rows", lambda plan: plan.cmp_placement if plan.cp_size > 1 else "-"),
+        ("cache if replicated", lambda plan: _gib(plan.bytes_if("replicated"))),
+        ("cache if sharded", lambda plan: _gib(plan.bytes_if("sharded"))),
         ("a dense cache", lambda plan: _gib(plan.dense_bytes)),
-        (f"fits in {memory:.0f}", lambda plan: "yes" if plan.fits else "NO"),
+        (f"fits in {memory:.0f}", _fits),
         ("longest, tokens", lambda plan: f"{plan.longest:,}"),
         ("longest if dense", lambda plan: f"{plan.longest_dense:,}"),
     ]
     for name, cell in rows:
         table.add_row(name, *map(cell, caches))
     return table
+
+
+def _fits(plan: CachePlan) -> str:
+    if plan.fits:
+        return "yes"
+    return "if sharded" if plan.bytes_if("sharded") <= plan.room_bytes else "NO"
 
 
 def _gib(num_bytes: float) -> str:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,8 @@ from nsa_dist.inference.cache import NSACache
 from nsa_dist.inference.decode import slots_of
 from nsa_dist.inference.over_ranks.storage import RankStorage, spread
 from nsa_dist.inference.over_ranks.traffic import decode_bytes
+from nsa_dist.inference.pool import CmpPlacement
+from nsa_dist.inference.storage import indexable
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,13 @@ class DecodeOverRanks:
     """A task of a bench's team: one case over all of its ranks. The row of this rank; `wrong` where results differ."""
 
     case: DecodeCase
+    placement: CmpPlacement | None = None  # None: the cache's own choice
     runs: int = 20
 
     def __call__(self, world: World) -> Row:
         comm = world.comm(world.place.num_ranks)
         whole = Layer.of(self.case, world.device)
-        mine = OwnPart.of(whole, comm)
+        mine = OwnPart.of(whole, comm, self.placement)
         row = _check(whole, mine)
         on_graphs = world.device.type == "cuda" and whole.has_kernels
         clock = Clock(self.runs) if on_graphs else None
@@ -59,14 +61,14 @@ class OwnPart:
     comm: Comm
 
     @classmethod
-    def of(cls, whole: Layer, comm: Comm) -> "OwnPart":
+    def of(cls, whole: Layer, comm: Comm, placement: CmpPlacement | None) -> "OwnPart":
         """The same sequences in pages that lie over the ranks."""
         case, shape, device = whole.case, whole.cache.shape, whole.q.device
         each = case.batch * -(-case.pages // comm.size)
         cache = NSACache(
             case.cfg, *case.heads[1:], each, dtype=whole.q.dtype, device=device, compress_k=whole.cache.compress_k,
             compress_v=whole.cache.compress_v, max_sequences=case.batch,
-            max_tokens=case.pages * case.cfg.slc_block_len,
+            max_tokens=case.pages * case.cfg.slc_block_len, page_dtype=case.page_dtype, cmp_placement=placement,
         )  # fmt: skip
         storage = spread(cache, comm)
         seqs = [cache.new_sequence() for _ in range(case.batch)]
@@ -78,6 +80,19 @@ class OwnPart:
             state.length = state.longest = theirs.length
         return cls(cache, seqs, comm)
 
+    @property
+    def placement(self) -> CmpPlacement:
+        assert isinstance(self.cache.storage, RankStorage)
+        return self.cache.storage.placement
+
+    def step_bytes(self, q: Tensor) -> dict[str, int]:
+        """That a step of q [B, new, Hq, Dk] sends, by kind."""
+        batch, new, num_q_heads = q.shape[:3]
+        return decode_bytes(
+            self.cache.shape, num_q_heads=num_q_heads, num_sequences=batch, new=new, cp_size=self.comm.size,
+            dtype=q.dtype, placement=self.placement, on_gpu=q.is_cuda,
+        )  # fmt: skip
+
     def slots(self) -> Tensor:
         """Of the sequences; the tables on the device say what the cache holds."""
         self.cache.tables.tell([self.cache.state(seq) for seq in self.seqs], self.cache.storage.num_rings)
@@ -87,14 +102,18 @@ class OwnPart:
 def _copy(
     cache: NSACache, from_pages: Tensor, from_ring: int, storage: RankStorage, pages: Tensor, ring: int
 ) -> None:  # fmt: skip
-    here = storage.is_of(pages)
-    for x, y in zip((*storage.slc, *storage.cmp), (*cache.storage.slc, *cache.storage.cmp), strict=True):
-        x[(pages[here] // storage.cp_size).to(x.device)] = y[from_pages[here].to(y.device)]
+    whole = cache.storage
+    for own, of_one, to in (
+        (storage.slc, whole.slc, storage.slc_pages(pages)),
+        (storage.cmp, whole.cmp, storage.cmp_pages(pages)),
+    ):
+        for x, y in zip(own, of_one, strict=True):
+            indexable(x)[to[to >= 0].to(x.device)] = indexable(y)[from_pages[to >= 0].to(y.device)]
     for ahead, keys in enumerate(storage.following, 1):
-        there = storage.is_of(pages, ahead)
-        source = cache.storage.cmp.k[from_pages[there].to(keys.device), : keys.shape[1]]
-        keys[(pages[there] // storage.cp_size).to(keys.device)] = source
-    for x, y in zip((*storage.win, *storage.raw), (*cache.storage.win, *cache.storage.raw), strict=True):
+        to = storage.slc_pages(pages, ahead)
+        source = whole.cmp.k[from_pages[to >= 0].to(keys.device), : keys.shape[1]]
+        keys[to[to >= 0].to(keys.device)] = source
+    for x, y in zip((*storage.win, *storage.raw), (*whole.win, *whole.raw), strict=True):
         x[ring] = y[from_ring]
 
 
@@ -116,28 +135,25 @@ def _check(whole: Layer, mine: OwnPart) -> Row:
     other, rows = int((blocks != one_blocks).any(-1).sum()), one_blocks[..., 0].numel()
     wrong = not error <= MOST_ERROR or other > max(1, rows // 50)
     note = f"out differs by {error:.1e} of its norm from the reference, {other} of {rows} rows chose other blocks"
-    sizes: dict[str, Any] = {"num_q_heads": case.heads[0], "num_sequences": case.batch, "new": 1}
-    by_formula = decode_bytes(
-        mine.cache.shape, **sizes, cp_size=mine.comm.size, dtype=case.torch_dtype, on_gpu=out.is_cuda
-    )
+    by_formula = mine.step_bytes(whole.q)
     if sent != by_formula:
         wrong, note = True, f"a step sent {sent}, by the formula {by_formula}"
-    return {"error": error, "other_blocks": other, "rows": rows, "sent_bytes": sent, "wrong": note if wrong else None}
+    return {
+        "cmp_placement": mine.placement, "exchanges": len(sent), "sent_bytes": sent, "error": error,
+        "other_blocks": other, "rows": rows, "wrong": note if wrong else None,
+    }  # fmt: skip
 
 
 def _graphs(mine: OwnPart, q: Tensor, kv: BranchKV, gates: Tensor, clock: Clock) -> Row:
-    """A step; the same with nothing sent; its three all-gathers alone."""
+    """A step; the same with nothing sent; its all-gathers alone."""
     slots, lengths, ops = mine.slots(), mine.cache.tables.lengths, default_ops(q)
 
     def step(comm: Comm) -> Callable[[], object]:
         return lambda: over_ranks.decode_step(q, kv, gates, mine.cache, slots, comm, ops)
 
-    rows, dim_v = q.shape[:3].numel(), kv.v_cmp.shape[-1]
-    chosen = 1 << max(1, mine.cache.cfg.num_slc_blocks - 1).bit_length()
     messages = {
-        "lse": q.new_zeros(rows, dtype=torch.float32),
-        "candidates": q.new_zeros(q.shape[0] * kv.k_cmp.shape[2] * chosen, dtype=torch.int64),
-        "partials": q.new_zeros(2 * rows * (dim_v + 1), dtype=torch.float32),
+        kind: torch.zeros(count // (mine.comm.size - 1), dtype=torch.uint8, device=q.device)
+        for kind, count in mine.step_bytes(q).items()
     }
 
     def exchange() -> None:

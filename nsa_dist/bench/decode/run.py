@@ -5,12 +5,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from nsa_dist.bench.decode.case import PAPER_HEADS, DecodeCase
 from nsa_dist.bench.decode.measure import Clock, Row, dense_seconds, measure
 from nsa_dist.bench.show.report import Report, machine
+from nsa_dist.inference.pool import CmpPlacement
 
 BATCHES = (1, 8, 64)
 TOKENS = (4096, 16384, 65536, 262144, 1048576)
@@ -34,6 +36,7 @@ class DecodeRequest:
     budget_s: float = 540.0
     dense: bool = True
     fp8: bool = False
+    placements: Sequence[CmpPlacement] = get_args(CmpPlacement)  # over ranks
 
     def __post_init__(self) -> None:
         if self.device == "cuda" and not torch.cuda.is_available():

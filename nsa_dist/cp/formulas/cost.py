@@ -21,7 +21,7 @@ The alternatives (`whole_sequence_bytes`) move raw K/V instead of pages: an all-
 shards differ in memory and in the number of messages, not in bytes.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -92,10 +92,13 @@ def halo_rows(plan: ShardPlan, halo_len: int) -> Matrix:
     """
 
     def compute() -> Matrix:
-        received = []
-        for rank in range(plan.cp_size):
-            halos = [_held_by(plan, rank, [interval]) for interval in _halo_intervals(plan, rank, halo_len)]
-            received.append([sum(column) for column in zip([0] * plan.cp_size, *halos, strict=True)])
+        held = sorted((s.start, s.stop, rank) for rank in range(plan.cp_size) for s in plan.segments(rank))
+        starts = [start for start, _, _ in held]
+        received = [[0] * plan.cp_size for _ in range(plan.cp_size)]
+        for rank, row in enumerate(received):
+            for a, b in _halo_intervals(plan, rank, halo_len):
+                for start, stop, source in held[bisect_right(starts, a) - 1 : bisect_left(starts, b)]:
+                    row[source] += (source != rank) * (min(b, stop) - max(a, start))
         return received
 
     return plan.memo(("halo_rows", halo_len), compute)

@@ -27,6 +27,6 @@ def count_read(
         for kind in kinds:
             traffic.add(kind, sum(chosen) * page_bytes[kind])
         if "pages.grad" not in kinds:
-            traffic.union_fractions.append([number / max(1, len(remote)) for number in chosen])
+            traffic.count_union(torch.tensor(chosen), len(remote))
 
     traffic.owe(count)

@@ -1,11 +1,18 @@
 """A cache over context-parallel ranks: page i of a sequence lies on rank (home + i) % P, whatever put it there.
 
     page        l' tokens of k_slc, v_slc, and the compressed keys and values whose last token is one of them: on a rank
-    following   of the pages after it the first l/d - 1 compressed keys once more, on the rank of the page before: eq. 9
-                crosses block boundaries, and so each rank finds the whole importance of its own blocks
     rings       on every rank: the window, and what phi still needs
 
-New tokens attend to what each rank holds, and partial results are merged in the order of the ranks, alike on all:
+New tokens attend to what each rank holds, and partial results are merged in the order of the ranks, alike on all. Where
+compressed rows are replicated (`pool`), those of all pages lie on every rank, and
+
+    compressed attention, importance, the n blocks: on every rank, as on one alone
+    selected attention to those here --(out, softmax_lse) to all--> out; each has the window
+
+Where they are sharded, they lie with their page:
+
+    following   of the pages after it the first l/d - 1 compressed keys once more, on the rank of the page before: eq. 9
+                crosses block boundaries, and so each rank finds the whole importance of its own blocks
 
     compressed attention --softmax_lse to all--> importance of own blocks --n candidates to all--> the n blocks
     selected attention to those here --(out, softmax_lse) of both branches to all--> out; each has the window

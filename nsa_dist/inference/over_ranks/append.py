@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 
 import torch
@@ -12,11 +13,11 @@ from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.pages import only_here
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.inference.over_ranks.choose import candidates, choose
-from nsa_dist.inference.over_ranks.partials import checksum, gather_lse, gather_outs
+from nsa_dist.inference.over_ranks.partials import checksum, gather_checked, gather_outs
 from nsa_dist.inference.over_ranks.share import Share
 from nsa_dist.inference.over_ranks.storage import RankStorage, spread
 from nsa_dist.inference.places import Places, places, put
-from nsa_dist.inference.rows import chosen_pages, compressed, extended, write_rings
+from nsa_dist.inference.rows import chosen_blocks, chosen_pages, compressed, extended, in_sequence, write_rings
 from nsa_dist.inference.storage import Pair
 
 Partial = tuple[Tensor, Tensor]  # out [T, Hq, Dv], softmax_lse [T, Hq] over the keys of this rank
@@ -35,16 +36,30 @@ def append(
         at = on_host if q.device.type == "cpu" else put(on_host, q.device)
         _write_pages(kv, cache, storage, at, share, ops)
         call = _Call(q, cache, storage, at, share, ops, softmax_scale)
-        out_cmp, lse = call.compressed()
         told = torch.tensor([*seqs, *(state.length for state in states)], device=q.device)
-        lse_cmp = gather_lse(lse, torch.cat([told, checksum([q, *kv, gates])]), comm).logsumexp(0)
-        block_indices = choose(*call.candidates(lse_cmp), comm)
-        partials = [(out_cmp, lse), call.selected(block_indices)]
+        told = torch.cat([told, checksum([q, *kv, gates])])
+        out_cmp, out_slc, block_indices = (_replicated if storage.is_replicated else _sharded)(call, told, comm)
         out_win = call.window(Pair(kv.k_win, kv.v_win))
-        out_cmp, out_slc = gather_outs(partials, [lse_cmp, None], comm)
         out = ops.combine(gates, out_cmp, out_slc, out_win)
         write_rings(kv, cache, at)
     return out, block_indices.to(torch.int32)
+
+
+def _replicated(call: "_Call", told: Tensor, comm: Comm) -> tuple[Tensor, Tensor, Tensor]:
+    """out_cmp, out_slc and block_indices, ids in each sequence: this rank chooses alone."""
+    out_cmp, lse = call.compressed()
+    block_indices = call.chosen(lse)
+    (out_slc,) = gather_outs([call.selected(block_indices)], [None], comm, told)
+    return out_cmp, out_slc, block_indices
+
+
+def _sharded(call: "_Call", told: Tensor, comm: Comm) -> tuple[Tensor, Tensor, Tensor]:
+    """The same: the ranks choose together."""
+    out_cmp, lse = call.compressed()
+    lse_cmp = gather_checked(lse, told, "lse", comm).logsumexp(0)
+    block_indices = choose(*call.candidates(lse_cmp), comm)
+    out_cmp, out_slc = gather_outs([(out_cmp, lse), call.selected(block_indices)], [lse_cmp, None], comm)
+    return out_cmp, out_slc, block_indices
 
 
 def _write_pages(
@@ -52,11 +67,14 @@ def _write_pages(
 ) -> None:
     """What of the new tokens and of the compressed blocks that they make whole belongs here."""
     tokens = share.tokens
-    storage.slc.write(tokens.slots, Pair(*(x.index_select(0, tokens.rows) for x in (kv.k_slc, kv.v_slc))))
+    storage.write_pages(
+        storage.slc, tokens.slots, Pair(*(x.index_select(0, tokens.rows) for x in (kv.k_slc, kv.v_slc)))
+    )
     if not len(at.fresh_slots):
         return
     fresh = compressed(Pair(kv.k_cmp, kv.v_cmp), cache, at, ops)
-    storage.cmp.write(share.fresh.slots, Pair(*(x.index_select(0, share.fresh.rows) for x in fresh)))
+    here = Pair(*(x.index_select(0, share.fresh.rows) for x in fresh))
+    storage.write_pages(storage.cmp, share.fresh.slots, here)
     for keys, kept in zip(storage.following, share.following, strict=True):
         keys.flatten(0, 1).index_copy_(0, kept.slots, fresh.k.index_select(0, kept.rows))
 
@@ -73,10 +91,20 @@ class _Call:
     ops: ModuleType
     softmax_scale: float
 
+    @cached_property
+    def cmp_rows(self) -> Pair:
+        """The compressed rows here, of all the sequences."""
+        return self.storage.read_pages(self.storage.cmp, self.share.cmp_slots)
+
     def compressed(self) -> Partial:
         """Attention to the compressed blocks here."""
-        rows, seen = self.storage.cmp.read(self.share.cmp_slots), (self.share.cmp_begin, self.share.cmp_end)
-        return self.ops.compressed_attention(self.q, *rows, *seen, softmax_scale=self.softmax_scale, **self._tiles)
+        seen, scale = (self.share.cmp_begin, self.share.cmp_end), self.softmax_scale
+        return self.ops.compressed_attention(self.q, *self.cmp_rows, *seen, softmax_scale=scale, **self._tiles)
+
+    def chosen(self, lse: Tensor) -> Tensor:
+        """The n blocks of every query, ids in the sequence, where all compressed rows are here."""
+        found = chosen_blocks(self.q, self.cmp_rows.k, lse, self.cache, self.at, self.ops, self.softmax_scale)
+        return in_sequence(found, self.at, self.cache.cfg.slc_block_len)
 
     def candidates(self, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Of every query the best selection blocks here, (importance, id in the sequence) [T, Hkv, n]; lse merged."""

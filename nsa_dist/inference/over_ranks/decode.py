@@ -1,4 +1,4 @@
-"""A decoding step over ranks by kernels: launches of fixed shape and three all-gathers, which a CUDA graph can hold.
+"""A decoding step over ranks by kernels: launches of fixed shape and all-gathers, which a CUDA graph can hold.
 
     with decoding(cache, seqs, new):                host: pages for the new tokens, tables on the device
         decode_step(q, kv, gates, cache, slots, comm, ...)      device; may be a graph's replay
@@ -16,18 +16,21 @@ from nsa_dist.branches import BranchKV
 from nsa_dist.compress import BlockPlaces, compress_both
 from nsa_dist.cp.comm import Comm
 from nsa_dist.inference.cache import NSACache
-from nsa_dist.inference.decode import any_whole, decoding, paged, sizes_of, slots_of
-from nsa_dist.inference.over_ranks.partials import checksum, gather_lse
-from nsa_dist.inference.over_ranks.storage import RankStorage, spread
+from nsa_dist.inference.decode import any_whole, compress_appended, decoding, paged, sizes_of, slots_of
+from nsa_dist.inference.decode import has_kernels as takes_whole
+from nsa_dist.inference.over_ranks.partials import checksum, gather_checked
+from nsa_dist.inference.over_ranks.storage import RankStorage, placement_over, spread
 from nsa_dist.inference.over_ranks.tables import RankTables
-from nsa_kernels.decode_contracts import Appended
-from nsa_kernels.decode_part.part import CachePart
+from nsa_kernels.decode_contracts import Appended, PagedCache
+from nsa_kernels.decode_part.part import CachePart, TokenPart
 
 
-def has_kernels(ops: ModuleType, cache: NSACache) -> bool:
+def has_kernels(ops: ModuleType, cache: NSACache, cp_size: int) -> bool:
     """Whether `ops` has kernels for a rank's part of this cache; else the operators of training decode."""
     shape, takes = cache.shape, getattr(ops, "part_takes", None)
-    return takes is not None and takes(cache.storage.dtype, shape.head_dim_k, shape.head_dim_v, sizes_of(shape))
+    if takes is None or placement_over(cache, cp_size) == "replicated":
+        return takes is not None and takes_whole(ops, cache)
+    return takes(cache.storage.dtype, shape.head_dim_k, shape.head_dim_v, sizes_of(shape))
 
 
 def decode(
@@ -49,20 +52,46 @@ def decode_step(
     softmax_scale: float | None = None, *, with_phi: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `nsa_dist.inference.decode.decode_step`, on a cache that lies over the ranks of `comm`: the same on all."""
-    sizes, part = sizes_of(cache.shape), part_of(cache)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    assert isinstance(cache.storage, RankStorage)
+    attend = _replicated if cache.storage.is_replicated else _sharded
     with torch.autocast(q.device.type, enabled=False):
-        appended = ops.decode_append(*kv, part.cache, slots, sizes=sizes)
-        if with_phi:
-            _compress(appended, cache, part, slots, q.shape[1], ops)
-        step = ops.PartAttention(q, gates, appended, part, slots, sizes=sizes, softmax_scale=scale)
-        lses = gather_lse(step.lse, _told(q, kv, gates, part, slots), comm)
-        candidates = comm.all_gather(step.candidates(lses), "candidates")
-        return step.combine(comm.all_gather(step.attend(candidates), "partials"))
+        appended = ops.decode_append(*kv, paged(cache), slots, sizes=sizes_of(cache.shape))
+        return attend(q, kv, gates, cache, appended, slots, comm, ops, scale, with_phi)
+
+
+def _replicated(
+    q: Tensor, kv: BranchKV, gates: Tensor, cache: NSACache, appended: Appended, slots: Tensor, comm: Comm,
+    ops: ModuleType, scale: float, with_phi: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """This rank chooses alone."""
+    assert isinstance(cache.tables, RankTables)
+    sizes, part = sizes_of(cache.shape), TokenPart(paged(cache), cache.tables.cmp_table)
+    if with_phi:
+        cells = ops.all_cells(appended, part, slots, q.shape[1], sizes=sizes)
+        compress_appended(cells, cache, part.whole, ops)
+    step = ops.TokenPartAttention(q, gates, appended, part, slots, sizes=sizes, softmax_scale=scale)
+    told = _told(q, kv, gates, part.cache, slots)
+    return step.combine(gather_checked(step.partials, told, "partials", comm))
+
+
+def _sharded(
+    q: Tensor, kv: BranchKV, gates: Tensor, cache: NSACache, appended: Appended, slots: Tensor, comm: Comm,
+    ops: ModuleType, scale: float, with_phi: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The ranks choose together."""
+    sizes, part = sizes_of(cache.shape), part_of(cache)
+    if with_phi:
+        _compress(appended, cache, part, slots, q.shape[1], ops)
+    step = ops.PartAttention(q, gates, appended, part, slots, sizes=sizes, softmax_scale=scale)
+    lses = gather_checked(step.lse, _told(q, kv, gates, part.cache, slots), "lse", comm)
+    candidates = comm.all_gather(step.candidates(lses), "candidates")
+    return step.combine(comm.all_gather(step.attend(candidates), "partials"))
 
 
 def part_of(cache: NSACache) -> CachePart:
-    """The tensors of this rank, as kernels take them; addresses change when rings or tables grow."""
+    """The tensors of this rank where compressed rows are sharded, as kernels take them; addresses change when rings or
+    tables grow."""
     storage, tables = cache.storage, cache.tables
     assert isinstance(storage, RankStorage)
     assert isinstance(tables, RankTables)
@@ -79,9 +108,9 @@ def _compress(
     ops.part_store(*made, appended, part, slots, new, sizes=sizes_of(cache.shape))
 
 
-def _told(q: Tensor, kv: BranchKV, gates: Tensor, part: CachePart, slots: Tensor) -> Tensor:
+def _told(q: Tensor, kv: BranchKV, gates: Tensor, pages: PagedCache, slots: Tensor) -> Tensor:
     """What ranks compare: nothing on a GPU, where the host would have to wait."""
     if q.is_cuda:
         return slots.new_empty(0, dtype=torch.int64)
-    lengths = part.cache.lengths.index_select(0, slots.clamp(min=0))
+    lengths = pages.lengths.index_select(0, slots.clamp(min=0))
     return torch.cat([slots.long(), lengths.long(), checksum([q, *kv, gates])])

@@ -11,35 +11,39 @@ from torch import Tensor
 from nsa_dist.cp.comm import Comm
 
 
-def gather_lse(lse: Tensor, same: Tensor, comm: Comm) -> Tensor:
-    """[P, ...]: each rank's statistics [...].
+def gather_checked(x: Tensor, same: Tensor, kind: str, comm: Comm) -> Tensor:
+    """[P, ...]: each rank's x [...].
 
     same    int64 [count], which every rank must have alike: compared where the host need not wait for it, on CPUs
 
     ValueError on all ranks if it differs.
     """
-    as_int = torch.int64 if lse.dtype == torch.float64 else torch.int32
-    sent = torch.cat([lse.contiguous().flatten().view(as_int), same.view(as_int)])
-    gathered = comm.all_gather(sent, "lse")
-    told = gathered[:, lse.numel() :]
+    as_int = torch.int64 if x.dtype == torch.float64 else torch.int32
+    sent = torch.cat([x.contiguous().flatten().view(as_int), same.view(as_int)])
+    gathered = comm.all_gather(sent, kind)
+    told = gathered[:, x.numel() :]
     if not told.is_cuda and bool((told != told[0]).any()):
         raise ValueError(
             f"the ranks of cp_group were given different tokens or sequences: every rank appends to its own copy of "
             f"the window and compresses for itself, so rank {comm.rank} would go on from another text; pass the same "
             f"q, kv, gates and seqs on every rank (a broadcast of the drawn token is enough)"
         )
-    return gathered[:, : lse.numel()].contiguous().view(lse.dtype).view(comm.size, *lse.shape)
+    return gathered[:, : x.numel()].contiguous().view(x.dtype).view(comm.size, *x.shape)
 
 
-def gather_outs(partials: list[tuple[Tensor, Tensor]], lses: list[Tensor | None], comm: Comm) -> list[Tensor]:
+def gather_outs(
+    partials: list[tuple[Tensor, Tensor]], lses: list[Tensor | None], comm: Comm, same: Tensor | None = None
+) -> list[Tensor]:
     """The out [T, Hq, Dv] of each branch over all ranks' keys, in the dtype of the partial ones.
 
     partials    (out, softmax_lse) of this rank, one for each branch
     lses        the merged softmax_lse of each; None: it is found here
+    same        as `gather_checked` takes it; None: nothing is compared
     """
     wide = torch.promote_types(partials[0][0].dtype, torch.float32)
     sent = torch.cat([torch.cat([out.to(wide), lse.to(wide)[..., None]], -1) for out, lse in partials], -1)
-    gathered = comm.all_gather(sent, "partials")
+    same = sent.new_empty(0, dtype=torch.int64) if same is None else same
+    gathered = gather_checked(sent, same, "partials", comm)
     sizes = [out.shape[-1] + 1 for out, _ in partials]
     return [
         _merged(part[..., :-1], part[..., -1], lse).to(partials[0][0].dtype)

@@ -5,7 +5,7 @@ says. Every rank works out the lists of all, so nothing but the rows is sent, in
 
     slc     the tokens of its own pages, k_slc and v_slc
     cmp     k_cmp and v_cmp of every page: its tokens and l - d on both sides, all of every block that shares cells with
-            it
+            it. Where compressed rows are replicated, an all-gather then takes what phi made to every rank
     rings   the last w + 8 tokens of k_win and v_win, the last l + 8 of k_cmp and v_cmp: these on every rank
 """
 
@@ -23,7 +23,8 @@ from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.device import put_on
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.inference.cache import NSACache
-from nsa_dist.inference.over_ranks.storage import RankStorage, following_cells, spread
+from nsa_dist.inference.over_ranks.held import as_held
+from nsa_dist.inference.over_ranks.storage import RankStorage, spread
 from nsa_dist.inference.over_ranks.wanted import Chunks, Moves, Rows
 from nsa_dist.inference.storage import Pair
 
@@ -49,9 +50,10 @@ def first_chunks(
     storage = spread(cache, comm)
     added = [stop - start for start, stop in pairwise(plan.cu_seqlens)]
     with cache.appending(seqs, added) as states, torch.autocast(q.device.type, enabled=False):
+        held, compress_k, compress_v = as_held(kv, cache)
         results = nsa_attention(
-            q, kv, gates, cache.cfg, compress_k=cache.compress_k, compress_v=cache.compress_v, plan=plan,
-            cp_group=comm, ops=ops, softmax_scale=softmax_scale, return_block_indices=True,
+            q, held, gates, cache.cfg, compress_k=compress_k, compress_v=compress_v, plan=plan, cp_group=comm,
+            ops=ops, softmax_scale=softmax_scale, return_block_indices=True,
         )  # fmt: skip
         _move(kv, cache, storage, Chunks(states, plan, cache.shape), comm, ops)
     out, block_indices = results
@@ -82,37 +84,68 @@ def _move(kv: BranchKV, cache: NSACache, storage: RankStorage, chunks: Chunks, c
     ]
     own = of_pages(comm.rank, 0)
     page = chunks.page_id(Rows(own.sequence, own.place // cfg.slc_block_len)) // comm.size
-    storage.slc.write(put_on(device, page * cfg.slc_block_len + own.place % cfg.slc_block_len), pairs[0])
-    _compress(pairs[1], cache, storage, chunks, ops)
+    rows = put_on(device, page * cfg.slc_block_len + own.place % cfg.slc_block_len)
+    storage.write_pages(storage.slc, rows, pairs[0])
+    _compress(pairs[1], cache, storage, chunks, comm, ops)
     for pair, ring, count in zip(pairs[2:], (storage.win, storage.raw), (shape.win_ring, shape.raw_ring), strict=True):
         last = chunks.last(count)
         ring.write(put_on(device, chunks.ring[last.sequence] * count + last.place % count), pair)
 
 
-def _compress(came: Pair, cache: NSACache, storage: RankStorage, chunks: Chunks, ops: ModuleType) -> None:
+def _compress(
+    came: Pair, cache: NSACache, storage: RankStorage, chunks: Chunks, comm: Comm, ops: ModuleType
+) -> None:  # fmt: skip
     """phi of the blocks that lie in the pages of this rank, and of those that only share cells with them."""
     cfg, device, per_page = cache.cfg, came.k.device, cache.shape.cmp_per_page
     pages = chunks.pages(storage.cp_rank)
     around = chunks.of_pages(pages, cfg.cmp_block_len - cfg.cmp_stride)
     rows = put_on(device, chunks.exist(around).nonzero().squeeze(1))
     raw = [x.new_zeros(len(around.place), *x.shape[1:]).index_copy_(0, rows, x) for x in came]
-    blocks = chunks.blocks_of(pages)
+    kept = [per_page, *(keys.shape[1] for keys in storage.following)]  # of a page, and of those after it
+    blocks = chunks.blocks_of(pages, sum(kept))
     whole = chunks.are_whole(blocks).nonzero().squeeze(1)
-    if not len(whole):
+    made = _phi(Pair(*raw), cache, chunks, (pages, around, blocks), whole, ops)
+    cell = whole % sum(kept)
+    if storage.is_replicated:
+        _to_all(made, cell + whole // sum(kept) * per_page, storage, chunks, comm)
         return
-    count = len(blocks.place) // len(pages.place)  # of each page, every d rows one
-    row = whole // count * (len(around.place) // len(pages.place)) + whole % count * cfg.cmp_stride
-    places = BlockPlaces(
-        put_on(device, row.to(torch.int32)), put_on(device, blocks.place[whole] * cfg.cmp_stride), cfg.cmp_block_len
-    )
-    made = compress_both((cache.compress_k, cache.compress_v), (raw[0], raw[1]), places, ops)
-    cell, page = whole % count, pages.place[whole // count]
-    ahead = cell // per_page  # 0: it lies in the page, 1: in the one after, ...
+    page, ahead = pages.place[whole // sum(kept)], cell // per_page  # 0: it lies in the page, 1: in the one after, ...
     of = chunks.page_id(Rows(blocks.sequence[whole], page + ahead)) // storage.cp_size
-    for step, cells in enumerate([per_page, *following_cells(cache.shape)]):
+    for step, cells in enumerate(kept):
         use = (ahead == step).nonzero().squeeze(1)
         slots, index = put_on(device, (of * cells + cell % per_page)[use]), put_on(device, use)
         if step == 0:
-            storage.cmp.write(slots, Pair(*(x.index_select(0, index) for x in made)))
+            storage.write_pages(storage.cmp, slots, Pair(*(x.index_select(0, index) for x in made)))
         else:
             storage.following[step - 1].flatten(0, 1).index_copy_(0, slots, made[0].index_select(0, index))
+
+
+def _phi(
+    raw: Pair, cache: NSACache, chunks: Chunks, around: tuple[Rows, Rows, Rows], whole: Tensor, ops: ModuleType
+) -> Pair:
+    """[F, Hkv, D] of the blocks `whole` [F], places in `blocks`; around: pages, their tokens with those on both sides,
+    which are the rows of `raw`, and their blocks."""
+    pages, tokens, blocks = around
+    if not len(whole):
+        return Pair(*(x[:0] for x in raw))
+    cfg, device, count = (
+        cache.cfg,
+        raw.k.device,
+        len(blocks.place) // len(pages.place),
+    )  # of each page, every d rows one
+    row = whole // count * (len(tokens.place) // len(pages.place)) + whole % count * cfg.cmp_stride
+    start = blocks.place[whole] * cfg.cmp_stride
+    places = BlockPlaces(put_on(device, row.to(torch.int32)), put_on(device, start), cfg.cmp_block_len)
+    return Pair(*compress_both((cache.compress_k, cache.compress_v), (raw.k, raw.v), places, ops))
+
+
+def _to_all(made: Pair, cells: Tensor, storage: RankStorage, chunks: Chunks, comm: Comm) -> None:
+    """What each rank's phi made of its pages, at `cells` of them, into the pages of every rank; an all-gather."""
+    device, per_page = made.k.device, storage.shape.cmp_per_page
+    ids = [chunks.page_id(chunks.pages(rank)) for rank in range(comm.size)]
+    sent = torch.cat(made, -1)
+    sent = sent.new_zeros(max(map(len, ids)) * per_page, *sent.shape[1:]).index_copy_(0, put_on(device, cells), sent)
+    gathered = comm.all_gather(sent, "compressed")
+    slots = put_on(device, (torch.cat(ids)[:, None] * per_page + torch.arange(per_page)).flatten())
+    rows = torch.cat([rows[: len(own) * per_page] for own, rows in zip(ids, gathered, strict=True)])
+    storage.write_pages(storage.cmp, slots, Pair(*rows.split([x.shape[-1] for x in made], -1)))

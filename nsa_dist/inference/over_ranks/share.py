@@ -1,6 +1,6 @@
 """Which of the rows that one call reads and writes are on this rank: index tensors, made from those of one rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from nsa_dist.cp.device import put_on
 from nsa_dist.inference.cache import SequenceState
-from nsa_dist.inference.over_ranks.storage import RankStorage, following_cells
+from nsa_dist.inference.over_ranks.storage import RankStorage
 from nsa_dist.inference.places import Places
+
+PagesHere = Callable[[Tensor], Tensor]  # ids of pages -> their numbers on this rank, -1 for those elsewhere
 
 
 class Kept(NamedTuple):
@@ -45,7 +47,7 @@ class Share:
     cmp_begin: Tensor  # int32 [T]: which of those a query sees, [begin, end)
     cmp_end: Tensor
     block_page: Tensor  # int64 [blocks of the stream]: their pages, -1 elsewhere
-    sequences: list[OwnBlocks]
+    sequences: list[OwnBlocks]  # if compressed rows are sharded
 
     @classmethod
     def of(
@@ -54,37 +56,36 @@ class Share:
     ) -> "Share":  # fmt: skip
         """`at` is made on the CPU, with a row a token; its slots and pages are those of `PagePool` over ranks."""
         shape = storage.shape
-        own_cmp, cmp_slots = _here(at.cmp_slots, shape.cmp_per_page, storage)
+        own_cmp, cmp_slots = _here(at.cmp_slots, shape.cmp_per_page, storage.cmp_pages)
         before = torch.nn.functional.pad(own_cmp.cumsum(0), (1, 0))
-        is_here = storage.is_of(at.block_page)
 
         def put(index: Tensor) -> Tensor:
             return put_on(device, index)
 
-        def kept(slots: Tensor, per_page: int) -> Kept:
-            here, rows = _here(slots, per_page, storage)
+        def kept(slots: Tensor, per_page: int, pages_here: PagesHere) -> Kept:
+            here, rows = _here(slots, per_page, pages_here)
             return Kept(put(here.nonzero().squeeze(1)), put(rows))
 
         return cls(
-            tokens=kept(at.new_slots, shape.cfg.slc_block_len),
-            fresh=kept(at.fresh_slots, shape.cmp_per_page),
+            tokens=kept(at.new_slots, shape.cfg.slc_block_len, storage.slc_pages),
+            fresh=kept(at.fresh_slots, shape.cmp_per_page, storage.cmp_pages),
             following=[
-                Kept(*map(put, _following(at.fresh_slots, ahead, cells, storage)))
-                for ahead, cells in enumerate(following_cells(shape), 1)
+                Kept(*map(put, _following(at.fresh_slots, ahead, keys.shape[1], storage)))
+                for ahead, keys in enumerate(storage.following, 1)
             ],
             cmp_slots=put(cmp_slots),
             cmp_begin=put(before[at.cmp_begin.long()].to(torch.int32)),
             cmp_end=put(before[at.cmp_end.long()].to(torch.int32)),
-            block_page=put(torch.where(is_here, at.block_page // storage.cp_size, -1)),
-            sequences=_sequences(states, added, storage, put),
+            block_page=put(storage.slc_pages(at.block_page)),
+            sequences=[] if storage.is_replicated else _sequences(states, added, storage, put),
         )
 
 
-def _here(slots: Tensor, per_page: int, storage: RankStorage) -> tuple[Tensor, Tensor]:
+def _here(slots: Tensor, per_page: int, pages_here: PagesHere) -> tuple[Tensor, Tensor]:
     """Which rows of the flat pages of all ranks are on this one, and the rows of its own pages."""
-    page = slots // per_page
-    here = storage.is_of(page)
-    return here, (page // storage.cp_size * per_page + slots % per_page)[here]
+    page = pages_here(slots // per_page)
+    here = page >= 0
+    return here, (page * per_page + slots % per_page)[here]
 
 
 def _following(slots: Tensor, ahead: int, cells: int, storage: RankStorage) -> tuple[Tensor, Tensor]:

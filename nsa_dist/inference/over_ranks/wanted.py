@@ -12,7 +12,6 @@ from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.device import put_on
 from nsa_dist.cp.plan import ShardPlan, runs
 from nsa_dist.inference.cache import SequenceState
-from nsa_dist.inference.over_ranks.storage import following_cells
 from nsa_dist.inference.storage import CacheShape, Pair
 
 
@@ -62,10 +61,13 @@ class Chunks:
         first = self.num_pages.cumsum(0) - self.num_pages
         return self.page_ids[(first[pages.sequence] + pages.place).clamp(max=len(self.page_ids) - 1)]
 
-    def blocks_of(self, pages: Rows) -> Rows:
-        """The compressed blocks that share cells with each of J pages, J * K in order; some are none."""
+    def blocks_of(self, pages: Rows, each: int) -> Rows:
+        """The first `each` compressed blocks that share cells with each of J pages, J * each in order; some are none.
+
+        The first l'/d of them lie in the page.
+        """
         left = self.cfg.cmp_block_len // self.cfg.cmp_stride - 1
-        count = torch.full_like(pages.place, self.shape.cmp_per_page + sum(following_cells(self.shape)))
+        count = torch.full_like(pages.place, each)
         return Rows(pages.sequence.repeat_interleave(count), runs(pages.place * self.shape.cmp_per_page - left, count))
 
     def are_whole(self, blocks: Rows) -> Tensor:

@@ -27,7 +27,7 @@ def add_nsa_arguments(parser: ArgumentParser) -> ArgumentParser:
     """
     group = parser.add_argument_group("Native Sparse Attention (arXiv 2502.11089)")
     for name, default in _numbers().items():
-        kind = float if isinstance(default, float) else int
+        kind = float if isinstance(default, float) or name == "link_gb_per_s" else int
         group.add_argument(_flag(name), type=kind, default=default, help=f"nsa_dist: {name} (%(default)s)")
     group.add_argument(
         "--nsa-transport", choices=TRANSPORTS, default="auto", help="how context-parallel ranks exchange"
@@ -66,7 +66,7 @@ def with_fields(args: Namespace) -> Namespace:
     """A copy with the fields of NSATransformerConfig that no single argument is."""
     args = copy.copy(args)
     args.nsa = sizes_from_args(args)
-    args.nsa_fetch = FetchOptions(**{field.name: getattr(args, f"nsa_{field.name}") for field in fields(FetchOptions)})
+    args.nsa_fetch = fetch_from_args(args)
     args.nsa_rotary_base = float(args.rotary_base)
     vars(args).update(_yarn_from_args(args))
     return args
@@ -91,6 +91,10 @@ def _yarn_from_args(args: Namespace) -> dict[str, Any]:
         given = {name: getattr(args, argument, None) for name, argument in _YARN.items()}
         values.update({name: value for name, value in given.items() if value is not None})
     return values
+
+
+def fetch_from_args(args: Namespace) -> FetchOptions:
+    return FetchOptions(**{field.name: getattr(args, f"nsa_{field.name}") for field in fields(FetchOptions)})
 
 
 def sizes_from_args(args: Namespace) -> NSAConfig:

@@ -11,7 +11,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from nsa_dist.config import NSAConfig
+from nsa_dist.cp.formulas.batches import call_plan
 from nsa_dist.cp.formulas.cost import HeadSizes
+from nsa_dist.cp.formulas.groups import num_head_groups
 from nsa_dist.cp.formulas.work import (
     RankWork,
     backward_flops,
@@ -20,8 +22,9 @@ from nsa_dist.cp.formulas.work import (
     slc_keys_below,
     win_keys_below,
 )
+from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.mcore.cpu import replaced
-from nsa_dist.mcore.megatron_lm.arguments import sizes_from_args
+from nsa_dist.mcore.megatron_lm.arguments import fetch_from_args, sizes_from_args
 
 
 @contextmanager
@@ -101,7 +104,23 @@ def _groups(args: Namespace) -> int:
     return args.num_query_groups if args.group_query_attention else args.num_attention_heads
 
 
+def local_head_groups(args: Namespace) -> int:
+    """Groups in which the kv heads of a rank travel, of samples of one document; calls in line take one."""
+    size, width = args.tensor_model_parallel_size, args.kv_channels
+    heads = HeadSizes(
+        max(1, args.num_attention_heads // size), max(1, _groups(args) // size), width, args.nsa_v_head_dim or width,
+        2 if args.bf16 or args.fp16 else 4,
+    )  # fmt: skip
+    cfg, fetch = sizes_from_args(args), fetch_from_args(args)
+    plan = ShardPlan.zigzag([0, args.seq_length], args.context_parallel_size, cfg.slc_block_len)
+    plan = call_plan(plan, args.micro_batch_size, heads.num_q_heads * width)
+    return num_head_groups(plan, cfg, heads, fetch)
+
+
 def _say_no_memory(args: Namespace, num_microbatches: int | None = None, verbose: bool = False) -> None:
+    if args.context_parallel_size > 1:
+        why = "by sizes, one in calls in line" if args.nsa_head_groups is None else "--nsa-head-groups"
+        print(f"NSA: kv heads travel between ranks in {local_head_groups(args)} groups ({why})", flush=True)
     print(
         "Theoretical memory footprints: left out, as Megatron-LM's formulas are those of dense attention; what the GPU "
         "holds is in the next line, and `nsa-dist plan` estimates NSA layers",

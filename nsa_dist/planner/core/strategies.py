@@ -9,11 +9,12 @@ which compresses all of it:
                         with `nsa.shared_kv=true`, and a third of the bytes
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from nsa_dist.cp.formulas import cost
 from nsa_dist.cp.formulas.domains import DomainPages, domain_pages_at
+from nsa_dist.cp.formulas.groups import num_head_groups
 from nsa_dist.cp.options import FetchOptions
 from nsa_dist.planner.core.sizes import Core
 
@@ -124,7 +125,8 @@ def trips(strategy: Strategy, options: Options) -> int:
 
 def head_groups(core: Core, options: Options) -> int:
     """In how many groups the kv heads are worked on, as `nsa_dist.cp.call` cuts them: one without other ranks."""
-    return 1 if core.plan.cp_size == 1 else options.fetch.num_head_groups(core.heads.num_kv_heads)
+    fetch = replace(options.fetch, domain_size=domain_size(core, options))
+    return num_head_groups(core.plan, core.cfg, core.heads, fetch)
 
 
 def num_gathers(core: Core, strategy: Strategy) -> int:

@@ -1,12 +1,13 @@
 """The corpus of a run on every process, and the samples of a step cut for one rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from nsa_dist.cp.plan import ShardPlan
@@ -14,6 +15,7 @@ from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.data.blend import Blend
 from nsa_dist.train.data.corpus import SPLITS, check_length
 from nsa_dist.train.data.packing import write_corpus
+from nsa_dist.train.data.packs import Pack, Packer, joined
 from nsa_dist.train.data.samples import Samples, SampleSource, split_documents
 from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.refused import Refused
@@ -21,7 +23,20 @@ from nsa_dist.train.tasks.source import training_samples
 from nsa_dist.train.tokens import listing, sets
 from nsa_dist.train.world import World
 
-Batch = dict[str, Tensor]
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a micro-batch: [micro_batch_size, T] each, or one row [1, T] where it is a pack."""
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    pack: Pack | None = None
+
+    @property
+    def packed_seq_params(self) -> PackedSeqParams | None:
+        return None if self.pack is None else self.pack.params
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,8 @@ def build_datasets(config: TrainConfig, output: OutputDir, world: World) -> Data
         return _of_sets(config)
     world.agreed(lambda: _pack(config, output))
     train, validation = (
-        Samples(_opened(output.data / split), config.run.sequence_length, config.run.seed) for split in SPLITS
+        Samples(_opened(output.data / split), config.run.sequence_length, config.run.seed, packed=config.data.is_packed)
+        for split in SPLITS
     )
     check_length(train.num_tokens, config.run.sequence_length)
     return Datasets(_with_tasks(train, config), validation)
@@ -83,7 +99,8 @@ def _of_sets(config: TrainConfig) -> Datasets:
         for split, chosen in split_documents(
             len(documents), config.data.validation_fraction, f"tokens {made.sha256['idx']}"
         ).items():
-            splits[split].append(Samples(documents, config.run.sequence_length, config.run.seed, chosen))
+            run, packed = config.run, config.data.is_packed
+            splits[split].append(Samples(documents, run.sequence_length, run.seed, chosen, packed))
         check_length(splits["train"][-1].num_tokens, config.run.sequence_length)
     return Datasets(*(Blend(splits[split], weights) for split in ("train", "validation")))
 
@@ -113,21 +130,36 @@ class BatchCutter:
     """Deals a global batch out to replicas, and each sequence to context-parallel ranks by the plan.
 
     Sample i of a step goes to micro-batch i // (dp_size * micro_batch_size), so which samples a step sees does not
-    depend on how many replicas there are.
+    depend on how many replicas there are. With a packer the samples of a micro-batch are one row.
     """
 
     config: TrainConfig
     world: World
-    plan: ShardPlan
+    plan: ShardPlan  # of a sequence that is one document
+    packer: Packer | None = None
 
     @property
     def num_micro_batches(self) -> int:
         return self.config.run.global_batch_size // (self.config.run.micro_batch_size * self.world.dp_size)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, tokens of a row over all ranks) of a micro-batch."""
+        rows, length = self.config.run.micro_batch_size, self.config.run.sequence_length
+        return (rows, length) if self.packer is None else (1, rows * length)
+
     def micro_batches(self, samples: SampleSource, first: int) -> Iterator[Batch]:
-        """This rank's [micro_batch_size, tokens_per_rank] of the global batch of samples from number `first` on."""
+        """This rank's parts of the global batch of samples from number `first` on.
+
+        Each is made before the one ahead of it is given out, so that what its ranks ask each other about a pack is
+        answered while that one is computed.
+        """
+        ahead: list[Batch] = []
         for numbers in self.numbers(first):
-            yield self._cut([samples[n] for n in numbers])
+            ahead.append(self._cut([samples[n] for n in numbers]))
+            if len(ahead) > 1:
+                yield ahead.pop(0)
+        yield from ahead
 
     def numbers(self, first: int) -> Iterator[range]:
         """Of the samples in each of them; the same on all ranks of a replica."""
@@ -136,13 +168,20 @@ class BatchCutter:
             start = first + (micro * self.world.dp_size + self.world.dp_rank) * size
             yield range(start, start + size)
 
-    def _cut(self, samples: list[Batch]) -> Batch:
-        return {
-            name: torch.stack([self.plan.shard(sample[name], self.world.cp.rank) for sample in samples]).to(
-                self.world.device, non_blocking=True
-            )
-            for name in Samples.names
-        }
+    def samples_of(self, shards: Sequence[Tensor], pack: Pack | None) -> Tensor:
+        """What every context-parallel rank has of a micro-batch, [T, rows] each -> [micro_batch_size, N]."""
+        if pack is None:
+            return self.plan.unshard(shards).T
+        return pack.unshard(shards).view(self.config.run.micro_batch_size, -1)
+
+    def _cut(self, samples: list[dict[str, Tensor]]) -> Batch:
+        rank, pack = self.world.cp.rank, None
+        if self.packer is None:
+            parts = {name: torch.stack([self.plan.shard(s[name], rank) for s in samples]) for name in Samples.names}
+        else:
+            pack = self.packer.of(joined([sample["cu_seqlens"] for sample in samples]))
+            parts = {name: pack.shard(torch.cat([s[name] for s in samples]), rank)[None] for name in Samples.names}
+        return Batch(**{name: x.to(self.world.device, non_blocking=True) for name, x in parts.items()}, pack=pack)
 
 
 def sequence_plan(config: TrainConfig) -> ShardPlan:

@@ -53,8 +53,8 @@ def _refuse_dense(run: Path) -> None:
     if model.has_dense:
         raise Refused(
             f"{run} is a run with model.attention={model.attention}, and the plain model that export and generate make "
-            f"has NSA in every layer; evaluate this run by its metrics.jsonl (data.tasks), or export one with "
-            f"model.attention=nsa"
+            f"has NSA in every layer (nsa-dist export writes a Llama where all are dense); evaluate this run by its "
+            f"metrics.jsonl (data.tasks), or export one with model.attention=nsa"
         )
 
 

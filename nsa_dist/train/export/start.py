@@ -1,12 +1,14 @@
-"""A run's first weights out of an exported or converted folder: `run.start_from`."""
+"""A run's first weights, `run.start_from`: out of an exported or converted folder, or of another run's checkpoint."""
 
 import json
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
@@ -15,32 +17,46 @@ from nsa_dist.inference.model import GPTConfig
 from nsa_dist.rope_scaling import scaling_of
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.export.names import plain_config, plain_name
+from nsa_dist.train.export.run import Chosen, choose, config_of
+from nsa_dist.train.files.marker import NAME, RunMarker
+from nsa_dist.train.files.output import OutputDir
+from nsa_dist.train.model import sharding_metadata
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.tokens.sets import padded_vocab_size, vocab_size
+from nsa_dist.train.world import World
 
-# What a run may have otherwise than the folder that it starts from.
+# What a run may have otherwise than what it starts from.
 _FREE = {"dtype", "sequence_length", "end_of_document", "vocab_size", "tokenizer"}
+# What may be changed for longer contexts: no weight depends on it, what the model computes does.
+_LENGTHENS = {"rotary_base", "rope_scaling"}
+
+
+class FirstWeights(NamedTuple):
+    """`fill` puts this process's part of them into a model; `notices` are what people should read about them."""
+
+    fill: Callable[[GPTModel], None] | None = None
+    notices: tuple[str, ...] = ()
 
 
 def check(config: TrainConfig) -> None:
-    """Refused unless the folder of `run.start_from` is one, of the sizes that the run has. Reads no weights."""
+    """Refused unless `run.start_from` is a run or a model, of the sizes that this run has. Reads no weights."""
     folder = config.run.start_from
     if folder is None:
         return
-    if config.model.has_dense:
+    if folder.resolve() == config.run.output_dir.resolve():
         raise Refused(
-            f"start_from={folder} has NSA in every layer, and model.attention={config.model.attention} has dense ones, "
-            f"which have other weights; take attention=nsa, or leave start_from out"
+            f"start_from={folder} is the run's own output_dir, and a new run takes its first weights from another's; "
+            f"set resume=true instead to go on with the run, or take another output_dir"
         )
-    theirs, ours = _of_folder(folder), plain_config(config)
-    differ = [field.name for field in fields(GPTConfig) if field.name not in _FREE]
-    differ = [name for name in differ if _meaning(theirs, name) != _meaning(ours, name)]
+    theirs, where = _theirs(folder, config)
+    ours = plain_config(config)
+    differ = [name for name in _differing(theirs, ours) if name not in _LENGTHENS]
     if differ:
         lines = [f"  {name}: {folder} has {getattr(theirs, name)}, the run {getattr(ours, name)}" for name in differ]
         raise Refused(
             f"start_from={folder} is another model than what this run describes, so its weights have no place:\n"
             + "\n".join(lines)
-            + f"\ngive the values of {folder / CONFIG} ({folder / 'train.yaml'} has them if nsa-dist convert wrote it)"
+            + f"\ngive the values of {where}"
         )
     if theirs.tokenizer != ours.tokenizer or theirs.vocab_size < vocab_size(config):
         raise Refused(
@@ -50,8 +66,39 @@ def check(config: TrainConfig) -> None:
         )
 
 
-def fill(model: GPTModel, config: TrainConfig) -> None:
-    """Put this process's part of the folder's weights into `model`, before anything copies them."""
+def first_weights(config: TrainConfig, world: World) -> FirstWeights:
+    """Of `run.start_from`, which was checked; none without. Every process calls it.
+
+    Refused for a run that has no intact checkpoint.
+    """
+    folder = config.run.start_from
+    if folder is None:
+        return FirstWeights()
+    theirs, ours = _theirs(folder, config)[0], plain_config(config)
+    changed = tuple(
+        f"{name} is {getattr(ours, name)}, and {folder} was trained with {getattr(theirs, name)}"
+        for name in _differing(theirs, ours)
+    )
+    if not is_run(folder):
+        return FirstWeights(partial(_fill_from_folder, config=config), changed)
+    chosen = Chosen(*world.agreed(lambda: choose(OutputDir(folder))))
+    fill = partial(_fill_from_checkpoint, path=OutputDir(folder).checkpoint(chosen.step))
+    return FirstWeights(
+        fill, (f"the first weights are those of step {chosen.step} of {folder}", *chosen.notices, *changed)
+    )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run of the trainer is kept there, rather than a model alone."""
+    return RunMarker.read(folder) is not None
+
+
+def _fill_from_checkpoint(model: GPTModel, path: Path) -> None:
+    state = {"model": model.sharded_state_dict(metadata=sharding_metadata(model.config))}
+    model.load_state_dict(dist_checkpointing.load(state, str(path))["model"])
+
+
+def _fill_from_folder(model: GPTModel, config: TrainConfig) -> None:
     assert config.run.start_from is not None
     plain = load_model(config.run.start_from).state_dict()
     rows = padded_vocab_size(config)
@@ -63,14 +110,36 @@ def fill(model: GPTModel, config: TrainConfig) -> None:
             parameter.copy_(_part(name, whole, parameter))
 
 
+def _theirs(folder: Path, config: TrainConfig) -> tuple[GPTConfig, str]:
+    """The sizes of what is there, and where they can be read. Refused where its layers are of another kind."""
+    if is_run(folder):
+        run = config_of(OutputDir(folder))
+        attention, where = run.model.attention, f"{folder / NAME}, under identity"
+        theirs = plain_config(run)
+    else:
+        attention, where = "nsa", f"{folder / CONFIG} ({folder / 'train.yaml'} has them if nsa-dist convert wrote it)"
+        theirs = _of_folder(folder)
+    if attention != config.model.attention:
+        raise Refused(
+            f"start_from={folder} has model.attention={attention}, and the run {config.model.attention}, whose layers "
+            f"have other weights; take attention={attention}, or leave start_from out"
+        )
+    return theirs, where
+
+
 def _of_folder(folder: Path) -> GPTConfig:
     try:
         return GPTConfig.of_json(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(
             f"start_from={folder} has no {CONFIG} that can be read ({error}), so its weights are unknown; give a "
-            f"folder that nsa-dist convert or nsa-dist export wrote"
+            f"run's output_dir, or a folder that nsa-dist convert or nsa-dist export wrote"
         ) from error
+
+
+def _differing(theirs: GPTConfig, ours: GPTConfig) -> list[str]:
+    names = [field.name for field in fields(GPTConfig) if field.name not in _FREE]
+    return [name for name in names if _meaning(theirs, name) != _meaning(ours, name)]
 
 
 def _meaning(config: GPTConfig, name: str) -> object:

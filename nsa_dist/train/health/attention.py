@@ -1,7 +1,8 @@
 """Gates, selection and compression of every NSA layer, seen in the forward of one step.
 
     gates               of each branch: the mean over tokens and heads, the shares below 0.05 and above 0.95
-    selection_entropy   of each key/value head, nats: of how often each block is chosen, forced choices left out.
+    selection_entropy   of each key/value head, nats: of how often each block is chosen, counted from the first of its
+                        document, forced choices left out.
                         ln(number of blocks) if all are chosen alike, 0 if one alone is
     phi_norm            of each weight of the two compressors, over all heads
 
@@ -58,14 +59,13 @@ class AttentionMeter:
         """Inside, every forward of a layer is added up; a recomputed one twice, which no mean or share shows."""
         self.seen.clear()
         heads = self.config.model.num_query_groups // self.config.parallel.tensor_model_parallel_size
-        own_block = self._own_blocks()
         with ExitStack() as stack:
             for attention in model.attentions:
                 seen = Seen(*map(self._zeros_of, self._shapes(heads)))
                 self.seen[attention.layer_number - 1] = seen
 
-                def observe(gates: Tensor, block_indices: Tensor, seen: Seen = seen) -> None:
-                    seen.add(gates, block_indices, self._is_free(block_indices, own_block))
+                def observe(gates: Tensor, block_indices: Tensor, own_block: Tensor, seen: Seen = seen) -> None:
+                    seen.add(gates, block_indices, self._is_free(block_indices, own_block[:, None, None]))
 
                 stack.enter_context(attention.core_attention.observing(observe))
             yield
@@ -110,12 +110,6 @@ class AttentionMeter:
 
     def _shapes(self, num_heads: int) -> tuple[tuple[int, int], tuple[int, int]]:
         return (4, 3), (num_heads, self.plan.num_blocks)
-
-    def _own_blocks(self) -> Tensor:
-        """int [T, 1, 1]: the block of each of this rank's tokens."""
-        tokens = torch.arange(self.config.run.sequence_length)
-        mine = self.plan.shard(tokens, self.world.cp.rank).to(self.world.device)
-        return (mine // self.config.nsa.slc_block_len)[:, None, None]
 
     def _is_free(self, block_indices: Tensor, own_block: Tensor) -> Tensor:
         nsa = self.config.nsa

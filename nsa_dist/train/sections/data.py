@@ -30,6 +30,11 @@ class DataSection(Section):
         description="instead of folder: PREFIX of a token set of `nsa-dist data build`, or [[weight, PREFIX], ...], "
         "blended by samples in the order of their weights",
     )
+    documents: Literal["packed", "whole"] = Field(
+        default="packed",
+        description="packed: those in one sample do not see each other, and positions start over; whole: a sample is "
+        "one context, whatever documents it holds",
+    )
 
     tasks: dict[Literal["passkey", "needle", "tracking", "copy", "recall"], float] = Field(
         default_factory=dict,
@@ -122,6 +127,10 @@ class DataSection(Section):
         if self.tokens is None:
             return ()
         return tuple(self.tokens) if isinstance(self.tokens, list) else ((1.0, self.tokens),)
+
+    @property
+    def is_packed(self) -> bool:
+        return self.documents == "packed"
 
     @property
     def loss_unit(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from nsa_dist.cp.comm import Comm
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.data.batches import Batch, BatchCutter
+from nsa_dist.train.data.packs import Pack
 from nsa_dist.train.files.records import Record
 from nsa_dist.train.model import Trainable
 from nsa_dist.train.tasks.source import TaskSamples, held_out_samples
@@ -56,9 +57,10 @@ def _counted(model: Trainable, cutter: BatchCutter, samples: TaskSamples, world:
             if parallel_state.get_tensor_model_parallel_rank() or world.cp.rank:
                 continue  # all of them hold the same
             for n, row in zip(numbers, right, strict=True):
-                for answer in samples.drawn(n).answers:
-                    is_right = bool(row[answer.start - 1 : answer.stop - 1].all())
-                    counts[int(answer.depth * DEPTHS)] += torch.tensor([is_right, 1.0], dtype=torch.float64)
+                for start, drawn in samples.texts(n).items():
+                    for answer in drawn.answers:
+                        is_right = bool(row[start + answer.start - 1 : start + answer.stop - 1].all())
+                        counts[int(answer.depth * DEPTHS)] += torch.tensor([is_right, 1.0], dtype=torch.float64)
     return world.sum(counts.flatten().to(world.device)).cpu().view(DEPTHS, 2)
 
 
@@ -67,23 +69,32 @@ def _right(model: Trainable, cutter: BatchCutter, samples: TaskSamples, first: i
 
     Empty where the pipeline stage computes no logits.
     """
+    packs: list[Pack | None] = []
+
+    def noted() -> Iterator[Batch]:
+        for batch in cutter.micro_batches(samples, first):
+            packs.append(batch.pack)
+            yield batch
+
+    rows, length = cutter.shape
     found = get_forward_backward_func()(
         forward_step_func=_forward_step,
-        data_iterator=cutter.micro_batches(samples, first),
+        data_iterator=noted(),
         model=model.module,
         num_microbatches=cutter.num_micro_batches,
-        seq_length=cutter.config.run.sequence_length,
-        micro_batch_size=cutter.config.run.micro_batch_size,
+        seq_length=length,
+        micro_batch_size=rows,
         forward_only=True,
         collect_non_loss_data=True,
     )
     shards = [list(world.cp.all_gather(right.T.contiguous(), "metrics")) for right in found]  # [T, b] of each rank
-    return [cutter.plan.unshard(each).T.bool().cpu() for each in shards]
+    return [cutter.samples_of(each, pack).bool().cpu() for each, pack in zip(shards, packs, strict=False)]
 
 
 def _forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
     batch = next(batches)
-    return model(batch["tokens"], batch["position_ids"], None), partial(_is_likeliest, batch["labels"])
+    logits = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed_seq_params)
+    return logits, partial(_is_likeliest, batch.labels)
 
 
 def _is_likeliest(labels: Tensor, logits: Tensor, non_loss_data: bool) -> Tensor:

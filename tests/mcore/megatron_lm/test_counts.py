@@ -46,6 +46,32 @@ def test_attention_is_put_in_the_place_of_dense_attention():
     assert count(args, 3) == pytest.approx(1000 + 3 * 3 * nsa_attention_flops(args, LENGTH))
 
 
+def over(size, args):
+    """With what Megatron-LM's own parser adds, of so many context-parallel ranks."""
+    vars(args).update(
+        context_parallel_size=size, tensor_model_parallel_size=1, micro_batch_size=1, bf16=True, fp16=False
+    )
+    return args
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "in 1 groups (by sizes, one in calls in line)"),
+        (["--nsa-head-groups", "2"], "in 2 groups (--nsa-head-groups)"),
+        (["--seq-length", str(2**21)], "in 2 groups (by sizes"),
+    ],
+)
+def test_groups_of_heads_are_told_once(given, said, capsys):
+    training = SimpleNamespace(num_floating_point_operations=print, report_theoretical_memory=print)
+    for size in (1, 2):
+        args = over(size, parsed(*given))
+        with counting_nsa(training):
+            training.report_theoretical_memory(args, num_microbatches=1)
+        found = capsys.readouterr().out
+        assert (said in found) == (size > 1)
+
+
 def test_packs_are_counted_by_their_documents():
     args = parsed(*SIZES)
     seen = []
@@ -65,6 +91,6 @@ def test_megatron_lm_is_as_it_was_afterwards(capsys):
     training = SimpleNamespace(num_floating_point_operations=dense, report_theoretical_memory=print)
     with counting_nsa(training):
         assert training.num_floating_point_operations is not dense
-        training.report_theoretical_memory(parsed(), num_microbatches=1, verbose=True)
+        training.report_theoretical_memory(over(1, parsed()), num_microbatches=1, verbose=True)
     assert (training.num_floating_point_operations, training.report_theoretical_memory) == (dense, print)
     assert "formulas are those of dense attention" in capsys.readouterr().out

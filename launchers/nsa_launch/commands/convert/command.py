@@ -63,8 +63,10 @@ def _run_of(config: GPTConfig, to: Path) -> str:
         "model": model,
         "nsa": nsa,
     }
-    return (
-        "# Of nsa-dist convert. Name the tokens, which the model's own tokenizer made (nsa-dist data build\n"
-        "# --tokenizer DIR), and what else a run needs: nsa-dist train train.yaml data.tokens=PREFIX run.steps=1000\n"
-        + yaml.safe_dump(sections, sort_keys=False)
-    )
+    named = {
+        "huggingface": "Name the tokens that the model's own tokenizer made (nsa-dist data build\n# --tokenizer DIR), "
+        "and what else a run needs: nsa-dist train train.yaml data.tokens=PREFIX run.steps=1000\n",
+        "bytes": "A token is a byte. Name the texts, and what else a run needs:\n"
+        "# nsa-dist train train.yaml data.folder=FOLDER run.steps=1000\n",
+    }
+    return f"# Of nsa-dist convert. {named[config.tokenizer]}" + yaml.safe_dump(sections, sort_keys=False)
