@@ -27,18 +27,15 @@ from nsa_dist.inference import over_ranks
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.inference.decode import EMPTY_SLOT, any_whole, decode_step, decoding, has_kernels, slots_of
 from nsa_dist.inference.places import Places, places
-<<<<<<< HEAD
-from nsa_dist.inference.rows import chosen_pages, compress_fresh, extended, short_prefill, write_rings
-=======
 from nsa_dist.inference.rows import (
     chosen_blocks,
     chosen_pages,
     compress_fresh,
     extended,
     in_sequence,
+    short_prefill,
     write_rings,
 )
->>>>>>> main
 from nsa_dist.inference.storage import MOST_BACK, Pair
 
 
