@@ -24,6 +24,7 @@ from nsa_dist.compress import BlockPlaces, Compress, compress_both
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.call import Call, head_groups
 from nsa_dist.cp.comm import Comm
+from nsa_dist.cp.formulas.cost import HeadSizes
 from nsa_dist.cp.gather import CompressedGather
 from nsa_dist.cp.layout import rank_layout
 from nsa_dist.cp.options import FetchOptions
@@ -146,7 +147,12 @@ def _attention_backward(
             pair = run.compressed(leaves[:2], (of_k, of_v))
         with torch.no_grad():
             ctx = run.ctx
-            ctx.call, ctx.groups = call, head_groups(q.shape[1], kv[2].shape[1], len(q), call)
+            ctx.call, ctx.groups = (
+                call,
+                head_groups(
+                    HeadSizes(q.shape[1], kv[2].shape[1], kv[2].shape[2], kv[3].shape[2], q.itemsize), len(q), call
+                ),
+            )
             ctx.num_own, ctx.routes, ctx.num_kept, ctx.num_marks = len(saved[0]), [[]], 0, 0
             placed = CompressedGather(saved[0], saved[1], call.layout, call.comm).wait()
             grads = list(_backward([grad_out, q, *placed, *kv[2:], gates, *saved[2:]], ctx))
