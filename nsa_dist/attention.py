@@ -19,6 +19,8 @@ from torch import Tensor
 
 import nsa_dist.saved  # noqa: F401
 from nsa_dist.branches import BranchKV, attend
+from nsa_dist.compiled import attention as compiled_attention
+from nsa_dist.compiled import takes as compiled_takes
 from nsa_dist.compress import Compress
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.call import Call
@@ -28,6 +30,8 @@ from nsa_dist.cp.one_sided.choice import with_transport
 from nsa_dist.cp.options import MOST_IN_LINE, FetchOptions
 from nsa_dist.cp.plan import ShardPlan, as_bounds
 from nsa_dist.cp.trace import Trace
+from nsa_dist.operators import Tiles as Tiles
+from nsa_dist.operators import default_ops as default_ops
 
 
 class Heads(NamedTuple):
@@ -83,12 +87,19 @@ def nsa_attention(
     for phi too. What a document holds, NaN and infinity included, reaches no other. Gradients of phi's parameters are
     this rank's part: sum them over the group, as data parallelism over the context-parallel ranks does.
 
+    `torch.compile` takes a call of one rank into its graph as one operator: `nsa_dist.compiled` says which.
+
     One rank can be captured in a CUDA graph after a call that is not. Give `plan` then, and keep it as long as the
     graph, which reads index tensors that live with it; cu_seqlens on a GPU would make the host wait for them.
 
     Raises ValueError if shapes, plan, cu_seqlens and group disagree; also if ranks' plans, configs or options differ.
     """
     check_inputs(q, kv, gates, softmax_scale)
+    phis = compress_k, compress_v
+    if torch.compiler.is_compiling() and compiled_takes(phis, cu_seqlens, plan, cp_group, ops, fetch, traffic, trace):
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        out, ids = compiled_attention(q, kv, gates, cfg, phis, plan, ops, scale)
+        return (out, ids) if return_block_indices else out
     comm = cp_group if isinstance(cp_group, Comm) else Comm(cp_group)
     comm = replace(comm, traffic=traffic or comm.traffic, trace=trace or comm.trace)
     if plan is None:
@@ -114,7 +125,7 @@ def nsa_attention(
     prepare = local_plan.shard if plan is None else local_plan.blank_padding
     with torch.autocast(q.device.type, enabled=False):
         inputs = [prepare(x, comm.rank) for x in (q, *kv, gates)]
-        out, block_indices = attend(inputs[0], BranchKV(*inputs[1:7]), inputs[7], (compress_k, compress_v), call)
+        out, block_indices = attend(inputs[0], BranchKV(*inputs[1:7]), inputs[7], phis, call)
         if plan is None:
             out, block_indices = local_plan.unshard([out]), local_plan.unshard([block_indices])
         else:
@@ -125,18 +136,7 @@ def nsa_attention(
         names = local_plan.memo(("block_ids", q.device), lambda: local_plan.block_ids.to(q.device))
         ids = names[block_indices.clamp(min=0).long()]
         block_indices = torch.where(block_indices >= 0, ids, -1).to(torch.int32)
-    return out, block_indices
-
-
-def default_ops(q: Tensor) -> ModuleType:
-    """The Triton kernels on a GPU, ATen's attention on a CPU; the reference for fp64 and on other devices."""
-    if q.is_cuda and q.dtype != torch.float64:
-        import nsa_kernels
-
-        return nsa_kernels
-    from nsa_kernels import cpu, reference
-
-    return cpu if q.device.type == "cpu" and q.dtype != torch.float64 else reference
+    return out, block_indices.clone()  # they may be the plan's, where all blocks are chosen
 
 
 def post_agreement(plan: ShardPlan, cfg: NSAConfig, heads: Heads, fetch: FetchOptions, comm: Comm) -> None:
@@ -192,26 +192,6 @@ def _tapes(
     parts = "halo", "window", "phi", "forward", "backward", "phi backward", "halo backward"
     key = ("tapes", ops, q.device, comm.group, comm.generation, *key)
     return plan.memo(key, lambda: ({part: ops.Tapes() for part in parts}, {}))
-
-
-class Tiles(NamedTuple):
-    """How documents are kept out of each other's tiles, so that NaN in one reaches no other."""
-
-    key_alignment: int  # of the compressed rows of each document
-    options: dict[str, bool]  # of the attention of intervals
-
-    @classmethod
-    def of(cls, ops: ModuleType, group: int, cfg: NSAConfig, num_documents: int) -> "Tiles":
-        """`ops.WHOLE_TILES` says where its kernels want documents to begin, if they want them anywhere."""
-        if not hasattr(ops, "WHOLE_TILES"):
-            return cls(1, {})
-        if num_documents == 1:
-            return cls(1, {"aligned": True})
-        # In queries and in rows of the window, documents begin at multiples of a selection block.
-        query_rows = cfg.slc_block_len * group
-        if query_rows % ops.WHOLE_TILES.query_rows or cfg.slc_block_len % ops.WHOLE_TILES.key_rows:
-            return cls(1, {"aligned": False})
-        return cls(ops.WHOLE_TILES.compressed_rows, {"aligned": True})
 
 
 def check_inputs(q: Tensor, kv: BranchKV, gates: Tensor, softmax_scale: float | None) -> None:

@@ -25,6 +25,7 @@ from nsa_dist.cp.gather import CompressedGather, CompressedReturn
 from nsa_dist.cp.halo import extended, post_halos
 from nsa_dist.cp.one_sided.counting import count_read
 from nsa_dist.cp.one_sided.selected import SelectedOverRanks, selected_backward, selected_forward
+from nsa_dist.cp.pages import all_blocks_of
 from nsa_dist.cp.sent.routes import Route
 from nsa_dist.cp.window import WholeWindow, WindowBackward, WindowForward
 
@@ -244,9 +245,13 @@ def _attend_and_select(stage: Stage, q: Tensor, k: Tensor, v: Tensor, call: Call
         out, lse = call.ops.compressed_attention(
             queries, keys, stage.of_keys(v), *seen, softmax_scale=call.softmax_scale, **call.tiles
         )
+    block_indices = all_blocks_of(stage, call)
+    if block_indices is not None:
+        return out, lse, block_indices
     with call.comm.computing(f"select[{stage.number}]", "select"):
         block_indices = call.ops.select_blocks(
-            queries, keys, lse, *seen, stage.of_rows(layout.position), stage.of_rows(layout.doc_start),
+            queries, keys, lse, seen[0], stage.of_rows(layout.scored_end),
+            stage.of_rows(layout.position), stage.of_rows(layout.doc_start),
             softmax_scale=call.softmax_scale, cmp_block_len=cfg.cmp_block_len, cmp_stride=cfg.cmp_stride,
             slc_block_len=cfg.slc_block_len, num_slc_blocks=cfg.num_slc_blocks,
             num_init_blocks=cfg.num_init_blocks, num_local_blocks=cfg.num_local_blocks,

@@ -14,7 +14,7 @@ THIRD_PARTY = {"torch", "triton", "megatron", "ray", "pydantic", "yaml", "rich",
 KERNELS = {"torch", "triton", "nsa_kernels"}
 CP = {"torch", "nsa_kernels", "nsa_dist.cp", "nsa_dist.config"}
 BRANCHES = CP | {"nsa_dist.branches", "nsa_dist.compress"}
-ATTENTION = BRANCHES | {"nsa_dist.attention", "nsa_dist.saved"}
+ATTENTION = BRANCHES | {"nsa_dist.attention", "nsa_dist.compiled", "nsa_dist.operators", "nsa_dist.saved"}
 INFERENCE = ATTENTION | {"nsa_dist", "nsa_dist.layer", "nsa_dist.inference", "nsa_dist.rope", "nsa_dist.rope_scaling"}
 MCORE = ATTENTION | {
     "nsa_dist",
@@ -37,6 +37,8 @@ STOREYS = {
     "nsa_dist/cp": CP,
     "nsa_dist/compress.py": CP | {"nsa_dist.rope", "nsa_dist.rope_scaling"},
     "nsa_dist/branches.py": BRANCHES,
+    "nsa_dist/operators.py": CP,
+    "nsa_dist/compiled.py": BRANCHES | {"nsa_dist.operators"},
     "nsa_dist/saved.py": CP | {"nsa_dist.rope_scaling"},
     "nsa_dist/attention.py": ATTENTION,
     "nsa_dist/__init__.py": ATTENTION,

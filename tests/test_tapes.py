@@ -54,8 +54,11 @@ def test_repeated_launches_give_the_same_bits(name, fused, monkeypatch):
         found = results(plan, draw(plan, heads, seed, fused), phis)
         differing = [i for i, pair in enumerate(zip(found, expected[seed], strict=True)) if not torch.equal(*pair)]
         assert differing == []
-    (tapes,) = (kept for key, kept in plan._cache.items() if key[0] == "tapes")
-    for part in tapes.values():
+    ((tapes, _),) = (kept for key, kept in plan._cache.items() if key[0] == "tapes")
+    for name, part in tapes.items():
+        if "halo" in name:  # a lone rank has none
+            assert not part._tapes
+            continue
         recorded = list(part._tapes.values())[-1]
         assert recorded is not None  # or it was never asked for, or only once
         assert recorded.obstacle == ""

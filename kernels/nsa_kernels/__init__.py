@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from nsa_kernels.phi.compress import compress_mlp_pair as compress_mlp_pair
     from nsa_kernels.selected.attention import selected_attention as selected_attention
     from nsa_kernels.selected.attention import selected_attention_backward as selected_attention_backward
+    from nsa_kernels.selected.short import ShortRows as ShortRows
     from nsa_kernels.selection.select import select_blocks as select_blocks
 
 # Which module holds each public name. No room has a public name for its own: importing it would hide the function.
@@ -64,6 +65,7 @@ _MODULES = {
 # `nsa_kernels.reference.decode`, as everything else decodes with the operators of training.
 _ALONE = {
     "PartAttention": "decode_part.attention",
+    "ShortRows": "selected.short",
     "Tapes": "common.tape",
     "TokenPartAttention": "decode_part.attention",
     "WHOLE_TILES": "common.wild",

@@ -55,6 +55,7 @@ class RankLayout:
     doc_start: Tensor  # int32 [T]: stream position of the document's first token
     cmp_begin: Tensor  # int32 [T]: compressed rows this query sees, [begin, end)
     cmp_end: Tensor
+    scored_end: Tensor  # int32 [T]: as cmp_end where importances decide; cmp_begin where all visible blocks are chosen
     win_begin: Tensor  # int32 [T]: extended rows in this query's window, [begin, end)
     win_end: Tensor
     cmp_rows: Tensor  # int32 [own blocks]: extended row (cmp_halo) where each own compressed block starts
@@ -165,13 +166,17 @@ def _queries(plan: ShardPlan, cfg: NSAConfig, rank: int, first_cmp: Tensor, win_
     )
     cmp_end = torch.maximum(cmp_end, column(cmp_end[:, -1].cummax(0).values) * column(whole))
 
+    seen_begin = torch.where(padding, cmp_end, column(cmp_begin))
+    is_short = column(blocks.offset < cfg.num_slc_blocks * plan.block_len).bool()
+
     row = win_halo.extended_rows.to(torch.int32).view(-1, plan.block_len)
     in_window = (column(blocks.offset) + lane).clamp_(max=cfg.window_len - 1)
     return {
         "position": (column(blocks.start) + lane).masked_fill_(padding, -1),
         "doc_start": column(blocks.start - blocks.offset).expand_as(padding).masked_fill(padding, 0),
-        "cmp_begin": torch.where(padding, cmp_end, column(cmp_begin)),
+        "cmp_begin": seen_begin,
         "cmp_end": cmp_end,
+        "scored_end": torch.where(is_short, seen_begin, cmp_end),
         "win_begin": row - in_window.masked_fill_(padding, 0),
         "win_end": row + ~padding,
     }

@@ -139,5 +139,5 @@ class SelectedForward:
         """Attention to those blocks that are here; own blocks are attended in the first round."""
         table = page_table(stage, self._k, self._here, self._call.layout, own=first)
         ids = block_indices if all_here else only_here(block_indices, table)
-        arguments = page_arguments(stage, self._k, self._here, table, self._call)
+        arguments = page_arguments(stage, self._k, self._here, table, self._call, all_here=all_here)
         return self._call.ops.selected_attention(stage.of(self._q), *self._local(stage), ids, **arguments)

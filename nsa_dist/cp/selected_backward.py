@@ -64,11 +64,12 @@ class SelectedBackward:
         for number, route in enumerate(rounds or [None]):
             here = [] if route is None else [Fetched(self._receive(), route)]
             table = page_table(group, self._k, here, self._call.layout, own=number == 0)
-            ids = block_indices if len(rounds) <= 1 else only_here(block_indices, table)
+            all_here = len(rounds) <= 1
+            ids = block_indices if all_here else only_here(block_indices, table)
             with self._call.comm.computing(round_name("slc", group, number), "slc"):
                 dq, dk, dv, *remote = self._call.ops.selected_attention_backward(
                     grad_out, gate, delta, lse, q, *local, ids, dtype=self._call.sum_dtype(q),
-                    **page_arguments(group, self._k, here, table, self._call),
+                    **page_arguments(group, self._k, here, table, self._call, all_here=all_here),
                 )  # fmt: skip
             total = dq if total is None else total.add_(dq)
             self._add_own(group.number, dk, dv)

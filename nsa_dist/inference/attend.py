@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from operator import index
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from nsa_dist.inference.rows import (
     compress_fresh,
     extended,
     in_sequence,
+    short_prefill,
     write_rings,
 )
 from nsa_dist.inference.storage import MOST_BACK, Pair
@@ -185,7 +187,8 @@ def _append(
         compress_fresh(Pair(kv.k_cmp, kv.v_cmp), cache, at, ops)
         window = extended(Pair(kv.k_win, kv.v_win), storage.win, at.win)
         queries, weights = _padded(q, at), _padded(gates, at)
-        out, block_indices = _attend(queries, weights, window, cache, at, ops, scale, tiles)
+        short = short_prefill(states, added, at, cache.cfg, ops) if is_prefill else {}
+        out, block_indices = _attend(queries, weights, window, cache, at, ops, scale, tiles, short)
         if at.token_rows is not None:
             out, block_indices = (x.index_select(0, at.token_rows) for x in (out, block_indices))
         write_rings(kv, cache, at)
@@ -193,8 +196,9 @@ def _append(
 
 
 def _attend(
-    q: Tensor, gates: Tensor, window: Pair, cache: NSACache, at: Places, ops: ModuleType, scale: float, tiles: Tiles
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, gates: Tensor, window: Pair, cache: NSACache, at: Places, ops: ModuleType, scale: float, tiles: Tiles,
+    short: dict[str, Any],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Of all query rows [Q]: the gated sum of the branches, and the chosen blocks of each sequence from 0."""
     cfg = cache.cfg
     compressed, seen = _compressed(cache, at), (at.cmp_begin, at.cmp_end)
@@ -202,7 +206,14 @@ def _attend(
     block_indices = chosen_blocks(q, compressed.k, lse, cache, at, ops, scale)
     pages, block_table = chosen_pages(cache, at.block_page, block_indices)
     out_slc, _ = ops.selected_attention(
-        q, *pages, block_indices, block_table, at.position, slc_block_len=cfg.slc_block_len, softmax_scale=scale
+        q,
+        *pages,
+        block_indices,
+        block_table,
+        at.position,
+        slc_block_len=cfg.slc_block_len,
+        softmax_scale=scale,
+        **short,
     )
     out_win, _ = ops.window_attention(q, *window, at.win_begin, at.win_end, softmax_scale=scale, **tiles.options)
     out = ops.combine(gates, out_cmp, out_slc, out_win)

@@ -1,13 +1,18 @@
 """Rows for the operators: new tokens behind those that rings hold, fresh compressed blocks, the chosen pages."""
 
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsa_dist.branches import BranchKV
 from nsa_dist.compress import BlockPlaces, compress_both
-from nsa_dist.inference.cache import NSACache
+from nsa_dist.config import NSAConfig
+from nsa_dist.cp.pages import QueryBlocks, short_option, short_rows_of
+from nsa_dist.cp.plan import runs
+from nsa_dist.inference.cache import NSACache, SequenceState
 from nsa_dist.inference.places import Extended, Places
 from nsa_dist.inference.storage import Pair
 
@@ -84,3 +89,21 @@ def write_rings(kv: BranchKV, cache: NSACache, at: Places) -> None:
         (cache.storage.raw, Pair(kv.k_cmp, kv.v_cmp), at.raw),
     ):
         ring.write(kept.kept_to, Pair(*(x.index_select(0, kept.kept) for x in new)))
+
+
+def short_prefill(
+    states: Sequence[SequenceState], added: Sequence[int], at: Places, cfg: NSAConfig, ops: ModuleType
+) -> dict[str, Any]:
+    """The option of the short way (`nsa_dist.cp.pages`), of query rows in whole blocks, as training's are."""
+    length = cfg.slc_block_len
+    start, count = torch.tensor([state.length for state in states]), torch.tensor(added)
+    end = start + count
+    num_blocks = torch.where(count > 0, (end + length - 1) // length - start // length, 0)
+    num_pages = torch.tensor([len(state.pages) for state in states])
+    sequence = torch.arange(len(states)).repeat_interleave(num_blocks)
+    number = runs(start // length, num_blocks)
+    position = number[:, None] * length + torch.arange(length)
+    visible = (position >= start[sequence, None]) & (position < end[sequence, None])
+    first_block = (num_pages.cumsum(0) - num_pages)[sequence]
+    queries = QueryBlocks(sequence, first_block, number, visible)
+    return short_option(short_rows_of(queries, at.position, cfg, ops))

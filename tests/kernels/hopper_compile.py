@@ -57,8 +57,11 @@ def compile_all(group: int, remote: bool, dim_k: int, dim_v: int) -> None:
     statistics = torch.zeros(3, heads, num_tokens * group)
     hopper_forward.attend(q, k, v, begin, end, out, lse, 0.1)
     hopper_forward.attend(q, k, v, begin, end, out, lse, 0.1, key_tile=64, unseen=begin[:4])
+    spans = begin[:2]
+    hopper_forward.attend(q, k, v, begin, end, out, lse, 0.1, key_tile=64, unseen=begin[:4], spans=spans)
     hopper_grad_q.grad_q(q, k, v, begin, end, statistics, out, 0.1)
     hopper_grad_q.grad_q(q, k, v, begin, end, statistics, out, 0.1, unseen=begin[:4])
+    hopper_grad_q.grad_q(q, k, v, begin, end, statistics, out, 0.1, unseen=begin[:4], spans=spans)
     hopper_grad_kv.grad_kv(q, k, v, begin, end, statistics, out, 0.1)
     boxes, buffer = hopper_importance.boxes_of_blocks(k[:15], 4), torch.zeros(heads, num_tokens, 2, 4)
     hopper_importance.importance(

@@ -14,17 +14,17 @@ from nsa_kernels.bench.branches import Branch, branches
 from nsa_kernels.bench.cases import CAPTURED_TOKENS, Case
 from nsa_kernels.bench.checks import Wanted, check_branch, check_layer, complaints, sample_rows
 from nsa_kernels.bench.inputs import make_inputs, random
-from nsa_kernels.bench.layer import captured_layer, whole_layer
-from nsa_kernels.bench.timing import Timer, peak_gib
-
-Row = dict[str, float | str]
+from nsa_kernels.bench.layer import captured_layer, measure_pack, whole_layer
+from nsa_kernels.bench.timing import Row, Timer, time_both
 
 
 def measure_case(case: Case, timer: Timer, dense_limit_s: float) -> list[Row]:
     """A row for every branch, `all` for the layer as it is called, `dense` for dense causal attention.
 
-    Of short cases also `all, captured`, the layer in CUDA graphs.
+    Of short cases also `all, captured`, the layer in CUDA graphs. Packs: see `layer`.
     """
+    if case.documents:
+        return attempted("all", lambda: measure_pack(case, timer))
     rows: list[Row] = []
     wanted = Wanted()
     steps: list[tuple[str, Callable[[], Row]]] = [
@@ -35,18 +35,23 @@ def measure_case(case: Case, timer: Timer, dense_limit_s: float) -> list[Row]:
     if case.tokens <= CAPTURED_TOKENS:
         steps.insert(2, ("all, captured", lambda: _measure_captured(case, timer, rows)))
     for step, measure in steps:
-        try:
-            row = measure()
-        except torch.cuda.OutOfMemoryError:
-            row = {"step": step, "note": "out of memory"}
-        except Exception as error:  # a kernel that does not compile must not take the other cases with it
-            traceback.print_exc()
-            row = {"step": step, "note": f"FAILED: {type(error).__name__}: {str(error)[:100]!r}"}
-        if row:
-            rows.append(row)
+        rows += attempted(step, measure)
+    return rows
+
+
+def attempted(step: str, measure: Callable[[], Row | list[Row]]) -> list[Row]:
+    """The rows of `measure`, or one that says why there are none."""
+    try:
+        found = measure()
+        return found if isinstance(found, list) else [found] if found else []
+    except torch.cuda.OutOfMemoryError:
+        return [{"step": step, "note": "out of memory"}]
+    except Exception as error:  # a kernel that does not compile must not take the other cases with it
+        traceback.print_exc()
+        return [{"step": step, "note": f"FAILED: {type(error).__name__}: {str(error)[:100]!r}"}]
+    finally:
         gc.collect()
         torch.cuda.empty_cache()
-    return rows
 
 
 def _measure_branches(case: Case, timer: Timer, rows: list[Row], wanted: Wanted) -> Row:
@@ -81,7 +86,7 @@ def _measure_layer(case: Case, timer: Timer, rows: list[Row], wanted: Wanted) ->
     if wrong:
         return {"step": "all", "note": f"WRONG: {wrong}"}
     grad = random((case.tokens, case.num_q_heads, case.dim_v), x.generator, x.q.device.type)
-    row, differing = _time(timer, forward, x.leaves, grad)
+    row, differing = time_both(timer, forward, x.leaves, grad)
     if differing:
         return {"step": "all", "note": "WRONG: another run has other gradients, or one is not finite"}
     return {"step": "all", **row}
@@ -108,20 +113,6 @@ def _measure_captured(case: Case, timer: Timer, rows: list[Row]) -> Row:
     }
 
 
-def _time(timer: Timer, forward: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> tuple[Row, bool]:
-    """Times and peak memory, and whether two backward runs gave gradients that differ in any bit, or are not finite."""
-    runs: list[tuple[Tensor, ...]] = []
-
-    def backward(out: Tensor) -> tuple[Tensor, ...]:
-        runs[1:] = [torch.autograd.grad(out, leaves, grad)]
-        return runs[-1]
-
-    row: Row = {"peak_gib": peak_gib(forward, backward), **timer.row("forward", forward)}
-    row |= timer.row("backward", backward, before=forward)
-    same = all(bool(a.isfinite().all()) and torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
-    return row, not same
-
-
 def _measure_dense(case: Case, timer: Timer, limit_s: float) -> Row:
     """Causal attention to every token through cuDNN, forward plus backward within `limit_s`."""
     flops = 1.0 * case.tokens**2 * case.num_q_heads * (case.dim_k + case.dim_v)
@@ -146,5 +137,5 @@ def _measure_dense(case: Case, timer: Timer, limit_s: float) -> Row:
     wrong = complaints({"out": (out[0].transpose(0, 1)[rows], expected)})
     if wrong:
         return {"step": "dense", "note": f"WRONG: {wrong}"}
-    row, _ = _time(timer, forward, [q, k, v], torch.randn_like(out))  # cuDNN's gradients may differ from run to run
+    row, _ = time_both(timer, forward, [q, k, v], torch.randn_like(out))  # cuDNN's gradients may differ from run to run
     return {"step": "dense", **row, **_rates(row, flops, 2.5 * flops)}

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from nsa_kernels.bench.cases import Case
+from nsa_kernels.bench.cases import Case, pack_name
 from nsa_kernels.bench.table import markdown
 
 COLUMNS = {
@@ -54,6 +54,7 @@ def _title(figures: dict) -> str:
     """Of a column: `64k, Hq 64 / Hkv 4`, and what is not as usual."""
     unusual = "" if figures["dim_k"] == figures["dim_v"] == 128 else f", D {figures['dim_k']}/{figures['dim_v']}"
     unusual += ", correlated" if figures["correlated"] else ""
+    unusual += f", {pack_name(figures['documents'])}" if figures["documents"] else ""
     return f"{figures['tokens'] // 1024}k, Hq {figures['num_q_heads']} / Hkv {figures['num_kv_heads']}{unusual}"
 
 

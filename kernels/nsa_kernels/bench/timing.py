@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+Row = dict[str, float | str]
+
 
 class Timer:
     """Times functions by device events, the caches flushed before each run."""
@@ -66,3 +68,17 @@ def ceilings(timer: Timer) -> dict[str, float]:
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     product_ms = timer.median_ms(lambda: a @ b)
     return {"copy_TB_per_s": 2 * 2**32 / copy_ms / 1e9, "bf16_TFLOP_per_s": 2 * 8192**3 / product_ms / 1e9}
+
+
+def time_both(timer: Timer, forward: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> tuple[Row, bool]:
+    """Times and peak memory, and whether two backward runs gave gradients that differ in any bit, or are not finite."""
+    runs: list[tuple[Tensor, ...]] = []
+
+    def backward(out: Tensor) -> tuple[Tensor, ...]:
+        runs[1:] = [torch.autograd.grad(out, leaves, grad)]
+        return runs[-1]
+
+    row: Row = {"peak_gib": peak_gib(forward, backward), **timer.row("forward", forward)}
+    row |= timer.row("backward", backward, before=forward)
+    same = all(bool(a.isfinite().all()) and torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
+    return row, not same

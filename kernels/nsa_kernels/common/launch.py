@@ -16,6 +16,8 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from nsa_kernels.common.device import backend
+
 _MOST_KEPT = 1024  # of one kernel; lengths that never come back must not fill the memory
 
 
@@ -71,6 +73,8 @@ class Kernel:
     def _launched_by_triton(
         self, key: tuple, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any]
     ) -> Launch | None:
+        if backend() != "cuda":  # others' compilers know no limit of registers
+            options = {name: option for name, option in options.items() if name != "maxnreg"}
         compiled = self.jit[grid](*arguments, **options)
         if not hasattr(compiled, "packed_metadata"):  # of a stand-in that only compiles
             return None

@@ -24,10 +24,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from nsa_kernels.common.device import num_multiprocessors
 from nsa_kernels.common.hopper import ceil_div, copy_rows, descriptor, descriptors, dot, new_barriers, tile
 from nsa_kernels.common.launch import launchable
-from nsa_kernels.common.sizes import cdiv, split_head_dim
+from nsa_kernels.common.sizes import split_head_dim
+from nsa_kernels.interval.tiles import SPAN_QUERIES, num_tiles
 
 GROUP_ROWS = gl.constexpr(64)  # rows of four warps
 BLOCK_M = gl.constexpr(128)
+SPAN = gl.constexpr(SPAN_QUERIES)
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 
@@ -35,7 +37,7 @@ LN_2 = gl.constexpr(0.6931471805599453)
 @launchable
 @gluon.jit
 def _forward_kernel(
-    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, out_desc, begin_ptr, end_ptr, unseen_ptr, lse_ptr,
+    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, out_desc, begin_ptr, end_ptr, unseen_ptr, spans_ptr, lse_ptr,
     num_rows, num_heads_kv, num_items, softmax_scale,
     SLOTS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BLOCK_N: gl.constexpr,
     G: gl.constexpr, DK: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
@@ -59,12 +61,13 @@ def _forward_kernel(
 
     buffers = (q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, out_smem)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    queries = (begin_ptr, end_ptr, spans_ptr)
     sizes = (num_rows, num_heads_kv, num_items)
     gl.warp_specialize(
         [
-            (_attend, (0, buffers, barriers, out_desc, begin_ptr, end_ptr, unseen_ptr, lse_ptr, sizes, softmax_scale)),
-            (_attend, (1, buffers, barriers, out_desc, begin_ptr, end_ptr, unseen_ptr, lse_ptr, sizes, softmax_scale)),
-            (_copy, (q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, buffers, barriers, begin_ptr, end_ptr, sizes)),
+            (_attend, (0, buffers, barriers, out_desc, queries, unseen_ptr, lse_ptr, sizes, softmax_scale)),
+            (_attend, (1, buffers, barriers, out_desc, queries, unseen_ptr, lse_ptr, sizes, softmax_scale)),
+            (_copy, (q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, buffers, barriers, queries, sizes)),
         ],
         [4, 1],
         [240, 24],
@@ -72,15 +75,20 @@ def _forward_kernel(
 
 
 @gluon.jit
-def place(item, begin_ptr, end_ptr, sizes, G: gl.constexpr, BLOCK_N: gl.constexpr):
+def place(item, queries, sizes, G: gl.constexpr, BLOCK_N: gl.constexpr):
     """Head and first row of an item, and its key tiles: the first key, how many, and the keys that all rows see.
 
     The last rows see most keys: they come first. As begin and end do not decrease, those of the first and the last
-    query bound the others.
+    query bound the others. With spans (`tiles.SPAN` queries each) items are the tiles of those alone.
     """
+    begin_ptr, end_ptr, spans_ptr = queries
     num_rows, num_heads_kv, num_items = sizes
     head = item % num_heads_kv
     row = (num_items - 1 - item) // num_heads_kv * BLOCK_M
+    if spans_ptr is not None:
+        TILES: gl.constexpr = SPAN * G // BLOCK_M
+        which = row // BLOCK_M
+        row = gl.load(spans_ptr + which // TILES) * G + which % TILES * BLOCK_M
     first_query = row // G
     last_query = gl.minimum(row + BLOCK_M, num_rows) // G - 1
     begin = gl.load(begin_ptr + first_query)
@@ -93,7 +101,7 @@ def place(item, begin_ptr, end_ptr, sizes, G: gl.constexpr, BLOCK_N: gl.constexp
 
 
 @gluon.jit
-def _copy(q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, buffers, barriers, begin_ptr, end_ptr, sizes):
+def _copy(q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, buffers, barriers, queries, sizes):
     """Queries of each item, and keys and values of each of its tiles."""
     q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, _out_smem = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
@@ -107,7 +115,7 @@ def _copy(q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, buffers, barriers, b
     step = 0
     for item in range(gl.program_id(0), sizes[2], gl.num_programs(0)):
         turn = item // gl.num_programs(0)
-        head, row, first_key, num_tiles, _begun, _ended = place(item, begin_ptr, end_ptr, sizes, G, BLOCK_N)
+        head, row, first_key, num_tiles, _begun, _ended = place(item, queries, sizes, G, BLOCK_N)
         slot = turn % SLOTS
         mbarrier.wait(q_empty.index(slot), (turn // SLOTS & 1) ^ 1)
         mbarrier.expect(q_full.index(slot), 2 * (q_desc.block_type.nbytes + Q_TAIL_BYTES))
@@ -157,12 +165,11 @@ def blank_unseen(v, key, lowest, highest, unseen_ptr):
 
 
 @gluon.jit
-def _attend(
-    WHICH: gl.constexpr, buffers, barriers, out_desc, begin_ptr, end_ptr, unseen_ptr, lse_ptr, sizes, softmax_scale
-):
+def _attend(WHICH: gl.constexpr, buffers, barriers, out_desc, queries, unseen_ptr, lse_ptr, sizes, softmax_scale):
     """out and lse of GROUP_ROWS rows of every item."""
     q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, out_smem = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    begin_ptr, end_ptr, _spans_ptr = queries
     num_rows, num_heads_kv, num_items = sizes
     SLOTS: gl.constexpr = q_full.shape[0]
     K_STAGES: gl.constexpr = k_smem.shape[0]
@@ -182,9 +189,7 @@ def _attend(
     step = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         turn = item // gl.num_programs(0)
-        head, first_row, first_key, num_tiles, all_begun, none_ended = place(
-            item, begin_ptr, end_ptr, sizes, G, BLOCK_N
-        )
+        head, first_row, first_key, num_tiles, all_begun, none_ended = place(item, queries, sizes, G, BLOCK_N)
         row = first_row + WHICH * GROUP_ROWS + gl.arange(0, GROUP_ROWS, ROWS)
         query = gl.minimum(row, num_rows - 1) // G
         begin = gl.load(begin_ptr + query)
@@ -265,8 +270,9 @@ def attend(
     *,
     key_tile: int = 128,
     unseen: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> None:
-    """Writes out [T, Hq, D] and lse [T, Hq], both contiguous.
+    """Writes out [T, Hq, D] and lse [T, Hq], both contiguous; of the queries of the `spans` only, if there are any.
 
     H200, bf16, 65,536 tokens, D 128, Hq 64, Hkv 4: 6.5 ms (674 TFLOP/s) alone, 7.5 sustained at the card's power limit,
     where the kernel of `cmp_forward` takes 8.6 and 9.3; 8,192 tokens: 0.19 and 0.26.
@@ -274,13 +280,13 @@ def attend(
     num_queries, num_q_heads, dim_k = q.shape
     num_kv_heads, dim_v = v.shape[1:]
     group = num_q_heads // num_kv_heads
-    num_items = cdiv(num_queries * group, BLOCK_M.value) * num_kv_heads
+    num_items = num_tiles(num_queries, spans, group, BLOCK_M.value) * num_kv_heads
     buffers = _buffers(dim_k, key_tile)
     rows, keys = (GROUP_ROWS.value // group, group), (buffers["BLOCK_N"], 1)
     dk, dk_tail = split_head_dim(dim_k)
     _forward_kernel[(min(num_items, num_multiprocessors(q)),)](
         *descriptors(q, rows), *descriptors(k, keys), descriptor(v, (*keys, dim_v)), descriptor(out, (*rows, dim_v)),
-        begin, end, unseen, lse,
+        begin, end, unseen, spans, lse,
         num_queries * group, num_kv_heads, num_items, softmax_scale,
         **buffers, G=group, DK=dk, DK_TAIL=dk_tail, DV=dim_v, num_warps=4,
     )  # fmt: skip

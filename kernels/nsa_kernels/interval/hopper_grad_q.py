@@ -27,8 +27,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from nsa_kernels.common.device import num_multiprocessors
 from nsa_kernels.common.hopper import copy_rows, descriptor, descriptors, dot, new_barriers, tile
 from nsa_kernels.common.launch import launchable
-from nsa_kernels.common.sizes import cdiv, split_head_dim
+from nsa_kernels.common.sizes import split_head_dim
 from nsa_kernels.interval.hopper_forward import BLOCK_M, GROUP_ROWS, LOG2_E, blank_unseen, place
+from nsa_kernels.interval.tiles import num_tiles
 
 BLOCK_N = gl.constexpr(64)
 
@@ -37,7 +38,7 @@ BLOCK_N = gl.constexpr(64)
 @gluon.jit
 def _grad_q_kernel(
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, grad_out_desc, grad_q_desc, grad_q_tail_desc,
-    statistics_ptr, begin_ptr, end_ptr, unseen_ptr,
+    statistics_ptr, begin_ptr, end_ptr, unseen_ptr, spans_ptr,
     num_rows, num_padded_rows, num_heads_kv, num_items, softmax_scale,
     SLOTS: gl.constexpr, STAGES: gl.constexpr,
     G: gl.constexpr, DK: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
@@ -63,13 +64,14 @@ def _grad_q_kernel(
     results = (grad_q_desc, grad_q_tail_desc, grad_q_smem, grad_q_tail_smem)
     buffers = (q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, grad_out_smem)
     barriers = (q_full, q_empty, full, empty)
-    pointers = (statistics_ptr, begin_ptr, end_ptr)
+    queries = (begin_ptr, end_ptr, spans_ptr)
+    pointers = (statistics_ptr, unseen_ptr)
     sizes = (num_rows, num_heads_kv, num_items)
     gl.warp_specialize(
         [
-            (_sum_up, (0, buffers, barriers, results, pointers, unseen_ptr, sizes, num_padded_rows, softmax_scale)),
-            (_sum_up, (1, buffers, barriers, results, pointers, unseen_ptr, sizes, num_padded_rows, softmax_scale)),
-            (_copy, (descs, buffers, barriers, begin_ptr, end_ptr, sizes)),
+            (_sum_up, (0, buffers, barriers, results, pointers, queries, sizes, num_padded_rows, softmax_scale)),
+            (_sum_up, (1, buffers, barriers, results, pointers, queries, sizes, num_padded_rows, softmax_scale)),
+            (_copy, (descs, buffers, barriers, queries, sizes)),
         ],
         [4, 1],
         [240, 24],
@@ -77,7 +79,7 @@ def _grad_q_kernel(
 
 
 @gluon.jit
-def _copy(descs, buffers, barriers, begin_ptr, end_ptr, sizes):
+def _copy(descs, buffers, barriers, queries, sizes):
     """Queries and dO of each item, and keys and values of each of its tiles."""
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, grad_out_desc = descs
     q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, grad_out_smem = buffers
@@ -90,7 +92,7 @@ def _copy(descs, buffers, barriers, begin_ptr, end_ptr, sizes):
     step = 0
     for item in range(gl.program_id(0), sizes[2], gl.num_programs(0)):
         turn = item // gl.num_programs(0)
-        head, row, first_key, num_tiles, _begun, _ended = place(item, begin_ptr, end_ptr, sizes, G, BLOCK_N)
+        head, row, first_key, num_tiles, _begun, _ended = place(item, queries, sizes, G, BLOCK_N)
         slot = turn % SLOTS
         here = q_full.index(slot)
         mbarrier.wait(q_empty.index(slot), (turn // SLOTS & 1) ^ 1)
@@ -112,14 +114,13 @@ def _copy(descs, buffers, barriers, begin_ptr, end_ptr, sizes):
 
 
 @gluon.jit
-def _sum_up(
-    WHICH: gl.constexpr, buffers, barriers, results, pointers, unseen_ptr, sizes, num_padded_rows, softmax_scale
-):
+def _sum_up(WHICH: gl.constexpr, buffers, barriers, results, pointers, queries, sizes, num_padded_rows, softmax_scale):
     """dQ of GROUP_ROWS rows of every item."""
     q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, grad_out_smem = buffers
     grad_q_desc, grad_q_tail_desc, grad_q_smem, grad_q_tail_smem = results
     q_full, q_empty, full, empty = barriers
-    statistics_ptr, begin_ptr, end_ptr = pointers
+    statistics_ptr, unseen_ptr = pointers
+    begin_ptr, end_ptr, _spans_ptr = queries
     num_rows, num_heads_kv, num_items = sizes
     SLOTS: gl.constexpr = q_full.shape[0]
     STAGES: gl.constexpr = k_smem.shape[0]
@@ -139,9 +140,7 @@ def _sum_up(
     step = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         turn = item // gl.num_programs(0)
-        head, first_row, first_key, num_tiles, all_begun, none_ended = place(
-            item, begin_ptr, end_ptr, sizes, G, BLOCK_N
-        )
+        head, first_row, first_key, num_tiles, all_begun, none_ended = place(item, queries, sizes, G, BLOCK_N)
         row = first_row + WHICH * GROUP_ROWS + gl.arange(0, GROUP_ROWS, ROWS)
         query = gl.minimum(row, num_rows - 1) // G
         begin = gl.expand_dims(gl.load(begin_ptr + query), 1)
@@ -206,9 +205,9 @@ def _sum_up(
 
 def grad_q(
     q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, statistics: Tensor, grad_out: Tensor, softmax_scale,
-    *, unseen: Tensor | None = None,
+    *, unseen: Tensor | None = None, spans: Tensor | None = None, into: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """dQ [T, Hq, Dk] in the dtype of q; `unseen` as in `hopper_forward.attend`.
+    """dQ [T, Hq, Dk] in the dtype of q, `into` what is given; `unseen` and `spans` as in `hopper_forward.attend`.
 
     H200, bf16, 65,536 tokens, D 128, Hq 64, Hkv 4: 8.7 ms (760 TFLOP/s) alone, 9.8 sustained at the card's power limit,
     where `cmp_grad_q` takes 10.4 and 11.8; 8,192 tokens: 0.23 and 0.32.
@@ -216,13 +215,13 @@ def grad_q(
     num_queries, num_q_heads, dim_k = q.shape
     num_kv_heads, dim_v = v.shape[1:]
     group = num_q_heads // num_kv_heads
-    num_items = cdiv(num_queries * group, BLOCK_M.value) * num_kv_heads
+    num_items = num_tiles(num_queries, spans, group, BLOCK_M.value) * num_kv_heads
     rows, keys = (GROUP_ROWS.value // group, group), (BLOCK_N.value, 1)
     dk, dk_tail = split_head_dim(dim_k)
-    result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if into is None else into
     _grad_q_kernel[(min(num_items, num_multiprocessors(q)),)](
         *descriptors(q, rows), *descriptors(k, keys), descriptor(v, (*keys, dim_v)),
-        descriptor(grad_out, (*rows, dim_v)), *descriptors(result, rows), statistics, begin, end, unseen,
+        descriptor(grad_out, (*rows, dim_v)), *descriptors(result, rows), statistics, begin, end, unseen, spans,
         num_queries * group, statistics.shape[2], num_kv_heads, num_items, softmax_scale,
         SLOTS=1 if dk_tail else 2, STAGES=2, G=group, DK=dk, DK_TAIL=dk_tail, DV=dim_v, num_warps=4,
     )  # fmt: skip

@@ -19,20 +19,27 @@ BLOCK = 1024
 @launchable
 @triton.jit
 def _tile_ranges_kernel(
-    begin_ptr, end_ptr, out_ptr, num_queries, num_keys, num_tiles, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr
-):
+    begin_ptr, end_ptr,
+    out_ptr,
+    num_queries, num_keys, num_tiles, num_steps,
+    BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Row s of `out`: the first query whose end (s = 0, 2) or begin (s = 1, 3) is above a bound, by bisection."""
     search = tl.arange(0, 4)[:, None]
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     last_key = tl.minimum((tile + 1) * BLOCK_N, num_keys) - 1
     bound = tl.where((search == 0) | (search == 3), tile * BLOCK_N, last_key)
-    values_ptr = tl.where(search % 2 == 0, end_ptr, begin_ptr)
+    of_end = search % 2 == 0
     low = tl.zeros([4, BLOCK], tl.int32)
     high = tl.full([4, BLOCK], 0, tl.int32) + num_queries
-    while tl.max(high - low) > 0:
+    for _ in range(
+        num_steps
+    ):  # AMD's compiler takes neither addresses in a `while`, nor a tile of those of two tensors
         searching = low < high
         middle = low + (high - low) // 2
-        above = tl.load(values_ptr + middle, mask=searching, other=0) > bound
+        end = tl.load(end_ptr + middle, mask=searching & of_end, other=0)
+        begin = tl.load(begin_ptr + middle, mask=searching & (of_end == 0), other=0)
+        above = tl.where(of_end, end, begin) > bound
         high = tl.where(searching & above, middle, high)
         low = tl.where(searching & (above == 0), middle + 1, low)
     tl.store(out_ptr + search * num_tiles + tile, low, mask=tile < num_tiles)
@@ -49,7 +56,7 @@ def tile_ranges(begin: Tensor, end: Tensor, num_keys: int, block_n: int) -> Tens
     _tile_ranges_kernel[(cdiv(num_tiles, 32),)](
         begin, end,
         out,
-        begin.shape[0], num_keys, num_tiles,
+        begin.shape[0], num_keys, num_tiles, begin.shape[0].bit_length(),
         BLOCK_N=block_n, BLOCK=32,
     )  # fmt: skip
     return out

@@ -6,13 +6,43 @@ The Hopper kernels have one tile each, beside their code.
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.common.sizes import split_head_dim
+from nsa_kernels.common.sizes import cdiv, split_head_dim
 
 # Key tiles start at multiples of this many rows. Ranks lay the same keys at rows that are congruent modulo 64, so with
 # this one number every rank adds up a query's keys in the same tiles, and gets the same bits.
 KEY_TILE = 64
+
+# Queries of a span: where a kernel works on some of the queries only, it is told where such pieces begin.
+SPAN_QUERIES = 64
+SPAN = tl.constexpr(SPAN_QUERIES)
+
+
+@triton.jit
+def rows_of_tile(tile, spans_ptr, num_queries, G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The first row of a tile and where the rows end that it may write: of all queries, or of its span.
+
+    spans_ptr   the first query of each span of SPAN queries, ascending; None: tiles are those of all queries
+    """
+    if spans_ptr is None:
+        first_row = tile * BLOCK_M
+        stop_row = num_queries * G
+    else:
+        TILES: tl.constexpr = (SPAN * G + BLOCK_M - 1) // BLOCK_M
+        span_row = tl.load(spans_ptr + tile // TILES) * G
+        first_row = span_row + tile % TILES * BLOCK_M
+        stop_row = tl.minimum(span_row + SPAN * G, num_queries * G)
+    return first_row, stop_row
+
+
+def num_tiles(num_queries: int, spans: Tensor | None, group: int, block_m: int) -> int:
+    """Tiles of `block_m` (query, head) rows: of all queries, or of each of the `spans` by itself."""
+    if spans is None:
+        return cdiv(num_queries * group, block_m)
+    return len(spans) * cdiv(SPAN_QUERIES * group, block_m)
 
 
 @dataclass(frozen=True)

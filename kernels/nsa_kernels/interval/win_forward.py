@@ -14,9 +14,8 @@ from torch import Tensor
 
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.rows import token_head_strides
-from nsa_kernels.common.sizes import cdiv
 from nsa_kernels.common.wild import tamed, wild_rows
-from nsa_kernels.interval.tiles import window_dims, window_tiles
+from nsa_kernels.interval.tiles import num_tiles, rows_of_tile, window_dims, window_tiles
 
 
 @launchable
@@ -27,6 +26,7 @@ def _forward_kernel(
     v_ptr,
     begin_ptr,
     end_ptr,
+    spans_ptr,
     out_ptr,
     lse_ptr,
     stride_qt,
@@ -48,21 +48,21 @@ def _forward_kernel(
     APART: tl.constexpr,
 ):
     """One tile of BLOCK_M (query, head) rows of one key-value head against the key rows its queries see."""
-    first_row = tl.program_id(0) * BLOCK_M
+    first_row, stop_row = rows_of_tile(tl.program_id(0), spans_ptr, num_queries, G, BLOCK_M)
     head = tl.program_id(1)
     log2e: tl.constexpr = 1.4426950408889634
     scale_log2 = softmax_scale * log2e
 
     row = first_row + tl.arange(0, BLOCK_M)
     token = row // G
-    inside = token < num_queries
+    inside = row < stop_row
     q_head = head * G + row % G
     row_begin = tl.load(begin_ptr + token, mask=inside, other=0)  # [BLOCK_M]
     row_end = tl.load(end_ptr + token, mask=inside, other=0)
 
     # begin and end do not decrease, so the first and the last query bound the tile.
     first_token = first_row // G
-    last_token = tl.minimum((first_row + BLOCK_M - 1) // G, num_queries - 1)
+    last_token = (tl.minimum(first_row + BLOCK_M, stop_row) - 1) // G
     low, low_last = tl.load(begin_ptr + first_token), tl.load(begin_ptr + last_token)
     high_first, high = tl.load(end_ptr + first_token), tl.load(end_ptr + last_token)
 
@@ -123,13 +123,14 @@ def attend(
     lse: Tensor,
     softmax_scale: float,
     apart: bool,
+    spans: Tensor | None = None,
 ) -> None:
-    """Writes out [T, Hq, Dv] and lse [T, Hq], both contiguous. `apart`: see `wild`."""
+    """Writes out [T, Hq, Dv] and lse [T, Hq], both contiguous. `apart`: see `wild`; `spans`: see `rows_of_tile`."""
     tile = window_tiles(q.shape[2], q.element_size()).forward
     num_queries, num_kv_heads = q.shape[0], k.shape[1]
-    num_rows = num_queries * (q.shape[1] // num_kv_heads)
-    _forward_kernel[(cdiv(num_rows, tile.block_m), num_kv_heads)](
-        *(q, k, v, begin, end),
+    tiles = num_tiles(num_queries, spans, q.shape[1] // num_kv_heads, tile.block_m)
+    _forward_kernel[(tiles, num_kv_heads)](
+        *(q, k, v, begin, end, spans),
         *(out, lse),
         *(*token_head_strides(q, k, v), num_queries, num_kv_heads, softmax_scale),
         **window_dims(q, k, v),

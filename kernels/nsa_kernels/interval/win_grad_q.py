@@ -14,10 +14,9 @@ from torch import Tensor
 
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.rows import token_head_strides
-from nsa_kernels.common.sizes import cdiv
 from nsa_kernels.common.wild import tamed
 from nsa_kernels.interval.statistics import load_statistics
-from nsa_kernels.interval.tiles import window_dims, window_tiles
+from nsa_kernels.interval.tiles import num_tiles, rows_of_tile, window_dims, window_tiles
 
 
 @launchable
@@ -28,6 +27,7 @@ def _queries_kernel(
     v_ptr,
     begin_ptr,
     end_ptr,
+    spans_ptr,
     statistics_ptr,
     grad_out_ptr,
     dq_ptr,
@@ -53,19 +53,19 @@ def _queries_kernel(
     APART: tl.constexpr,
 ):
     """dQ of one tile of BLOCK_M (query, head) rows of one key-value head; the walk of the forward kernel."""
-    first_row = tl.program_id(0) * BLOCK_M
+    first_row, stop_row = rows_of_tile(tl.program_id(0), spans_ptr, num_queries, G, BLOCK_M)
     head = tl.program_id(1)
     log2e: tl.constexpr = 1.4426950408889634
     scale_log2 = softmax_scale * log2e
 
     row = first_row + tl.arange(0, BLOCK_M)
-    inside = row // G < num_queries
+    inside = row < stop_row
     token = (row // G).to(tl.int64)
     q_head = head * G + row % G
     row_begin = tl.load(begin_ptr + token, mask=inside, other=0)  # [BLOCK_M]
     row_end = tl.load(end_ptr + token, mask=inside, other=0)
     first_token = first_row // G
-    last_token = tl.minimum((first_row + BLOCK_M - 1) // G, num_queries - 1)
+    last_token = (tl.minimum(first_row + BLOCK_M, stop_row) - 1) // G
     low, low_last = tl.load(begin_ptr + first_token), tl.load(begin_ptr + last_token)
     high_first, high = tl.load(end_ptr + first_token), tl.load(end_ptr + last_token)
 
@@ -119,14 +119,14 @@ def _queries_kernel(
         tl.store(dq_rows[:, None] + dim_tail[None, :], dq_tail.to(dq_ptr.dtype.element_ty), mask=inside[:, None])
 
 
-def grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale, apart) -> Tensor:
-    """dQ [T, Hq, Dk] in the dtype of q. `apart`: see `wild`."""
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def grad_q(q, k, v, begin, end, statistics, grad_out, softmax_scale, apart, *, spans=None, into=None) -> Tensor:
+    """dQ [T, Hq, Dk] in the dtype of q, `into` what is given. `apart`: see `wild`; `spans`: see `rows_of_tile`."""
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if into is None else into
     num_queries, num_kv_heads = q.shape[0], k.shape[1]
     tile = window_tiles(q.shape[2], q.element_size()).queries
-    num_rows = num_queries * (q.shape[1] // num_kv_heads)
-    _queries_kernel[(cdiv(num_rows, tile.block_m), num_kv_heads)](
-        *(q, k, v, begin, end, statistics, grad_out),
+    tiles = num_tiles(num_queries, spans, q.shape[1] // num_kv_heads, tile.block_m)
+    _queries_kernel[(tiles, num_kv_heads)](
+        *(q, k, v, begin, end, spans, statistics, grad_out),
         dq,
         *(*token_head_strides(q, k, v, grad_out), num_queries, statistics.shape[2], num_kv_heads, softmax_scale),
         **window_dims(q, k, v),

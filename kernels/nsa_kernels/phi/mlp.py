@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.common.device import backend
 from nsa_kernels.common.launch import launchable
 from nsa_kernels.common.sizes import cdiv, next_power_of_2
 from nsa_kernels.phi.tiles import mlp_tile
@@ -58,7 +59,7 @@ def _first_product_kernel(
     x_ptr, x2_ptr, block_rows_ptr, pos_emb_ptr, pos_emb2_ptr, w1_ptr, w12_ptr,
     parts_ptr,
     num_blocks, block_len, width, num_heads, stride_xt, stride_xh,
-    PARTS: tl.constexpr, D: tl.constexpr,
+    PARTS: tl.constexpr, D: tl.constexpr, TWO_LOADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One part of vec(block) @ w1 of BLOCK_M blocks and BLOCK_F hidden values of one head; block M is pos_emb."""
@@ -71,10 +72,12 @@ def _first_product_kernel(
     block = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     start = tl.load(block_rows_ptr + tl.minimum(block, num_blocks - 1)).to(tl.int64)
-    rows = tl.where(
-        block < num_blocks, x_ptr + head * stride_xh + start * stride_xt, pos_emb_ptr + head * block_len * D
-    )
-    stride = tl.where(block < num_blocks, tl.cast(stride_xt, tl.int64), D)[:, None]
+    is_block = (block < num_blocks)[:, None]
+    x_rows = (x_ptr + head * stride_xh + start * stride_xt)[:, None]
+    pos_emb = pos_emb_ptr + head * block_len * D
+    if not TWO_LOADS:  # AMD's compiler takes no tile of addresses in two tensors
+        rows = tl.where(is_block, x_rows, pos_emb)
+        stride = tl.where(is_block, tl.cast(stride_xt, tl.int64), D)
     w1_head = w1_ptr + head * block_len * D * width
     inside = (f < width)[None, :]
     k = tl.arange(0, BLOCK_K)
@@ -82,7 +85,11 @@ def _first_product_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
     for first in tl.range(part * part_len, tl.minimum((part + 1) * part_len, block_len * D), BLOCK_K):
         dim = tl.multiple_of(first % D, BLOCK_K) + k  # so that a thread loads 16 bytes at once, not 2
-        x = tl.load(rows[:, None] + first // D * stride + dim[None, :])  # [BLOCK_M, BLOCK_K]
+        if TWO_LOADS:
+            x = tl.load(x_rows + first // D * tl.cast(stride_xt, tl.int64) + dim[None, :])
+            x = tl.where(is_block, x, tl.load(pos_emb + first + k)[None, :])
+        else:
+            x = tl.load(rows + first // D * stride + dim[None, :])  # [BLOCK_M, BLOCK_K]
         w1 = tl.load(w1_head + (first + k)[:, None] * width + f[None, :], mask=inside, other=0.0)
         acc = tl.dot(x, w1, acc, input_precision=PRECISION)
     num_slots = tl.num_programs(2) // PARTS
@@ -312,7 +319,7 @@ def mlp_forward(
         *_both(xs), block_rows, *_both(pos_embs), *_both(w1s),
         parts,
         num_blocks, pos_embs[0].shape[1], width, num_heads, *x.stride()[:2],
-        PARTS=PARTS, D=head_dim, BLOCK_F=block_f, BLOCK_K=block_d, **tile,
+        PARTS=PARTS, D=head_dim, TWO_LOADS=backend() != "cuda", BLOCK_F=block_f, BLOCK_K=block_d, **tile,
     )  # fmt: skip
     _second_product_kernel[(cdiv(num_blocks, tile["BLOCK_M"]), head_dim // block_d, num_slots)](
         parts, *_both(w2s),

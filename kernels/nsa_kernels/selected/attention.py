@@ -9,7 +9,9 @@ Gradients   of q, k, v and the remote pages, through out and softmax_lse; summed
 Loop order  a block at a time against all queries that chose it, at any G: see `index`, `forward`,
             `backward`, `parts`.
 Bits        a query's result depends on its own list and keys only, not on its neighbours or on where pages lie.
-Memory      `tiles.WORKSPACE_BYTES` beside inputs and outputs, whatever T is, and fp32 dk, dv where T is cut.
+Short way   queries whose visible blocks are all chosen: `short`, where the caller says which they are.
+Memory      `tiles.WORKSPACE_BYTES` beside inputs and outputs, whatever T is, and fp32 dk, dv where T is cut, or of the
+            keys of the short way.
 Reference   nsa_kernels.reference.selected_attention
 """
 
@@ -27,6 +29,11 @@ from nsa_kernels.contracts import SelectedCall, Upstream, meets
 from nsa_kernels.selected.backward import differentiate_chunk, pack_rows
 from nsa_kernels.selected.forward import attend_chunk
 from nsa_kernels.selected.index import BlockIndex, build_block_index
+from nsa_kernels.selected.pages import add_to_pages
+from nsa_kernels.selected.short import ShortRows, whole_sums
+from nsa_kernels.selected.short import attend as attend_short
+from nsa_kernels.selected.short import key_gradients as short_key_gradients
+from nsa_kernels.selected.short import query_gradients as short_query_gradients
 from nsa_kernels.selected.tiles import (
     WORKSPACE_BYTES,
     BackwardTiles,
@@ -38,26 +45,35 @@ from nsa_kernels.selected.tiles import (
 
 
 @meets(contracts.selected_attention)
-def selected_attention(call: SelectedCall, *, workspace_bytes: int = WORKSPACE_BYTES) -> tuple[Tensor, Tensor]:
-    """Option of these kernels:
+def selected_attention(
+    call: SelectedCall, *, workspace_bytes: int = WORKSPACE_BYTES, short: ShortRows | None = None
+) -> tuple[Tensor, Tensor]:
+    """Options of these kernels:
 
     workspace_bytes     bounds what is held beside inputs and outputs
+    short               queries that chose all the blocks they see, which is not checked, and how they find their keys:
+                        they take a shorter way (`short`); None: none of them does
     """
     check_selected(call)
     call = _with_unit_stride(call)
     if torch.is_grad_enabled():
-        return _SelectedAttention.apply(workspace_bytes, *call)
-    return _attend(call, workspace_bytes)
+        return _SelectedAttention.apply(workspace_bytes, short, *call)
+    return _attend(call, workspace_bytes, short)
 
 
 @meets(contracts.selected_attention_backward)
 @torch.no_grad()
 def selected_attention_backward(
-    upstream: Upstream, call: SelectedCall, dtype: torch.dtype | None, *, workspace_bytes: int = WORKSPACE_BYTES
+    upstream: Upstream,
+    call: SelectedCall,
+    dtype: torch.dtype | None,
+    *,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    short: ShortRows | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """workspace_bytes     as in `selected_attention`"""
+    """workspace_bytes, short     as in `selected_attention`"""
     check_selected(call)
-    return _gradients(upstream, _with_unit_stride(call), workspace_bytes, dtype)
+    return _gradients(upstream, _with_unit_stride(call), workspace_bytes, short, dtype)
 
 
 def _with_unit_stride(call: SelectedCall) -> SelectedCall:
@@ -76,11 +92,11 @@ def _with_unit_stride(call: SelectedCall) -> SelectedCall:
 
 class _SelectedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, workspace_bytes, *call):
+    def forward(ctx, workspace_bytes, short, *call):
         ctx.set_materialize_grads(False)
-        out, lse = _attend(SelectedCall(*call), workspace_bytes)
+        out, lse = _attend(SelectedCall(*call), workspace_bytes, short)
         ctx.save_for_backward(out, lse, *call[:8])
-        ctx.sizes, ctx.workspace_bytes = call[8:], workspace_bytes
+        ctx.sizes, ctx.workspace_bytes, ctx.short = call[8:], workspace_bytes, short
         return out, lse
 
     @staticmethod
@@ -89,50 +105,76 @@ class _SelectedAttention(torch.autograd.Function):
         out, lse, *tensors = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else unit_stride(grad_out)
         upstream = Upstream(grad_out, None, row_deltas(out, grad_out, grad_lse), lse)
-        grads = _gradients(upstream, SelectedCall(*tensors, *ctx.sizes), ctx.workspace_bytes, None)
-        return None, *grads, *[None] * 5
+        grads = _gradients(upstream, SelectedCall(*tensors, *ctx.sizes), ctx.workspace_bytes, ctx.short, None)
+        return None, None, *grads, *[None] * 5
 
 
-def _attend(call: SelectedCall, workspace_bytes: int) -> tuple[Tensor, Tensor]:
-    q, v, block_indices = call.q, call.v, call.block_indices
+def _attend(call: SelectedCall, workspace_bytes: int, short: ShortRows | None) -> tuple[Tensor, Tensor]:
+    q, v = call.q, call.v
     (num_queries, num_q_heads, head_dim_k), (_, num_kv_heads, head_dim_v) = q.shape, v.shape
     out = torch.empty(num_queries, num_q_heads, head_dim_v, dtype=q.dtype, device=q.device)
     lse = torch.empty(num_queries, num_q_heads, dtype=torch.float32, device=q.device)
     group = num_q_heads // num_kv_heads
     tiles = forward_tiles(group, head_dim_k, head_dim_v)
-    bytes_per_query = block_indices.shape[2] * group * (head_dim_v * _part_bytes(q) + 8)
-    for rows, heads in chunks(num_queries, num_kv_heads, bytes_per_query, workspace_bytes):
-        part = _of_rows(call, rows)
+    others, of_others = _others(call, short)
+    bytes_per_query = others.block_indices.shape[2] * group * (head_dim_v * _part_bytes(q) + 8)
+    for rows, heads in chunks(len(others.q), num_kv_heads, bytes_per_query, workspace_bytes):
+        part = _of_rows(others, rows)
         index = _index(part, heads, tiles, gather_all=False)
-        attend_chunk(part, index, out[rows], lse[rows], head_start=heads.start)
+        attend_chunk(part, index, out[of_others][rows], lse[of_others][rows], head_start=heads.start)
+    if short is not None:
+        attend_short(call, short, out, lse)
     return out, lse
 
 
 def _gradients(
-    upstream: Upstream, call: SelectedCall, workspace_bytes: int, dtype: torch.dtype | None
+    upstream: Upstream, call: SelectedCall, workspace_bytes: int, short: ShortRows | None, dtype: torch.dtype | None
 ) -> tuple[Tensor | None, ...]:
     """dq, dk, dv, dk_remote, dv_remote in `dtype`, or each in that of its tensor."""
     q, k, v = call.q, call.k, call.v
-    grad_out = unit_stride(upstream.grad_out)
-    about_rows = pack_rows(upstream.softmax_lse, upstream.delta, upstream.gate, call.position)
-    (num_queries, num_q_heads, head_dim_k), num_kv_heads = q.shape, k.shape[1]
+    upstream = upstream._replace(grad_out=unit_stride(upstream.grad_out))
+    (_, num_q_heads, head_dim_k), num_kv_heads = q.shape, k.shape[1]
     group = num_q_heads // num_kv_heads
     tiles = backward_tiles(group, head_dim_k, v.shape[2])
-    bytes_per_query = call.block_indices.shape[2] * group * (head_dim_k * _part_bytes(q) + 4)
-    parts = list(chunks(num_queries, num_kv_heads, bytes_per_query, workspace_bytes))
-    cut = any(rows.stop - rows.start < num_queries for rows, _ in parts)
+    others, of_others = _others(call, short)
+    bytes_per_query = others.block_indices.shape[2] * group * (head_dim_k * _part_bytes(q) + 4)
+    parts = list(chunks(len(others.q), num_kv_heads, bytes_per_query, workspace_bytes))
+    cut = any(rows.stop - rows.start < len(others.q) for rows, _ in parts)
     dq = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
     pages: tuple[Any, ...] = (k, v, call.k_remote, call.v_remote)
-    # Chunks of queries add to each other's sums, which stay in fp32 until the last; chunks of heads do not meet.
-    sums = [_zeros(x, torch.float32 if cut else dtype) for x in pages]
+    # Chunks of queries add to each other's sums, which stay in fp32 until the last, and so do copies of blocks, which
+    # come after them; chunks of heads do not meet.
+    found = None if short is None else short_key_gradients(upstream, call, short, dtype)
+    copied = short is not None and short.blocks is not None
+    sums = [_zeros(x, torch.float32 if cut or copied else dtype) for x in pages]
+    in_place = None if found is None or copied else (found.dk, found.dv)
+    if in_place is not None and not parts:
+        sums[:2] = whole_sums(in_place, sums[:2])
+    if parts:
+        grad_out = upstream.grad_out[of_others]
+        about_rows = pack_rows(*_about(upstream, of_others), others.position)
     for rows, heads in parts:
-        part = _of_rows(call, rows)
+        part = _of_rows(others, rows)
         index = _index(part, heads, tiles, gather_all=True)
         differentiate_chunk(
-            part, index, grad_out[rows], about_rows[:, rows], dq[rows], sums,
-            head_start=heads.start, add=rows.start > 0,
+            part, index, grad_out[rows], about_rows[:, rows], dq[of_others][rows], sums,
+            head_start=heads.start, add=rows.start > 0, short=in_place if rows.start == 0 else None,
         )  # fmt: skip
+    if short is not None and found is not None:
+        if short.blocks is not None:
+            add_to_pages(found.dk, found.dv, short.blocks, call, sums)
+        short_query_gradients(found, short, dq)
     return dq, *[s if s is None else s.to(dtype or x.dtype) for s, x in zip(sums, pages, strict=True)]
+
+
+def _others(call: SelectedCall, short: ShortRows | None) -> tuple[SelectedCall, slice]:
+    """The call without the queries of the short way, and which rows it has."""
+    return (call, slice(0, len(call.q))) if short is None else (short.other_queries(call), short.others)
+
+
+def _about(upstream: Upstream, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+    gate = None if upstream.gate is None else upstream.gate[rows]
+    return upstream.softmax_lse[rows], upstream.delta[rows], gate
 
 
 def _of_rows(call: SelectedCall, rows: slice) -> SelectedCall:

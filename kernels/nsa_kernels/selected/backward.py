@@ -33,20 +33,33 @@ from nsa_kernels.contracts import SelectedCall
 from nsa_kernels.selected import backward_items
 from nsa_kernels.selected.hopper import backward as hopper_backward
 from nsa_kernels.selected.index import BlockIndex
+from nsa_kernels.selected.pages import put
 from nsa_kernels.selected.parts import sum_parts
 from nsa_kernels.selected.tiles import backward_tiles, hopper_takes
 
 
 @launchable
-@triton.jit(do_not_specialize=["num_page_lists", "num_blocks", "head_start", "num_kv_heads", "num_local_pages"])
+@triton.jit(
+    do_not_specialize=[
+        "num_page_lists",
+        "num_blocks",
+        "head_start",
+        "num_kv_heads",
+        "num_local_pages",
+        "num_short_pages",
+    ]
+)
 def _pages_kernel(
-    dkv_part, item_offsets, block_table,
+    dkv_part, item_offsets, block_table, dk_short, dv_short,
     dk, dv, dk_remote, dv_remote,
-    num_lists, num_page_lists, num_blocks, head_start, num_kv_heads, num_local_pages, stride_table,
+    num_lists, num_page_lists, num_blocks, head_start, num_kv_heads, num_local_pages, num_short_pages, stride_table,
     DK0: tl.constexpr, DK1: tl.constexpr, DV: tl.constexpr, BLOCK_LEN: tl.constexpr,
     HAS_REMOTE: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of one page's gradients: its items' pages in order, on top of earlier chunks' where ADD."""
+    """ROWS rows of one page's gradients: its items' pages in order, on top of earlier chunks' where ADD.
+
+    The first num_short_pages pages also take what the short way found for them, [rows, Hkv, D] in fp32.
+    """
     which = tl.program_id(0)
     kv_head, block = head_start + which // num_blocks, which % num_blocks
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -68,31 +81,31 @@ def _pages_kernel(
             dv_sum += tl.load(source + DK0 + DK1 + v_column)
             source += BLOCK_LEN * WIDTH
         num_items += end - begin
-    if num_items == 0:
+    page = tl.load(block_table + kv_head * stride_table + block)
+    is_short = (page >= 0) & (page < num_short_pages)
+    if (num_items == 0) & (is_short == 0):
         return
 
-    page = tl.load(block_table + kv_head * stride_table + block)
+    if dk_short is not None:
+        row_short = (page.to(tl.int64) * BLOCK_LEN + row) * num_kv_heads + kv_head
+        dk0_sum += tl.load(dk_short + row_short * (DK0 + DK1) + k0_column, mask=is_short, other=0.0)
+        if DK1 > 0:
+            dk1_sum += tl.load(dk_short + row_short * (DK0 + DK1) + k1_column, mask=is_short, other=0.0)
+        dv_sum += tl.load(dv_short + row_short * DV + v_column, mask=is_short, other=0.0)
     if not HAS_REMOTE:  # every page is local: the branch below is never taken
         dk_remote, dv_remote = dk, dv
     if page >= num_local_pages:
         at = (page - num_local_pages).to(tl.int64) * BLOCK_LEN + row
-        _put(dk_remote + at * (DK0 + DK1) + k0_column, dk0_sum, ADD)
+        put(dk_remote + at * (DK0 + DK1) + k0_column, dk0_sum, ADD)
         if DK1 > 0:
-            _put(dk_remote + at * (DK0 + DK1) + k1_column, dk1_sum, ADD)
-        _put(dv_remote + at * DV + v_column, dv_sum, ADD)
+            put(dk_remote + at * (DK0 + DK1) + k1_column, dk1_sum, ADD)
+        put(dv_remote + at * DV + v_column, dv_sum, ADD)
     else:
         at = (page.to(tl.int64) * BLOCK_LEN + row) * num_kv_heads + kv_head
-        _put(dk + at * (DK0 + DK1) + k0_column, dk0_sum, ADD)
+        put(dk + at * (DK0 + DK1) + k0_column, dk0_sum, ADD)
         if DK1 > 0:
-            _put(dk + at * (DK0 + DK1) + k1_column, dk1_sum, ADD)
-        _put(dv + at * DV + v_column, dv_sum, ADD)
-
-
-@triton.jit
-def _put(at, total, ADD: tl.constexpr):
-    if ADD:
-        total += tl.load(at).to(tl.float32)
-    tl.store(at, total.to(at.dtype.element_ty))
+            put(dk + at * (DK0 + DK1) + k1_column, dk1_sum, ADD)
+        put(dv + at * DV + v_column, dv_sum, ADD)
 
 
 @launchable
@@ -143,12 +156,13 @@ def differentiate_chunk(
     *,
     head_start: int,
     add: bool,
+    short: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Fill dq for a chunk of queries and heads, and write, or add where `add`, their share of dk and dv.
 
     The tensors of the call but pages and table, grad_out and dq are the chunk's queries with all heads, rows [4, T, Hq]
     what `pack_rows` made of them; page_grads is dk, dv [R, Hkv, D] and dk_remote, dv_remote [pages, l', D], contiguous,
-    zero where no chunk has written.
+    zero where no chunk has written. short is fp32 dk, dv [r, Hkv, D] of the first rows of k and v, to be added.
     """
     q, k, v, k_remote, v_remote, block_indices, block_table, _, slc_block_len, softmax_scale = call
     num_queries, num_slots = block_indices.shape[0], block_indices.shape[2]
@@ -174,10 +188,10 @@ def differentiate_chunk(
     rows_at_once = min(16, slc_block_len)
     num_page_lists = num_heads * num_blocks
     _pages_kernel[(num_page_lists, slc_block_len // rows_at_once)](
-        dkv_part, index.item_offsets, block_table,
+        dkv_part, index.item_offsets, block_table, *(short or (None, None)),
         *page_grads,
         index.num_lists, num_page_lists, num_blocks, head_start, num_kv_heads, k.shape[0] // slc_block_len,
-        block_table.stride(0),
+        0 if short is None else short[0].shape[0] // slc_block_len, block_table.stride(0),
         DK0=dk0, DK1=dk1, DV=head_dim_v, BLOCK_LEN=slc_block_len, HAS_REMOTE=k_remote is not None,
         ADD=add, ROWS=rows_at_once,
     )  # fmt: skip

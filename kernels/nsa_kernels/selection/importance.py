@@ -36,6 +36,8 @@ def _importance_kernel(
     head = tl.program_id(0) % num_heads_kv
     query = first_query + tl.program_id(0) // num_heads_kv * BLOCK_Q + tl.arange(0, BLOCK_Q)
     begin, num_seen = interval(begin_ptr, end_ptr, query, last_query)
+    if tl.max(num_seen) == 0:
+        return
     row = tl.arange(0, BLOCK_Q * G_PAD)  # row r is query r // G_PAD, head r % G_PAD
     row_query = first_query + tl.program_id(0) // num_heads_kv * BLOCK_Q + row // G_PAD
     row_begin, row_seen = interval(begin_ptr, end_ptr, row_query, last_query)

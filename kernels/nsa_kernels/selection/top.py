@@ -40,6 +40,14 @@ def _top_kernel(
     position = tl.load(position_ptr + query, mask=live, other=-1)
     doc_start = tl.load(doc_start_ptr + query, mask=live, other=0)
     own = tl.where(position >= doc_start, (position - doc_start) // SLC_LEN, -1).to(tl.int32)
+    rank = tl.arange(0, NUM_CHOSEN_PAD)[None, :]
+    first_block = (doc_start // SLC_LEN).to(tl.int32)[:, None]
+    out_rows = out_ptr + ((query.to(tl.int64) * num_heads_kv + head) * NUM_CHOSEN)[:, None]
+    stored = live[:, None] & (rank < NUM_CHOSEN)
+    if tl.max(own) < NUM_CHOSEN:  # all that they see
+        tl.store(out_rows + rank, tl.where(rank <= own[:, None], first_block + rank, -1), mask=stored)
+        return
+
     imp_rows = imp_ptr + (head.to(tl.int64) * chunk_len + query - first_query)[:, None, None] * NUM_LAYERS * num_blocks
     member = tl.arange(0, BUNDLE)[None, None, :]
 
@@ -58,13 +66,9 @@ def _top_kernel(
     )  # fmt: skip
     best = tl.topk(tl.reshape(packed, [BLOCK_Q, NUM_CHOSEN_PAD * BUNDLE]), NUM_CHOSEN_PAD)
 
-    rank = tl.arange(0, NUM_CHOSEN_PAD)[None, :]
     block = tl.where((best >= 0) & (rank < NUM_CHOSEN), (best & FAR).to(tl.int32) ^ FAR, FAR)
     block = tl.sort(block)  # the unchosen go last
-    first_block = (doc_start // SLC_LEN).to(tl.int32)[:, None]
-    ids = tl.where(block < FAR, block + first_block, -1)
-    out_rows = out_ptr + ((query.to(tl.int64) * num_heads_kv + head) * NUM_CHOSEN)[:, None]
-    tl.store(out_rows + rank, ids, mask=live[:, None] & (rank < NUM_CHOSEN))
+    tl.store(out_rows + rank, tl.where(block < FAR, block + first_block, -1), mask=stored)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from nsa_dist.cp.device import Side
 from nsa_dist.cp.one_sided.comm import OneSidedComm, Queued
 from nsa_dist.cp.one_sided.tables import reader_tables
 from nsa_dist.cp.options import CHUNK_BYTES
-from nsa_dist.cp.pages import only_here, round_name
+from nsa_dist.cp.pages import only_here, round_name, short_of
 from nsa_kernels.exchange.mailbox import aligned
 from nsa_kernels.exchange.pages import gradient_slot_bytes
 
@@ -127,10 +127,14 @@ class Pages:
             self._blocks.tables[heads] = table
         return table
 
-    def arguments(self, stage: Stage, taken: Tensor, table: Tensor) -> dict[str, Any]:
-        """What `selected_attention` and its backward take besides tensors of the queries and the rank's own pages."""
+    def arguments(self, stage: Stage, taken: Tensor, table: Tensor, *, all_here: bool) -> dict[str, Any]:
+        """What `selected_attention` and its backward take besides tensors of the queries and the rank's own pages.
+
+        all_here    whether these are all the blocks that the stage's queries chose
+        """
         dim_k = self._k.shape[2]
         return {
+            **(short_of(stage, self._call) if all_here else {}),
             "block_table": table,
             "position": stage.of_rows(self._call.layout.position),
             "slc_block_len": self._call.cfg.slc_block_len,
@@ -185,10 +189,12 @@ class PulledForward:
             if self._call.fetch.keep_pages:
                 self.kept.append(taken)
             table = self._pages.table(heads, part)
-            ids = block_indices if len(ranges) == 1 else only_here(block_indices, table)
+            all_here = len(ranges) == 1
+            ids = block_indices if all_here else only_here(block_indices, table)
+            arguments = self._pages.arguments(stage, taken, table, all_here=all_here)
             with self._call.comm.computing(round_name("slc", stage, part.number), "slc"):
                 found = self._call.ops.selected_attention(
-                    stage.of(self._q), *self._pages.local(stage), ids, **self._pages.arguments(stage, taken, table)
+                    stage.of(self._q), *self._pages.local(stage), ids, **arguments
                 )
                 result = found if result is None else self._call.ops.merge(*result, *found)
             self._attended = self._under_way[stage.number]
@@ -247,11 +253,12 @@ class PulledBackward:
         for part in ranges:
             taken = self._receive()
             table = self._pages.table(len(marks), part)
-            ids = block_indices if len(ranges) == 1 else only_here(block_indices, table)
+            all_here = len(ranges) == 1
+            ids = block_indices if all_here else only_here(block_indices, table)
             with self._call.comm.computing(round_name("slc", group, part.number), "slc"):
                 dq, dk, dv, dk_others, dv_others = self._call.ops.selected_attention_backward(
                     grad_out, gate, delta, lse, q, *self._pages.local(group), ids, dtype=self._call.sum_dtype(q),
-                    **self._pages.arguments(group, taken, table),
+                    **self._pages.arguments(group, taken, table, all_here=all_here),
                 )  # fmt: skip
             total = dq if total is None else total.add_(dq)
             if not self._call.comm.in_line:
