@@ -103,7 +103,7 @@ def seen(rank: int, base: Path, attention: str) -> dict[str, Tensor]:
 
 def answer_tasks(rank: int, base: Path) -> None:
     """Rows of one text each, as packs of two and as they are, over two ranks."""
-    tasks = {"tasks": {"copy": 1.0}, "task_lengths": [128]}
+    tasks = {"tasks": {"copy": 1.0}, "task_lengths": [256]}
     with patch.object(loop, "plot_losses"), patch.object(loop, "plot_selection"):
         for documents in ("packed", "whole"):
             parallel = {"context_parallel_size": 2}

@@ -79,7 +79,7 @@ def test_help_of_the_kernels_benchmark(capsys):
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert "--compare FILE" in said
-    assert "table,targets,kinds,lengths,groups,dims,full" in said
+    assert "table,targets,kinds,lengths,groups,dims,packs,full" in said
 
 
 def test_version(capsys):
