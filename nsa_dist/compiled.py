@@ -147,12 +147,8 @@ def _attention_backward(
             pair = run.compressed(leaves[:2], (of_k, of_v))
         with torch.no_grad():
             ctx = run.ctx
-            ctx.call, ctx.groups = (
-                call,
-                head_groups(
-                    HeadSizes(q.shape[1], kv[2].shape[1], kv[2].shape[2], kv[3].shape[2], q.itemsize), len(q), call
-                ),
-            )
+            heads = HeadSizes(q.shape[1], kv[2].shape[1], kv[2].shape[2], kv[3].shape[2], q.itemsize)
+            ctx.call, ctx.groups = call, head_groups(heads, len(q), call)
             ctx.num_own, ctx.routes, ctx.num_kept, ctx.num_marks = len(saved[0]), [[]], 0, 0
             placed = CompressedGather(saved[0], saved[1], call.layout, call.comm).wait()
             grads = list(_backward([grad_out, q, *placed, *kv[2:], gates, *saved[2:]], ctx))

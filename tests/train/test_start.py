@@ -23,6 +23,7 @@ from nsa_dist.train.prepare import prepare_output
 from nsa_dist.train.refused import Refused
 from ranks import run_ranks
 from start_cases import SIZES, config, runs
+from token_cases import shifted_set
 from train_cases import records, write_texts
 
 
@@ -113,6 +114,23 @@ def test_what_a_run_began_with_is_said(base):
         f"rotary_base is 10000000.0, and {base / 'CP2'} was trained with 1000000.0"
         in (base / "told of turns.txt").read_text()
     )
+
+
+def test_another_tokenizer_is_refused(base, tmp_path, monkeypatch):
+    """Of as many rows, padded: nothing else would tell."""
+    for name, size in (("theirs", 300), ("ours", 301)):
+        shifted_set(monkeypatch, tmp_path / name, 0, vocab_size=size)
+    shutil.copytree(base / "CP2", tmp_path / "run")
+    marker = RunMarker.read(base / "CP2")
+    marker.changed(identity={**marker.identity, "data.tokens": str(tmp_path / "theirs")}).write(tmp_path / "run")
+
+    def check_of(tokens: str) -> None:
+        data = {"folder": None, "tokens": str(tmp_path / tokens)}
+        prepare_output(config(base, f"of {tokens}", run={"start_from": tmp_path / "run"}, data=data))
+
+    check_of("theirs")
+    with pytest.raises(Refused, match=r"'size': 300.*'size': 301.*build data.tokens with the model's own tokenizer"):
+        check_of("ours")
 
 
 def losses_of(folder: Path, of_run: Path, samples: int) -> float:

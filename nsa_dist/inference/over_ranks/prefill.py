@@ -128,11 +128,8 @@ def _phi(
     pages, tokens, blocks = around
     if not len(whole):
         return Pair(*(x[:0] for x in raw))
-    cfg, device, count = (
-        cache.cfg,
-        raw.k.device,
-        len(blocks.place) // len(pages.place),
-    )  # of each page, every d rows one
+    cfg, device = cache.cfg, raw.k.device
+    count = len(blocks.place) // len(pages.place)  # of each page, every d rows one
     row = whole // count * (len(tokens.place) // len(pages.place)) + whole % count * cfg.cmp_stride
     start = blocks.place[whole] * cfg.cmp_stride
     places = BlockPlaces(put_on(device, row.to(torch.int32)), put_on(device, start), cfg.cmp_block_len)

@@ -1,5 +1,6 @@
 """A run's first weights, `run.start_from`: out of an exported or converted folder, or of another run's checkpoint."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import fields
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from nsa_dist.inference.folder import CONFIG, load_model
 from nsa_dist.inference.model import GPTConfig
+from nsa_dist.inference.text import TOKENIZER
 from nsa_dist.rope_scaling import scaling_of
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.export.names import plain_config, plain_name
@@ -22,7 +24,7 @@ from nsa_dist.train.files.marker import NAME, RunMarker
 from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.model import sharding_metadata
 from nsa_dist.train.refused import Refused
-from nsa_dist.train.tokens.sets import padded_vocab_size, vocab_size
+from nsa_dist.train.tokens.sets import padded_vocab_size, read_all, vocab_size
 from nsa_dist.train.world import World
 
 # What a run may have otherwise than what it starts from.
@@ -64,6 +66,7 @@ def check(config: TrainConfig) -> None:
             f"data has {vocab_size(config)} of kind {ours.tokenizer}, so a row would stand for another token; build "
             f"data.tokens with the model's own tokenizer (nsa-dist data build --tokenizer)"
         )
+    _check_tokenizer(folder, config)
 
 
 def first_weights(config: TrainConfig, world: World) -> FirstWeights:
@@ -125,6 +128,25 @@ def _theirs(folder: Path, config: TrainConfig) -> tuple[GPTConfig, str]:
             f"have other weights; take attention={attention}, or leave start_from out"
         )
     return theirs, where
+
+
+def _check_tokenizer(folder: Path, config: TrainConfig) -> None:
+    """Refused for another tokenizer than the weights were trained with, where what is there tells which that was."""
+    if not config.data.token_sets:
+        return  # bytes, as the kind says
+    ours = read_all(config.data)[0].tokenizer
+    if is_run(folder):
+        theirs = read_all(config_of(OutputDir(folder)).data)[0].tokenizer
+    elif (folder / TOKENIZER).is_file():
+        theirs = {**ours, "sha256": hashlib.sha256((folder / TOKENIZER).read_bytes()).hexdigest()}
+    else:
+        return
+    if theirs != ours:
+        raise Refused(
+            f"start_from={folder} was trained on tokens of {dict(theirs)}, and the run's data has those of "
+            f"{dict(ours)}, so a row would stand for another token; build data.tokens with the model's own tokenizer "
+            f"(nsa-dist data build --tokenizer)"
+        )
 
 
 def _of_folder(folder: Path) -> GPTConfig:
