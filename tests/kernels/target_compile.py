@@ -68,6 +68,17 @@ def compile_layer(group: int, dim_k: int, dim_v: int, only: str) -> None:
         output = branch.forward()
         if branch.leaves:
             branch.backward(output, torch.ones_like(output[0] if isinstance(output, tuple) else output))()
+    if only in ("", "gates"):
+        compile_gates(2 * group, dim_v)
+
+
+def compile_gates(num_q_heads: int, dim_v: int) -> None:
+    """The branches under their gates, whose gradients the layer takes together with those of the branches."""
+    from nsa_kernels.gates.combine import combine
+
+    shapes = [(256, num_q_heads, 3), *[(256, num_q_heads, dim_v)] * 3]
+    out = combine(*(torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes))
+    out.backward(torch.ones_like(out))
 
 
 if __name__ == "__main__":
