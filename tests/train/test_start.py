@@ -21,6 +21,7 @@ from nsa_dist.train.files.marker import RunMarker
 from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.prepare import prepare_output
 from nsa_dist.train.refused import Refused
+from nsa_dist.train.tokens.build import Request, build
 from ranks import run_ranks
 from start_cases import SIZES, config, runs
 from token_cases import shifted_set
@@ -131,6 +132,16 @@ def test_another_tokenizer_is_refused(base, tmp_path, monkeypatch):
     check_of("theirs")
     with pytest.raises(Refused, match=r"'size': 300.*'size': 301.*build data.tokens with the model's own tokenizer"):
         check_of("ours")
+
+
+@pytest.mark.parametrize("source", ["a run", "a folder with a tokenizer"])
+def test_bytes_are_bytes_in_a_token_set_too(base, tmp_path, source):
+    """Which has no tokenizer's file, where an exported folder of bytes does."""
+    build(Request([base / "texts"], tmp_path / "tokens"))
+    folder = base / "CP2" if source == "a run" else base / "nsa"
+    assert source == "a run" or (folder / "tokenizer.json").is_file()
+    data = {"folder": None, "tokens": str(tmp_path / "tokens")}
+    prepare_output(config(base, f"bytes of {folder.name}", run={"start_from": folder}, data=data))
 
 
 def losses_of(folder: Path, of_run: Path, samples: int) -> float:

@@ -132,9 +132,9 @@ def _theirs(folder: Path, config: TrainConfig) -> tuple[GPTConfig, str]:
 
 def _check_tokenizer(folder: Path, config: TrainConfig) -> None:
     """Refused for another tokenizer than the weights were trained with, where what is there tells which that was."""
-    if not config.data.token_sets:
-        return  # bytes, as the kind says
-    ours = read_all(config.data)[0].tokenizer
+    ours = read_all(config.data)[0].tokenizer if config.data.token_sets else {"kind": "bytes"}
+    if ours["kind"] == "bytes":
+        return  # theirs are bytes as well, whether they lie in a token set or not
     if is_run(folder):
         theirs = read_all(config_of(OutputDir(folder)).data)[0].tokenizer
     elif (folder / TOKENIZER).is_file():
