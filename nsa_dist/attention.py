@@ -30,8 +30,7 @@ from nsa_dist.cp.one_sided.choice import with_transport
 from nsa_dist.cp.options import MOST_IN_LINE, FetchOptions
 from nsa_dist.cp.plan import ShardPlan, as_bounds
 from nsa_dist.cp.trace import Trace
-from nsa_dist.operators import Tiles as Tiles
-from nsa_dist.operators import default_ops as default_ops
+from nsa_dist.operators import Tiles, default_ops
 
 
 class Heads(NamedTuple):

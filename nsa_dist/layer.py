@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nsa_dist.attention import default_ops, nsa_attention
+from nsa_dist.attention import nsa_attention
 from nsa_dist.branches import BranchKV
 from nsa_dist.compress import MeanCompress, TurnedCompressMLP
 from nsa_dist.config import NSAConfig
@@ -24,6 +24,7 @@ from nsa_dist.inference import over_ranks
 from nsa_dist.inference.attend import nsa_decode, nsa_prefill
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.inference.decode import EMPTY_SLOT, decode_step
+from nsa_dist.operators import default_ops
 from nsa_dist.rope import Positions
 from nsa_dist.rope_scaling import Rotary
 

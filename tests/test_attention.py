@@ -5,8 +5,8 @@ import torch
 
 from cases import SMALL, make_inputs, run
 from nsa_dist import BranchKV, NSAConfig, ShardPlan, nsa_attention
-from nsa_dist.attention import default_ops
 from nsa_dist.cp.layout import rank_layout
+from nsa_dist.operators import default_ops
 from nsa_kernels import cpu, reference
 
 

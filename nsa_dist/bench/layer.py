@@ -5,12 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
-from nsa_dist.attention import default_ops, nsa_attention
+from nsa_dist.attention import nsa_attention
 from nsa_dist.bench.case import Case
 from nsa_dist.bench.gathered import gathered_attention
 from nsa_dist.bench.gathered_heads import shared_attention
 from nsa_dist.bench.shard import Shard
 from nsa_dist.cp.comm import Comm
+from nsa_dist.operators import default_ops
 
 
 def layer_forward(case: Case, shard: Shard, comm: Comm, ops: Any = None) -> Callable[[], Tensor]:

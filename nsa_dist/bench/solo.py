@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from nsa_dist.attention import default_ops
 from nsa_dist.bench.case import Case
 from nsa_dist.bench.layer import layer_forward
 from nsa_dist.bench.measure import measure, new_trace
 from nsa_dist.bench.selection import Replay, draw_remote, with_selection
 from nsa_dist.bench.shard import drawn, make_shard
 from nsa_dist.bench.synthetic import SyntheticComm
+from nsa_dist.operators import default_ops
 
 
 def run_solo(cases: Iterable[Case], device: torch.device, rank: int = 0, repeats: int = 3) -> Iterator[dict[str, Any]]:

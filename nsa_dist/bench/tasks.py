@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_dist.attention import default_ops
 from nsa_dist.bench.case import Case
 from nsa_dist.bench.layer import layer_forward
 from nsa_dist.bench.measure import elapsed, mark, measure, new_trace
@@ -18,6 +17,7 @@ from nsa_dist.bench.solo import measure_share
 from nsa_dist.bench.world import World
 from nsa_dist.cp.comm import Comm, Traffic
 from nsa_dist.cp.plan import ShardPlan
+from nsa_dist.operators import default_ops
 
 Row = dict[str, Any]
 

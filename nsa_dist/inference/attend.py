@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nsa_dist.attention import Tiles, check_inputs, check_plan, default_ops
+from nsa_dist.attention import check_inputs, check_plan
 from nsa_dist.branches import BranchKV
 from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.plan import ShardPlan, as_bounds
@@ -37,6 +37,7 @@ from nsa_dist.inference.rows import (
     write_rings,
 )
 from nsa_dist.inference.storage import MOST_BACK, Pair
+from nsa_dist.operators import Tiles, default_ops
 
 
 def nsa_prefill(

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nsa_dist.attention import default_ops
 from nsa_dist.cp.comm import Comm
 from nsa_dist.inference import over_ranks
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.inference.decode import EMPTY_SLOT, any_whole, decoding, has_kernels, rings_of, slots_of
 from nsa_dist.inference.model import GPT, ModelCache
+from nsa_dist.operators import default_ops
 
 
 def can_capture(model: GPT, cache: ModelCache, cp_group: dist.ProcessGroup | Comm | None = None) -> bool:

@@ -19,6 +19,21 @@ from nsa_kernels.decode_contracts import Appended, DecodeSizes
 from nsa_kernels.decode_part.part import CachePart, TokenPart, cells_following
 
 
+@triton.jit
+def _fresh_cell(
+    source, slots_ptr, ends_ptr, new, num_fresh, CMP_LEN: tl.constexpr, CMP_STRIDE: tl.constexpr,
+    CELLS_CMP: tl.constexpr,
+):  # fmt: skip
+    """Of the `source`th compressed block that may have become whole: the slot of its sequence, its cell there, and
+    whether it has."""
+    batch = source // num_fresh
+    slot = tl.load(slots_ptr + batch).to(tl.int64)
+    end = tl.load(ends_ptr + batch)
+    block = num_whole(end - new, CMP_LEN, CMP_STRIDE) + (source % num_fresh).to(tl.int32)
+    is_fresh = (end > 0) & (block < num_whole(end, CMP_LEN, CMP_STRIDE))
+    return slot, block + (CELLS_CMP - 1), is_fresh
+
+
 @launchable
 @triton.jit
 def _part_store_kernel(
@@ -29,13 +44,9 @@ def _part_store_kernel(
     FOLLOWING: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     source = tl.program_id(0).to(tl.int64)
-    batch = source // num_fresh
-    slot = tl.load(slots_ptr + batch).to(tl.int64)
-    end = tl.load(ends_ptr + batch)
-    block = num_whole(end - new, CMP_LEN, CMP_STRIDE) + (source % num_fresh).to(tl.int32)
-    if (end <= 0) | (block >= num_whole(end, CMP_LEN, CMP_STRIDE)):
+    slot, cell, is_fresh = _fresh_cell(source, slots_ptr, ends_ptr, new, num_fresh, CMP_LEN, CMP_STRIDE, CELLS_CMP)
+    if is_fresh == 0:
         return
-    cell = block + (CELLS_CMP - 1)
     at = slot * max_pages + cell // CELLS_SLC
     residue = cell % CELLS_SLC
     page = tl.load(page_table_ptr + at).to(tl.int64)
@@ -85,12 +96,7 @@ def _cells_kernel(
     CMP_LEN: tl.constexpr, CMP_STRIDE: tl.constexpr, CELLS_CMP: tl.constexpr, CELLS_SLC: tl.constexpr,
 ):  # fmt: skip
     source = tl.program_id(0).to(tl.int64)
-    batch = source // num_fresh
-    slot = tl.load(slots_ptr + batch).to(tl.int64)
-    end = tl.load(ends_ptr + batch)
-    block = num_whole(end - new, CMP_LEN, CMP_STRIDE) + (source % num_fresh).to(tl.int32)
-    is_fresh = (end > 0) & (block < num_whole(end, CMP_LEN, CMP_STRIDE))
-    cell = block + (CELLS_CMP - 1)
+    slot, cell, is_fresh = _fresh_cell(source, slots_ptr, ends_ptr, new, num_fresh, CMP_LEN, CMP_STRIDE, CELLS_CMP)
     page = tl.load(table_ptr + slot * max_pages + cell // CELLS_SLC, mask=is_fresh, other=0)
     tl.store(cell_rows_ptr + source, tl.where(is_fresh, page * CELLS_SLC + cell % CELLS_SLC, -1))
 

@@ -32,9 +32,8 @@ def _tile_ranges_kernel(
     of_end = search % 2 == 0
     low = tl.zeros([4, BLOCK], tl.int32)
     high = tl.full([4, BLOCK], 0, tl.int32) + num_queries
-    for _ in range(
-        num_steps
-    ):  # AMD's compiler takes neither addresses in a `while`, nor a tile of those of two tensors
+    # AMD's compiler takes neither addresses in a `while`, nor a tile of those of two tensors.
+    for _ in range(num_steps):
         searching = low < high
         middle = low + (high - low) // 2
         end = tl.load(end_ptr + middle, mask=searching & of_end, other=0)

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsa_dist.attention import default_ops
 from nsa_dist.bench.decode.case import DecodeCase
 from nsa_dist.branches import BranchKV
 from nsa_dist.compress import CompressMLP
 from nsa_dist.inference.attend import nsa_decode
 from nsa_dist.inference.cache import NSACache
 from nsa_dist.inference.decode import decode_step, has_kernels, paged, sizes_of, slots_of
+from nsa_dist.operators import default_ops
 from nsa_kernels.decode_contracts import Appended
 from nsa_kernels.reference import decode as reference
 

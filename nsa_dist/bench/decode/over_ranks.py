@@ -9,7 +9,6 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from nsa_dist.attention import default_ops
 from nsa_dist.bench.decode.case import DecodeCase
 from nsa_dist.bench.decode.layer import Layer
 from nsa_dist.bench.decode.measure import MOST_ERROR, Clock, Row, captured
@@ -24,6 +23,7 @@ from nsa_dist.inference.over_ranks.storage import RankStorage, spread
 from nsa_dist.inference.over_ranks.traffic import decode_bytes
 from nsa_dist.inference.pool import CmpPlacement
 from nsa_dist.inference.storage import indexable
+from nsa_dist.operators import default_ops
 
 
 @dataclass(frozen=True)

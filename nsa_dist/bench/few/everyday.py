@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_dist.attention import default_ops
 from nsa_dist.bench.case import Case
 from nsa_dist.bench.few.instant import InstantComm
 from nsa_dist.bench.layer import layer_forward
@@ -23,6 +22,7 @@ from nsa_dist.bench.selection import Replay, with_selection
 from nsa_dist.bench.shard import drawn, make_shard
 from nsa_dist.bench.world import World
 from nsa_dist.cp.comm import Comm
+from nsa_dist.operators import default_ops
 
 INSTANT = "instant"
 
