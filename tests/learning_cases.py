@@ -13,8 +13,8 @@ from train_cases import records, run, small_config
 LENGTH, STEPS = 128, 200
 
 
-def config(base: Path, name: str, attention: str) -> TrainConfig:
-    """What is to be copied stands 64 bytes back: four windows, in blocks of which a query sees 5 of up to 16."""
+def copying(base: Path, name: str, attention: str, **sections: dict) -> TrainConfig:
+    """A model that learns to copy: a window of 16 bytes, and blocks of 8 of which a query sees 5."""
     return small_config(
         base, name,
         model={
@@ -25,8 +25,16 @@ def config(base: Path, name: str, attention: str) -> TrainConfig:
             "cmp_block_len": 8, "cmp_stride": 4, "slc_block_len": 8, "num_slc_blocks": 5, "window_len": 16,
             "rotary_base": 500.0,
         },
-        data={"folder": base / "texts", "validation_fraction": 0.25, "tasks": {"copy": 1.0}, "task_lengths": [LENGTH]},
         optimizer={"lr": 4e-3, "min_lr": 1e-4, "warmup_steps": 20},
+        **sections,
+    )  # fmt: skip
+
+
+def config(base: Path, name: str, attention: str) -> TrainConfig:
+    """What is to be copied stands 64 bytes back: four windows, of up to 16 blocks."""
+    return copying(
+        base, name, attention,
+        data={"folder": base / "texts", "validation_fraction": 0.25, "tasks": {"copy": 1.0}, "task_lengths": [LENGTH]},
         run={
             "steps": STEPS, "sequence_length": LENGTH, "global_batch_size": 16, "micro_batch_size": 16,
             "eval_interval": STEPS, "eval_batches": 2, "checkpoint_interval": STEPS,

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from learning_cases import copying
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.train import loop
 from nsa_dist.train.config import TrainConfig
@@ -126,19 +127,10 @@ def write_copies(folder: Path, scrambled: bool = False, number: int = 2400) -> N
 
 
 def learning(base: Path, name: str, parallel: dict, texts: str = "copies", attention: str = "nsa") -> TrainConfig:
-    """As `learning_cases`, with four documents a row: what is to be copied stands 62 bytes back, window 16."""
-    return small_config(
-        base, name, parallel=parallel,
-        model={
-            "attention": attention, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 16,
-            "ffn_hidden_size": 128,
-        },
-        nsa={
-            "cmp_block_len": 8, "cmp_stride": 4, "slc_block_len": 8, "num_slc_blocks": 5, "window_len": 16,
-            "rotary_base": 500.0,
-        },
+    """With four documents a row: what is to be copied stands 62 bytes back, window 16."""
+    return copying(
+        base, name, attention, parallel=parallel,
         data={"folder": base / "texts" / texts, "validation_fraction": 0.05, "documents": "packed"},
-        optimizer={"lr": 4e-3, "min_lr": 1e-4, "warmup_steps": 20},
         run={
             "steps": LEARNING_STEPS, "sequence_length": 512, "global_batch_size": 4, "micro_batch_size": 4,
             "eval_interval": LEARNING_STEPS, "eval_batches": 4, "checkpoint_interval": LEARNING_STEPS,

@@ -112,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--at-once", type=int, default=1, help="runs that share the device")
     parser.add_argument("--commit", help="of this checkout, where git cannot tell")
     arguments = parser.parse_intermixed_args(argv)
+    for path in [arguments.config, *arguments.then]:
+        if not path.is_file() or not isinstance(yaml.safe_load(path.read_text()), dict):
+            parser.error(f"{path} is no file of sections and their keys; give one, as configs/evidence has them")
     arguments.out.mkdir(parents=True, exist_ok=True)
     stages = _stages([arguments.config, *arguments.then], arguments.out)
     runs = [

@@ -133,6 +133,17 @@ def test_stages_follow_one_another_and_are_drawn_apart(tmp_path, monkeypatch):
     assert {path.parent.name for path in (tmp_path / "drawn").rglob("losses.png")} == {"copy-cpu", "longer"}
 
 
+@pytest.mark.parametrize("text", [None, ""])
+def test_a_stage_that_says_nothing_is_refused_before_anything_runs(text, tmp_path, monkeypatch, capsys):
+    stage = tmp_path / "stage.yaml"
+    if text is not None:
+        stage.write_text(text)
+    with pytest.raises(SystemExit):
+        example("compare", monkeypatch).main([str(COPY), "--then", str(stage), "--out", str(tmp_path / "out")])
+    assert "stage.yaml is no file of sections and their keys; give one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "folder", sorted({path.parent for path in CONFIGS.rglob("*.yaml")} - {CONFIGS}), ids=lambda p: p.name
 )

@@ -1,17 +1,17 @@
 """Decoding from a cache in parts, all of them in this process, against the fp64 reference of the whole cache."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from kernels.judge import assert_twice
 from kernels.pace import SLOW_WITHOUT_A_GPU
 from kernels.paged import PAPER, Drawn, draw
+from kernels.parts import check_step, the_answer
 from nsa_kernels.decode import append, tiles
 from nsa_kernels.decode_contracts import DecodeSizes
 from nsa_kernels.decode_part import attention, candidates, part, store
-from nsa_kernels.reference import decode as reference
 
 
 def cut(drawn: Drawn, step: int) -> list[part.CachePart]:
@@ -55,23 +55,11 @@ def decoded(drawn: Drawn, parts: list[part.CachePart], compare: bool = True):
     lses = torch.stack([step.lse for step in steps])
     best = torch.stack([step.candidates(lses) for step in steps])
     partials = torch.stack([step.attend(best) for step in steps])
-    answers = [step.combine(partials) for step in steps]
-    for out, blocks in answers[1:] if compare else []:
-        assert torch.equal(out, answers[0][0])
-        assert torch.equal(blocks, answers[0][1])
-    return answers[0]
+    return the_answer([step.combine(partials) for step in steps], compare)
 
 
 def check(drawn: Drawn, step: int, dtype: torch.dtype, device) -> None:
-    exact, plain, mine = drawn.to(torch.float64), drawn.to(dtype), drawn.to(dtype, device)
-    parts = cut(mine, step)
-    expected, expected_blocks = exact.decode(reference)
-    rounded, _ = plain.decode(reference)
-    out, blocks = decoded(mine, parts)
-    assert torch.equal(blocks.cpu(), expected_blocks)
-    assert_twice("out", out.cpu(), rounded, expected)
-    for held in parts:
-        assert torch.equal(held.cache.lengths.cpu(), exact.cache.lengths)
+    parts, plain = check_step(drawn, dtype, device, partial(cut, step=step), decoded)
     _check_contents(parts, plain, drawn)
 
 

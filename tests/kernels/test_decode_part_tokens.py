@@ -1,18 +1,18 @@
 """Decoding from a cache whose tokens lie in parts that each have all compressed rows, against the fp64 reference."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from kernels.judge import assert_twice
 from kernels.pace import SLOW_WITHOUT_A_GPU
 from kernels.paged import PAPER, Drawn, draw
+from kernels.parts import check_step, the_answer
 from nsa_kernels.decode import append, attention, tiles
 from nsa_kernels.decode_contracts import DecodeSizes, from_pages
 from nsa_kernels.decode_part import attention as of_parts
 from nsa_kernels.decode_part import part, store
-from nsa_kernels.reference import decode as reference
 
 
 def cut(drawn: Drawn, step: int) -> list[part.TokenPart]:
@@ -55,23 +55,11 @@ def decoded(drawn: Drawn, parts: list[part.TokenPart]) -> tuple[torch.Tensor, to
             )
         )
     partials = torch.stack([step.partials for step in steps])
-    answers = [step.combine(partials) for step in steps]
-    for out, blocks in answers[1:]:
-        assert torch.equal(out, answers[0][0])
-        assert torch.equal(blocks, answers[0][1])
-    return answers[0]
+    return the_answer([step.combine(partials) for step in steps])
 
 
 def check(drawn: Drawn, step: int, dtype: torch.dtype, device) -> None:
-    exact, plain, mine = drawn.to(torch.float64), drawn.to(dtype), drawn.to(dtype, device)
-    parts = cut(mine, step)
-    expected, expected_blocks = exact.decode(reference)
-    rounded, _ = plain.decode(reference)
-    out, blocks = decoded(mine, parts)
-    assert torch.equal(blocks.cpu(), expected_blocks)
-    assert_twice("out", out.cpu(), rounded, expected)
-    for held in parts:
-        assert torch.equal(held.cache.lengths.cpu(), exact.cache.lengths)
+    parts, plain = check_step(drawn, dtype, device, partial(cut, step=step), decoded)
     _check_contents(parts, plain, drawn)
 
 
