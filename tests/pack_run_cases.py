@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from learning_cases import copying
+from nsa_dist import NSAConfig
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.train import loop
 from nsa_dist.train.config import TrainConfig
@@ -56,15 +57,21 @@ def config(base: Path, name: str, parallel: dict | None = None, steps: int = STE
     return small_config(base, name, parallel=parallel or {}, run=lengths, **sections)
 
 
+def keep_selection(blocks: Tensor, sizes: NSAConfig, where: str, path: Path) -> None:
+    """In place of the picture, what it would show."""
+    torch.save(blocks, path.with_suffix(".pt"))
+
+
 def alone(rank: int, base: Path, steps: int = STEPS) -> None:
     run(config(base, "fork", steps=steps), StopAfter(FORK_STEP))
     shutil.copytree(base / "fork", base / "one")
-    run(config(base, "one", steps=steps).resuming())
+    with patch.object(loop, "plot_selection", keep_selection):
+        run(config(base, "one", steps=steps).resuming())
 
 
 def over_ranks(rank: int, base: Path, layouts: dict[str, dict], steps: int = STEPS) -> None:
     """The fork to the end in every layout; the last of them runs its attention again in backward."""
-    with patch.object(loop, "plot_losses"), patch.object(loop, "plot_selection"):
+    with patch.object(loop, "plot_losses"), patch.object(loop, "plot_selection", keep_selection):
         for name, parallel in layouts.items():
             if rank == 0:
                 shutil.copytree(base / "fork", base / name)

@@ -21,11 +21,11 @@ def selected_blocks(model: Trainable, cutter: BatchCutter, dataset: SampleSource
     if not model.attentions:
         evaluate(model, cutter, dataset, 1, world)
         return None
+    pack = next(cutter.micro_batches(dataset, 0)).pack  # which the evaluation finds made, as the newest are kept
     with model.attentions[-1].core_attention.recording_blocks() as recorded:
         evaluate(model, cutter, dataset, 1, world)
     first_head = recorded[0][:, 0].contiguous()  # [T, n]
     shards = list(world.cp.all_gather(first_head, "selection"))
-    pack = next(cutter.micro_batches(dataset, 0)).pack
     return (cutter.plan.unshard(shards) if pack is None else _of_longest(shards, pack)).cpu()
 
 

@@ -22,6 +22,7 @@ from pack_run_cases import (
     PAIRS,
     alone,
     answer_tasks,
+    config,
     learn_alone,
     learn_over_ranks,
     over_ranks,
@@ -139,6 +140,22 @@ def agrees(base, name: str) -> None:
                 assert mine["layers"][layer]["gates"][branch] == pytest.approx(gates, rel=1e-5)
     for record in records(base, name, "traffic"):
         assert record["sent_bytes"] == record["formula_bytes"]
+    mine, single = (torch.load(base / run / "selection.pt") for run in (name, "one"))
+    assert mine.shape == single.shape
+    assert (mine != single).float().mean() < 0.01, "but where importances are nearly equal"
+
+
+def test_the_picture_of_the_selection_is_of_the_longest_document(few):
+    """Of the first micro-batch of the validation: every token of it, with ids that begin at its own first block."""
+    made = config(few, "one")
+    samples = Samples(IndexedDataset(str(few / "one/data/validation")), 256, made.run.seed, packed=True)
+    lengths = torch.cat([samples[n]["cu_seqlens"].diff() for n in range(made.run.micro_batch_size)])
+    blocks = torch.load(few / "one/selection.pt")
+    own = torch.arange(len(blocks))[:, None] // made.nsa.slc_block_len
+    assert len(blocks) == lengths.max() > 2 * made.nsa.slc_block_len
+    assert (blocks <= own).all()
+    assert (blocks == own).any(1).all()
+    assert (blocks == 0).any(1).all(), "the first one is forced"
 
 
 FEW = 4
