@@ -95,9 +95,9 @@ class Command:
         """The same run through torchrun, to its end; what it printed."""
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*launcher, "-m", "nsa_launch.torchrun", str(self._config), *words]
-        return subprocess.run(
-            command, check=True, env=self._environment, timeout=self.patience_s, stdout=subprocess.PIPE, text=True
-        ).stdout
+        done = subprocess.run(command, env=self._environment, timeout=self.patience_s, capture_output=True, text=True)
+        assert done.returncode == 0, f"exit code {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        return done.stdout
 
     def said(self) -> str:
         """Everything the command has printed."""

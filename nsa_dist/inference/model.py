@@ -57,7 +57,7 @@ class GPTConfig:
             kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
             raise ValueError(
                 f"model_type is {kind!r}, but this model is 'nsa_gpt': others have other layers; give a folder that "
-                f"nsa-dist export wrote"
+                f"nsa-dist export wrote of an NSA model, or make one of a Llama or Qwen 3 with nsa-dist convert"
             )
         values = {name: value for name, value in raw.items() if name != "model_type"}
         if unknown := sorted(values.keys() - names):
