@@ -5,12 +5,15 @@ consumed, which is the position in the data. It counts only once it has its mani
 written after every process has written its part. What is loaded was verified before: `files.intact`.
 """
 
+import multiprocessing
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from nsa_dist.train.files.manifest import Entry, Manifest, written_by
@@ -20,6 +23,11 @@ from nsa_dist.train.refused import Refused
 from nsa_dist.train.world import World
 
 _STATE_OF_GROUP = ("params", "step")  # of an optimizer's group: which weights, and how often they were moved
+# Run in a process that a spawn made: it ends when the one that wanted it has ended, however that was.
+_END_WITH_PARENT = """
+import multiprocessing, os, threading
+threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+"""
 _KIND_OF_GROUP = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")  # what tells one from another
 
 
@@ -37,6 +45,7 @@ def save(model: Trainable, output: OutputDir, position: Position, keep: int, wor
     and not the run's.
     """
     path = Path(world.agreed(lambda: str(output.make_checkpoint(position.step))))
+    leave_no_process_behind()
     dist_checkpointing.save(_state(model, position, is_loading=False), str(path))
     parts = world.gathered(written_by(world.rank, world.size, path))  # by then the slowest has written
     if world.is_main:
@@ -45,6 +54,17 @@ def save(model: Trainable, output: OutputDir, position: Position, keep: int, wor
         output.drop_old_checkpoints(keep)
     world.barrier()
     return path
+
+
+def leave_no_process_behind() -> None:
+    """Make the process through which Megatron's writers report, before Megatron does.
+
+    Megatron's own outlives a trainer that is killed, and holds its output open: whoever reads that waits for ever.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(exec, (_END_WITH_PARENT, {}))
+        filesystem_async._results_queue = manager.Queue()
 
 
 def restore(model: Trainable, path: Path) -> Position:

@@ -68,6 +68,6 @@ sys.exit("__del__" not in read)
 
 
 def test_a_thread_is_read_while_it_leaves_functions():
-    """In a process of its own, as what goes wrong ends it (CPython 3.12 and later, by the text of faulthandler)."""
+    """In a process of its own, as what goes wrong ends it (CPython 3.13, by the text of faulthandler)."""
     done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
