@@ -2,12 +2,18 @@
 
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from nsa_dist.train import loop
 from nsa_dist.train.config import TrainConfig
+from nsa_dist.train.experts.router import SampleTokens
+from nsa_dist.train.model import bare_model
+from nsa_dist.train.world import entered
 from train_cases import FORK_STEP, StopAfter, run, small_config
 
 STEPS = FORK_STEP + 20
@@ -31,6 +37,7 @@ PACKED_LAYOUTS: dict[str, dict] = {
     "CP2 by documents": {"parallel": {"context_parallel_size": 2, "pack_order": "documents"}},
     "DP2 in four": {"run": {"micro_batch_size": 1}},
 }
+STARTS = [("shared", "TP2"), ("shared.folder", "TP2"), ("shared.folder", "PP2")]
 OF_FOUR = ("CP4", "TP2, CP2")
 RUNS = [
     *(("experts", layout) for layout in LAYOUTS),
@@ -44,19 +51,31 @@ def layout_of(name: str, layout: str) -> dict:
 
 
 def config(base: Path, folder: str, name: str, **sections: dict) -> TrainConfig:
-    lengths = {"steps": STEPS, "eval_interval": STEPS, "checkpoint_interval": STEPS, **sections.pop("run", {})}
+    lengths = {
+        "steps": STEPS, "eval_interval": STEPS, "checkpoint_interval": STEPS, "replica_check_interval": STEPS // 2,
+        **sections.pop("run", {}),
+    }  # fmt: skip
     model = {**MODELS.get(name, EXPERTS), **sections.pop("model", {})}
     data = {"documents": "packed"} if name == "packed" else {}
-    sections["optimizer"] = {"adam_eps": 2e-5}  # docs/decisions/tiny-job.md: at 1e-8 rounding moves weights
+    sections.setdefault("optimizer", {"adam_eps": 2e-5})  # docs/decisions/tiny-job.md: at 1e-8 rounding moves weights
     return small_config(base, folder, model=model, run=lengths, data=data, **sections)
 
 
 def alone(rank: int, base: Path) -> None:
-    """Each model to the end by one process, which stopped on the way."""
+    """Each model to the end by one process, which stopped on the way; one is exported, one not told to be even."""
     for name in (*MODELS, "packed"):
         run(config(base, f"{name} fork", name), StopAfter(FORK_STEP))
         shutil.copytree(base / f"{name} fork", base / name)
         run(config(base, name, name).resuming())
+    run(config(base, "uneven", "experts", model={"moe_aux_loss_coeff": 0.0}))
+
+
+def starting(rank: int, base: Path) -> None:
+    """Runs that begin where another ended, with its checkpoint's weights or those of its folder, and move none."""
+    still = {"lr": 1e-30, "min_lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0}
+    for source, layout in STARTS:
+        keys = {"steps": 1, "start_from": base / source}
+        run(config(base, f"of {source} {layout}", "shared", run=keys, optimizer=still, **LAYOUTS[layout]))
 
 
 def over_ranks(rank: int, base: Path, runs: list[tuple[str, str]]) -> None:
@@ -68,3 +87,44 @@ def over_ranks(rank: int, base: Path, runs: list[tuple[str, str]]) -> None:
                 shutil.copytree(base / f"{name} fork", base / folder)
             dist.barrier()
             run(config(base, folder, name, **layout_of(name, layout)).resuming())
+
+
+class Naive(NamedTuple):
+    """What a router said of drawn tokens, and what the formulas say."""
+
+    weights: tuple[Tensor, Tensor]
+    loss: tuple[float, float]
+    grad: tuple[Tensor, Tensor]
+    counts: tuple[list[int], list[int]]
+
+
+def routed(rank: int, base: Path) -> Naive:
+    """Three samples of 5 tokens and two of padding, through a router of a model, and token by token."""
+    run_config = config(base, "routed", "experts")
+    with entered(run_config, torch.device("cpu")) as world:
+        router = bare_model(run_config, world)[1].decoder.layers[1].mlp.router.train()
+        draw = torch.Generator().manual_seed(5)
+        x, of = torch.randn(17, 1, 32, generator=draw), torch.tensor([0, 1, 2] * 5 + [-1, -1])
+        router.start_counting()
+        router.tokens = SampleTokens(of, 3, 5)
+        weights, taken = router(x)
+        (weights * 0).sum().backward()
+        found = router.seen.tolist()
+        weight = router.weight.detach().clone().requires_grad_()
+        expected, by_token = torch.zeros(17, 4), torch.zeros(3, 4)
+        score_sums = [torch.zeros(4), torch.zeros(4), torch.zeros(4)]
+        for token in range(17):
+            logits = weight @ x[token, 0]
+            best = sorted(range(4), key=lambda e, at=logits.tolist(): -at[e])[:2]
+            for expert in best:
+                expected[token, expert] = logits[expert].exp().detach() / sum(logits[e].exp().detach() for e in best)
+            if (sample := int(of[token])) >= 0:
+                by_token[sample, best] += 1
+                score_sums[sample] = score_sums[sample] + logits.softmax(0)
+        losses = [4 * (by_token[s] / 10 * score_sums[s] / 5).sum() for s in range(3)]
+        sum(0.05 * 5 * loss for loss in losses).backward()
+        assert (taken.sum(-1) == 2).all()
+        return Naive(
+            (weights.detach(), expected), (found[-1], float(sum(losses).detach())), (router.weight.grad, weight.grad),
+            ([int(count) for count in found[:-1]], [int(count) for count in by_token.sum(0)]),
+        )  # fmt: skip

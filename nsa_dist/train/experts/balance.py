@@ -35,9 +35,10 @@ class Balance:
     def telling(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The micro-batches, each told of when it is asked for, which is right before its forward."""
         for batch in batches:
-            tokens = self._tokens(batch) if self.routers else None
-            for router in self.routers.values():
-                router.tokens = tokens
+            if self.routers:
+                tokens = self._tokens(batch)
+                for router in self.routers.values():
+                    router.tokens = tokens
             yield batch
 
     def pack(self) -> Tensor:

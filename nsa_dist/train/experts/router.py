@@ -28,11 +28,12 @@ class SampleRouter(TopKRouter):
         f_e    the share of expert e in the sample's choices, topk a token; no gradient passes through it
         P_e    the mean over the sample's tokens of a softmax over all experts
 
-    The sequence-wise loss of DeepSeek-V2 (arXiv:2405.04434, section 2.2.3, up to its factor), `seq_aux_loss` to Megatron. Megatron's own depends
-    on the layout: of 0.16 its weight is divided by the ranks of a context- and tensor-parallel group and, by samples, by
-    those of a micro-batch; to it the row of a pack is one sample, and padding is tokens. This one is the same however a sample is cut, and
-    whatever samples it is computed with. To the sum of token losses that a step takes the mean of, every sample adds
-    `moe_aux_loss_coeff` times its loss once a token.
+    The sequence-wise loss of DeepSeek-V2 (arXiv:2405.04434, section 2.2.3) but for its factors, `seq_aux_loss` to
+    Megatron. It is the same however a sample is cut, and whatever samples it is computed with. To the sum of token
+    losses of which a step takes the mean, every sample adds `moe_aux_loss_coeff` times its loss once a token.
+
+    Megatron's own is not: of 0.16 its weight is divided by the ranks that share the tokens, and by the samples of a
+    micro-batch; to any version the row of a pack is one sample, and its padding is tokens.
 
     `tokens` is set before each forward of training. `seen` fp64 [E + 1] adds up, over this rank's tokens, how many took
     each expert, and its part of the samples' losses.
@@ -72,7 +73,7 @@ class SampleRouter(TopKRouter):
         return MoEAuxLossAutoScaler.apply(weights, self.config.moe_aux_loss_coeff * length * loss)
 
     def _one_hot(self, logits: Tensor) -> Tensor:
-        """[samples, T * b] of this rank's tokens, of which sequence parallelism leaves each tensor-parallel rank some."""
+        """[samples, T * b]; sequence parallelism leaves a tensor-parallel rank its share of the tokens."""
         mine = self.tokens.sample.to(logits.device)
         if self.config.sequence_parallel:
             mine = mine.chunk(get_pg_size(self.tp_group))[get_pg_rank(self.tp_group)]
