@@ -28,8 +28,8 @@ class SampleRouter(TopKRouter):
         f_e    the share of expert e in the sample's choices, topk a token; no gradient passes through it
         P_e    the mean over the sample's tokens of a softmax over all experts
 
-    The sequence-wise loss of DeepSeek-V2 (arXiv:2405.04434, section 2.2.3) but for its factors, `seq_aux_loss` to
-    Megatron. It is the same however a sample is cut, and whatever samples it is computed with. To the sum of token
+    The expert-level loss of DeepSeek-V2 (arXiv:2405.04434, section 2.2.3), `seq_aux_loss` to Megatron, of a sample
+    where they have a sequence. It is the same however a sample is cut, and whatever samples it is computed with. To the sum of token
     losses of which a step takes the mean, every sample adds `moe_aux_loss_coeff` times its loss once a token.
 
     Megatron's own is not: of 0.16 its weight is divided by the ranks that share the tokens, and by the samples of a
