@@ -87,10 +87,10 @@ def make_plan(
     """Plan `config` for `cluster`. `cp_sizes` None: the powers of two that the cluster and the sequence admit.
 
     The configuration's own context-parallel size and layout are one candidate among the others. ValueError if a
-    given size does not fit the sequence or the cluster, or none does, and for a model with dense layers or experts.
+    given size does not fit the sequence or the cluster, or none does, and for a model with dense layers.
     """
     options = options or Options()
-    _refuse_other_layers(config)
+    _refuse_dense(config)
     if cp_sizes is None:
         cp_sizes = [size for size in _powers_of_two(cluster.num_gpus) if not _obstacle(config, cluster, size)]
         if not cp_sizes:
@@ -103,18 +103,12 @@ def make_plan(
     )
 
 
-def _refuse_other_layers(config: TrainConfig) -> None:
+def _refuse_dense(config: TrainConfig) -> None:
     if config.model.has_dense:
         raise ValueError(
             f"model.attention={config.model.attention} has dense layers, and a plan knows what NSA layers hold, send "
             f"and take, and no others; plan with model.attention=nsa, and see what this run takes in its metrics "
             f"(memory_bytes, tokens_per_s)"
-        )
-    if config.model.has_experts:
-        raise ValueError(
-            f"model.num_experts={config.model.num_experts}, and a plan knows what layers with one MLP hold and take, "
-            f"and no others; plan with model.num_experts=null for what the attention sends and takes, and see what "
-            f"this run takes in its metrics (memory_bytes, tokens_per_s)"
         )
 
 

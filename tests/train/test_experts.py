@@ -17,8 +17,6 @@ from expert_run_cases import (
     starting,
 )
 from nsa_dist.inference.folder import save_model
-from nsa_dist.planner.cluster import DEFAULT_CLUSTER, load_cluster
-from nsa_dist.planner.sweep import make_plan
 from nsa_dist.train.export.run import plain_model
 from nsa_dist.train.export.write import write
 from nsa_dist.train.prepare import prepare_output
@@ -35,11 +33,6 @@ def test_a_router_is_its_formulas(tmp_path):
     assert found.grad[0].abs().max() > 0
     assert found.counts[0] == found.counts[1]
     assert sum(found.counts[0]) == 2 * 15, "padding is no token"
-
-
-def test_who_knows_no_experts_says_so(tmp_path):
-    with pytest.raises(ValueError, match=r"num_experts=4, and a plan knows.*plan with model\.num_experts=null"):
-        make_plan(config(tmp_path, "x", "experts"), load_cluster(DEFAULT_CLUSTER))
 
 
 @pytest.fixture(scope="module")

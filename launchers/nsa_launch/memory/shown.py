@@ -13,8 +13,8 @@ _SHOWN = 4  # ways to make room
 def lines(config: RunConfig, event: Mapping[str, Any], world_size: int) -> list[str]:
     """Of an "out_of_memory" event of a run of `world_size` ranks."""
     head = f"rank {event['rank']} on {event['host']} ran out of memory: {event['text']}"
-    if config.model.has_dense or config.model.has_experts:
-        return [head, *_without_plan(config)]
+    if config.model.has_dense:
+        return [head, *_dense(config)]
     nodes = config.launch.nodes if world_size % config.launch.nodes == 0 else 1
     device_bytes = int(event.get("device_bytes") or 0)
     planned = shortage(config, device_bytes or 2**62, nodes, world_size // nodes)
@@ -29,10 +29,8 @@ def lines(config: RunConfig, event: Mapping[str, Any], world_size: int) -> list[
     return [head, *table, *_remedies(planned, bool(device_bytes))]
 
 
-def _without_plan(config: RunConfig) -> Iterator[str]:
-    model = config.model
-    of = f"attention={model.attention}" if model.has_dense else f"num_experts={model.num_experts}"
-    yield f"  the planner knows NSA layers with one MLP alone, so there is no plan of model.{of}"
+def _dense(config: RunConfig) -> Iterator[str]:
+    yield f"  the planner knows NSA layers alone, so there is no plan of model.attention={config.model.attention}"
     yield "  to make room: run.micro_batch_size=1, model.recompute_attention=true, or a shorter run.sequence_length"
 
 

@@ -29,8 +29,9 @@ class SampleRouter(TopKRouter):
         P_e    the mean over the sample's tokens of a softmax over all experts
 
     The expert-level loss of DeepSeek-V2 (arXiv:2405.04434, section 2.2.3), `seq_aux_loss` to Megatron, of a sample
-    where they have a sequence. It is the same however a sample is cut, and whatever samples it is computed with. To the sum of token
-    losses of which a step takes the mean, every sample adds `moe_aux_loss_coeff` times its loss once a token.
+    where they have a sequence. It is the same however a sample is cut, and whatever samples it is computed with. To the
+    sum of token losses, of which a step takes the mean, every sample adds `moe_aux_loss_coeff` times its loss once a
+    token.
 
     Megatron's own is not: of 0.16 its weight is divided by the ranks that share the tokens, and by the samples of a
     micro-batch; to any version the row of a pack is one sample, and its padding is tokens.
