@@ -38,6 +38,7 @@ PACKED_LAYOUTS: dict[str, dict] = {
     "DP2 in four": {"run": {"micro_batch_size": 1}},
 }
 STARTS = [("shared", "TP2"), ("shared.folder", "TP2"), ("shared.folder", "PP2")]
+BACK = [("shared", "TP2"), ("experts", "PP2")]  # and back to one process
 OF_FOUR = ("CP4", "TP2, CP2")
 RUNS = [
     *(("experts", layout) for layout in LAYOUTS),
@@ -68,6 +69,22 @@ def alone(rank: int, base: Path) -> None:
         shutil.copytree(base / f"{name} fork", base / name)
         run(config(base, name, name).resuming())
     run(config(base, "uneven", "experts", model={"moe_aux_loss_coeff": 0.0}))
+
+
+def halfway(rank: int, base: Path) -> None:
+    """The forks on for some steps, each in its layout."""
+    for name, layout in BACK:
+        folder = f"{name} {layout} and back"
+        if rank == 0:
+            shutil.copytree(base / f"{name} fork", base / folder)
+        dist.barrier()
+        run(config(base, folder, name, **layout_of(name, layout)).resuming(), StopAfter(10))
+
+
+def back(rank: int, base: Path) -> None:
+    """Those to the end, by one process."""
+    for name, layout in BACK:
+        run(config(base, f"{name} {layout} and back", name).resuming())
 
 
 def starting(rank: int, base: Path) -> None:

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from expert_run_cases import (
+    BACK,
     OF_FOUR,
     RUNS,
     STARTS,
     STEPS,
     alone,
+    back,
     config,
+    halfway,
     over_ranks,
     routed,
     starting,
@@ -44,6 +47,8 @@ def base(tmp_path_factory) -> Path:
     run_ranks(2, over_ranks, folder, [one for one in RUNS if one[1] not in OF_FOUR])
     run_ranks(4, over_ranks, folder, [one for one in RUNS if one[1] in OF_FOUR])
     run_ranks(2, starting, folder)
+    run_ranks(2, halfway, folder)
+    run_ranks(1, back, folder)
     return folder
 
 
@@ -58,6 +63,14 @@ def test_every_layout_trains_like_one_process(base, name, layout):
     for mine, alone_ in zip(got, expected, strict=True):
         for layer, values in alone_["layers"].items():
             assert mine["layers"][layer]["tokens_per_expert"] == values["tokens_per_expert"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layout"), BACK)
+def test_one_process_goes_on_from_every_layout(base, name, layout):
+    got, expected = records(base, f"{name} {layout} and back"), records(base, name)
+    assert [r["step"] for r in got] == list(range(1, STEPS + 1))
+    assert largest_difference(got, expected) < 1e-6
 
 
 @pytest.mark.slow
