@@ -132,7 +132,7 @@ def routed(rank: int, base: Path) -> Naive:
         score_sums = [torch.zeros(4), torch.zeros(4), torch.zeros(4)]
         for token in range(17):
             logits = weight @ x[token, 0]
-            best = sorted(range(4), key=lambda e, at=logits.tolist(): -at[e])[:2]
+            best = logits.argsort(descending=True)[:2].tolist()
             for expert in best:
                 expected[token, expert] = logits[expert].exp().detach() / sum(logits[e].exp().detach() for e in best)
             if (sample := int(of[token])) >= 0:

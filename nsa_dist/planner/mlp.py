@@ -7,7 +7,7 @@ from nsa_dist.train.sections.model import ModelSection
 
 @dataclass(frozen=True)
 class LayerMLP:
-    """Widths are those of a tensor-parallel rank. Experts count as taken evenly, which no sum of their bytes needs."""
+    """Widths are those of a tensor-parallel rank. What is saved does not depend on how evenly experts are taken."""
 
     hidden_size: int
     width: int  # of the MLP, or of an expert

@@ -3,7 +3,7 @@
 load_balancing_loss     the mean over samples, and over layers, of what `SampleRouter` says; 1 if all are taken alike.
                         It is no part of any other loss that is recorded
 busiest                 tokens of the expert that takes most, over the mean of its layer's; of all layers the largest
-tokens_per_expert       of a layer, over the whole batch; all the same tokens are counted `moe_router_topk` times
+tokens_per_expert       of a layer, over the whole batch; a token counts `moe_router_topk` times
 """
 
 from collections.abc import Iterator, Sequence
