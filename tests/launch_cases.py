@@ -58,8 +58,8 @@ class Command:
     def __init__(self, config: Path, home: Path) -> None:
         self._config = config
         self._output = home / "said"
-        # Ray leaves a token in HOME. RAY_ADDRESS would make the run join a cluster.
-        self._environment = {**os.environ, "HOME": str(home)}
+        # Ray leaves a token in HOME. RAY_ADDRESS would make the run join a cluster. A process that crashes says where.
+        self._environment = {**os.environ, "HOME": str(home), "PYTHONFAULTHANDLER": "1"}
         self._environment.pop("RAY_ADDRESS", None)
         self._folder = RunFolder(load(config).run.output_dir)
         self._process: subprocess.Popen | None = None
