@@ -3,7 +3,7 @@
 load_balancing_loss     the mean over samples, and over layers, of what `SampleRouter` says; 1 if all are taken alike.
                         It is no part of any other loss that is recorded
 busiest                 tokens of the expert that takes most, over the mean of its layer's; of all layers the largest
-tokens_per_expert       of a layer, over the whole batch; a token counts `moe_router_topk` times
+least                   the same of the expert that takes fewest: 0 for one that nobody takes
 """
 
 from collections.abc import Iterator, Sequence
@@ -74,14 +74,12 @@ def record(cutter: BatchCutter, step: int, summed: Sequence[float]) -> Record:
         "step": step,
         "load_balancing_loss": sum(losses) / len(losses),
         "busiest": max(layer["busiest"] for layer in layers.values()),
+        "least": min(layer["least"] for layer in layers.values()),
         "layers": layers,
     }
 
 
-def _layer(row: list[float], num_samples: int) -> dict:
+def _layer(row: list[float], num_samples: int) -> dict[str, float]:
     *counts, loss = row
-    return {
-        "load_balancing_loss": loss / num_samples,
-        "busiest": max(counts) * len(counts) / sum(counts),
-        "tokens_per_expert": [int(count) for count in counts],
-    }
+    mean = sum(counts) / len(counts)
+    return {"load_balancing_loss": loss / num_samples, "busiest": max(counts) / mean, "least": min(counts) / mean}
