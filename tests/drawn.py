@@ -142,7 +142,8 @@ def is_small(config: RunConfig) -> bool:
     """Seconds to train a step of, on two cores."""
     run, model = config.run, config.model
     tokens = run.sequence_length * (run.global_batch_size + run.eval_batches)
-    width = max(model.hidden_size, model.ffn_hidden_size, model.num_attention_heads * model.head_dim)
+    experts = (model.num_experts or 0) * model.expert_hidden_size + (model.moe_shared_expert_intermediate_size or 0)
+    width = max(model.hidden_size, model.ffn_hidden_size, model.num_attention_heads * model.head_dim, experts)
     return config.world_size <= 2 and model.num_layers * tokens * width <= 2**24
 
 
