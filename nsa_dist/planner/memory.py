@@ -14,9 +14,9 @@ from nsa_dist.planner.core.memory import (
     results_bytes,
     statistics_bytes,
 )
+from nsa_dist.planner.core.mlp import LayerMLP
 from nsa_dist.planner.core.one_sided import as_held, kept_for_exchanges
 from nsa_dist.planner.core.strategies import Options, Strategy
-from nsa_dist.planner.mlp import LayerMLP
 from nsa_dist.planner.shape import Shape
 
 KINDS = (

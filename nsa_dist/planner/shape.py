@@ -6,8 +6,8 @@ from functools import cached_property
 from nsa_dist.cp.formulas.batches import batch_plan, call_plan
 from nsa_dist.cp.formulas.cost import HeadSizes
 from nsa_dist.cp.plan import ShardPlan
+from nsa_dist.planner.core.mlp import LayerMLP
 from nsa_dist.planner.core.sizes import Core
-from nsa_dist.planner.mlp import LayerMLP
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.heads import local_heads, projected_width
 from nsa_dist.train.tokens.sets import padded_vocab_size
@@ -106,8 +106,20 @@ class Shape:
     def mlps(self, stage: int) -> list[LayerMLP]:
         """Of the layers of a pipeline stage."""
         first = stage * self.layers_per_stage
-        layers = range(first, first + self.layers_per_stage)
-        return [LayerMLP.of(self.config.model, layer, self.tensor_size) for layer in layers]
+        has_experts = self.config.model.layers_with_experts[first : first + self.layers_per_stage]
+        return [self._experts if experts else self._mlp for experts in has_experts]
+
+    @property
+    def _mlp(self) -> LayerMLP:
+        model = self.config.model
+        return LayerMLP(model.hidden_size, model.ffn_hidden_size // self.tensor_size)
+
+    @property
+    def _experts(self) -> LayerMLP:
+        model, size = self.config.model, self.tensor_size
+        shared = (model.moe_shared_expert_intermediate_size or 0) // size
+        sizes = model.hidden_size, model.expert_hidden_size // size
+        return LayerMLP(*sizes, model.num_experts or 0, model.moe_router_topk, shared)
 
     @cached_property
     def local_vocab(self) -> int:

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from nsa_dist.train.sections.model import ModelSection
-
 
 @dataclass(frozen=True)
 class LayerMLP:
@@ -14,20 +12,6 @@ class LayerMLP:
     num_experts: int = 0  # 0: one MLP
     topk: int = 0
     shared_width: int = 0
-
-    @classmethod
-    def of(cls, model: ModelSection, layer: int, tensor_size: int) -> "LayerMLP":
-        """Of a layer, counted from 0."""
-        if not model.layers_with_experts[layer]:
-            return cls(model.hidden_size, model.ffn_hidden_size // tensor_size)
-        shared = (model.moe_shared_expert_intermediate_size or 0) // tensor_size
-        return cls(
-            model.hidden_size,
-            model.expert_hidden_size // tensor_size,
-            model.num_experts or 0,
-            model.moe_router_topk,
-            shared,
-        )
 
     @property
     def parameters(self) -> int:
