@@ -1,6 +1,6 @@
 """How evenly the experts of each layer were taken in a step.
 
-load_balancing_loss     the mean over samples, and over layers, of what `SampleRouter` says; near 1 if all are taken alike.
+load_balancing_loss     the mean over samples, and over layers, of what `SampleRouter` says; near 1 is even.
                         It is no part of any other loss that is recorded
 busiest                 tokens of the expert that takes most, over the mean of its layer's; of all layers the largest
 least                   the same of the expert that takes fewest: 0 for one that nobody takes
