@@ -134,7 +134,7 @@ def checked(path: Path, words: list[str]) -> str:
 class Outcome(NamedTuple):
     """Of one accepted configuration that was really run."""
 
-    end: str  # "trained", or what was raised
+    end: str  # "trained", why the run ended before its time, or what was raised
     steps: int
 
 
@@ -199,4 +199,4 @@ def _trained(config: RunConfig) -> tuple[str, int]:
         return f"refused: {refusal}", 0
     except Exception as error:
         return "".join(traceback.format_exception(error)), 0
-    return "trained", result.step
+    return result.failure or "trained", result.step
