@@ -4,6 +4,7 @@
 
 Every run is a process of its own on one device, through torchrun; `--at-once` of them share it. With `--then` each goes
 on in stages: a stage's file has the keys that are otherwise than in the one before, and takes its weights from there.
+With `--convert` the dense model of the first stage is also made one with NSA, which goes through the stages beside it.
 OUT gets a folder and a log for each, and `results.jsonl` a line as each ends: the experiment, its whole configuration,
 commit, machine, software, and the losses and answers by step. `pictures.py` draws them. If a run failed, its line says
 so, and the exit code is 1.
@@ -25,9 +26,14 @@ from typing import IO, Any
 import yaml
 
 from nsa_dist.train.files.records import read_metrics
+from nsa_launch.config import load
 from nsa_launch.versions import versions
 
 ROOT = Path(__file__).resolve().parents[2]
+CONVERTED_WITH = (
+    *("cmp_block_len", "cmp_stride", "slc_block_len", "num_slc_blocks"),
+    *("num_init_blocks", "num_local_blocks", "window_len", "compression"),
+)
 
 
 @dataclass
@@ -39,7 +45,9 @@ class Run:
     seed: int
     out: Path
     words: Sequence[str]
+    gate_logits: Sequence[float] = ()  # of the models that a dense one is converted to when this stage has ended
     before: "Run | None" = None
+    converted: float | None = None  # a model that was dense, by its gates' logit
     started: float = 0.0
     process: subprocess.Popen | None = None
     log: IO[str] | None = field(default=None, repr=False)
@@ -50,31 +58,66 @@ class Run:
 
     @property
     def name(self) -> str:
-        letters = self.attention.strip("[]").replace(",", "-").replace(" ", "")
+        letters = self.kind.strip("[]").replace(",", "-").replace(" ", "")
         stage = f"-{self.config.stem}" if self.before else ""
         return f"{letters}-seed{self.seed}{stage}"
+
+    @property
+    def kind(self) -> str:
+        """What the lines and the pictures call it."""
+        return self.attention if self.converted is None else f"converted-{self.converted:g}"
 
     @property
     def folder(self) -> Path:
         return self.out / self.name
 
     @property
+    def model(self) -> Path:
+        """What a dense run becomes: `nsa-dist export` and `convert` write it."""
+        return self.out / f"{self.name}-model"
+
+    @property
+    def is_first_converted(self) -> bool:
+        return self.converted is not None and self.before is not None and self.before.converted is None
+
+    @property
     def command(self) -> list[str]:
         own = [f"model.attention={self.attention}", f"run.seed={self.seed}", f"output_dir={self.folder}"]
-        own += [f"run.start_from={self.before.folder}"] if self.before else []
+        if self.before is not None:
+            own += [f"run.start_from={self.model if self.is_first_converted else self.before.folder}"]
+        own += ["nsa.gate_bias=true"] if self.converted is not None else []
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
         return [*torchrun, "-m", "nsa_launch.torchrun", str(self.config), *own, *self.words]
 
     def start(self) -> None:
         self.started = time.monotonic()
         self.log = (self.out / f"{self.name}.log").open("w")
+        for command in self.conversion:
+            subprocess.run(
+                command, stdout=self.log, stderr=subprocess.STDOUT, check=False
+            )  # the run says what is missing
         self.process = subprocess.Popen(self.command, stdout=self.log, stderr=subprocess.STDOUT)
 
-    def next(self) -> "Run | None":
+    @property
+    def conversion(self) -> list[list[str]]:
+        """The commands that make `model` of the dense run before it, with the sizes of NSA that this stage has."""
+        if self.before is None or not self.is_first_converted:
+            return []
+        dense, program = self.out / f"{self.name}-dense", [sys.executable, "-m", "nsa_launch"]
+        nsa = load(self.config, self.words).nsa
+        sizes = [f"--{name.replace('_', '-')}={getattr(nsa, name)}" for name in CONVERTED_WITH]
+        return [
+            [*program, "export", str(self.before.folder), "--to", str(dense)],
+            [*program, "convert", str(dense), "--to", str(self.model), f"--gate-logit={self.converted}", *sizes],
+        ]
+
+    def next(self) -> list["Run"]:
         """What comes after this one, if it came to its end."""
         if len(self.stages) == 1 or self.process is None or self.process.returncode:
-            return None
-        return replace(self, stages=self.stages[1:], before=self, process=None, log=None)
+            return []
+        following = replace(self, stages=self.stages[1:], gate_logits=(), before=self, process=None, log=None)
+        converted = [replace(following, attention="nsa", converted=logit) for logit in self.gate_logits]
+        return [following, *converted]
 
     def result(self, commit: str | None, machine: dict[str, str]) -> dict[str, Any]:
         """Its line, whether it came to its end or not."""
@@ -83,7 +126,7 @@ class Run:
         speeds = [record["tokens_per_s"] for record in metrics["train"]]
         return {
             "experiment": self.config.stem,
-            "attention": self.attention,
+            "attention": self.kind,
             "seed": self.seed,
             "exit_code": self.process.returncode,
             "seconds": round(time.monotonic() - self.started, 1),
@@ -106,6 +149,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--then", nargs="*", type=Path, default=[], metavar="STAGE.yaml", help="each from the last's weights"
     )
+    parser.add_argument(
+        "--convert",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="X",
+        help="the dense one, at its first stage's end, by a gate logit each",
+    )
     parser.add_argument("--out", type=Path, required=True, help="a folder; runs that it holds are not overwritten")
     parser.add_argument("--attention", nargs="+", default=["dense", "nsa"], help="words or patterns, [nsa,dense]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1234])
@@ -115,10 +166,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in [arguments.config, *arguments.then]:
         if not path.is_file() or not isinstance(yaml.safe_load(path.read_text()), dict):
             parser.error(f"{path} is no file of sections and their keys; give one, as configs/evidence has them")
+    if arguments.convert and not (arguments.then and "dense" in arguments.attention):
+        parser.error(
+            "--convert makes NSA of what dense attention has learnt; give --then STAGE.yaml and --attention dense"
+        )
     arguments.out.mkdir(parents=True, exist_ok=True)
     stages = _stages([arguments.config, *arguments.then], arguments.out)
     runs = [
-        Run(stages, attention, seed, arguments.out, arguments.words)
+        Run(stages, attention, seed, arguments.out, arguments.words, arguments.convert if attention == "dense" else ())
         for seed in arguments.seeds
         for attention in arguments.attention
     ]
@@ -154,9 +209,7 @@ def _ended(runs: Sequence[Run], at_once: int) -> Iterator[Run]:
             time.sleep(0.5)
             for run in [run for run in going if run.process and run.process.poll() is not None]:
                 going.remove(run)
-                following = run.next()
-                if following is not None:
-                    waiting.insert(0, following)
+                waiting[:0] = run.next()
                 yield run
     finally:
         for run in going:

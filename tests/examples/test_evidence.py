@@ -133,6 +133,42 @@ def test_stages_follow_one_another_and_are_drawn_apart(tmp_path, monkeypatch):
     assert {path.parent.name for path in (tmp_path / "drawn").rglob("losses.png")} == {"copy-cpu", "longer"}
 
 
+def test_what_dense_attention_learnt_goes_on_with_nsa_too(tmp_path, monkeypatch):
+    """Converted once, when the first of three stages has ended; from there on it starts from itself."""
+    compare, made = example("compare", monkeypatch), {}
+
+    def command(run) -> list[str]:
+        made[run.name] = (run.model if run.is_first_converted else run.before and run.before.folder, run.conversion)
+        return [sys.executable, "-c", CHILD, str(run.folder), run.attention, "0"]
+
+    monkeypatch.setattr(compare.Run, "command", property(command))
+    monkeypatch.setattr(compare, "_machine", dict)
+    monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: None)  # export and convert
+    stages = [tmp_path / "2.yaml", tmp_path / "3.yaml"]
+    for stage in stages:
+        stage.write_text("nsa: {num_slc_blocks: 4}\n")
+    words = [str(COPY), "--then", *map(str, stages), "--out", str(tmp_path / "out"), "--attention", "dense"]
+    assert compare.main([*words, "--convert", "14", "4", "--seeds", "1", "--commit", "abc", "nsa.window_len=24"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out/results.jsonl").open()]
+    kinds = ("dense", "converted-14", "converted-4")
+    assert {(each["experiment"], each["attention"]) for each in lines} == {
+        ("copy-cpu", "dense"), *((stage, kind) for stage in "23" for kind in kinds),
+    }  # fmt: skip
+    out = tmp_path / "out"
+    start, (export, convert) = made["converted-4-seed1-2"]
+    assert start == out / "converted-4-seed1-2-model"
+    assert export[-3:] == [str(out / "dense-seed1"), "--to", str(out / "converted-4-seed1-2-dense")]
+    assert {"--gate-logit=4.0", "--num-slc-blocks=4", "--window-len=24", "--compression=mlp"} <= {*convert}
+    assert made["converted-4-seed1-3"] == (out / "converted-4-seed1-2", [])
+
+
+@pytest.mark.parametrize("words", [["--convert", "4"], ["--then", str(COPY), "--convert", "4", "--attention", "nsa"]])
+def test_nothing_is_converted_without_a_dense_stage(words, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        example("compare", monkeypatch).main([str(COPY), *words, "--out", str(tmp_path / "out")])
+    assert "give --then STAGE.yaml and --attention dense" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", [None, ""])
 def test_a_stage_that_says_nothing_is_refused_before_anything_runs(text, tmp_path, monkeypatch, capsys):
     stage = tmp_path / "stage.yaml"
@@ -177,3 +213,17 @@ def test_a_whole_comparison(tmp_path):
     assert all(each["configuration"]["model"]["attention"] == each["attention"] for each in lines)
     assert all([r["step"] for r in each["tasks"]] == [0, 3] for each in lines)
     assert lines[0]["tasks"][0]["copy"]["answers"] == lines[1]["tasks"][0]["copy"]["answers"]
+
+
+@pytest.mark.slow
+def test_a_whole_conversion(tmp_path):
+    """Where all 16 blocks are selected and the gates are closed, what was converted starts with the dense loss."""
+    (tmp_path / "on.yaml").write_text("run: {steps: 2}\n")
+    words = ["--then", str(tmp_path / "on.yaml"), "--attention", "dense", "--convert", "14", "--out", str(tmp_path)]
+    few = ["run.steps=3", "optimizer.warmup_steps=1", "eval_interval=3", "nsa.num_slc_blocks=16"]
+    command = [sys.executable, str(ROOT / "examples/evidence/compare.py"), str(COPY), *words, *few]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = {each["attention"]: each for each in map(json.loads, (tmp_path / "results.jsonl").open())}
+    dense, converted = (lines[kind]["validation"][0][1] for kind in ("dense", "converted-14"))
+    assert converted == pytest.approx(dense, abs=1e-4)

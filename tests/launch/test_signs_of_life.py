@@ -1,7 +1,6 @@
 """Signs of life, and what is told from them: who hangs, where the others wait, when it is said."""
 
 import os
-import re
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from launch_cases import tiny
 from nsa_dist.train.refused import Refused
 from nsa_launch.console import Console
-from nsa_launch.hangs import nccl, signs, stack
+from nsa_launch.hangs import nccl, signs
 from nsa_launch.hangs.among_ranks import RankWatch
 from nsa_launch.hangs.pulse import Pulse
 from nsa_launch.hangs.signs import ALIVE, ENDED, FAILED, Sign, beat_s
@@ -291,39 +290,6 @@ def test_a_pulse_says_that_its_rank_failed_and_needs_no_disk(folder, tmp_path):
 
 def test_many_ranks_beat_less_often(tmp_path):
     assert [Pulse(tmp_path, 0, size).beat_s for size in (1, 64, 1024)] == [1.0, 1.0, 16.0]
-
-
-def test_a_wait_is_told_from_work():
-    frames = stack.frames_of(threading.get_ident())
-    here = stack.told(frames[2:])[0]
-    assert re.fullmatch(r"\S*tests/launch/test_signs_of_life.py:\d+ test_a_wait_is_told_from_work", here)
-    assert not stack.waits(frames)
-
-
-def test_a_thread_is_read_while_it_works():
-    """Its stack grows and shrinks; an error in it, or a crash, would be the reader's doing."""
-    done, failed = threading.Event(), []
-
-    def deeper(n: int) -> int:
-        return n and deeper(n - 1) + sum(i for i in range(3))
-
-    def work() -> None:
-        try:
-            while not done.is_set():
-                deeper(60)
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        read = [stack.frames_of(thread.ident) for _ in range(200)]
-    finally:
-        done.set()
-        thread.join()
-    assert not failed
-    assert all("work" in [frame.function for frame in frames] for frames in read)
-    assert stack.frames_of(thread.ident) == []
 
 
 class Speech:
