@@ -134,7 +134,7 @@ def checked(path: Path, words: list[str]) -> str:
 class Outcome(NamedTuple):
     """Of one accepted configuration that was really run."""
 
-    end: str  # "trained", or what was raised
+    end: str  # "trained", why the run ended before its time, or what was raised
     steps: int
 
 
@@ -142,7 +142,8 @@ def is_small(config: RunConfig) -> bool:
     """Seconds to train a step of, on two cores."""
     run, model = config.run, config.model
     tokens = run.sequence_length * (run.global_batch_size + run.eval_batches)
-    width = max(model.hidden_size, model.ffn_hidden_size, model.num_attention_heads * model.head_dim)
+    experts = (model.num_experts or 0) * model.expert_hidden_size + (model.moe_shared_expert_intermediate_size or 0)
+    width = max(model.hidden_size, model.ffn_hidden_size, model.num_attention_heads * model.head_dim, experts)
     return config.world_size <= 2 and model.num_layers * tokens * width <= 2**24
 
 
@@ -198,4 +199,4 @@ def _trained(config: RunConfig) -> tuple[str, int]:
         return f"refused: {refusal}", 0
     except Exception as error:
         return "".join(traceback.format_exception(error)), 0
-    return "trained", result.step
+    return result.failure or "trained", result.step

@@ -27,6 +27,15 @@ LAYOUTS: dict[str, dict] = {
         "parallel": {"context_parallel_size": 2},
         "nsa": {"compression": "mean", "shared_kv": True, "rope_scaling": {"rope_type": "yarn", "factor": 4}},
     },
+    "experts": {
+        "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        "model": {"num_experts": 4, "moe_layer_freq": [0, 1], "moe_ffn_hidden_size": 20,
+                  "moe_shared_expert_intermediate_size": 12},
+    },
+    "one expert a token": {
+        "parallel": {"context_parallel_size": 2},
+        "model": {"num_experts": 3, "moe_router_topk": 1, "moe_router_pre_softmax": True},
+    },
 }  # fmt: skip
 
 

@@ -41,6 +41,12 @@ class GPTConfig:
     gate_bias: bool = False
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
+    num_experts: int | None = None  # of a layer's MLP; None: one MLP, and no other key of experts says anything
+    moe_layer_freq: list[int] | None = None  # 1 for each layer with experts, else 0; None: all have them
+    moe_router_topk: int = 2
+    moe_router_pre_softmax: bool = False  # weights of a softmax over all experts, not over those that are taken
+    moe_ffn_hidden_size: int | None = None  # None: ffn_hidden_size
+    moe_shared_expert_intermediate_size: int | None = None  # of an MLP beside them, which every token takes
     dtype: Literal["fp32", "bf16"] = "fp32"
     tokenizer: Literal["bytes", "huggingface"] = "bytes"  # a token is a byte, or one of a tokenizer of your own
     end_of_document: int = 0
@@ -81,7 +87,23 @@ class GPTConfig:
                 f"no_rope={config.no_rope} must have a number for each of {config.num_layers} layers, which says "
                 f"whether it has no positions; export the run again"
             )
+        if config.num_experts is not None:
+            config._check_experts(config.num_experts)
         return config
+
+    def _check_experts(self, num_experts: int) -> None:
+        freq, topk = self.moe_layer_freq, self.moe_router_topk
+        if (freq is not None and len(freq) != self.num_layers) or not 1 <= topk <= num_experts:
+            raise ValueError(
+                f"moe_layer_freq={freq} must have a number for each of {self.num_layers} layers, and "
+                f"moe_router_topk={topk} be one of the {num_experts} experts at least and all at most; export the run "
+                f"again"
+            )
+
+    def has_experts(self, layer: int) -> bool:
+        """Of a layer, counted from 0."""
+        freq = self.moe_layer_freq
+        return self.num_experts is not None and (freq is None or bool(freq[layer]))
 
     def rotary_of(self, layer: int) -> Rotary:
         """How a layer, counted from 0, turns queries and keys. ValueError for a scaling that is none."""
@@ -183,7 +205,7 @@ class GPT(nn.Module):
                 block.attention_norm(x), layer_cache, layer_slots, cp_group, with_phi=with_phi, positions=positions
             )
             x = x + attended
-            x = x + block.mlp(block.mlp_norm(x))
+            x = x + block.mlp.in_line(block.mlp_norm(x))
         return self._logits(x)
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -204,20 +226,69 @@ class Block(nn.Module):
             norm_eps=config.norm_eps, gate_bias=config.gate_bias, **where,
         )  # fmt: skip
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.norm_eps, **where)
-        self.mlp = GatedMLP(config, where)
+        hidden, num_experts = config.hidden_size, config.num_experts
+        self.mlp: GatedMLP | Experts
+        if num_experts is not None and config.has_experts(layer):
+            self.mlp = Experts(config, num_experts, where)
+        else:
+            self.mlp = GatedMLP(hidden, config.ffn_hidden_size, where)
 
 
 class GatedMLP(nn.Module):
     """silu(gate) * up, from one projection [gate | up]."""
 
-    def __init__(self, config: GPTConfig, where: dict[str, Any]) -> None:
+    def __init__(self, hidden_size: int, width: int, where: dict[str, Any]) -> None:
         super().__init__()
-        self.up = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=False, **where)
-        self.down = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False, **where)
+        self.up = nn.Linear(hidden_size, 2 * width, bias=False, **where)
+        self.down = nn.Linear(width, hidden_size, bias=False, **where)
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """x [..., hidden]; weight [..., 1] of what is between the projections, as Megatron weighs its experts."""
+        gate, up = self.up(x).chunk(2, -1)
+        inner = functional.silu(gate) * up
+        return self.down(inner if weight is None else (inner * weight).to(x.dtype))
+
+    def in_line(self, x: Tensor) -> Tensor:
+        """`forward` as launches alone."""
+        return self(x)
+
+
+class Experts(nn.Module):
+    """MLPs of which a router gives each token `moe_router_topk`, and one for all tokens beside them if there is one."""
+
+    def __init__(self, config: GPTConfig, num_experts: int, where: dict[str, Any]) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, config.moe_ffn_hidden_size or config.ffn_hidden_size
+        shared = config.moe_shared_expert_intermediate_size
+        self.topk, self.pre_softmax = config.moe_router_topk, config.moe_router_pre_softmax
+        self.router = nn.Linear(hidden, num_experts, bias=False, **where)
+        self.experts = nn.ModuleList(GatedMLP(hidden, width, where) for _ in range(num_experts))
+        self.shared = None if shared is None else GatedMLP(hidden, shared, where)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up(x).chunk(2, -1)
-        return self.down(functional.silu(gate) * up)
+        """x [..., hidden]. Each expert is given the tokens that take it, which the host waits for on a GPU."""
+        flat = x.flatten(0, -2)
+        weights, taken = self._route(flat)
+        out = torch.zeros_like(flat) if self.shared is None else self.shared(flat)
+        for number, expert in enumerate(self.experts):
+            token, place = (taken == number).nonzero(as_tuple=True)
+            out = out.index_add(0, token, expert(flat[token], weights[token, place, None]))
+        return out.view(x.shape)
+
+    def in_line(self, x: Tensor) -> Tensor:
+        """`forward` as launches alone: every expert is given all tokens, and counts for those that take it."""
+        flat = x.flatten(0, -2)
+        weights, taken = self._route(flat)
+        out = torch.zeros_like(flat) if self.shared is None else self.shared(flat)
+        for number, expert in enumerate(self.experts):
+            out = out + expert(flat, (weights * (taken == number)).sum(-1, keepdim=True))
+        return out.view(x.shape)
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, hidden] -> weights fp32 and experts int64, both [T, topk]."""
+        logits = functional.linear(x.float(), self.router.weight.float())
+        best, taken = (logits.softmax(-1) if self.pre_softmax else logits).topk(self.topk, -1)
+        return (best if self.pre_softmax else best.softmax(-1)), taken
 
 
 class ModelCache:

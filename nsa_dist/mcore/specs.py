@@ -62,7 +62,7 @@ def nsa_block_spec(
             f"into chunks with layers of their own; pass vp_stage=0..{chunks - 1}, the same that the model is given"
         )
     plans = PlanCache(config)
-    kinds = _kinds(config)
+    kinds = layer_kinds(config)
     specs = {kind: layer_spec(config, backend, kind, plans) for kind in set(kinds)}
     return TransformerBlockSubmodules(
         layer_specs=[specs[kinds[layer]] for layer in _layers_of_stage(config, vp_stage)],
@@ -78,7 +78,7 @@ def nsa_layer_spec(config: NSATransformerConfig, backend: Backend = "local") -> 
     ValueError that names `nsa_block_spec`.
     """
     need_nsa_config(config, "nsa_layer_spec")
-    kinds = set(_kinds(config))
+    kinds = set(layer_kinds(config))
     if len(kinds) > 1:
         raise ValueError(
             f"nsa_attention={config.nsa_attention!r} and moe_layer_freq={config.moe_layer_freq!r} make layers of "
@@ -101,7 +101,7 @@ def nsa_mtp_spec(config: NSATransformerConfig, vp_stage: int | None = None, back
     need_nsa_config(config, "nsa_mtp_spec")
     if not config.mtp_num_layers:
         return None
-    layer = layer_spec(config, backend, _kinds(config)[-1], PlanCache(config))
+    layer = layer_spec(config, backend, layer_kinds(config)[-1], PlanCache(config))
     block = get_gpt_mtp_block_spec(
         config,
         TransformerBlockSubmodules(layer_specs=[layer]),
@@ -151,7 +151,7 @@ def _layers_of_stage(config: NSATransformerConfig, vp_stage: int | None) -> list
     return list(range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)))
 
 
-def _kinds(config: NSATransformerConfig) -> list[LayerKind]:
+def layer_kinds(config: NSATransformerConfig) -> list[LayerKind]:
     """Of each layer of the model."""
     return [LayerKind(*kind) for kind in zip(config.layer_attentions, _experts_by_layer(config), strict=True)]
 

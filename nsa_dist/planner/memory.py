@@ -14,6 +14,7 @@ from nsa_dist.planner.core.memory import (
     results_bytes,
     statistics_bytes,
 )
+from nsa_dist.planner.core.mlp import LayerMLP
 from nsa_dist.planner.core.one_sided import as_held, kept_for_exchanges
 from nsa_dist.planner.core.strategies import Options, Strategy
 from nsa_dist.planner.shape import Shape
@@ -58,13 +59,13 @@ def stage_memory(
         "weights": parameters * shape.element_bytes,
         "gradients": parameters * 4,  # fp32 buffers of Megatron's data parallelism
         "optimizer": parameters * optimizer_bytes(shape),
-        "activations": layers * layer_activation_bytes(shape) + _ends_bytes(shape, stage),
+        "activations": in_flight * stage_activation_bytes(shape, stage) + _ends_bytes(shape, stage),
         "kv": layers * shape.kv_pairs * _kv_pair_bytes(shape) + kept * core_kv_bytes(shape),
         "compressed": kept * shape.calls * compressed_bytes(shape.core),
         "pages": moment.remote + kept_pages,
         "mailboxes": kept_for_exchanges(shape.core, strategy, options, cluster),
         "logits": is_last * logits_bytes(shape),
-        "transient": kept * core_saved_bytes(shape) + working_bytes(shape, moment.work),
+        "transient": kept * core_saved_bytes(shape) + working_bytes(shape, moment.work, stage),
         "reserved": int(cluster.reserved_bytes.value),
     }
 
@@ -74,15 +75,20 @@ def optimizer_bytes(shape: Shape) -> int:
     return 12 if shape.element_bytes == 2 else 8
 
 
-def layer_activation_bytes(shape: Shape) -> int:
+def stage_activation_bytes(shape: Shape, stage: int) -> int:
+    """Of one micro batch, all layers of a stage."""
+    return sum(layer_activation_bytes(shape, mlp) for mlp in shape.mlps(stage))
+
+
+def layer_activation_bytes(shape: Shape, mlp: LayerMLP) -> int:
     """Saved of one layer outside its attention core and its K/V: hidden states, queries, gates, the MLP."""
     model, heads, e = shape.config.model, shape.heads, shape.element_bytes
     norm = (2 * model.hidden_size * e + 4) * shape.norm_share  # its input and output, and the fp32 root mean square
     queries = heads.num_q_heads * (heads.dim_k + 3) * e
     if shape.config.model.recompute_attention and heads.num_kv_heads > 1:
         queries *= 2  # what the recomputation starts from is a copy, the projection's output stays beside it
-    mlp = 5 * shape.local_ffn * e  # gate and up, silu(gate), up + 0, their product
-    return int(shape.tokens * (2 * norm + queries + heads.num_q_heads * heads.dim_v * e + mlp))
+    around = int(shape.tokens * (2 * norm + queries + heads.num_q_heads * heads.dim_v * e))
+    return around + mlp.saved_bytes(shape.tokens, int(shape.tokens * shape.norm_share), shape.batch, e)
 
 
 def _kv_pair_bytes(shape: Shape) -> int:
@@ -114,8 +120,8 @@ def logits_bytes(shape: Shape) -> int:
     return shape.tokens * shape.local_vocab * (shape.element_bytes + 8)
 
 
-def working_bytes(shape: Shape, attention: int) -> int:
-    """The largest moment of computing one layer, beside everything saved.
+def working_bytes(shape: Shape, attention: int, stage: int) -> int:
+    """The largest moment of computing one layer of a stage, beside everything saved.
 
     attention       its largest moment, in which the results of the sequence at hand, saved until then, are counted
                     where they are alive. The gradient of its output is there as well
@@ -124,8 +130,7 @@ def working_bytes(shape: Shape, attention: int) -> int:
     rows = core.tokens * core.heads.num_q_heads
     attending = attention - results_bytes(core) + rows * core.heads.dim_v * e
     turning = 14 * rows * core.heads.dim_k  # fp32 copies while queries are turned
-    mlp = 5 * shape.tokens * shape.local_ffn * e
-    return max(attending, turning, mlp)
+    return max(attending, turning, *(mlp.moment_bytes(shape.tokens, e) for mlp in shape.mlps(stage)))
 
 
 def _ends_bytes(shape: Shape, stage: int) -> int:

@@ -6,6 +6,7 @@ from functools import cached_property
 from nsa_dist.cp.formulas.batches import batch_plan, call_plan
 from nsa_dist.cp.formulas.cost import HeadSizes
 from nsa_dist.cp.plan import ShardPlan
+from nsa_dist.planner.core.mlp import LayerMLP
 from nsa_dist.planner.core.sizes import Core
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.heads import local_heads, projected_width
@@ -102,9 +103,23 @@ class Shape:
         """Hidden sizes of the MLPs that compress K and V."""
         return (self.heads.dim_k, self.heads.dim_v) if self.config.nsa.compression == "mlp" else ()
 
+    def mlps(self, stage: int) -> list[LayerMLP]:
+        """Of the layers of a pipeline stage."""
+        first = stage * self.layers_per_stage
+        has_experts = self.config.model.layers_with_experts[first : first + self.layers_per_stage]
+        return [self._experts if experts else self._mlp for experts in has_experts]
+
     @property
-    def local_ffn(self) -> int:
-        return self.config.model.ffn_hidden_size // self.tensor_size
+    def _mlp(self) -> LayerMLP:
+        model = self.config.model
+        return LayerMLP(model.hidden_size, model.ffn_hidden_size // self.tensor_size)
+
+    @property
+    def _experts(self) -> LayerMLP:
+        model, size = self.config.model, self.tensor_size
+        shared = (model.moe_shared_expert_intermediate_size or 0) // size
+        sizes = model.hidden_size, model.expert_hidden_size // size
+        return LayerMLP(*sizes, model.num_experts or 0, model.moe_router_topk, shared)
 
     @cached_property
     def local_vocab(self) -> int:
@@ -117,10 +132,10 @@ class Shape:
         return projected_width(self.config)
 
     @property
-    def linear_parameters(self) -> int:
-        """Of one layer: what multiplies every token."""
+    def projection_parameters(self) -> int:
+        """Of one layer's attention: what multiplies every token."""
         hidden, heads = self.config.model.hidden_size, self.heads
-        return hidden * (self.qkv_width + heads.num_q_heads * heads.dim_v + 3 * self.local_ffn)
+        return hidden * (self.qkv_width + heads.num_q_heads * heads.dim_v)
 
     @property
     def phi_parameters(self) -> int:
@@ -131,9 +146,12 @@ class Shape:
             block_len * dim + block_len * dim * hidden + hidden * dim for dim, hidden in dims
         )
 
-    @property
-    def layer_parameters(self) -> int:
-        return self.linear_parameters + self.phi_parameters + 2 * self.config.model.hidden_size
+    def layer_parameters(self, mlp: LayerMLP) -> int:
+        return self.projection_parameters + mlp.parameters + self.phi_parameters + 2 * self.config.model.hidden_size
+
+    def stage_multiplications(self, stage: int) -> int:
+        """Of one token in the linear layers of a stage."""
+        return sum(self.projection_parameters + mlp.active_parameters for mlp in self.mlps(stage))
 
     def stage_parameters(self, stage: int) -> int:
         """Of one pipeline stage: its layers, the embedding on the first, the final norm and the output on the last."""
@@ -142,7 +160,7 @@ class Shape:
         is_first, is_last = stage == 0, stage == self.num_stages - 1
         has_output = is_last and not (is_first and self.config.model.tie_embeddings)
         return (
-            self.layers_per_stage * self.layer_parameters
+            sum(map(self.layer_parameters, self.mlps(stage)))
             + is_first * embedding
             + has_output * embedding
             + is_last * hidden

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nsa_dist.cp.formulas.work import BRANCHES
 from nsa_dist.planner.cluster import Cluster
 from nsa_dist.planner.core.strategies import Options, Strategy, page_counts
-from nsa_dist.planner.core.time import all_reduce_s, attention_s, memory_rate, merge_s, wire_s
+from nsa_dist.planner.core.time import all_reduce_s, attention_s, memory_rate, merge_s, rate, wire_s
 from nsa_dist.planner.shape import Shape
 
 
@@ -32,16 +32,16 @@ def step_time(
     # A pipeline of s stages takes s - 1 micro batches to fill and drain.
     rounds = micro_batches + shape.num_stages - 1
     sequences = rounds * shape.batch
-    layers, calls = shape.layers_per_stage * sequences, shape.layers_per_stage * rounds * shape.calls
+    calls = shape.layers_per_stage * rounds * shape.calls
     exposed = 1 - options.overlap
     attention, forwards = attention_s(shape.core, strategy, cluster), forward_runs(shape)
     compute = {b: calls * (forwards * attention.forward[b] + attention.backward[b]) for b in BRANCHES}
     compute["merge"] = calls * (forwards + 1) * merge_s(shape.core, strategy, options, cluster)
     compute["dense"] = sequences * dense_s(shape, cluster)
-    compute["elementwise"] = layers * elementwise_s(shape, cluster)
+    compute["elementwise"] = sequences * elementwise_s(shape, cluster)
     compute["optimizer"] = optimizer_s(shape, cluster)
     wire = {name: calls * s * exposed for name, s in _context_wire_s(shape, strategy, options, cluster).items()}
-    wire["tensor"] = layers * tensor_wire_s(shape, cluster) * exposed
+    wire["tensor"] = sequences * tensor_wire_s(shape, cluster) * exposed
     wire["gradients"] = gradient_wire_s(shape, cluster, replicas) * exposed
     return StepTime(compute, wire)
 
@@ -55,22 +55,26 @@ def forward_runs(shape: Shape) -> int:
 
 
 def dense_s(shape: Shape, cluster: Cluster) -> float:
-    """Linear layers of one stage and sequence, forward and backward: 6 FLOPs a weight and token; the output layer."""
-    weights = shape.layers_per_stage * shape.linear_parameters + shape.local_vocab * shape.config.model.hidden_size
+    """Linear layers of the busiest stage, one sequence, both ways: 6 FLOPs a weight and token; the output layer."""
+    weights = max(map(shape.stage_multiplications, range(shape.num_stages)))
+    weights += shape.local_vocab * shape.config.model.hidden_size
     return 6 * weights * shape.plan.tokens_per_rank / cluster.matmul_flops_per_s.value
 
 
 def elementwise_s(shape: Shape, cluster: Cluster) -> float:
-    """Norms, residuals, rotary positions, SwiGLU and gates of one layer, by the bytes they read and write.
+    """Norms, residuals, rotary positions, SwiGLU and gates of the busiest stage, by the bytes they read and write.
 
     Rotary positions run as separate fp32 operations: 48 bytes an element. Backward moves twice what forward does.
     """
     heads, e, hidden = shape.heads, shape.element_bytes, shape.config.model.hidden_size
     turned = heads.num_q_heads * heads.dim_k + 2 * heads.num_kv_heads * heads.dim_k
     core = 48 * turned + 4 * e * heads.num_q_heads * heads.dim_v
-    outside = 10 * e * hidden * shape.norm_share + 8 * e * shape.local_ffn
-    per_token = (forward_runs(shape) + 2) * core + 3 * outside
-    return shape.plan.tokens_per_rank * per_token / memory_rate(cluster)
+    around = 10 * e * hidden * shape.norm_share
+
+    def per_token(stage: int) -> float:
+        return sum((forward_runs(shape) + 2) * core + 3 * (around + mlp.moved_bytes(e)) for mlp in shape.mlps(stage))
+
+    return shape.plan.tokens_per_rank * max(map(per_token, range(shape.num_stages))) / memory_rate(cluster)
 
 
 def optimizer_s(shape: Shape, cluster: Cluster) -> float:
@@ -92,13 +96,19 @@ def _context_wire_s(shape: Shape, strategy: Strategy, options: Options, cluster:
 
 
 def tensor_wire_s(shape: Shape, cluster: Cluster) -> float:
-    """Two all-reduces of the hidden states forward and two backward; sequence parallelism moves as many bytes."""
+    """Of one sequence, the busiest stage: two all-reduces of a layer's hidden states forward and two backward.
+
+    Sequence parallelism moves as many bytes. Experts are told of every token what the routers say, and tell it back.
+    """
     size = shape.tensor_size
     if size == 1:
         return 0.0
     hidden = shape.plan.tokens_per_rank * shape.config.model.hidden_size * shape.element_bytes
     link = cluster.intra_node
-    return 4 * (all_reduce_s(cluster, link, size, hidden) + link.latency_s.value)
+    layer_s = 4 * (all_reduce_s(cluster, link, size, hidden) + link.latency_s.value)
+    experts = max(sum(mlp.num_experts for mlp in shape.mlps(stage)) for stage in range(shape.num_stages))
+    told = (size - 1) / size * shape.plan.tokens_per_rank * experts * (4 + 1 + 4)  # weights, choices; gradients
+    return shape.layers_per_stage * layer_s + told / rate(cluster, link, "all_gather")
 
 
 def gradient_wire_s(shape: Shape, cluster: Cluster, replicas: int) -> float:

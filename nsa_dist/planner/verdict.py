@@ -35,7 +35,8 @@ CAVEATS = (
 
 def verdict(plan: Plan) -> list[str]:
     """What to do and why, most important first."""
-    return [*_size(plan), *_room(plan), *_layout(plan), *_groups(plan), *_wire(plan), *_precision(plan)]
+    parts = (_size(plan), _room(plan), _experts(plan), _layout(plan), _groups(plan), _wire(plan), _precision(plan))
+    return [sentence for part in parts for sentence in part]
 
 
 def summary(plan: Plan) -> list[str]:
@@ -187,6 +188,21 @@ def _room(plan: Plan) -> Iterator[str]:
         )
     if not any(knob.fits for knob in knobs):
         yield "No single change is enough: use more GPUs, a shorter sequence or a smaller model."
+
+
+def _experts(plan: Plan) -> Iterator[str]:
+    """What every rank holds of them, and how their time is counted."""
+    shape = (plan.best or _least(plan)).shape
+    held = [mlp for stage in range(shape.num_stages) for mlp in shape.mlps(stage) if mlp.num_experts]
+    if not held:
+        return
+    all_of_them, active = (sum(getattr(mlp, name) for mlp in held) for name in ("parameters", "active_parameters"))
+    cut = f", 1/{shape.tensor_size} of each" if shape.tensor_size > 1 else ""
+    yield (
+        f"Experts: {len(held)} of {shape.config.model.num_layers} layers, {held[0].num_experts} each{cut}, all on "
+        f"every rank of a stage; with routers {all_of_them / 1e9:.2f}B parameters, {active / 1e9:.2f}B of them for a "
+        f"token. Their time is that of large products, in a loop over experts that are taken evenly: it takes longer."
+    )
 
 
 def _layout(plan: Plan) -> Iterator[str]:

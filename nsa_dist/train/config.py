@@ -9,83 +9,16 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from nsa_dist.config import layer_attentions
 from nsa_dist.rope_scaling import Rotary
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.sections.data import LEAST_TASK_LENGTH, DataSection
+from nsa_dist.train.sections.model import ModelSection
 from nsa_dist.train.sections.nsa import NSASection
 from nsa_dist.train.sections.parallel import ParallelSection
-from nsa_dist.train.sections.section import Section, named
+from nsa_dist.train.sections.section import Section, named, round_up
 
 VOCAB_SIZE = 256  # a token is a byte
 END_OF_DOCUMENT = 0  # a byte that text does not contain
-
-
-class ModelSection(Section):
-    """A GPT decoder over bytes, or the vocabulary of `data.tokens`: RMSNorm, SwiGLU, no biases, no dropout."""
-
-    attention: str | list[str] = Field(
-        default="nsa",
-        description="of the layers: nsa, dense, or a list of these words, one a layer, that repeats until the layers "
-        "end, such as [nsa, nsa, nsa, dense]",
-    )
-    num_layers: int = Field(default=2, ge=1, description="decoder layers")
-    hidden_size: int = Field(default=128, ge=1, description="width of what goes from layer to layer")
-    num_attention_heads: int = Field(default=4, ge=1, description="query heads")
-    num_query_groups: int = Field(default=1, ge=1, description="key/value heads")
-    head_dim: int = Field(default=32, ge=2, description="numbers in a query, a key or a value")
-    ffn_hidden_size: int = Field(default=384, ge=1, description="width inside the MLP")
-    init_std: float = Field(
-        default=0.02,
-        gt=0,
-        description="standard deviation of initial weights; output projections: / sqrt(2 * num_layers)",
-    )
-    embedding_init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial embedding")
-    tie_embeddings: bool = Field(default=False, description="one matrix for the embedding and the output layer")
-    norm_eps: float = Field(default=1e-5, gt=0, description="added to the mean of squares in every norm")
-    qk_norm: Literal["rms", "l2"] | None = Field(
-        default=None,
-        description="norm of each query and of each branch's keys: rms with weights, as Qwen 3 has it, l2 without",
-    )
-    recompute_attention: bool = Field(default=False, description="run the attention again in backward, keep nothing")
-
-    @field_validator("attention")
-    @classmethod
-    def _shortest(cls, attention: str | list[str]) -> str | list[str]:
-        """A pattern in its shortest form, so that a model has one."""
-        words = [attention] if isinstance(attention, str) else attention
-        divisors = (n for n in range(1, len(words) + 1) if len(words) % n == 0)
-        words = next((words[:n] for n in divisors if words[:n] * (len(words) // n) == words), words)
-        return words[0] if len(words) == 1 else words
-
-    @model_validator(mode="after")
-    def _check_attention(self) -> "ModelSection":
-        layer_attentions(self.attention, self.num_layers)
-        return self
-
-    @property
-    def layer_attentions(self) -> tuple[str, ...]:
-        """ "nsa" or "dense" for every layer."""
-        return layer_attentions(self.attention, self.num_layers)
-
-    @property
-    def has_dense(self) -> bool:
-        return "dense" in self.layer_attentions
-
-    @model_validator(mode="after")
-    def _check_heads(self) -> "ModelSection":
-        heads, groups = self.num_attention_heads, self.num_query_groups
-        if heads % groups:
-            raise ValueError(
-                f"num_attention_heads={heads} must be a multiple of num_query_groups={groups}, so that every key/value "
-                f"head serves as many query heads; take num_attention_heads={_round_up(heads, groups)}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"head_dim={self.head_dim} must be even, because rotary positions turn pairs of numbers; "
-                f"take head_dim={self.head_dim + 1}"
-            )
-        return self
 
 
 class OptimizerSection(Section):
@@ -214,7 +147,7 @@ class TrainConfig(Section):
             raise Refused(
                 f"{world_size} processes must be a multiple of tensor * pipeline * context parallel size = "
                 f"{per_replica}, so that every replica of the model is whole; "
-                f"start {_round_up(world_size, per_replica)} processes"
+                f"start {round_up(world_size, per_replica)} processes"
             )
         replicas = world_size // per_replica
         samples = replicas * self.run.micro_batch_size
@@ -222,7 +155,7 @@ class TrainConfig(Section):
             raise Refused(
                 f"global_batch_size={self.run.global_batch_size} must be a multiple of data parallel replicas * "
                 f"micro_batch_size = {replicas} * {self.run.micro_batch_size} = {samples}, so that every replica "
-                f"takes as many samples; take global_batch_size={_round_up(self.run.global_batch_size, samples)}"
+                f"takes as many samples; take global_batch_size={round_up(self.run.global_batch_size, samples)}"
             )
         return replicas
 
@@ -235,7 +168,7 @@ def _check_sequence(config: TrainConfig) -> None:
         raise ValueError(
             f"sequence_length={length} must be a multiple of {formula} * slc_block_len = {chunks} * {block} = "
             f"{chunks * block}, so that every rank holds whole selection blocks; "
-            f"take sequence_length={_round_up(length, chunks * block)}"
+            f"take sequence_length={round_up(length, chunks * block)}"
         )
 
 
@@ -288,17 +221,18 @@ def _check_model_parallel(config: TrainConfig) -> None:
         raise ValueError(
             f"num_query_groups={model.num_query_groups} must be a multiple of tensor_model_parallel_size={tensor}, "
             f"because a key/value head is never split; take num_query_groups="
-            f"{_round_up(model.num_query_groups, tensor)} or a smaller tensor_model_parallel_size"
+            f"{round_up(model.num_query_groups, tensor)} or a smaller tensor_model_parallel_size"
         )
     if model.ffn_hidden_size % tensor:
         raise ValueError(
             f"ffn_hidden_size={model.ffn_hidden_size} must be a multiple of tensor_model_parallel_size={tensor}, so "
-            f"that every rank holds as many columns; take ffn_hidden_size={_round_up(model.ffn_hidden_size, tensor)}"
+            f"that every rank holds as many columns; take ffn_hidden_size={round_up(model.ffn_hidden_size, tensor)}"
         )
+    _check_experts_parallel(model, tensor, parallel.sequence_parallel)
     if model.num_layers % pipeline:
         raise ValueError(
             f"num_layers={model.num_layers} must be a multiple of pipeline_model_parallel_size={pipeline}, so that "
-            f"every stage holds as many layers; take num_layers={_round_up(model.num_layers, pipeline)}"
+            f"every stage holds as many layers; take num_layers={round_up(model.num_layers, pipeline)}"
         )
     if model.has_dense and parallel.context_parallel_size > 1:
         raise ValueError(
@@ -313,6 +247,27 @@ def _check_model_parallel(config: TrainConfig) -> None:
         )
 
 
+def _check_experts_parallel(model: ModelSection, tensor: int, sequence_parallel: bool) -> None:
+    if not model.has_experts or tensor == 1:
+        return
+    widths = {
+        "moe_ffn_hidden_size": model.expert_hidden_size,
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size or 0,
+    }
+    for name, width in widths.items():
+        if width % tensor:
+            raise ValueError(
+                f"{name}={width} must be a multiple of tensor_model_parallel_size={tensor}, so that every rank holds "
+                f"as many columns of each expert; take {name}={round_up(width, tensor)}"
+            )
+    if not sequence_parallel:
+        raise ValueError(
+            f"num_experts={model.num_experts} with tensor_model_parallel_size={tensor} needs sequence_parallel=true, "
+            f"because Megatron-core trains experts over tensor-parallel ranks only where these share the tokens; set "
+            f"sequence_parallel=true"
+        )
+
+
 def _check_warmup(config: TrainConfig) -> None:
     warmup, steps = config.optimizer.warmup_steps, config.run.steps
     if warmup >= steps:
@@ -320,7 +275,3 @@ def _check_warmup(config: TrainConfig) -> None:
             f"warmup_steps={warmup} must be below steps={steps}, so that the decay has a length; "
             f"take warmup_steps={steps // 10}"
         )
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -11,6 +11,7 @@ from nsa_dist.train.config import RunSection, TrainConfig
 _SIZES = "the checkpoint's weights have these sizes"
 _DRAWN = "the weights were drawn with it"
 _ATTENTION = "the model was trained to attend so"
+_ROUTING = "the model was trained to take so much of its experts"
 _TASKS = "samples of tasks are drawn by it, in between those of text"
 _DOCUMENTS = "the model was trained to see so far, and no further"
 _CORPUS = "the corpus of the run was packed with it"
@@ -26,6 +27,12 @@ FIXED: dict[str, str] = {
     "model.num_query_groups": _SIZES,
     "model.head_dim": _SIZES,
     "model.ffn_hidden_size": _SIZES,
+    "model.num_experts": _SIZES,
+    "model.moe_layer_freq": _SIZES,
+    "model.moe_ffn_hidden_size": _SIZES,
+    "model.moe_shared_expert_intermediate_size": _SIZES,
+    "model.moe_router_topk": _ROUTING,
+    "model.moe_router_pre_softmax": _ROUTING,
     "model.tie_embeddings": _SIZES,
     "model.qk_norm": _ATTENTION,
     "model.norm_eps": _ATTENTION,
@@ -64,8 +71,10 @@ FREE = {
     "run.steps", "run.micro_batch_size", "run.global_batch_size", "run.eval_interval", "run.eval_batches",
     "run.checkpoint_interval", "run.keep_checkpoints", "run.log_interval", "run.not_finite",
     "run.not_finite_limit", "run.health_interval", "run.replica_check_interval", "model.recompute_attention",
+    "model.moe_aux_loss_coeff",
     "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size", "parallel.context_parallel_size",
-    "parallel.sequence_parallel", "parallel.layout", "parallel.pack_order", "parallel.kv_fetch_budget_bytes",
+    "parallel.expert_model_parallel_size", "parallel.sequence_parallel", "parallel.layout", "parallel.pack_order",
+    "parallel.kv_fetch_budget_bytes",
     "parallel.whole_shard_fraction", "parallel.link_gb_per_s", "parallel.keep_pages", "parallel.head_groups",
     "parallel.transport", "parallel.domain_size",
     "optimizer.lr", "optimizer.min_lr", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.weight_decay",

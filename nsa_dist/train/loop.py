@@ -15,6 +15,7 @@ from nsa_dist.train.checkpoint import Position
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.data.batches import BatchCutter, Datasets, build_datasets, sequence_plan
 from nsa_dist.train.data.packs import Packer
+from nsa_dist.train.experts import balance
 from nsa_dist.train.export.start import FirstWeights, first_weights
 from nsa_dist.train.files import notices
 from nsa_dist.train.files.intact import Intact, newest_intact
@@ -196,7 +197,7 @@ class _Run:
         )
 
     def report(self, position: Position, result: StepResult) -> None:
-        """One training record, and one of what was sent for it."""
+        """One training record, and those of what was sent for it and of the experts."""
         run = self.config.run
         per_step = run.global_batch_size * run.sequence_length
         steps, seconds = self.clock.lap()
@@ -215,6 +216,8 @@ class _Run:
         )
         if self.meter.is_on:
             self.write(self.meter.record(position.step, result.traffic))
+        if self.config.model.has_experts:
+            self.write(balance.record(self.cutter, position.step, result.experts))
 
     def validate(self, step: int) -> None:
         """One validation record, over the same sequences every time; and one of the tasks, if there are any."""

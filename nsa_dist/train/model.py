@@ -13,10 +13,13 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from nsa_dist.mcore import NSASelfAttention, NSATransformerConfig, nsa_block_spec
+from nsa_dist.mcore.specs import layer_kinds
 from nsa_dist.rope_scaling import scaling_of
-from nsa_dist.train.config import OptimizerSection, TrainConfig
+from nsa_dist.train.config import ModelSection, OptimizerSection, TrainConfig
+from nsa_dist.train.experts.router import SampleRouter, route_by_samples
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.tokens.sets import padded_vocab_size
 from nsa_dist.train.world import World
@@ -42,6 +45,13 @@ class Trainable:
         """Those of this stage's layers that have NSA: a dense one has no gates, chooses no blocks and sends nothing."""
         found = (layer.self_attention for layer in self.bare_model.decoder.layers)
         return [attention for attention in found if isinstance(attention, NSASelfAttention)]
+
+    @property
+    def routers(self) -> dict[int, SampleRouter]:
+        """Those of this stage's layers that have experts, by layer from 0."""
+        layers = self.bare_model.decoder.layers
+        found = {layer.layer_number - 1: getattr(layer.mlp, "router", None) for layer in layers}
+        return {layer: router for layer, router in found.items() if router is not None}
 
 
 def build(config: TrainConfig, world: World, fill: Callable[[GPTModel], None] | None = None) -> Trainable:
@@ -85,9 +95,14 @@ def _layers(config: TrainConfig, world: World) -> tuple[NSATransformerConfig, An
     """Megatron's configuration and the layers' spec. Refused where either refuses the other's sizes."""
     try:
         megatron = transformer_config(config, world)
-        return megatron, nsa_block_spec(megatron)
+        block = nsa_block_spec(megatron)
     except ValueError as error:
         raise Refused(str(error)) from error
+    first = get_transformer_layer_offset(megatron)
+    for layer, has_experts in zip(block.layer_specs, config.model.layers_with_experts[first:], strict=False):
+        if has_experts:
+            route_by_samples(layer)
+    return megatron, block
 
 
 def transformer_config(config: TrainConfig, world: World) -> NSATransformerConfig:
@@ -140,12 +155,30 @@ def transformer_config(config: TrainConfig, world: World) -> NSATransformerConfi
         nsa_pack_order=parallel.pack_order,
         nsa_fetch=parallel.fetch_options(),
         **(recompute if model.recompute_attention else {}),
+        **_experts(model),
     )
+
+
+def _experts(model: ModelSection) -> dict[str, Any]:
+    """Megatron's names for layers of experts; without any its defaults."""
+    if not model.has_experts:
+        return {}
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_layer_freq": [int(has_experts) for has_experts in model.layers_with_experts],
+        "moe_ffn_hidden_size": model.expert_hidden_size,
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_router_load_balancing_type": "seq_aux_loss",
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_token_dispatcher_type": "allgather",
+    }
 
 
 def sharding_metadata(config: NSATransformerConfig) -> dict[str, Any]:
     """What Megatron's `sharded_state_dict` is told. Weights of layers of two kinds cannot be stacked."""
-    both = len(set(config.layer_attentions)) > 1
+    both = len(set(layer_kinds(config))) > 1
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return {"dp_cp_group": group, **({"non_homogeneous_layers": True} if both else {})}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nsa_dist.train.data.batches import Batch, BatchCutter
 from nsa_dist.train.data.samples import SampleSource
+from nsa_dist.train.experts.balance import Balance
 from nsa_dist.train.health.finite import asked_before
 from nsa_dist.train.model import Trainable
 from nsa_dist.train.traffic import TrafficMeter
@@ -30,6 +31,7 @@ class StepResult(NamedTuple):
     lr: float
     stop: bool
     traffic: list[float]  # the sum of all ranks' tables, for `TrafficMeter.record`
+    experts: list[float]  # the same for `nsa_dist.train.experts.balance.record`
 
     @property
     def is_finite(self) -> bool:
@@ -53,19 +55,21 @@ def train_step(
     model.module.train()
     model.module.zero_grad_buffer()
     model.optimizer.zero_grad()
+    balance = Balance.begun(model, cutter)
     with meter.counting(model) as counted:
-        batches = meter.noting(cutter.micro_batches(dataset, first))
+        batches = balance.telling(meter.noting(cutter.micro_batches(dataset, first)))
         totals = _forward_backward(model, cutter, batches, forward_only=False)
     lr = model.optimizer.param_groups[0]["lr"]
-    sent = meter.pack(model, counted).to(world.device)
+    tables = [table.to(world.device) for table in (meter.pack(model, counted), balance.pack())]
     results: list[StepResult] = []
 
     def may_move(grad_norm: float) -> bool:
         told = [float(world.is_main and should_stop()), 0.0 if math.isfinite(grad_norm) else 1.0]
-        row = torch.cat([totals, torch.tensor(told, dtype=torch.float64, device=world.device), sent])
-        loss_sum, num_tokens, stop, bad, *traffic = world.sum(row).tolist()
+        row = torch.cat([totals, torch.tensor(told, dtype=torch.float64, device=world.device), *tables])
+        loss_sum, num_tokens, stop, bad, *rest = world.sum(row).tolist()
+        traffic, experts = rest[: len(tables[0])], rest[len(tables[0]) :]
         shown = grad_norm if not bad or not math.isfinite(grad_norm) else math.nan  # another rank's was not finite
-        results.append(StepResult(_mean(loss_sum, num_tokens), shown, lr, stop > 0, traffic))
+        results.append(StepResult(_mean(loss_sum, num_tokens), shown, lr, stop > 0, traffic, experts))
         return results[0].is_finite
 
     with asked_before(model.optimizer, may_move):

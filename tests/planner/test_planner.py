@@ -27,6 +27,11 @@ ROOT = Path(__file__).parents[2]
 # --- Against a model that is built ----------------------------------------------------------------------------------
 
 
+EXPERTS = {
+    "num_experts": 6, "moe_router_topk": 2, "moe_ffn_hidden_size": 40, "moe_shared_expert_intermediate_size": 24,
+}  # fmt: skip
+
+
 def tiny_config(dtype: str, num_layers: int, **changes) -> TrainConfig:
     """Several key/value heads, untied embeddings; the sizes are all different, so that none stands for another."""
     return TrainConfig(
@@ -34,6 +39,7 @@ def tiny_config(dtype: str, num_layers: int, **changes) -> TrainConfig:
         model=ModelSection(
             num_layers=num_layers, hidden_size=48, num_attention_heads=4, num_query_groups=2, head_dim=16,
             ffn_hidden_size=80, recompute_attention=True, tie_embeddings=changes.pop("tie_embeddings", False),
+            **changes.pop("experts", {}),
         ),
         nsa=NSASection(num_slc_blocks=4, window_len=64, **changes),
     )  # fmt: skip
@@ -45,6 +51,9 @@ BUILT = {
     "one layer": tiny_config("fp32", 1),
     "tied": tiny_config("fp32", 1, tie_embeddings=True),
     "shared kv, mean": tiny_config("bf16", 1, shared_kv=True, compression="mean"),
+    "experts": tiny_config("fp32", 2, experts=EXPERTS),
+    "experts in bf16": tiny_config("bf16", 1, experts={**EXPERTS, "moe_shared_expert_intermediate_size": None}),
+    "an MLP, then experts": tiny_config("fp32", 2, experts={**EXPERTS, "moe_layer_freq": [0, 1]}),
 }
 
 
@@ -60,6 +69,7 @@ def build_and_measure(rank: int) -> dict[str, dict[str, int]]:
 
 
 def _measure(config: TrainConfig, world) -> dict[str, int]:
+    from nsa_dist.train.experts.router import SampleTokens
     from nsa_dist.train.model import build
 
     model = build(config, world)
@@ -74,6 +84,8 @@ def _measure(config: TrainConfig, world) -> dict[str, int]:
 
     length = config.run.sequence_length
     tokens = torch.arange(length)[None] % 256
+    for router in model.routers.values():
+        router.tokens = SampleTokens(torch.zeros(length, dtype=torch.int64), 1, length)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         loss = model.module(tokens, torch.arange(length)[None], None, labels=tokens)
     loss.sum().backward()
@@ -304,13 +316,37 @@ def test_parallel_sizes_divide_a_rank_of_the_model():
         2,
         "zigzag",
     )
-    assert cut.linear_parameters * 2 == whole.linear_parameters
+    assert cut.stage_multiplications(1) * 4 == whole.stage_multiplications(0)
     assert cut.phi_parameters * 2 == whole.phi_parameters
     assert cut.layers_per_stage * 2 == whole.layers_per_stage
-    assert memory.layer_activation_bytes(cut) * 2 == memory.layer_activation_bytes(whole)
+    assert memory.stage_activation_bytes(cut, 1) * 4 == memory.stage_activation_bytes(whole, 0)
     both_stages = sum(cut.stage_parameters(stage) for stage in range(2))
     norms = 2048 * (2 * 4 + 1)  # whole on every tensor-parallel rank
     assert (both_stages - norms) * 2 + norms == whole.stage_parameters(0)
+
+
+def test_experts_are_planned_with_what_they_hold_and_what_a_token_takes():
+    model = long_config().model.model_dump() | {"num_experts": 16, "moe_ffn_hidden_size": 1408, "moe_router_topk": 4}
+    given = {"model": ModelSection(**model), "run": long_config().run.model_copy(update={"sequence_length": 2**16})}
+    config, alike = long_config(**given), long_config(run=given["run"])
+    cut = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    one, two = (
+        Shape.of(long_config(**given, **more), 2, "zigzag") for more in ({}, {"parallel": ParallelSection(**cut)})
+    )
+    router, expert = 2048 * 16, 3 * 2048 * 1408
+    assert [mlp.parameters for mlp in one.mlps(0)] == 4 * [16 * expert + router]
+    assert [mlp.parameters for mlp in two.mlps(0)] == 4 * [16 * expert // 2 + router]
+    assert [mlp.active_parameters for mlp in one.mlps(0)] == 4 * [4 * expert + router]
+    # Four experts of a token are as wide as the MLP of the other model, and take as long but for the router.
+    plan, other = make_plan(config, cluster(), cp_sizes=[2]), make_plan(alike, cluster(), cp_sizes=[2])
+    dense, expected = (each.candidates[0].judged.time.compute_s["dense"] for each in (plan, other))
+    assert expected < dense < 1.01 * expected
+    more = plan.candidates[0].judged.memory_bytes["weights"] - other.candidates[0].judged.memory_bytes["weights"]
+    assert more == 2 * 4 * (12 * expert + router)
+    words = "\n".join(verdict(plan))
+    assert "Experts: 4 of 4 layers, 16 each, all on every rank" in words
+    assert "0.55B parameters, 0.14B of them for a token" in words
+    assert "Experts" not in "\n".join(verdict(other))
 
 
 # --- Words and errors -----------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from nsa_dist.train.config_errors import parse
 
 ROOT = Path(__file__).parent.parent.parent
 RUN = {"output_dir": "out"}
+EXPERTS = {"num_experts": 4, "num_query_groups": 2}
+TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
 
 def check(raw: dict) -> TrainConfig:
@@ -47,6 +49,23 @@ def test_defaults_hold_together():
         ({"parallel": {"sequence_parallel": True}}, "set sequence_parallel=false"),
         ({"model": {"num_attention_heads": 6, "num_query_groups": 4}}, "take num_attention_heads=8"),
         ({"model": {"head_dim": 7}}, "take head_dim=8"),
+        ({"model": {"moe_router_topk": 4}}, "moe_router_topk=4 without num_experts.*give num_experts, or leave it out"),
+        ({"model": EXPERTS | {"moe_router_topk": 5}}, "moe_router_topk=5 must be at most num_experts=4.*topk=2"),
+        ({"model": EXPERTS | {"moe_router_topk": 1}}, "set moe_router_pre_softmax=true, or take moe_router_topk=2"),
+        ({"model": EXPERTS | {"moe_layer_freq": [1]}}, "a list of num_layers=2 numbers, 0 or 1.*take moe_layer_freq=1"),
+        ({"model": EXPERTS | {"moe_layer_freq": [0, 0]}}, "one at least; take moe_layer_freq=1"),
+        ({"model": EXPERTS | {"moe_layer_freq": [0, 2]}}, "take moe_layer_freq=1"),
+        ({"model": EXPERTS | {"moe_layer_freq": 0}}, "take moe_layer_freq=1"),
+        ({"model": EXPERTS, "parallel": {"tensor_model_parallel_size": 2}}, "set sequence_parallel=true"),
+        (
+            {"model": EXPERTS | {"moe_ffn_hidden_size": 7}, "parallel": TENSOR},
+            "moe_ffn_hidden_size=7 must be a multiple.*take moe_ffn_hidden_size=8",
+        ),
+        (
+            {"model": EXPERTS | {"moe_shared_expert_intermediate_size": 7}, "parallel": TENSOR},
+            "take moe_shared_expert_intermediate_size=8",
+        ),
+        ({"parallel": {"expert_model_parallel_size": 2}}, "must be 1, because.*leave it out, and cut every expert by"),
         ({"nsa": {"cmp_stride": 17}}, "take cmp_block_len=34"),
         ({"nsa": {"num_slc_blocks": 2}}, "raise it to 3 or force fewer"),
         ({"optimizer": {"lr": 1e-4}}, "take min_lr=1e-05"),
@@ -69,6 +88,15 @@ def test_defaults_hold_together():
 def test_errors_name_the_remedy(raw, remedy):
     with pytest.raises(ValueError, match=remedy):
         check(raw)
+
+
+@pytest.mark.parametrize(
+    ("freq", "expected"), [(1, [1, 1, 1, 1]), (2, [1, 0, 1, 0]), (9, [1, 0, 0, 0]), ([0, 1, 1, 1], [0, 1, 1, 1])]
+)
+def test_layers_with_experts(freq, expected):
+    model = check({"model": {**EXPERTS, "num_layers": 4, "moe_layer_freq": freq}}).model
+    assert list(map(int, model.layers_with_experts)) == expected
+    assert check({}).model.layers_with_experts == (False, False)
 
 
 def test_fetch_options_reach_the_attention():

@@ -13,7 +13,7 @@ from nsa_dist.train.export.run import choose, plain_model
 from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.refused import Refused
 from ranks import run_ranks
-from train_cases import write_texts
+from train_cases import records, write_texts
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,17 @@ def test_logits_are_those_of_megatron(logits, layout):
     assert megatron.std() > 0.01
     torch.testing.assert_close(exported, megatron, rtol=0, atol=1e-5)
     torch.testing.assert_close(cached, megatron, rtol=0, atol=1e-5)
+
+
+def test_steps_of_experts_are_recorded(base):
+    """Those runs are the only ones with experts that every `make test` trains."""
+    for name, layers in {"experts": ["2"], "one expert a token": ["1", "2"], "TP2": []}.items():
+        found = records(base, name, "experts")
+        assert [r["step"] for r in found] == ([1, 2] if layers else [])
+        for record in found:
+            assert list(record["layers"]) == layers
+            assert 0 <= record["least"] < 1 < record["busiest"] <= 4
+            assert record["load_balancing_loss"] > 1
 
 
 def test_a_folder_gives_the_model_back(base, tmp_path):

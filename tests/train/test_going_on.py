@@ -47,7 +47,9 @@ OTHER: dict[str, object] = {
     "nsa.rope_scaling": {"rope_type": "linear", "factor": 2}, "nsa.no_rope_freq": 2, "nsa.gate_bias": True,
     "model.qk_norm": "rms", "model.norm_eps": 1e-6, "data.folder": "elsewhere", "data.pattern": "*0.txt",
     "data.validation_fraction": 0.5, "data.max_file_bytes": 10, "data.tasks": {"recall": 0.5},
-    "data.task_lengths": [128], "data.documents": "packed",
+    "data.task_lengths": [128], "data.documents": "packed", "model.num_experts": 4, "model.moe_layer_freq": [0, 1],
+    "model.moe_ffn_hidden_size": 16, "model.moe_shared_expert_intermediate_size": 16, "model.moe_router_topk": 3,
+    "model.moe_router_pre_softmax": True,
 }  # fmt: skip
 
 
@@ -58,6 +60,7 @@ def test_what_may_not_change_is_refused_with_both_values(base, key):
     section, name = key.split(".")
     value = base / "nowhere" if key in ("data.folder", "data.tokens") else OTHER[key]
     beside = {"data.tokens": {"folder": None}, "data.task_lengths": {"tasks": {"copy": 0.5}}}.get(key, {})
+    beside |= {"num_experts": 4} if name.startswith("moe_") else {}
     changed = config(base, **{section: {**beside, name: value}}).resuming()
     was, now = (getattr(getattr(c, section), name) for c in (config(base), changed))
     with pytest.raises(ValueError, match=r"another run under its name.*(?s:.)*give the old values") as caught:
@@ -76,6 +79,17 @@ def test_a_run_from_before_documents_were_kept_apart_goes_on_as_it_was(base):
     with pytest.raises(ValueError, match=r"data\.documents: the run has whole, given is packed"):
         prepare_output(config(base, data={"documents": "packed"}).resuming())
     prepare_output(config(base, data={"documents": "whole"}).resuming())
+
+
+def test_a_run_from_before_there_were_experts_goes_on_without(base):
+    output = begun(base)
+    marker = output.marker()
+    older = {key: value for key, value in marker.identity.items() if "moe_" not in key and key != "model.num_experts"}
+    assert len(older) == len(marker.identity) - 6
+    marker.changed(identity=older).write(output.root)
+    with pytest.raises(ValueError, match=r"model\.num_experts: the run has null, given is 4; the checkpoint's weights"):
+        prepare_output(config(base, model={"num_experts": 4}).resuming())
+    prepare_output(config(base).resuming())
 
 
 def test_all_differences_are_in_one_message(base):

@@ -161,7 +161,7 @@ def test_a_dense_run_is_exported_as_what_it_is(base, tmp_path):
     assert (written.kind, written.step) == ("a dense model", 4)
     dense = read_dense(tmp_path / "qwen")
     assert (dense.tokenizer, dense.sequence_length, dense.not_read) == ("bytes", 256, ("architectures", "bos_token_id"))
-    with pytest.raises(ValueError, match="model_type is 'qwen3'.*make one of a Llama or Qwen 3 with nsa-dist convert"):
+    with pytest.raises(ValueError, match=r"model_type is 'qwen3'.*make one of a Llama or Qwen 3 with nsa-dist convert"):
         load_model(tmp_path / "qwen")
     expected = records(base, "dense", "validation")[-1]["loss"]
     assert losses_of(tmp_path / "qwen", base / "dense", samples=4) == pytest.approx(expected, rel=1e-5)

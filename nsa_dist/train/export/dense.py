@@ -52,6 +52,7 @@ def _refuse_others(run: Path, config: TrainConfig) -> None:
     otherwise = {
         "model.qk_norm": (config.model.qk_norm, config.model.qk_norm != "l2"),
         "nsa.rotary_percent": (config.nsa.rotary_percent, config.nsa.rotary_percent == 1),
+        "model.num_experts": (config.model.num_experts, not config.model.has_experts),
         "nsa.no_rope_freq": (config.nsa.no_rope_freq, not any(config.no_rope or ())),
     }
     for key, (value, fits) in otherwise.items():

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from nsa_dist.inference.model import GPTConfig
-from nsa_dist.train.config import END_OF_DOCUMENT, TrainConfig
+from nsa_dist.train.config import END_OF_DOCUMENT, ModelSection, TrainConfig
 from nsa_dist.train.tokens.sets import padded_vocab_size, read_all
 
 _WHOLE = {
@@ -26,7 +27,11 @@ _OF_LAYER = {
     "pre_mlp_layernorm.weight": "mlp_norm.weight",
     "mlp.linear_fc1.weight": "mlp.up.weight",
     "mlp.linear_fc2.weight": "mlp.down.weight",
+    "mlp.router.weight": "mlp.router.weight",
+    "mlp.shared_experts.linear_fc1.weight": "mlp.shared.up.weight",
+    "mlp.shared_experts.linear_fc2.weight": "mlp.shared.down.weight",
 }
+_OF_EXPERT = {"linear_fc1.weight": "up.weight", "linear_fc2.weight": "down.weight"}
 
 
 def plain_config(config: TrainConfig) -> GPTConfig:
@@ -53,11 +58,26 @@ def plain_config(config: TrainConfig) -> GPTConfig:
         gate_bias=nsa.gate_bias,
         norm_eps=model.norm_eps,
         tie_embeddings=model.tie_embeddings,
+        **_experts(model),
         dtype=config.run.dtype,
         tokenizer="bytes" if tokens is None else tokens.tokenizer["kind"],
         end_of_document=END_OF_DOCUMENT if tokens is None else tokens.end_of_document,
         sequence_length=config.run.sequence_length,
     )
+
+
+def _experts(model: ModelSection) -> dict[str, Any]:
+    """Each width in the one way to say it, so that models are compared by these values."""
+    if not model.has_experts:
+        return {}
+    return {
+        "num_experts": model.num_experts,
+        "moe_layer_freq": [int(has_experts) for has_experts in model.layers_with_experts],
+        "moe_router_topk": model.moe_router_topk,
+        "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_ffn_hidden_size": model.expert_hidden_size,
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+    }
 
 
 def plain_weights(megatron: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -71,10 +91,12 @@ def plain_name(name: str) -> str:
         return _WHOLE[name]
     found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if found:
+        if expert := re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12]\.weight)", found[2]):
+            return f"blocks.{found[1]}.mlp.experts.{expert[1]}.{_OF_EXPERT[expert[2]]}"
         for theirs, ours in _OF_LAYER.items():
             if found[2] == theirs or found[2].startswith(f"{theirs}."):
                 return f"blocks.{found[1]}.{ours}{found[2][len(theirs) :]}"
     raise ValueError(
-        f"the weight {name} has no place in the plain model, which is that of nsa_dist.train: RMSNorm, a gated MLP, no "
+        f"the weight {name} has no place in the plain model, which is that of nsa_dist.train: RMSNorm, gated MLPs, no "
         f"biases; export a run of nsa-dist train"
     )

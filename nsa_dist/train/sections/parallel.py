@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nsa_dist.cp.options import FetchOptions
 from nsa_dist.train.sections.section import Section
@@ -16,6 +16,9 @@ class ParallelSection(Section):
     context_parallel_size: int = Field(default=1, ge=1, description="ranks that share the tokens of a sequence")
     sequence_parallel: bool = Field(
         default=False, description="tensor-parallel ranks share the tokens between attention and MLP, too"
+    )
+    expert_model_parallel_size: int = Field(
+        default=1, ge=1, description="ranks that share the experts of a layer; 1 alone is done: each rank has them all"
     )
     layout: Literal["zigzag", "contiguous"] = Field(
         default="zigzag", description="rank r of P holds chunks r and 2P-1-r of 2P; contiguous: chunk r of P"
@@ -49,6 +52,17 @@ class ParallelSection(Section):
         default=None,
         description="so many consecutive context-parallel ranks are near, as on one node; a page enters them once",
     )
+
+    @field_validator("expert_model_parallel_size")
+    @classmethod
+    def _check_experts(cls, size: int) -> int:
+        if size > 1:
+            raise ValueError(
+                f"expert_model_parallel_size={size} must be 1, because this trainer does not yet sum the gradients, "
+                f"cut the checkpoints and compare the replicas of experts that ranks share; leave it out, and cut "
+                f"every expert by tensor_model_parallel_size and sequence_parallel=true where all of them are too many"
+            )
+        return size
 
     @model_validator(mode="after")
     def _check_fetch(self) -> "ParallelSection":
