@@ -358,8 +358,8 @@ def counted(layout: Layout) -> None:
         out.sum().backward()
     given, plan = ShardPlan.zigzag([0, 256], 2, 64), ShardPlan.zigzag([0, 30, 256], 2, SIZES.slc_block_len)
     rank = parallel_state.get_context_parallel_rank()
-    leave = int((plan.rank_of(given.positions(rank)) != rank).sum())
-    come = int((given.rank_of(plan.positions(rank)[plan.positions(rank) >= 0]) != rank).sum())
+    leave = int((plan.holder(given.positions(rank))[0] != rank).sum())
+    come = int((given.holder(plan.positions(rank)[plan.positions(rank) >= 0])[0] != rank).sum())
     wide, narrow = attention.linear_qkv.weight.shape[0] * 8, 4 * 8 * 8
     assert leave > 0
     assert dealt_tokens(given, plan)[rank] == (leave, come)

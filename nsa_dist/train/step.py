@@ -9,6 +9,7 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
+from nsa_dist.train.data.ahead import Ahead
 from nsa_dist.train.data.batches import Batch, BatchCutter
 from nsa_dist.train.data.samples import SampleSource
 from nsa_dist.train.health.finite import asked_before
@@ -39,13 +40,13 @@ class StepResult(NamedTuple):
 def train_step(
     model: Trainable,
     cutter: BatchCutter,
-    dataset: SampleSource,
+    ahead: Ahead,
     first: int,
     world: World,
     meter: TrafficMeter,
     should_stop: Callable[[], bool],
 ) -> StepResult:
-    """One step over the global batch of samples from number `first` on.
+    """One step over the global batch of samples from number `first` on, which were made ahead.
 
     `should_stop` is asked on process 0 and the answer reaches all of them. Whether loss and gradient norm are finite is
     decided from the same sums on every process, before anything moves; the learning rate's schedule moves on even so.
@@ -54,7 +55,7 @@ def train_step(
     model.module.zero_grad_buffer()
     model.optimizer.zero_grad()
     with meter.counting(model) as counted:
-        batches = meter.noting(cutter.micro_batches(dataset, first))
+        batches = meter.noting(ahead.micro_batches(first))
         totals = _forward_backward(model, cutter, batches, forward_only=False)
     lr = model.optimizer.param_groups[0]["lr"]
     sent = meter.pack(model, counted).to(world.device)
