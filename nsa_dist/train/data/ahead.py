@@ -1,8 +1,8 @@
 """The next micro-batches, made on the host in one thread while the current one is computed.
 
-Sample n is a function of n, so what is made ahead is a guess about which batch is asked for next, never about what is in
-it: where a run skips samples or goes back, what was made for nothing is dropped and the right one made. Only the host's
-part is made here; the device, its streams and the other ranks belong to the thread that trains.
+Sample n is a function of n, so what is made ahead is a guess about which batch is asked for next, never about what is
+in it: where a run leaves samples out or goes back, what was made for nothing is dropped and the right one made. The
+host's part alone is made here; the device, its streams and the other ranks belong to the thread that trains.
 
 A thread, not processes (`torch.utils.data.DataLoader`): docs/decisions/host-time.md.
 """
