@@ -113,7 +113,9 @@ class _Run:
             yield
 
     def steps_from(self, start: Position, path: Path | None) -> TrainResult:
-        with Ahead(self.cutter, self.datasets.train) as ahead:
+        run = self.config.run
+        end = start.samples + (run.steps - start.step) * run.global_batch_size
+        with Ahead(self.cutter, self.datasets.train, end) as ahead:
             return self._steps_from(start, path, ahead)
 
     def _steps_from(self, start: Position, path: Path | None, ahead: Ahead) -> TrainResult:

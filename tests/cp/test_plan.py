@@ -147,7 +147,7 @@ def test_a_layout_on_a_device_is_the_hosts_copied_there(monkeypatch):
                 assert torch.equal(x, getattr(a, name))
                 assert (x is getattr(a, name)) == (name == "block_owner"), name
     assert there.host is host.host, "which the host reads"
-    assert len(copied) == 12 + 2 * 3, "tensors of queries, of blocks, and of each halo, once"
+    assert len(copied) == 7 + 6 + 2 * 3, "tensors of queries, of blocks, and of each halo, once"
 
 
 def test_padding_never_reads_the_first_row():

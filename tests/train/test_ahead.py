@@ -19,6 +19,7 @@ from ranks import run_ranks
 from train_cases import records, small_config
 
 SIZE, MICRO = 8, 2  # samples of a step, and of a micro-batch: two of them on each of two replicas
+FAR = 100 * SIZE
 
 
 class Source:
@@ -58,7 +59,7 @@ def numbers_of(batches) -> list[int]:
 )
 def test_steps_have_the_samples_that_they_ask_for(tmp_path, firsts):
     cutter, source = make_cutter(tmp_path), Source()
-    with Ahead(cutter, source) as ahead:
+    with Ahead(cutter, source, FAR) as ahead:
         for first in firsts:
             found = list(ahead.micro_batches(first))
             expected = list(cutter.micro_batches(Source(), first))
@@ -72,7 +73,7 @@ def test_steps_have_the_samples_that_they_ask_for(tmp_path, firsts):
 
 def test_a_straight_run_draws_every_sample_once_and_in_order_and_not_far_ahead(tmp_path):
     source, far = Source(), module._MOST * MICRO
-    with Ahead(make_cutter(tmp_path), source) as ahead:
+    with Ahead(make_cutter(tmp_path), source, FAR) as ahead:
         trained: list[int] = []
         for step in range(5):
             trained += numbers_of(ahead.micro_batches(step * SIZE))
@@ -82,14 +83,26 @@ def test_a_straight_run_draws_every_sample_once_and_in_order_and_not_far_ahead(t
     assert all(a < b for a, b in pairwise(source.drawn))
 
 
+def test_what_a_run_will_not_need_is_drawn_only_when_asked_for(tmp_path):
+    source = Source()
+    with Ahead(make_cutter(tmp_path), source, 2 * SIZE) as ahead:
+        assert numbers_of(ahead.micro_batches(SIZE)) == [10, 11, 14, 15]
+        ahead.settle()
+        assert source.drawn == [10, 11, 14, 15]
+        # A batch was left out, so one more is needed.
+        assert numbers_of(ahead.micro_batches(3 * SIZE)) == [26, 27, 30, 31]
+        ahead.settle()
+        assert source.drawn[4:] == [26, 27, 30, 31]
+
+
 def test_a_step_that_was_left_in_the_middle_begins_anew(tmp_path):
-    with Ahead(make_cutter(tmp_path), Source()) as ahead:
+    with Ahead(make_cutter(tmp_path), Source(), FAR) as ahead:
         next(ahead.micro_batches(0))
         assert numbers_of(ahead.micro_batches(0)) == [2, 3, 6, 7]
 
 
 def test_an_error_is_raised_in_the_step_that_needs_the_sample(tmp_path):
-    with Ahead(make_cutter(tmp_path), Source(bad=14)) as ahead:
+    with Ahead(make_cutter(tmp_path), Source(bad=14), FAR) as ahead:
         assert numbers_of(ahead.micro_batches(0)) == [2, 3, 6, 7]
         ahead.settle()  # it has happened, and nobody is told
         with pytest.raises(Refused, match="sample 14 is not there") as caught:
@@ -100,7 +113,7 @@ def test_an_error_is_raised_in_the_step_that_needs_the_sample(tmp_path):
 
 
 def test_an_error_that_nobody_needs_is_none(tmp_path):
-    with Ahead(make_cutter(tmp_path), Source(bad=10)) as ahead:
+    with Ahead(make_cutter(tmp_path), Source(bad=10), FAR) as ahead:
         list(ahead.micro_batches(0))
         ahead.settle()
         list(ahead.micro_batches(16))
@@ -122,7 +135,7 @@ def test_no_thread_outlives_a_block_that_raises_and_what_it_had_to_do_is_given_u
         shutdown(self, wait=wait)
 
     def fail(source: Source) -> None:
-        with Ahead(make_cutter(tmp_path), source) as ahead:
+        with Ahead(make_cutter(tmp_path), source, FAR) as ahead:
             list(ahead.micro_batches(0))
             assert began.wait(60)
             raise ZeroDivisionError
@@ -151,7 +164,7 @@ def test_packs_are_planned_ahead_once_and_not_again_while_they_are_kept(tmp_path
 
     # Of documents [0, 100) in even steps, the row whole in odd ones.
     source = Source(bounds=lambda n: [0, 256] if n // SIZE % 2 else [0, 100, 256])
-    with Ahead(make_cutter(tmp_path, Packs()), source) as ahead:
+    with Ahead(make_cutter(tmp_path, Packs()), source, FAR) as ahead:
         for step in range(4):
             list(ahead.micro_batches(step * SIZE))
     some, whole = (0, 100, 256, 356, 512), (0, 256, 512)

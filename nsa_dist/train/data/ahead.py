@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from itertools import chain, count, islice
+from itertools import chain, islice
 
 from nsa_dist.train.data.batches import Batch, BatchCutter, HostBatch
 from nsa_dist.train.data.packs import KEPT, Pack
@@ -22,7 +22,10 @@ _MOST = 4  # micro-batches that lie ready: a small step's, and of a large one wh
 
 @dataclass
 class Ahead:
-    """`with Ahead(cutter, samples) as ahead:` and `ahead.micro_batches(first)` are those of the cutter, in its order.
+    """In `with Ahead(cutter, samples, end) as ahead:` its `micro_batches(first)` are those of the cutter, in their order.
+
+    `end` is the number of the first sample that the run will not need: none from there on is drawn before it is asked
+    for.
 
     What goes wrong in the thread is raised where that batch is asked for, as it was raised there; what nobody asks for
     is not. At the end of the block the thread is gone, however the block ends.
@@ -30,6 +33,7 @@ class Ahead:
 
     cutter: BatchCutter
     samples: SampleSource
+    end: int
     _thread: ThreadPoolExecutor = field(init=False, repr=False)
     _coming: Iterator[range] = field(default_factory=lambda: iter(()), init=False, repr=False)  # behind what is pending
     _pending: deque[tuple[range, Future[HostBatch]]] = field(default_factory=deque, init=False, repr=False)
@@ -57,7 +61,8 @@ class Ahead:
         for _, made in self._pending:
             made.cancel()
         self._pending.clear()
-        steps = count(first, self.cutter.config.run.global_batch_size)
+        size = self.cutter.config.run.global_batch_size
+        steps = range(first, max(self.end, first + size), size)
         self._coming = chain.from_iterable(map(self.cutter.numbers, steps))
         self._fill()
 
