@@ -80,8 +80,8 @@ class RankLayout:
             for name, x in vars(self).items()
             if isinstance(x, Tensor) and name != "block_owner"  # the host reads it
         }
-        halos = {name: _halo_to(getattr(self, name), device) for name in ("cmp_halo", "win_halo")}
-        return replace(self, **moved, **halos, kept={})
+        moved |= {name: _halo_to(getattr(self, name), device) for name in ("cmp_halo", "win_halo")}
+        return replace(self, **moved, kept={})
 
 
 class HostLayout(NamedTuple):

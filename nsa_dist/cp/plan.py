@@ -46,7 +46,7 @@ class LocalBlocks:
 
 
 def _kept(compute: Callable[["ShardPlan"], Any]) -> Any:
-    """A property that is computed once, outside of the caller's modes: see `ShardPlan.memo`."""
+    """A property that is computed once, outside of the caller's modes: see `cp.device.on_host`."""
     return property(lambda plan: plan.memo((compute.__name__,), lambda: compute(plan)))
 
 

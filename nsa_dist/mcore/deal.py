@@ -62,8 +62,10 @@ def deal(given: ShardPlan, plan: ShardPlan, rank: int) -> Deal:
 
 
 def _seams(plan: ShardPlan) -> Tensor:
-    """Positions in the packed sequence where documents or ranks' segments begin, and its end: tokens between two are
-    neighbours on one rank. In no order, some twice."""
+    """Positions in the packed sequence where documents or ranks' segments begin, and its end; in no order, some twice.
+
+    Tokens between two of them are neighbours on one rank.
+    """
     document, offset = plan.locate(plan.all_segments[1])
     bounds, is_token = torch.tensor(plan.cu_seqlens), document >= 0
     return torch.cat([bounds, bounds[document[is_token]] + offset[is_token]])

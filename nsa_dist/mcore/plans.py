@@ -142,7 +142,7 @@ class PlanCache:
                     f"{place.cp_size} context-parallel ranks, so that no selection block spans two chunks; "
                     f"pad the batch to {plan.tokens_per_rank * place.cp_size} tokens"
                 )
-            self._by_length[key] = _on_host(plan, plan, place).on(place.device)
+            self._by_length[key] = _rank_plan(plan, plan, place).on(place.device)
         return self._by_length[key]
 
     def of_packed(self, packed: PackedSeqParams, local_tokens: int, place: Place) -> RankPlan:
@@ -169,7 +169,7 @@ class PlanCache:
             entries[key] = reading, rank_plan
         return rank_plan
 
-    def on_host(self, packed: PackedSeqParams, claimed: tuple[int, ...] | None, place: Place) -> RankPlan:
+    def plan(self, packed: PackedSeqParams, claimed: tuple[int, ...] | None, place: Place) -> RankPlan:
         """As `of_packed` for a batch that is not there yet, without its copy on the device."""
         return self._plan_of_pack(PackReading(packed, claimed), self._cut(packed, place), place)
 
@@ -198,7 +198,7 @@ class PlanCache:
                 )
         else:
             return self._plan_of_row(reading, cut, place)
-        return _on_host(plan, plan, place, reading)
+        return _rank_plan(plan, plan, place, reading)
 
     def _plan_of_row(self, reading: PackReading, cut: str, place: Place) -> RankPlan:
         """Of a row that is cut into chunks wherever its documents end: tokens move to the rank of their block."""
@@ -213,8 +213,8 @@ class PlanCache:
             )
         plan = make(bounds, place.cp_size, self.config.nsa.slc_block_len)
         if plan.tokens_per_rank * place.cp_size == plan.num_tokens:  # no padding: chunks are the row's
-            return _on_host(plan, plan, place, reading)
-        return _on_host(plan, make([0, bounds[-1]], place.cp_size, chunk), place, reading)
+            return _rank_plan(plan, plan, place, reading)
+        return _rank_plan(plan, make([0, bounds[-1]], place.cp_size, chunk), place, reading)
 
 
 def prepare_pack(
@@ -238,7 +238,7 @@ def prepare_pack(
                     are waited for. The first layer compares them with the pack's
     pg_collection   with tp and cp, as the layers have it; None: Megatron's own groups
     dtype           of the layers' queries; None: config.params_dtype
-    planned         what `plan_pack` made of this pack, in any thread; None: it is made here
+    planned         what `mcore.plans.plan_pack` made of this pack, in any thread, for one call; None: made here
 
     Returns the plan as this rank has it. ValueError as the layers raise it. What ranks disagree about is raised by the
     first layer.
@@ -269,7 +269,7 @@ def plan_pack(
     So it may be made ahead in another thread, where the pack's bounds are on the CPU. `place` is that of the layers.
     """
     claimed = None if cu_seqlens is None else document_bounds(cu_seqlens)
-    rank_plan = PlanCache(config).on_host(packed, claimed, place)
+    rank_plan = PlanCache(config).plan(packed, claimed, place)
     _derive(rank_plan.plan, config, place, torch.device("cpu"), dtype)
     return rank_plan
 
@@ -278,10 +278,8 @@ def _derive(
     plan: ShardPlan, config: NSATransformerConfig, place: Place, device: torch.device, dtype: torch.dtype | None
 ) -> None:
     """What layers at `place` will ask of the plan, kept with it on `device`, which is theirs or the CPU."""
-    ops, group = (
-        ops_for(place.device, dtype or config.params_dtype),
-        config.num_attention_heads // config.num_query_groups,
-    )
+    ops = ops_for(place.device, dtype or config.params_dtype)
+    group = config.num_attention_heads // config.num_query_groups
     alignment = Tiles.of(ops, group, config.nsa, plan.num_documents).key_alignment
     rank_layout(plan, config.nsa, place.rank, device, alignment)
     plan.prepare(place.rank, device)
@@ -293,7 +291,7 @@ def local_heads(config: NSATransformerConfig, tp_size: int, dtype: torch.dtype) 
     return Heads(*num_heads, config.kv_channels, config.v_head_dim, dtype)
 
 
-def _on_host(plan: ShardPlan, given: ShardPlan, place: Place, reading: PackReading | None = None) -> RankPlan:
+def _rank_plan(plan: ShardPlan, given: ShardPlan, place: Place, reading: PackReading | None = None) -> RankPlan:
     with on_host():  # kept for batches that train
         dealt = None if given is plan else deal(given, plan, place.rank)
         return RankPlan(plan, place.rank, plan.document_positions(place.rank), given, dealt, reading=reading)

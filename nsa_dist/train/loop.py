@@ -113,13 +113,13 @@ class _Run:
             yield
 
     def steps_from(self, start: Position, path: Path | None) -> TrainResult:
+        """The steps from `start`, the checkpoint at `path`, to `run.steps`, with what is due between them."""
         run = self.config.run
         end = start.samples + (run.steps - start.step) * run.global_batch_size
         with Ahead(self.cutter, self.datasets.train, end) as ahead:
             return self._steps_from(start, path, ahead)
 
     def _steps_from(self, start: Position, path: Path | None, ahead: Ahead) -> TrainResult:
-        """The steps from `start`, the checkpoint at `path`, to `run.steps`, with what is due between them."""
         run, ask = self.config.run, self.hooks.should_stop
         at, stop, failure, loss = start, False, "", None
         if at.step == 0:

@@ -22,7 +22,7 @@ _MOST = 4  # micro-batches that lie ready: a small step's, and of a large one wh
 
 @dataclass
 class Ahead:
-    """In `with Ahead(cutter, samples, end) as ahead:` its `micro_batches(first)` are those of the cutter, in their order.
+    """In `with Ahead(cutter, samples, end) as ahead:` its `micro_batches(first)` are those of the cutter, in order.
 
     `end` is the number of the first sample that the run will not need: none from there on is drawn before it is asked
     for.
@@ -77,7 +77,7 @@ class Ahead:
 
     def _make(self, numbers: range) -> HostBatch:
         """In the thread."""
-        return self.cutter.on_host(self.samples, numbers, self._plan)
+        return self.cutter.host_batch(self.samples, numbers, self._plan)
 
     def _plan(self, bounds: tuple[int, ...]) -> Pack | None:
         """Not of bounds that came just before, whose pack is kept."""

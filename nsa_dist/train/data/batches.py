@@ -160,7 +160,7 @@ class BatchCutter:
 
     def micro_batches(self, samples: SampleSource, first: int) -> Iterator[Batch]:
         """This rank's parts of the global batch of samples from number `first` on."""
-        return self.placed(self.on_host(samples, numbers) for numbers in self.numbers(first))
+        return self.placed(self.host_batch(samples, numbers) for numbers in self.numbers(first))
 
     def placed(self, parts: Iterable[HostBatch]) -> Iterator[Batch]:
         """Batches on the device, in order.
@@ -188,7 +188,7 @@ class BatchCutter:
             return self.plan.unshard(shards).T
         return pack.unshard(shards).view(self.config.run.micro_batch_size, -1)
 
-    def on_host(
+    def host_batch(
         self,
         samples: SampleSource,
         numbers: Iterable[int],

@@ -23,7 +23,7 @@ class Pack:
     bounds: tuple[int, ...]  # [num_docs + 1], padding not counted
     cut: ShardPlan | None  # None: the row is whole on its only rank
     params: PackedSeqParams
-    rank_plan: RankPlan  # of the layers; on the host until the pack is `ready`
+    rank_plan: RankPlan  # of the layers; on the host until `Packer.of` gives it out
 
     def shard(self, row: Tensor, rank: int) -> Tensor:
         """This rank's [T, ...] of a row [N, ...]; what is padded is zero."""
