@@ -114,14 +114,10 @@ class _Run:
 
     def steps_from(self, start: Position, path: Path | None) -> TrainResult:
         """The steps from `start`, the checkpoint at `path`, to `run.steps`, with what is due between them."""
-        run = self.config.run
-        end = start.samples + (run.steps - start.step) * run.global_batch_size
-        with Ahead(self.cutter, self.datasets.train, end) as ahead:
-            return self._steps_from(start, path, ahead)
-
-    def _steps_from(self, start: Position, path: Path | None, ahead: Ahead) -> TrainResult:
         run, ask = self.config.run, self.hooks.should_stop
         at, stop, failure, loss = start, False, "", None
+        end = start.samples + (run.steps - start.step) * run.global_batch_size
+        ahead = Ahead(self.cutter, self.datasets.train, end)
         if at.step == 0:
             self.validate(0)
         while at.step < run.steps and not stop:
@@ -148,7 +144,6 @@ class _Run:
                 self.validate(step)
             if step % run.checkpoint_interval == 0 or step == run.steps or stop:
                 self.hooks.on_phase("checkpoint", step)
-                ahead.settle()  # Megatron may write from forked processes
                 path = checkpoint.save(self.model, self.output, at, run.keep_checkpoints, self.world)
                 self.hooks.on_checkpoint(step, path, self.losses(loss))
         checkpointed = None if path is None else str(path)

@@ -46,7 +46,7 @@ def train_step(
     meter: TrafficMeter,
     should_stop: Callable[[], bool],
 ) -> StepResult:
-    """One step over the global batch of samples from number `first` on, which were made ahead.
+    """One step over the global batch of samples from number `first` on.
 
     `should_stop` is asked on process 0 and the answer reaches all of them. Whether loss and gradient norm are finite is
     decided from the same sums on every process, before anything moves; the learning rate's schedule moves on even so.
@@ -57,6 +57,7 @@ def train_step(
     with meter.counting(model) as counted:
         batches = meter.noting(ahead.micro_batches(first))
         totals = _forward_backward(model, cutter, batches, forward_only=False)
+    ahead.make()  # all is launched; what follows waits for the device
     lr = model.optimizer.param_groups[0]["lr"]
     sent = meter.pack(model, counted).to(world.device)
     results: list[StepResult] = []
