@@ -238,7 +238,7 @@ def prepare_pack(
                     are waited for. The first layer compares them with the pack's
     pg_collection   with tp and cp, as the layers have it; None: Megatron's own groups
     dtype           of the layers' queries; None: config.params_dtype
-    planned         what `mcore.plans.plan_pack` made of this pack, in any thread, for one call; None: made here
+    planned         what `mcore.plans.plan_pack` made of this pack, for one call; None: made here
 
     Returns the plan as this rank has it. ValueError as the layers raise it. What ranks disagree about is raised by the
     first layer.

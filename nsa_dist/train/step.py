@@ -57,7 +57,7 @@ def train_step(
     with meter.counting(model) as counted:
         batches = meter.noting(ahead.micro_batches(first))
         totals = _forward_backward(model, cutter, batches, forward_only=False)
-    ahead.make()  # all is launched; what follows waits for the device
+    ahead.make()  # all is launched, and what follows waits for the device
     lr = model.optimizer.param_groups[0]["lr"]
     sent = meter.pack(model, counted).to(world.device)
     results: list[StepResult] = []

@@ -42,7 +42,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class HostBatch:
-    """What the host alone makes of a `Batch`, in any thread: the tensors by name, on the CPU."""
+    """What the host alone makes of a `Batch`: the tensors by name, on the CPU."""
 
     parts: dict[str, Tensor]
     bounds: tuple[int, ...] | None = None  # of the documents, where it is a pack
@@ -194,7 +194,7 @@ class BatchCutter:
         numbers: Iterable[int],
         plan: Callable[[tuple[int, ...]], Pack | None] = lambda bounds: None,
     ) -> HostBatch:
-        """This rank's part of a micro-batch of these samples: nothing but the host's work, in any thread.
+        """This rank's part of a micro-batch of these samples: nothing but the host's work.
 
         plan        `Packer.plan`, or None for what need not be planned ahead
         """

@@ -55,7 +55,7 @@ class Packer:
         return pack
 
     def plan(self, bounds: tuple[int, ...]) -> Pack:
-        """The host's part of a pack, in any thread; for `of`, which takes it once."""
+        """The host's part of a pack; for `of`, which takes it once."""
         cut = self.cut(bounds)
         padded = cut.stream_starts if cut is not None and cut.deals_documents else None
         params = _params(bounds, padded)
