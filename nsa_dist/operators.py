@@ -10,14 +10,18 @@ from nsa_dist.config import NSAConfig
 
 
 def default_ops(q: Tensor) -> ModuleType:
-    """The Triton kernels on a GPU, ATen's attention on a CPU; the reference for fp64 and on other devices."""
-    if q.is_cuda and q.dtype != torch.float64:
+    return ops_for(q.device, q.dtype)
+
+
+def ops_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """Of queries: the Triton kernels on a GPU, ATen's attention on a CPU; the reference for fp64 and other devices."""
+    if device.type == "cuda" and dtype != torch.float64:
         import nsa_kernels
 
         return nsa_kernels
     from nsa_kernels import cpu, reference
 
-    return cpu if q.device.type == "cpu" and q.dtype != torch.float64 else reference
+    return cpu if device.type == "cpu" and dtype != torch.float64 else reference
 
 
 class Tiles(NamedTuple):

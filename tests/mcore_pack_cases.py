@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -30,6 +31,7 @@ from nsa_dist import ShardPlan
 from nsa_dist.cp.comm import Comm, Traffic
 from nsa_dist.cp.formulas.deals import dealt_bytes, dealt_tokens
 from nsa_dist.mcore import prepare_pack
+from nsa_dist.mcore.plans import Place, plan_pack
 from ranks import attempted
 
 WORLD = 2
@@ -304,6 +306,13 @@ def prepared(layout: Layout) -> None:
                 pack = pack_of(bounds)
                 prepare_pack(pack, config, device=torch.device("cpu"), cu_seqlens=claimed)
                 assert torch.equal(run(pack), expected)
+        ahead, place = pack_of(FIRST), Place(2, parallel_state.get_context_parallel_rank(), torch.device("cpu"))
+        with ThreadPoolExecutor(1) as other:
+            planned = other.submit(plan_pack, ahead, config, place, FIRST).result()
+        derived = set(planned.plan._cache)
+        assert prepare_pack(ahead, config, device=torch.device("cpu"), planned=planned).plan is planned.plan
+        assert [key[0] for key in set(planned.plan._cache) - derived] == ["asked"], "the ranks, and nothing else"
+        assert torch.equal(run(ahead), first)
         assert not asked
         pack.cu_seqlens_q.copy_(torch.tensor(FIRST))
         assert torch.equal(run(pack), first), "what is written after preparing is seen"
@@ -358,8 +367,8 @@ def counted(layout: Layout) -> None:
         out.sum().backward()
     given, plan = ShardPlan.zigzag([0, 256], 2, 64), ShardPlan.zigzag([0, 30, 256], 2, SIZES.slc_block_len)
     rank = parallel_state.get_context_parallel_rank()
-    leave = int((plan.rank_of(given.positions(rank)) != rank).sum())
-    come = int((given.rank_of(plan.positions(rank)[plan.positions(rank) >= 0]) != rank).sum())
+    leave = int((plan.holder(given.positions(rank))[0] != rank).sum())
+    come = int((given.holder(plan.positions(rank)[plan.positions(rank) >= 0])[0] != rank).sum())
     wide, narrow = attention.linear_qkv.weight.shape[0] * 8, 4 * 8 * 8
     assert leave > 0
     assert dealt_tokens(given, plan)[rank] == (leave, come)

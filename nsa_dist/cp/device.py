@@ -1,6 +1,7 @@
 """A stream beside the one that computes, and copies between host and device that stop neither. On a CPU: nothing."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -57,6 +58,17 @@ class CopyToHost:
             self._copied.synchronize()
         self._source = None
         return self._host
+
+
+@contextmanager
+def on_host() -> Iterator[None]:
+    """Inside, new tensors are on the CPU, and none is an inference tensor, which no later backward could save.
+
+    Each `torch.device` that is entered sends all calls of torch through Python, so one that changes nothing is not.
+    """
+    is_cpu = torch.get_default_device().type == "cpu"
+    with torch.inference_mode(False), nullcontext() if is_cpu else torch.device("cpu"):
+        yield
 
 
 def put_on(device: torch.device, x: Tensor) -> Tensor:

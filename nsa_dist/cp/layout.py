@@ -73,6 +73,16 @@ class RankLayout:
     host: "HostLayout" = field(compare=False, repr=False)
     kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what others make of it
 
+    def on(self, device: torch.device) -> "RankLayout":
+        """Of one on the CPU its copy on `device`, in the order of the current stream; nobody waits."""
+        moved: dict[str, Any] = {
+            name: put_on(device, x)
+            for name, x in vars(self).items()
+            if isinstance(x, Tensor) and name != "block_owner"  # the host reads it
+        }
+        moved |= {name: _halo_to(getattr(self, name), device) for name in ("cmp_halo", "win_halo")}
+        return replace(self, **moved, kept={})
+
 
 class HostLayout(NamedTuple):
     """What a layout was made of, on the CPU."""
@@ -99,10 +109,12 @@ def rank_layout(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device
             f"block would straddle two ranks; build the plan with block_len={cfg.slc_block_len}"
         )
     key = ("layout", cfg, rank, device, key_alignment)
-    return plan.memo(key, lambda: _compute(plan, cfg, rank, device, key_alignment))
+    if device.type == "cpu":
+        return plan.memo(key, lambda: _compute(plan, cfg, rank, key_alignment))
+    return plan.memo(key, lambda: rank_layout(plan, cfg, rank, torch.device("cpu"), key_alignment).on(device))
 
 
-def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device, key_alignment: int) -> RankLayout:
+def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, key_alignment: int) -> RankLayout:
     # One left halo for the straddling compressed blocks (l - d rows: starts are multiples of d) and one for the
     # window, which is whole blocks so that an extended row and its stream position agree modulo the block length.
     cmp_halo, _ = _halo(plan, rank, cfg.cmp_block_len - cfg.cmp_stride)
@@ -125,21 +137,21 @@ def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, device: torch.device, k
     page_of_block = torch.full((plan.num_blocks,), -1).index_copy_(0, local_blocks, torch.arange(len(local_blocks)))
     queries = _queries(plan, cfg, rank, first_row, win_halo)
     win_begin = queries["win_begin"]
-    on_device: dict[str, Any] = {name: put_on(device, x.flatten()) for name, x in queries.items()}
+    of_queries: dict[str, Any] = {name: x.flatten() for name, x in queries.items()}
     return RankLayout(
-        **on_device,
-        cmp_rows=put_on(device, (last_row - (cfg.cmp_block_len - 1)).to(torch.int32)),
-        cmp_block_start=put_on(device, cmp_blocks.doc_offset[own]),
+        **of_queries,
+        cmp_rows=(last_row - (cfg.cmp_block_len - 1)).to(torch.int32),
+        cmp_block_start=cmp_blocks.doc_offset[own],
         num_cmp_max=num_cmp_max,
-        cmp_gather_rows=put_on(device, gather_rows),
+        cmp_gather_rows=gather_rows,
         num_cmp_rows=int(first_row[-1]),
-        cmp_place=None if place is None else put_on(device, place),
-        local_blocks=put_on(device, local_blocks),
+        cmp_place=place,
+        local_blocks=local_blocks,
         block_owner=plan.owner(torch.arange(plan.num_blocks) * plan.block_len)[0],
-        own_pages=put_on(device, page_of_block.to(torch.int32)),
+        own_pages=page_of_block.to(torch.int32),
         win_interior=_interior(win_begin >= reach[:, None], plan.block_len),
-        cmp_halo=_halo_to(cmp_halo, device),
-        win_halo=_halo_to(win_halo, device),
+        cmp_halo=cmp_halo,
+        win_halo=win_halo,
         host=HostLayout(plan, rank, cmp_blocks.owner, gather_rows, place, cmp_halo, win_halo),
     )
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa_dist.cp.device import on_host, put_on
+
 LAYOUTS = ("zigzag", "contiguous", "zigzag_documents", "contiguous_documents")
 
 
@@ -44,7 +46,7 @@ class LocalBlocks:
 
 
 def _kept(compute: Callable[["ShardPlan"], Any]) -> Any:
-    """A property that is computed once, outside of the caller's modes: see `ShardPlan.memo`."""
+    """A property that is computed once, outside of the caller's modes: see `cp.device.on_host`."""
     return property(lambda plan: plan.memo((compute.__name__,), lambda: compute(plan)))
 
 
@@ -222,7 +224,7 @@ class ShardPlan:
 
     def padding(self, rank: int) -> Tensor:
         """bool [T], true where the local token is padding."""
-        return self.positions(rank) < 0
+        return self.local_blocks(rank).padding.flatten()
 
     def locate(self, stream_position: Tensor) -> tuple[Tensor, Tensor]:
         """(document, position in it) of stream positions; document -1 marks padding."""
@@ -236,11 +238,11 @@ class ShardPlan:
         rank, first_row = self._owners_of_blocks
         return rank[block], first_row[block] + stream_position - block * self.block_len
 
-    def rank_of(self, position: Tensor) -> Tensor:
-        """The rank that holds each index in the packed sequence."""
+    def holder(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """(rank, local row) that holds each index in the packed sequence."""
         bounds = _on_host(self.cu_seqlens)
         document = torch.searchsorted(bounds, position, right=True) - 1
-        return self.owner(_on_host(self.stream_starts)[document] + position - bounds[document])[0]
+        return self.owner(_on_host(self.stream_starts)[document] + position - bounds[document])
 
     @_kept
     def _documents_of_blocks(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -325,24 +327,29 @@ class ShardPlan:
         return torch.empty(self.num_tokens, dtype=torch.int64).index_copy_(0, position[rows], rows)
 
     def _has_padding(self, rank: int) -> bool:
-        return bool(self.memo(("has_padding", rank), lambda: self.padding(rank).any()))
+        return self.memo(("has_padding", rank), lambda: bool(self.local_blocks(rank).padding.any()))
+
+    def prepare(self, rank: int, device: torch.device) -> None:
+        """Work out now what `shard`, `unshard` and `blank_padding` of tensors on `device` will ask for."""
+        if self._has_padding(rank):
+            self._on(device, ("padding", rank), lambda: self.padding(rank))
+        if self.cp_size == 1 and not self.is_identity:
+            self._on(device, ("positions", rank), lambda: self.positions(rank))
+            self._on(device, ("inverse",), self._inverse)
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.cp_size:
             raise ValueError(f"rank={rank} is not one of this plan's ranks 0..{self.cp_size - 1} (cp_size)")
 
     def memo(self, key: tuple, compute):
-        """`compute()`, once per plan and key: what is derived from a plan lives and dies with it.
-
-        It is computed outside of the caller's modes: inference tensors cannot be saved for a later backward.
-        """
+        """`compute()`, once per plan and key: what is derived from a plan lives and dies with it."""
         if key not in self._cache:
-            with torch.inference_mode(False), torch.device("cpu"):
+            with on_host():
                 self._cache[key] = compute()
         return self._cache[key]
 
-    def _on(self, device: torch.device, key: tuple, compute) -> Tensor:
-        return self.memo((*key, device), lambda: compute().to(device))
+    def _on(self, device: torch.device, key: tuple, compute: Callable[[], Tensor]) -> Tensor:
+        return self.memo((*key, device), lambda: put_on(device, self.memo((*key, "host"), compute)))
 
 
 def _plan(cu_seqlens: tuple[int, ...], cp_size: int, block_len: int, layout: str) -> ShardPlan:

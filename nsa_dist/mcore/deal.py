@@ -8,7 +8,7 @@ document. So near the cuts some tokens stand on another rank than their block.
     plan            [0 1 2 3] . . | [4 5 . .] [6 7 8 9] ...                d1's blocks begin at token 6
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nsa_dist.cp.comm import Comm
 from nsa_dist.cp.device import put_on
-from nsa_dist.cp.plan import ShardPlan
+from nsa_dist.cp.plan import ShardPlan, runs
 
 
 @dataclass(frozen=True)
@@ -40,25 +40,35 @@ class Deal:
         back = (self.plan_rows, self.plan_sizes), (self.given_rows, self.given_sizes)
         return _Travel.apply(x, comm, *back, len(self.given_rows))
 
+    def on(self, device: torch.device) -> "Deal":
+        """With its rows on `device`, where `x` is."""
+        return replace(self, given_rows=put_on(device, self.given_rows), plan_rows=put_on(device, self.plan_rows))
 
-def deal(given: ShardPlan, plan: ShardPlan, rank: int, device: torch.device) -> Deal:
-    """From the ranks of `given` to those of `plan`, of the same tokens in the same packed order."""
-    wanted = plan.positions(rank)
-    plan_rows = (wanted >= 0).nonzero().squeeze(1)
-    # Rows ascend with their positions in both, so what a rank gets of another comes in the order of its own rows.
-    destination = plan.rank_of(given.positions(rank))
-    source = given.rank_of(wanted[plan_rows])
 
-    def sizes(ranks: Tensor) -> tuple[int, ...]:
-        return tuple(torch.bincount(ranks, minlength=plan.cp_size).tolist())
+def deal(given: ShardPlan, plan: ShardPlan, rank: int) -> Deal:
+    """From the ranks of `given` to those of `plan`, of the same tokens in the same packed order. On the CPU."""
+    start = torch.cat([_seams(given), _seams(plan)]).unique()  # of runs of tokens that are together in both
+    start, length = start[:-1], start.diff()
+    (from_rank, from_row), (to_rank, to_row) = given.holder(start), plan.holder(start)
 
-    return Deal(
-        num_rows=plan.tokens_per_rank,
-        given_rows=put_on(device, destination.argsort(stable=True)),
-        given_sizes=sizes(destination),
-        plan_rows=put_on(device, plan_rows[source.argsort(stable=True)]),
-        plan_sizes=sizes(source),
-    )
+    def rows(own: Tensor, row: Tensor, other: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        # Rows ascend with their positions in both, so what a rank gets of another comes in the order of its own rows.
+        of = (own == rank).nonzero().squeeze(1)
+        of = of[other[of].argsort(stable=True)]
+        sizes = torch.zeros(plan.cp_size, dtype=torch.int64).index_add_(0, other[of], length[of])
+        return runs(row[of], length[of]), tuple(sizes.tolist())
+
+    return Deal(plan.tokens_per_rank, *rows(from_rank, from_row, to_rank), *rows(to_rank, to_row, from_rank))
+
+
+def _seams(plan: ShardPlan) -> Tensor:
+    """Positions in the packed sequence where documents or ranks' segments begin, and its end; in no order, some twice.
+
+    Tokens between two of them are neighbours on one rank.
+    """
+    document, offset = plan.locate(plan.all_segments[1])
+    bounds, is_token = torch.tensor(plan.cu_seqlens), document >= 0
+    return torch.cat([bounds, bounds[document[is_token]] + offset[is_token]])
 
 
 class _Travel(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Which plan a batch's tokens follow, worked out once and shared by all layers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nsa_dist.attention import Heads, post_agreement
 from nsa_dist.cp.comm import Comm
-from nsa_dist.cp.device import put_on
+from nsa_dist.cp.device import on_host, put_on
 from nsa_dist.cp.formulas.batches import batch_plan
 from nsa_dist.cp.layout import rank_layout
 from nsa_dist.cp.plan import ShardPlan
@@ -21,6 +21,7 @@ from nsa_dist.mcore.arrivals import Arrivals
 from nsa_dist.mcore.config import NSATransformerConfig
 from nsa_dist.mcore.deal import Deal, deal
 from nsa_dist.mcore.packs import PackReading, document_bounds, pack_order
+from nsa_dist.operators import Tiles, ops_for
 from nsa_dist.rope import Positions, Turns
 from nsa_dist.rope_scaling import Rotary
 
@@ -61,6 +62,12 @@ class RankPlan:
         own = (blocks.offset // plan.block_len).repeat_interleave(plan.block_len)
         device = self.document_position.device
         return DocumentBlocks(*(put_on(device, x) for x in (is_token.flatten(), first, own)))
+
+    def on(self, device: torch.device) -> "RankPlan":
+        """Of one on the host what layers on `device` need, in the order of the current stream; nobody waits."""
+        with torch.inference_mode(False):  # kept for batches that train
+            deal, position = self.deal and self.deal.on(device), put_on(device, self.document_position)
+        return replace(self, document_position=position, deal=deal, _batches={})
 
     def turns(self, rotary: Rotary, head_dim: int, dtype: torch.dtype) -> Turns:
         return self.positions.turns(rotary, head_dim, dtype)
@@ -135,7 +142,7 @@ class PlanCache:
                     f"{place.cp_size} context-parallel ranks, so that no selection block spans two chunks; "
                     f"pad the batch to {plan.tokens_per_rank * place.cp_size} tokens"
                 )
-            self._by_length[key] = _on_device(plan, plan, place)
+            self._by_length[key] = _rank_plan(plan, plan, place).on(place.device)
         return self._by_length[key]
 
     def of_packed(self, packed: PackedSeqParams, local_tokens: int, place: Place) -> RankPlan:
@@ -158,17 +165,18 @@ class PlanCache:
                 f"cu_seqlens_q that ends at {local_tokens * place.cp_size}"
             )
         if rank_plan is None:
-            rank_plan = self._plan_of_pack(reading, key[0], place)
+            rank_plan = self._plan_of_pack(reading, key[0], place).on(place.device)
             entries[key] = reading, rank_plan
         return rank_plan
 
-    def prepare(self, packed: PackedSeqParams, claimed: tuple[int, ...] | None, place: Place) -> RankPlan:
-        """As `of_packed` for a batch that is not there yet."""
+    def plan(self, packed: PackedSeqParams, claimed: tuple[int, ...] | None, place: Place) -> RankPlan:
+        """As `of_packed` for a batch that is not there yet, without its copy on the device."""
+        return self._plan_of_pack(PackReading(packed, claimed), self._cut(packed, place), place)
+
+    def note(self, packed: PackedSeqParams, rank_plan: RankPlan, place: Place) -> None:
+        """From now on `of_packed` finds this plan on the pack that it was made of."""
         key = (self._cut(packed, place), self.config.nsa.slc_block_len, place)
-        reading = PackReading(packed, claimed)
-        rank_plan = self._plan_of_pack(reading, key[0], place)
-        vars(packed).setdefault("_nsa_plans", _PackPlans())[key] = reading, rank_plan
-        return rank_plan
+        vars(packed).setdefault("_nsa_plans", _PackPlans())[key] = rank_plan.reading, rank_plan
 
     def _cut(self, packed: PackedSeqParams, place: Place) -> str:
         if place.cp_size == 1 or self.config.nsa_layout == "contiguous":
@@ -190,7 +198,7 @@ class PlanCache:
                 )
         else:
             return self._plan_of_row(reading, cut, place)
-        return _on_device(plan, plan, place, reading)
+        return _rank_plan(plan, plan, place, reading)
 
     def _plan_of_row(self, reading: PackReading, cut: str, place: Place) -> RankPlan:
         """Of a row that is cut into chunks wherever its documents end: tokens move to the rank of their block."""
@@ -205,8 +213,8 @@ class PlanCache:
             )
         plan = make(bounds, place.cp_size, self.config.nsa.slc_block_len)
         if plan.tokens_per_rank * place.cp_size == plan.num_tokens:  # no padding: chunks are the row's
-            return _on_device(plan, plan, place, reading)
-        return _on_device(plan, make([0, bounds[-1]], place.cp_size, chunk), place, reading)
+            return _rank_plan(plan, plan, place, reading)
+        return _rank_plan(plan, make([0, bounds[-1]], place.cp_size, chunk), place, reading)
 
 
 def prepare_pack(
@@ -217,6 +225,7 @@ def prepare_pack(
     cu_seqlens: Sequence[int] | Tensor | None = None,
     pg_collection: ProcessGroupCollection | None = None,
     dtype: torch.dtype | None = None,
+    planned: RankPlan | None = None,
 ) -> RankPlan:
     """Works out the plan of a pack ahead of the layers, and asks the other ranks whether theirs is the same.
 
@@ -229,20 +238,51 @@ def prepare_pack(
                     are waited for. The first layer compares them with the pack's
     pg_collection   with tp and cp, as the layers have it; None: Megatron's own groups
     dtype           of the layers' queries; None: config.params_dtype
+    planned         what `mcore.plans.plan_pack` made of this pack, for one call; None: made here
 
     Returns the plan as this rank has it. ValueError as the layers raise it. What ranks disagree about is raised by the
     first layer.
     """
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
     place = Place.of(groups, device)
-    claimed = None if cu_seqlens is None else document_bounds(cu_seqlens)
-    rank_plan = PlanCache(config).prepare(packed, claimed, place)
+    if planned is None:
+        planned = plan_pack(packed, config, place, cu_seqlens, dtype)
+    rank_plan = planned.on(device)
+    PlanCache(config).note(packed, rank_plan, place)
     plan = rank_plan.plan
     if place.cp_size > 1:
         heads = local_heads(config, get_pg_size(groups.tp), dtype or config.params_dtype)
         post_agreement(plan, config.nsa, heads, config.nsa_fetch, Comm(groups.cp))
-    rank_layout(plan, config.nsa, place.rank, device)
+    _derive(plan, config, place, device, dtype)
     return rank_plan
+
+
+def plan_pack(
+    packed: PackedSeqParams,
+    config: NSATransformerConfig,
+    place: Place,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> RankPlan:
+    """The host's part of `prepare_pack`, which takes it as `planned`: it asks no rank and starts nothing on a device.
+
+    So it may be made ahead in another thread, where the pack's bounds are on the CPU. `place` is that of the layers.
+    """
+    claimed = None if cu_seqlens is None else document_bounds(cu_seqlens)
+    rank_plan = PlanCache(config).plan(packed, claimed, place)
+    _derive(rank_plan.plan, config, place, torch.device("cpu"), dtype)
+    return rank_plan
+
+
+def _derive(
+    plan: ShardPlan, config: NSATransformerConfig, place: Place, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """What layers at `place` will ask of the plan, kept with it on `device`, which is theirs or the CPU."""
+    ops = ops_for(place.device, dtype or config.params_dtype)
+    group = config.num_attention_heads // config.num_query_groups
+    alignment = Tiles.of(ops, group, config.nsa, plan.num_documents).key_alignment
+    rank_layout(plan, config.nsa, place.rank, device, alignment)
+    plan.prepare(place.rank, device)
 
 
 def local_heads(config: NSATransformerConfig, tp_size: int, dtype: torch.dtype) -> Heads:
@@ -251,8 +291,7 @@ def local_heads(config: NSATransformerConfig, tp_size: int, dtype: torch.dtype) 
     return Heads(*num_heads, config.kv_channels, config.v_head_dim, dtype)
 
 
-def _on_device(plan: ShardPlan, given: ShardPlan, place: Place, reading: PackReading | None = None) -> RankPlan:
-    with torch.inference_mode(False):  # kept for batches that train
-        position = put_on(place.device, plan.document_positions(place.rank))
-        dealt = None if given is plan else deal(given, plan, place.rank, place.device)
-    return RankPlan(plan, place.rank, position, given, dealt, reading=reading)
+def _rank_plan(plan: ShardPlan, given: ShardPlan, place: Place, reading: PackReading | None = None) -> RankPlan:
+    with on_host():  # kept for batches that train
+        dealt = None if given is plan else deal(given, plan, place.rank)
+        return RankPlan(plan, place.rank, plan.document_positions(place.rank), given, dealt, reading=reading)

@@ -3,7 +3,7 @@
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from nsa_dist.cp.one_sided.mailboxes import naming_the_missing
 from nsa_dist.train import checkpoint
 from nsa_dist.train.checkpoint import Position
 from nsa_dist.train.config import TrainConfig
+from nsa_dist.train.data.ahead import Ahead
 from nsa_dist.train.data.batches import BatchCutter, Datasets, build_datasets, sequence_plan
 from nsa_dist.train.data.packs import Packer
 from nsa_dist.train.experts import balance
@@ -116,13 +117,16 @@ class _Run:
         """The steps from `start`, the checkpoint at `path`, to `run.steps`, with what is due between them."""
         run, ask = self.config.run, self.hooks.should_stop
         at, stop, failure, loss = start, False, "", None
+        end = start.samples + (run.steps - start.step) * run.global_batch_size
+        ahead = Ahead(self.cutter, self.datasets.train, end)
         if at.step == 0:
             self.validate(0)
         while at.step < run.steps and not stop:
             step, first = at.step + 1, self.patience.first_of(at.samples)
             self.hooks.on_phase("step", step)
+            meter = self.meter if self.is_logged(step) else replace(self.meter, watched=False)
             with self.clock, self.monitor.watching(step):
-                result = train_step(self.model, self.cutter, self.datasets.train, first, self.world, self.meter, ask)
+                result = train_step(self.model, self.cutter, ahead, first, self.world, meter, ask)
             if result.is_finite:
                 self.patience.was_finite()
                 loss = result.loss
@@ -169,11 +173,14 @@ class _Run:
 
     def report_due(self, at: Position, result: StepResult) -> None:
         """The records of a step that are due after it; a step that was left out has none but that."""
-        run = self.config.run
-        if result.is_finite and (at.step % run.log_interval == 0 or at.step == run.steps):
+        if result.is_finite and self.is_logged(at.step):
             self.report(at, result)
         if self.monitor.is_due(at.step):
             self.write(self.monitor.record(at.step))
+
+    def is_logged(self, step: int) -> bool:
+        run = self.config.run
+        return step % run.log_interval == 0 or step == run.steps
 
     def report_start(self, start: Position, intact: Intact) -> None:
         """The record of where it goes on, what differs from the last start, and how the sequence is shared."""

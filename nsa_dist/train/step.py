@@ -9,6 +9,7 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
+from nsa_dist.train.data.ahead import Ahead
 from nsa_dist.train.data.batches import Batch, BatchCutter
 from nsa_dist.train.data.samples import SampleSource
 from nsa_dist.train.experts.balance import Balance
@@ -41,7 +42,7 @@ class StepResult(NamedTuple):
 def train_step(
     model: Trainable,
     cutter: BatchCutter,
-    dataset: SampleSource,
+    ahead: Ahead,
     first: int,
     world: World,
     meter: TrafficMeter,
@@ -57,8 +58,9 @@ def train_step(
     model.optimizer.zero_grad()
     balance = Balance.begun(model, cutter)
     with meter.counting(model) as counted:
-        batches = balance.telling(meter.noting(cutter.micro_batches(dataset, first)))
+        batches = balance.telling(meter.noting(ahead.micro_batches(first)))
         totals = _forward_backward(model, cutter, batches, forward_only=False)
+    ahead.make()  # all is launched, and what follows waits for the device
     lr = model.optimizer.param_groups[0]["lr"]
     tables = [table.to(world.device) for table in (meter.pack(model, counted), balance.pack())]
     results: list[StepResult] = []

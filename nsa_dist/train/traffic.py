@@ -61,11 +61,12 @@ class TrafficMeter:
     plan: ShardPlan  # of a sequence that is one document
     rank: int = 0  # of the context-parallel group
     one_sided: bool = False  # the transport of these groups
+    watched: bool = True  # False: of a step that no record shows, of which nothing is counted or worked out
     expected: list[Expected] = field(default_factory=list)  # of the micro-batches of this step
 
     @property
     def is_on(self) -> bool:
-        return self.plan.cp_size > 1
+        return self.watched and self.plan.cp_size > 1
 
     @contextmanager
     def counting(self, model: Trainable) -> Iterator[dict[int, Traffic]]:

@@ -1,5 +1,7 @@
 """Plans are plain data: no process, no device."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,8 @@ from hypothesis import strategies as st
 
 from cases import SMALL
 from nsa_dist import NSAConfig, ShardPlan
+from nsa_dist.cp import layout
+from nsa_dist.cp.device import on_host
 from nsa_dist.cp.layout import rank_layout
 from nsa_dist.cp.plan import LAYOUTS
 
@@ -119,6 +123,31 @@ def test_one_rank_derives_its_layout_once():
     two = [ShardPlan.contiguous([0, 1000], 2, 64) for _ in range(2)]
     assert two[0] == two[1]
     assert two[0] is not two[1]
+
+
+def test_what_a_plan_keeps_is_made_on_the_host_without_a_mode_that_slows_torch():
+    inside = []
+    for mode in (nullcontext(), torch.device("meta"), torch.inference_mode()):
+        with mode, on_host(), on_host():
+            made = torch.zeros(1)
+            inside.append((made.device.type, made.is_inference(), torch._C._len_torch_function_stack()))
+    assert inside == [("cpu", False, 0), ("cpu", False, 2), ("cpu", False, 0)]
+
+
+def test_a_layout_on_a_device_is_the_hosts_copied_there(monkeypatch):
+    copied = []
+    monkeypatch.setattr(layout, "put_on", lambda device, x: copied.append(x) or x.clone())
+    plan, cfg, device = ShardPlan.zigzag([0, 100, 700], 2, 64), NSAConfig(), torch.device("cuda")
+    host = rank_layout(plan, cfg, 1, torch.device("cpu"), 128)
+    there = rank_layout(plan, cfg, 1, device, 128)
+    assert there is rank_layout(plan, cfg, 1, device, 128)
+    for a, b in ((there, host), *((getattr(there, name), getattr(host, name)) for name in ("cmp_halo", "win_halo"))):
+        for name, x in vars(b).items():
+            if isinstance(x, torch.Tensor):
+                assert torch.equal(x, getattr(a, name))
+                assert (x is getattr(a, name)) == (name == "block_owner"), name
+    assert there.host is host.host, "which the host reads"
+    assert len(copied) == 7 + 6 + 2 * 3, "tensors of queries, of blocks, and of each halo, once"
 
 
 def test_padding_never_reads_the_first_row():

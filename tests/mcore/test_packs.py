@@ -1,13 +1,31 @@
 """Packed documents in Megatron's two orders over ranks, in fp64, against one process; and what is written to a pack."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from mcore_pack_cases import OVER_RANKS, PACKS, VARIANTS, WORLD, WRITES, everything
-from nsa_dist.mcore import NSATransformerConfig
-from nsa_dist.mcore.plans import Place, PlanCache
+from mcore_pack_cases import OVER_RANKS, PACKS, VARIANTS, WORLD, WRITES, everything, pack_of
+from nsa_dist.cp.layout import rank_layout
+from nsa_dist.mcore import NSATransformerConfig, plans
+from nsa_dist.mcore.plans import Place, PlanCache, plan_pack
 from ranks import run_ranks
+
+
+@pytest.mark.parametrize(("bounds", "alignment"), [([0, 600, 2048], 128), ([0, 2048], 1)])
+def test_the_layout_that_is_prepared_is_the_one_that_kernels_ask_for(monkeypatch, bounds, alignment):
+    kernels = SimpleNamespace(WHOLE_TILES=SimpleNamespace(query_rows=128, key_rows=64, compressed_rows=128))
+    monkeypatch.setattr(plans, "ops_for", lambda device, dtype: kernels)
+    config = NSATransformerConfig(
+        num_layers=1, hidden_size=64, num_attention_heads=4, num_query_groups=1, attention_dropout=0.0
+    )
+    plan = plan_pack(pack_of(bounds), config, Place(1, 0, torch.device("cpu"))).plan
+    kept = dict(plan._cache)
+    rank_layout(plan, config.nsa, 0, torch.device("cpu"), alignment)
+    plan.shard(torch.zeros(2048), 0)
+    plan.unshard([torch.zeros(plan.tokens_per_rank)])
+    assert plan._cache.keys() == kept.keys(), "nothing that is asked for was missing"
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ def test_what_ranks_have_of_a_pack_is_put_together_by_samples(tmp_path, order):
     megatron = SimpleNamespace(nsa=config.nsa.sizes(), nsa_layout=parallel.layout, nsa_pack_order=parallel.pack_order)
     bounds = (0, 30, 256, 399, 512)
     packer = Packer(megatron, world)
-    pack = Pack(bounds, packer._cut(bounds), None, None)
+    pack = Pack(bounds, packer.cut(bounds), None, None)
     row = torch.arange(1, 513)
     shards = [pack.shard(row, rank)[:, None] for rank in range(2)]
     assert len(shards[0]) == len(shards[1]) >= 256

@@ -1,5 +1,6 @@
 """Which entries of the table a rank fills in, and what the sum of the tables says. No process group."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +69,16 @@ def test_a_kind_without_a_formula_is_not_lost_silently(tmp_path):
     counted.count_union(torch.zeros(2), 16)
     with pytest.raises(ValueError, match="gossip"):
         make_meter(tmp_path).pack(stage(1, 0), {0: counted})
+
+
+def test_of_a_step_without_a_record_nothing_is_counted_or_worked_out(tmp_path, monkeypatch):
+    meter = replace(make_meter(tmp_path), watched=False)
+    monkeypatch.setattr(module.cost, "sent_bytes", None)
+    batches = [SimpleNamespace(pack=None)] * 2
+    assert list(meter.noting(iter(batches))) == batches
+    with meter.counting(stage(1, 0)) as counted:
+        assert counted == {}
+    assert meter.pack(stage(1, 0), counted).numel() == 0
 
 
 def test_a_group_of_one_has_no_table(tmp_path):

@@ -1,6 +1,6 @@
 """The corpus of a run on every process, and the samples of a step cut for one rank."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -10,6 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from nsa_dist.cp.device import put_on
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.data.blend import Blend
@@ -37,6 +38,15 @@ class Batch:
     @property
     def packed_seq_params(self) -> PackedSeqParams | None:
         return None if self.pack is None else self.pack.params
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """What the host alone makes of a `Batch`: the tensors by name, on the CPU."""
+
+    parts: dict[str, Tensor]
+    bounds: tuple[int, ...] | None = None  # of the documents, where it is a pack
+    planned: Pack | None = None  # None: `_placed` sees to it
 
 
 @dataclass(frozen=True)
@@ -149,14 +159,18 @@ class BatchCutter:
         return (rows, length) if self.packer is None else (1, rows * length)
 
     def micro_batches(self, samples: SampleSource, first: int) -> Iterator[Batch]:
-        """This rank's parts of the global batch of samples from number `first` on.
+        """This rank's parts of the global batch of samples from number `first` on."""
+        return self.placed(self.host_batch(samples, numbers) for numbers in self.numbers(first))
+
+    def placed(self, parts: Iterable[HostBatch]) -> Iterator[Batch]:
+        """Batches on the device, in order.
 
         Each is made before the one ahead of it is given out, so that what its ranks ask each other about a pack is
         answered while that one is computed.
         """
         ahead: list[Batch] = []
-        for numbers in self.numbers(first):
-            ahead.append(self._cut([samples[n] for n in numbers]))
+        for part in parts:
+            ahead.append(self._placed(part))
             if len(ahead) > 1:
                 yield ahead.pop(0)
         yield from ahead
@@ -174,14 +188,28 @@ class BatchCutter:
             return self.plan.unshard(shards).T
         return pack.unshard(shards).view(self.config.run.micro_batch_size, -1)
 
-    def _cut(self, samples: list[dict[str, Tensor]]) -> Batch:
-        rank, pack = self.world.cp.rank, None
+    def host_batch(
+        self,
+        samples: SampleSource,
+        numbers: Iterable[int],
+        plan: Callable[[tuple[int, ...]], Pack | None] = lambda bounds: None,
+    ) -> HostBatch:
+        """This rank's part of a micro-batch of these samples: nothing but the host's work.
+
+        plan        `Packer.plan`, or None for what need not be planned ahead
+        """
+        drawn, rank = [samples[n] for n in numbers], self.world.cp.rank
         if self.packer is None:
-            parts = {name: torch.stack([self.plan.shard(s[name], rank) for s in samples]) for name in Samples.names}
-        else:
-            pack = self.packer.of(joined([sample["cu_seqlens"] for sample in samples]))
-            parts = {name: pack.shard(torch.cat([s[name] for s in samples]), rank)[None] for name in Samples.names}
-        return Batch(**{name: x.to(self.world.device, non_blocking=True) for name, x in parts.items()}, pack=pack)
+            return HostBatch({x: torch.stack([self.plan.shard(s[x], rank) for s in drawn]) for x in Samples.names})
+        bounds = joined([sample["cu_seqlens"] for sample in drawn])
+        cut, planned = self.packer.cut(bounds), plan(bounds)
+        rows = {name: torch.cat([s[name] for s in drawn]) for name in Samples.names}
+        parts = {name: (row if cut is None else cut.shard(row, rank))[None] for name, row in rows.items()}
+        return HostBatch(parts, bounds, planned)
+
+    def _placed(self, part: HostBatch) -> Batch:
+        pack = None if self.packer is None or part.bounds is None else self.packer.of(part.bounds, part.planned)
+        return Batch(**{name: put_on(self.world.device, x) for name, x in part.parts.items()}, pack=pack)
 
 
 def sequence_plan(config: TrainConfig) -> ShardPlan:

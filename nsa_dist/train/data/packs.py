@@ -1,8 +1,8 @@
 """The rows of a micro-batch as one pack of documents that do not see each other: how it is cut over ranks."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.mcore import NSATransformerConfig, prepare_pack
-from nsa_dist.mcore.plans import RankPlan
+from nsa_dist.mcore.plans import Place, RankPlan, plan_pack
 from nsa_dist.train.world import World
 
-_KEPT = 2  # packs: rows that are one document each have the same bounds again and again, others hardly ever
+KEPT = 2  # packs: rows that are one document each have the same bounds again and again, others hardly ever
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Pack:
     bounds: tuple[int, ...]  # [num_docs + 1], padding not counted
     cut: ShardPlan | None  # None: the row is whole on its only rank
     params: PackedSeqParams
-    rank_plan: RankPlan  # of the layers
+    rank_plan: RankPlan  # of the layers; on the host until `Packer.of` gives it out
 
     def shard(self, row: Tensor, rank: int) -> Tensor:
         """This rank's [T, ...] of a row [N, ...]; what is padded is zero."""
@@ -44,27 +44,50 @@ class Packer:
 
     megatron: NSATransformerConfig
     world: World
-    of: Callable[[tuple[int, ...]], Pack] = field(init=False, repr=False)  # by the bounds of the documents
+    _ready: dict[tuple[int, ...], Pack] = field(default_factory=dict, init=False, repr=False)  # the oldest first
 
-    def __post_init__(self) -> None:
-        self.of = lru_cache(maxsize=_KEPT)(self._make)
+    def of(self, bounds: tuple[int, ...], planned: Pack | None = None) -> Pack:
+        """By the bounds of its documents; made of what was `planned` for it, unless it is kept."""
+        pack = self._ready.pop(bounds, None) or self._made_ready(planned or self.plan(bounds))
+        self._ready[bounds] = pack
+        if len(self._ready) > KEPT:
+            self._ready.pop(next(iter(self._ready)))
+        return pack
 
-    def _make(self, bounds: tuple[int, ...]) -> Pack:
-        cut = self._cut(bounds)
+    def plan(self, bounds: tuple[int, ...]) -> Pack:
+        """The host's part of a pack; for `of`, which takes it once."""
+        cut = self.cut(bounds)
         padded = cut.stream_starts if cut is not None and cut.deals_documents else None
         params = _params(bounds, padded)
-        rank_plan = prepare_pack(params, self.megatron, device=self.world.device, cu_seqlens=padded or bounds)
-        return Pack(bounds, cut, params, rank_plan)
+        place = Place(self.world.cp.size, self.world.cp.rank, self.world.device)
+        return Pack(bounds, cut, params, plan_pack(params, self.megatron, place, padded or bounds))
 
-    def _cut(self, bounds: tuple[int, ...]) -> ShardPlan | None:
-        size, config = self.world.cp.size, self.megatron
-        if size == 1:
+    def _made_ready(self, pack: Pack) -> Pack:
+        """With its plan on the device, and the other ranks asked about it."""
+        plan = prepare_pack(pack.params, self.megatron, device=self.world.device, planned=pack.rank_plan)
+        return replace(pack, rank_plan=plan)
+
+    def cut(self, bounds: tuple[int, ...]) -> ShardPlan | None:
+        """How their row is cut over ranks; None: it is whole on its only rank."""
+        if self.world.cp.size == 1:
             return None
-        if config.nsa_layout == "contiguous":
-            return ShardPlan.contiguous([0, bounds[-1]], size, bounds[-1] // size)
-        if config.nsa_pack_order == "documents":
+        return self._cuts(bounds if self._deals_documents else (0, bounds[-1]))
+
+    @property
+    def _deals_documents(self) -> bool:
+        return self.megatron.nsa_layout == "zigzag" and self.megatron.nsa_pack_order == "documents"
+
+    @cached_property
+    def _cuts(self) -> Callable[[tuple[int, ...]], ShardPlan]:
+        return lru_cache(maxsize=KEPT)(self._cut)
+
+    def _cut(self, bounds: tuple[int, ...]) -> ShardPlan:
+        size, config = self.world.cp.size, self.megatron
+        if self._deals_documents:
             return ShardPlan.zigzag_documents(bounds, size, config.nsa.slc_block_len)
-        return ShardPlan.zigzag([0, bounds[-1]], size, bounds[-1] // (2 * size))
+        if config.nsa_layout == "contiguous":
+            return ShardPlan.contiguous(bounds, size, bounds[-1] // size)
+        return ShardPlan.zigzag(bounds, size, bounds[-1] // (2 * size))
 
 
 def joined(bounds: Sequence[Tensor]) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ _WORDS = (
     b"the rain falls on an old roof and a cat sleeps by the stove while the clock ticks on with no one there to hear "
     b"it so the day goes by as days do in a house at the end of the lane where the garden meets the wood"
 ).split()
+_SPACED = [word + b" " for word in _WORDS]
+_SPANS = np.array([len(word) for word in _SPACED])
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,12 @@ def in_filler(
 
 def _filler(rng: np.random.RandomState, room: int) -> list[bytes]:
     """Words and their spaces, `room` bytes of them; the last is cut."""
-    words: list[bytes] = []
-    left = room
-    for which in rng.randint(len(_WORDS), size=1 + room // 2):  # no word is shorter, its space counted
-        if left <= 0:
-            break
-        words.append(_WORDS[which][: left - 1] + b" ")
-        left -= len(words[-1])
+    drawn = rng.randint(len(_SPACED), size=1 + room // 2)  # no word is shorter, its space counted
+    if room <= 0:
+        return []
+    ends = _SPANS[drawn].cumsum()
+    last = int(ends.searchsorted(room))
+    words = [_SPACED[which] for which in drawn[: last + 1].tolist()]
+    too_many = int(ends[last]) - room
+    words[-1] = words[-1][: len(words[-1]) - 1 - too_many] + b" "
     return words

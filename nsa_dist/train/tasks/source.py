@@ -45,7 +45,7 @@ class TaskSamples:
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         row = np.full(self.sequence_length + 1, END_OF_DOCUMENT, dtype=np.int64)
-        weights = torch.zeros(self.sequence_length)
+        weights = np.zeros(self.sequence_length, dtype=np.float32)
         texts = self.texts(n)
         for start, drawn in texts.items():
             row[start : start + len(drawn.text)] = np.frombuffer(drawn.text, dtype=np.uint8)
@@ -56,7 +56,7 @@ class TaskSamples:
         return {
             "tokens": torch.from_numpy(row[:-1]),
             "labels": torch.from_numpy(row[1:]),
-            "loss_mask": weights,
+            "loss_mask": torch.from_numpy(weights),
             "position_ids": torch.arange(self.sequence_length) - bounds[:-1].repeat_interleave(bounds.diff()),
             "cu_seqlens": bounds,
         }
