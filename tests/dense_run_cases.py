@@ -3,10 +3,8 @@
 import shutil
 from pathlib import Path
 
-import torch.distributed as dist
-
 from nsa_dist.train.config import TrainConfig
-from train_cases import FORK_STEP, StopAfter, run, small_config
+from train_cases import FORK_STEP, StopAfter, copied, run, small_config
 
 STEPS = FORK_STEP + 20
 MODELS: dict[str, str | list[str]] = {"dense": "dense", "both": ["nsa", "dense"]}
@@ -39,7 +37,5 @@ def pair(rank: int, base: Path) -> None:
     """The forks to the end by two processes, in every layout."""
     for name, layout in RUNS:
         folder = f"{name} {layout}"
-        if rank == 0:
-            shutil.copytree(base / f"{name} fork", base / folder)
-        dist.barrier()
+        copied(rank, base / f"{name} fork", base / folder)
         run(config(base, folder, MODELS[name], **LAYOUTS[layout]).resuming())

@@ -6,7 +6,6 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nsa_dist.train import loop
@@ -14,7 +13,7 @@ from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.experts.router import SampleTokens
 from nsa_dist.train.model import bare_model
 from nsa_dist.train.world import entered
-from train_cases import FORK_STEP, StopAfter, run, small_config
+from train_cases import FORK_STEP, StopAfter, copied, run, small_config
 
 STEPS = FORK_STEP + 20
 EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24, "moe_aux_loss_coeff": 0.05}
@@ -75,9 +74,7 @@ def halfway(rank: int, base: Path) -> None:
     """The forks on for some steps, each in its layout."""
     for name, layout in BACK:
         folder = f"{name} {layout} and back"
-        if rank == 0:
-            shutil.copytree(base / f"{name} fork", base / folder)
-        dist.barrier()
+        copied(rank, base / f"{name} fork", base / folder)
         run(config(base, folder, name, **layout_of(name, layout)).resuming(), StopAfter(10))
 
 
@@ -100,9 +97,7 @@ def over_ranks(rank: int, base: Path, runs: list[tuple[str, str]]) -> None:
     with patch.object(loop, "plot_losses"), patch.object(loop, "plot_selection"):
         for name, layout in runs:
             folder = f"{name} {layout}"
-            if rank == 0:
-                shutil.copytree(base / f"{name} fork", base / folder)
-            dist.barrier()
+            copied(rank, base / f"{name} fork", base / folder)
             run(config(base, folder, name, **layout_of(name, layout)).resuming())
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from learning_cases import copying
@@ -18,7 +17,7 @@ from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.data.packs import Packer
 from nsa_dist.train.model import build
 from nsa_dist.train.world import entered
-from train_cases import StopAfter, run, small_config
+from train_cases import StopAfter, copied, run, small_config
 
 STEPS, FORK_STEP = 22, 2
 ORDERS: dict[str, dict] = {
@@ -73,9 +72,7 @@ def over_ranks(rank: int, base: Path, layouts: dict[str, dict], steps: int = STE
     """The fork to the end in every layout; the last of them runs its attention again in backward."""
     with patch.object(loop, "plot_losses"), patch.object(loop, "plot_selection", keep_selection):
         for name, parallel in layouts.items():
-            if rank == 0:
-                shutil.copytree(base / "fork", base / name)
-            dist.barrier()
+            copied(rank, base / "fork", base / name)
             model = {"recompute_attention": name == list(layouts)[-1]}
             run(config(base, name, parallel, steps, model=model).resuming())
 

@@ -16,7 +16,7 @@ from nsa_dist.train.files.candidates import name_of
 from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.model import Trainable, build
 from nsa_dist.train.world import entered
-from train_cases import StopAfter, run, small_config
+from train_cases import StopAfter, copied, run, small_config
 
 WORLD, FORK_STEP, SAVE_STEP, STEPS = 4, 1, 3, 5
 # Six ways to share the work of four processes.
@@ -50,7 +50,7 @@ def alone(rank: int, base: Path, dtype: str) -> None:
 def every_layout_saves(rank: int, base: Path, dtype: str) -> None:
     """A run of each layout goes on from the fork and ends at SAVE_STEP."""
     for source in LAYOUTS:
-        _copied(rank, base / "fork", base / source)
+        copied(rank, base / "fork", base / source)
         run(config_of(base, source, source, dtype=dtype).resuming(), StopAfter(SAVE_STEP - FORK_STEP))
 
 
@@ -64,7 +64,7 @@ def every_layout_goes_on_in_every_other(rank: int, base: Path) -> None:
 
 
 def _goes_on(rank: int, base: Path, source: str, target: str, folder: str) -> None:
-    _copied(rank, base / source, base / folder)
+    copied(rank, base / source, base / folder)
     run(config_of(base, folder, target).resuming())
 
 
@@ -99,9 +99,3 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     }
     load(found, checkpoint_id=path, no_dist=True)
     return found
-
-
-def _copied(rank: int, source: Path, target: Path) -> None:
-    if rank == 0:
-        shutil.copytree(source, target)
-    dist.barrier()

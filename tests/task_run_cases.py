@@ -3,10 +3,8 @@
 import shutil
 from pathlib import Path
 
-import torch.distributed as dist
-
 from nsa_dist.train.config import TrainConfig
-from train_cases import StopAfter, run, small_config
+from train_cases import StopAfter, copied, run, small_config
 
 STEPS = 4
 
@@ -34,7 +32,5 @@ def alone(rank: int, base: Path) -> None:
 
 def pair(rank: int, base: Path) -> None:
     for name, parallel in LAYOUTS.items():
-        if rank == 0:
-            shutil.copytree(base / "fork", base / name)
-        dist.barrier()
+        copied(rank, base / "fork", base / name)
         run(config(base, name, **parallel).resuming())

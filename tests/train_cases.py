@@ -8,7 +8,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import active_children
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -84,6 +83,13 @@ def run(config: TrainConfig, hooks: Hooks | None = None) -> TrainResult:
     return train(config, hooks or Hooks(), torch.device("cpu"))
 
 
+def copied(rank: int, source: Path, target: Path) -> None:
+    """A run's folder, for all ranks at once, who go on there."""
+    if rank == 0:
+        shutil.copytree(source, target)
+    dist.barrier()
+
+
 def records(base: Path, name: str, kind: str = "train") -> list[dict]:
     return read_metrics(base / name / "metrics.jsonl", kind)
 
@@ -114,8 +120,6 @@ class KillAfter(StopAfter):
 
     def should_stop(self) -> bool:
         if super().should_stop():
-            for child in active_children():  # Megatron's, which would outlive it
-                child.kill()
             os.kill(os.getpid(), signal.SIGKILL)
         return False
 
@@ -209,9 +213,7 @@ def two_processes(rank: int, base: Path) -> None:
 
 def _two_processes(rank: int, base: Path) -> None:
     for name, sections in LAYOUTS.items():
-        if rank == 0:
-            shutil.copytree(base / "fork", base / name)
-        dist.barrier()
+        copied(rank, base / "fork", base / name)
         run(small_config(base, name, **sections, run={"checkpoint_interval": STEPS}).resuming())
     run(small_config(base, "undisturbed", **LAYOUTS["CP2 zigzag"]))
     run(bf16_config(base, "bf16"), StopAfter(BF16_STEPS))

@@ -18,22 +18,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
 
 import yaml
 
+from nsa_dist.config import NSAConfig
 from nsa_dist.train.files.records import read_metrics
 from nsa_launch.config import load
 from nsa_launch.versions import versions
 
 ROOT = Path(__file__).resolve().parents[2]
-CONVERTED_WITH = (
-    *("cmp_block_len", "cmp_stride", "slc_block_len", "num_slc_blocks"),
-    *("num_init_blocks", "num_local_blocks", "window_len", "compression"),
-)
 
 
 @dataclass
@@ -92,10 +89,8 @@ class Run:
     def start(self) -> None:
         self.started = time.monotonic()
         self.log = (self.out / f"{self.name}.log").open("w")
-        for command in self.conversion:
-            subprocess.run(
-                command, stdout=self.log, stderr=subprocess.STDOUT, check=False
-            )  # the run says what is missing
+        for command in self.conversion:  # where one fails, the run says what is missing
+            subprocess.run(command, stdout=self.log, stderr=subprocess.STDOUT, check=False)
         self.process = subprocess.Popen(self.command, stdout=self.log, stderr=subprocess.STDOUT)
 
     @property
@@ -105,7 +100,8 @@ class Run:
             return []
         dense, program = self.out / f"{self.name}-dense", [sys.executable, "-m", "nsa_launch"]
         nsa = load(self.config, self.words).nsa
-        sizes = [f"--{name.replace('_', '-')}={getattr(nsa, name)}" for name in CONVERTED_WITH]
+        names = [*(each.name for each in fields(NSAConfig)), "compression"]
+        sizes = [f"--{name.replace('_', '-')}={getattr(nsa, name)}" for name in names]
         return [
             [*program, "export", str(self.before.folder), "--to", str(dense)],
             [*program, "convert", str(dense), "--to", str(self.model), f"--gate-logit={self.converted}", *sizes],

@@ -5,9 +5,8 @@ consumed, which is the position in the data. It counts only once it has its mani
 written after every process has written its part. What is loaded was verified before: `files.intact`.
 """
 
-import multiprocessing
-from multiprocessing.managers import SyncManager
 from pathlib import Path
+from queue import Queue
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +22,6 @@ from nsa_dist.train.refused import Refused
 from nsa_dist.train.world import World
 
 _STATE_OF_GROUP = ("params", "step")  # of an optimizer's group: which weights, and how often they were moved
-# Run in a process that a spawn made: it ends when the one that wanted it has ended, however that was.
-_END_WITH_PARENT = """
-import multiprocessing, os, threading
-threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-"""
 _KIND_OF_GROUP = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")  # what tells one from another
 
 
@@ -45,7 +39,7 @@ def save(model: Trainable, output: OutputDir, position: Position, keep: int, wor
     and not the run's.
     """
     path = Path(world.agreed(lambda: str(output.make_checkpoint(position.step))))
-    leave_no_process_behind()
+    _report_in_process()
     dist_checkpointing.save(_state(model, position, is_loading=False), str(path))
     parts = world.gathered(written_by(world.rank, world.size, path))  # by then the slowest has written
     if world.is_main:
@@ -56,15 +50,14 @@ def save(model: Trainable, output: OutputDir, position: Position, keep: int, wor
     return path
 
 
-def leave_no_process_behind() -> None:
-    """Make the process through which Megatron's writers report, before Megatron does.
+def _report_in_process() -> None:
+    """What Megatron's writers report comes through this process, which waits for them.
 
-    Megatron's own outlives a trainer that is killed, and holds its output open: whoever reads that waits for ever.
+    Megatron would start one for it, as for saves in the background. That one outlives a trainer that is killed, and
+    holds its output open: whoever reads that waits for ever.
     """
     if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(exec, (_END_WITH_PARENT, {}))
-        filesystem_async._results_queue = manager.Queue()
+        filesystem_async._results_queue = Queue()
 
 
 def restore(model: Trainable, path: Path) -> Position:

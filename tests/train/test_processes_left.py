@@ -1,28 +1,31 @@
 """What a trainer that is killed leaves behind: no process."""
 
-import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
-SAVES = """
-if __name__ == "__main__":  # a spawned process imports the rest of this file
-    import multiprocessing, time
-    from nsa_dist.train.checkpoint import leave_no_process_behind
-    for _ in range(2):
-        leave_no_process_behind()
-    (child,) = multiprocessing.active_children()
-    print(child.pid, flush=True)
-    time.sleep(600)
+from nsa_dist.train.files.output import OutputDir
+from train_cases import write_texts
+
+TESTS = Path(__file__).parents[1]
+TRAINS = """
+if __name__ == "__main__":  # a process that is spawned would import the rest of this file
+    import sys
+    from pathlib import Path
+    import torch.distributed as dist
+    from train_cases import KillAfter, run, small_config
+    base = Path(sys.argv[1])
+    dist.init_process_group("gloo", init_method=f"file://{base}/meet", rank=0, world_size=1)
+    run(small_config(base, "killed"), KillAfter(3))
 """
 
 
-def test_the_process_of_megatrons_writers_ends_with_a_trainer_that_is_killed(tmp_path):
-    (tmp_path / "saves.py").write_text(SAVES)
-    with subprocess.Popen([sys.executable, tmp_path / "saves.py"], stdout=subprocess.PIPE, text=True) as trainer:
-        assert trainer.stdout is not None
-        left = int(trainer.stdout.readline())
-        os.kill(left, 0)  # it is there
-        trainer.send_signal(signal.SIGKILL)
-        trainer.communicate(timeout=60)  # waits for everybody who holds the trainer's output open
-    assert trainer.returncode == -signal.SIGKILL
+def test_nobody_holds_a_killed_trainers_output_open(tmp_path):
+    """It has saved a checkpoint, for which Megatron would have started a process."""
+    write_texts(tmp_path / "texts")
+    (tmp_path / "trains.py").write_text(f"import sys\nsys.path.insert(0, {str(TESTS)!r})\n{TRAINS}")
+    command = [sys.executable, str(tmp_path / "trains.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert OutputDir(tmp_path / "killed").checkpointed_step() == 2

@@ -44,7 +44,8 @@ class Balance:
     def pack(self) -> Tensor:
         """This rank's table [num_layers, num_experts + 1], flattened, fp64; empty for a model without experts."""
         model = self.cutter.config.model
-        table = torch.zeros(model.num_layers, (model.num_experts or -1) + 1, dtype=torch.float64)
+        columns, device = (model.num_experts or -1) + 1, self.cutter.world.device
+        table = torch.zeros(model.num_layers, columns, dtype=torch.float64, device=device)
         for layer, router in self.routers.items():
             table[layer] = router.seen
         return table.flatten()
