@@ -54,20 +54,29 @@ class Left:
 def leaves(_):
     goes = Left()
 
-def look(trains, read):
-    for _ in range(300):
-        read.update(frame.function for frame in stack.frames_of(trains))
+def look(trains, begun):
+    begun.wait()
+    looks = seen = 0
+    while looks < 300 or seen < 100:
+        looks += 1
+        seen += "__del__" in [frame.function for frame in stack.frames_of(trains)]
+    found.append(seen)
 
-read = set()
-looks = threading.Thread(target=look, args=(threading.get_ident(), read))
-looks.start()
-while looks.is_alive():
+found = []
+begun = threading.Event()
+looker = threading.Thread(target=look, args=(threading.get_ident(), begun))
+looker.start()
+while looker.is_alive():
     deque(map(leaves, range(100)), 0)  # each an evaluation of its own, called by C
-sys.exit("__del__" not in read)
+    begun.set()
+sys.exit(not found)  # an error ended the looker
 """
 
 
 def test_a_thread_is_read_while_it_leaves_functions():
-    """In a process of its own, as what goes wrong ends it (CPython 3.13, by the text of faulthandler)."""
-    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, check=False)
+    """In a process of its own, as what goes wrong ends it (CPython 3.13, by the text of faulthandler).
+
+    It looks until it has found the thread where it lets go of the interpreter a hundred times.
+    """
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
