@@ -135,7 +135,10 @@ class Run:
             "tasks": [{"step": r["step"], **r["tasks"]} for r in metrics["tasks"]],
             "by_position": [{"step": r["step"], **r.get("by_position", {})} for r in metrics["validation"]],
             "far_context": [{name: r[name] for name in r if name != "kind"} for r in metrics["far_context"]],
-            "command": shlex.join(["python", *self.command[1:]]),  # of any environment
+            "command": _of_any_environment(self.command),
+            "before": [
+                _of_any_environment(command) for command in self.conversion
+            ],  # what made the model it starts from
             "configuration": _configuration(self.folder / "config.yaml"),
             "commit": commit,
             "machine": machine,
@@ -179,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             "--convert makes NSA of what dense attention has learnt; give --then STAGE.yaml and --attention dense"
         )
+    if len(set(arguments.convert)) < len(arguments.convert):
+        parser.error("--convert has a logit twice, and their runs would be one folder; give each once")
     changes = {name: words for name, *words in arguments.change}
     if len(changes) < len(arguments.change) or {"dense", "nsa"} & changes.keys() or not all(changes.values()):
         parser.error("--change takes a name of its own, which the lines have in place of nsa, and what is changed")
@@ -242,6 +247,10 @@ def _said(result: dict[str, Any]) -> str:
     speed = f", {result['tokens_per_s']:,.0f} tokens/s" if result["tokens_per_s"] else ""
     end = "" if result["exit_code"] == 0 else f" (exit code {result['exit_code']}: see its log)"
     return f"{result['attention']} seed {result['seed']}: {loss}{answers}{speed}, {result['seconds']:.0f} s{end}"
+
+
+def _of_any_environment(command: Sequence[str]) -> str:
+    return shlex.join(["python", *command[1:]])
 
 
 def _configuration(path: Path) -> Any:

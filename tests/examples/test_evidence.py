@@ -188,6 +188,13 @@ def test_what_dense_attention_learnt_goes_on_with_nsa_too(tmp_path, monkeypatch)
     assert export[-3:] == [str(out / "dense-seed1"), "--to", str(out / "converted-4-seed1-2-dense")]
     assert {"--gate-logit=4.0", "--num-slc-blocks=4", "--window-len=24", "--compression=mlp"} <= {*convert}
     assert made["converted-4-seed1-3"] == (out / "converted-4-seed1-2", [])
+    before = {(each["experiment"], each["attention"]): each["before"] for each in lines}
+    assert [text.split()[:4] for text in before["2", "converted-4"]] == [
+        ["python", "-m", "nsa_launch", "export"], ["python", "-m", "nsa_launch", "convert"],
+    ]  # fmt: skip
+    assert before["3", "converted-4"] == before["2", "dense"] == []
+    with pytest.raises(SystemExit):
+        compare.main([*words, "--convert", "4", "4.0"])
 
 
 @pytest.mark.parametrize("words", [["--convert", "4"], ["--then", str(COPY), "--convert", "4", "--attention", "nsa"]])
