@@ -136,9 +136,7 @@ class Run:
             "by_position": [{"step": r["step"], **r.get("by_position", {})} for r in metrics["validation"]],
             "far_context": [{name: r[name] for name in r if name != "kind"} for r in metrics["far_context"]],
             "command": _of_any_environment(self.command),
-            "before": [
-                _of_any_environment(command) for command in self.conversion
-            ],  # what made the model it starts from
+            "before": list(map(_of_any_environment, self.conversion)),  # what made the model that it starts from
             "configuration": _configuration(self.folder / "config.yaml"),
             "commit": commit,
             "machine": machine,

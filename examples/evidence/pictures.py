@@ -68,7 +68,7 @@ def losses(results: Results) -> Figure:
 
 
 def positions(results: Results) -> dict[str, Figure]:
-    """ "positions": losses of the last evaluation by place in the document; none of lines without."""
+    """As `answers`: "positions", losses of the last evaluation by place in the document; none of lines without."""
     last = {attention: [run.get("by_position", [{}])[-1] for run in runs] for attention, runs in results.items()}
     curves = {
         name: [{int(place): loss for place, loss in one.items() if place != "step"} for one in many]

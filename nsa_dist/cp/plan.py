@@ -71,6 +71,10 @@ class ShardPlan:
     layout: str
     _cache: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    def __reduce__(self) -> tuple[type["ShardPlan"], tuple]:
+        """A copy, and what is read of a pickled plan, derive anew: launches that are kept belong to this process."""
+        return type(self), (self.cu_seqlens, self.cp_size, self.block_len, self.layout)
+
     def __post_init__(self) -> None:
         cu = self.cu_seqlens
         if len(cu) < 2 or cu[0] != 0 or cu[-1] < 1 or any(b < a for a, b in pairwise(cu)):

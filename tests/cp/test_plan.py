@@ -1,6 +1,9 @@
 """Plans are plain data: no process, no device."""
 
+import copy
+import pickle
 from contextlib import nullcontext
+from threading import Lock
 
 import pytest
 import torch
@@ -123,6 +126,17 @@ def test_one_rank_derives_its_layout_once():
     two = [ShardPlan.contiguous([0, 1000], 2, 64) for _ in range(2)]
     assert two[0] == two[1]
     assert two[0] is not two[1]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))])
+def test_a_copy_leaves_behind_what_was_derived(copied):
+    """Such as the locks and the driver's memory of launches that are kept, which nothing can copy."""
+    plan = ShardPlan.zigzag([0, 300, 1000], 2, 64)
+    plan.memo(("lock",), Lock)
+    found = copied(plan)
+    assert found == plan
+    assert found._cache == {}
+    assert torch.equal(found.positions(1), plan.positions(1))
 
 
 def test_what_a_plan_keeps_is_made_on_the_host_without_a_mode_that_slows_torch():
