@@ -225,7 +225,7 @@ def one_rank(rank: int, base: Path) -> None:
             attention.layer_number: {
                 name: weight.detach().clone() for name, weight in attention.core_attention.named_parameters()
             }
-            for attention in self.model.attentions
+            for attention in self.model.attentions.values()
         }
         torch.save({"seen": dict(plain), "phi": phi}, base / f"plain {step}.pt")
         return record(self, step)
@@ -234,11 +234,12 @@ def one_rank(rank: int, base: Path) -> None:
         plain.clear()
         hooks = [
             attention.core_attention.register_forward_hook(_keeper(plain, attention.layer_number, attention))
-            for attention in model.attentions
+            for attention in model.attentions.values()
         ]
         with ExitStack() as stack:
             blocks = {
-                a.layer_number: stack.enter_context(a.core_attention.recording_blocks()) for a in model.attentions
+                a.layer_number: stack.enter_context(a.core_attention.recording_blocks())
+                for a in model.attentions.values()
             }
             result = train_step(model, *others)
         for hook in hooks:

@@ -1,7 +1,7 @@
 """One optimizer step and one evaluation, over Megatron's forward-backward schedules."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from nsa_dist.train.data.samples import SampleSource
 from nsa_dist.train.experts.balance import Balance
 from nsa_dist.train.health.finite import asked_before
 from nsa_dist.train.model import Trainable
+from nsa_dist.train.mtp.labels import joined
 from nsa_dist.train.traffic import TrafficMeter
 from nsa_dist.train.world import World
 
@@ -33,6 +34,7 @@ class StepResult(NamedTuple):
     stop: bool
     traffic: list[float]  # the sum of all ranks' tables, for `TrafficMeter.record`
     experts: list[float]  # the same for `nsa_dist.train.experts.balance.record`
+    mtp_loss: list[float]  # as `loss`, of each layer of multi-token prediction, over the tokens that it has a label of
 
     @property
     def is_finite(self) -> bool:
@@ -68,10 +70,12 @@ def train_step(
     def may_move(grad_norm: float) -> bool:
         told = [float(world.is_main and should_stop()), 0.0 if math.isfinite(grad_norm) else 1.0]
         row = torch.cat([totals, torch.tensor(told, dtype=torch.float64, device=world.device), *tables])
-        loss_sum, num_tokens, stop, bad, *rest = world.sum(row).tolist()
+        numbers, depths = world.sum(row).tolist(), len(totals) // 2
+        loss, *mtp_loss = map(_mean, numbers[:depths], numbers[depths : 2 * depths])
+        stop, bad, *rest = numbers[2 * depths :]
         traffic, experts = rest[: len(tables[0])], rest[len(tables[0]) :]
         shown = grad_norm if not bad or not math.isfinite(grad_norm) else math.nan  # another rank's was not finite
-        results.append(StepResult(_mean(loss_sum, num_tokens), shown, lr, stop > 0, traffic, experts))
+        results.append(StepResult(loss, shown, lr, stop > 0, traffic, experts, mtp_loss))
         return results[0].is_finite
 
     with asked_before(model.optimizer, may_move):
@@ -97,10 +101,15 @@ def _mean(loss_sum: float, num_tokens: float) -> float:
 
 
 def _forward_backward(model: Trainable, cutter: BatchCutter, batches: Iterator[Batch], forward_only: bool) -> Tensor:
-    """[loss sum, tokens] of this process, fp64; zeros where the pipeline stage computes no loss."""
-    rows, length = cutter.shape
+    """[loss sums by depth, tokens by depth] of this process, fp64; zeros where the pipeline stage computes no loss.
+
+    Depth 0 is the next token, all that an evaluation looks at; those behind it are of multi-token prediction.
+    """
+    (rows, length), sizes = cutter.shape, cutter.config.model
+    depths = 0 if forward_only else sizes.num_mtp_layers
+    weights = [1.0] + [sizes.mtp_loss_scaling_factor / depths] * depths if depths else [1.0]
     micro_losses = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=partial(_forward_step, weights=weights),
         data_iterator=batches,
         model=model.module,
         num_microbatches=cutter.num_micro_batches,
@@ -108,21 +117,30 @@ def _forward_backward(model: Trainable, cutter: BatchCutter, batches: Iterator[B
         micro_batch_size=rows,
         forward_only=forward_only,
     )
-    totals = torch.zeros(2, dtype=torch.float64, device=cutter.world.device)
+    totals = torch.zeros(2 * len(weights), dtype=torch.float64, device=cutter.world.device)
     return sum((micro["loss"] for micro in micro_losses), totals)
 
 
-def _forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+def _forward_step(
+    batches: Iterator[Batch], model: torch.nn.Module, weights: Sequence[float]
+) -> tuple[Tensor, Callable]:
     batch = next(batches)
-    output = model(
-        batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=batch.packed_seq_params
-    )
-    return output, partial(_loss, batch.loss_mask)
+    labels, loss_mask = batch.labels, batch.loss_mask[..., None]
+    if len(weights) > 1:
+        labels, loss_mask = joined(labels, batch.mtp_labels), joined(batch.loss_mask, batch.mtp_loss_mask)
+    output = model(batch.tokens, batch.position_ids, None, labels=labels, packed_seq_params=batch.packed_seq_params)
+    return output, partial(_loss, loss_mask, weights)
 
 
-def _loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Megatron's form for `calculate_per_token_loss`: the sum over this rank's tokens, and their number."""
-    loss_sum = (token_losses.float() * loss_mask).sum()
-    num_tokens = loss_mask.sum()
-    report = torch.stack([loss_sum.detach().double(), num_tokens.double()])
-    return loss_sum, num_tokens.to(torch.int), {"loss": report}
+def _loss(loss_mask: Tensor, weights: Sequence[float], token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Megatron's form for `calculate_per_token_loss`: the sum over this rank's tokens, and their number.
+
+    loss_mask [b, T, depths], token_losses the same, or [b, T] of one depth. The number is that of labels of the next
+    token, by which DeepSeek-V3 divides the losses of all depths.
+    """
+    losses = token_losses.float().view(loss_mask.shape)
+    depths = list(zip(losses.unbind(-1), loss_mask.unbind(-1), strict=True))
+    sums, numbers = [(loss * mask).sum() for loss, mask in depths], [mask.sum() for _, mask in depths]
+    report = torch.stack([*(loss.detach().double() for loss in sums), *(number.double() for number in numbers)])
+    loss_sum = sum(weight * loss for weight, loss in zip(weights, sums, strict=True))
+    return loss_sum, numbers[0].to(torch.int), {"loss": report}
