@@ -4,8 +4,15 @@ import shutil
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
 from nsa_dist.train import loop
 from nsa_dist.train.config import TrainConfig
+from nsa_dist.train.model import bare_model
+from nsa_dist.train.mtp.gpt import inner_layer
+from nsa_dist.train.world import entered
 from train_cases import FORK_STEP, StopAfter, copied, run, small_config
 
 STEPS = FORK_STEP + 20
@@ -41,6 +48,13 @@ RUNS = [
 ]
 BACK = [("one", "TP2 SP"), ("two, tied", "PP2")]  # and back to one process
 
+STARTS: dict[str, tuple[str, dict, list[bool]]] = {  # what they start from, sections, which layers have learnt
+    "two from one": ("one", {"model": {"mtp_num_layers": 2}, **LAYOUTS["CP2"]}, [True, False]),
+    "two from one, stages": ("one", {"model": {"mtp_num_layers": 2}, **LAYOUTS["PP2"]}, [True, False]),
+    "one from a folder": ("one.folder", LAYOUTS["PP2"], [False]),
+    "none from one": ("one", {"model": {"mtp_num_layers": None, "mtp_loss_scaling_factor": 0.1}}, []),
+}
+
 
 def config(base: Path, folder: str, name: str, **sections: dict) -> TrainConfig:
     lengths = {
@@ -53,12 +67,13 @@ def config(base: Path, folder: str, name: str, **sections: dict) -> TrainConfig:
     return small_config(base, folder, model=model, run=lengths, data=data, **sections)
 
 
-def alone(rank: int, base: Path, names: list[str]) -> None:
-    """Each model to the end by one process, which stopped on the way."""
-    for name in names:
+def alone(rank: int, base: Path) -> None:
+    """Each model to the end by one process, which stopped on the way; one whose layers ahead weigh nothing."""
+    for name in MODELS:
         run(config(base, f"{name} fork", name), StopAfter(FORK_STEP))
         shutil.copytree(base / f"{name} fork", base / name)
         run(config(base, name, name).resuming())
+    run(config(base, "of no weight", "one", model={"mtp_loss_scaling_factor": 0.0}))
 
 
 def over_ranks(rank: int, base: Path, runs: list[tuple[str, str]]) -> None:
@@ -68,3 +83,67 @@ def over_ranks(rank: int, base: Path, runs: list[tuple[str, str]]) -> None:
             folder = f"{name} {layout}"
             copied(rank, base / f"{name} fork", base / folder)
             run(config(base, folder, name, **LAYOUTS[layout]).resuming())
+
+
+def halfway(rank: int, base: Path) -> None:
+    """The forks on for some steps, each in its layout."""
+    for name, layout in BACK:
+        folder = f"{name} {layout} and back"
+        copied(rank, base / f"{name} fork", base / folder)
+        run(config(base, folder, name, **LAYOUTS[layout]).resuming(), StopAfter(10))
+
+
+def back(rank: int, base: Path) -> None:
+    """Those to the end, by one process."""
+    for name, layout in BACK:
+        run(config(base, f"{name} {layout} and back", name).resuming())
+
+
+def starting(rank: int, base: Path) -> None:
+    """Runs that begin where another ended, and move no weight."""
+    still = {"lr": 1e-30, "min_lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0}
+    for folder, (source, sections, _) in STARTS.items():
+        keys = {"steps": 1, "start_from": base / source}
+        run(config(base, folder, "one", optimizer=still, **{**sections, "run": keys}))
+
+
+def by_hand(rank: int, base: Path) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Losses of two rows by the model, by the formulas on whole rows, and by the model of the next token alone.
+
+    The formulas share the transformer layers with the model, and nothing else behind the decoder's output.
+    """
+    found = {}
+    for name, model_keys in {"untied": {}, "tied": {"tie_embeddings": True}}.items():
+        made = small_config(base, name, model={"mtp_num_layers": 2, **model_keys})
+        row = torch.randint(0, 256, (2, 256 + 3), generator=torch.Generator().manual_seed(1))
+        tokens, labels = row[:, :256], torch.stack([row[:, k : k + 256] for k in (1, 2, 3)], -1)
+        with entered(made, torch.device("cpu")) as world, torch.no_grad():
+            model = bare_model(made, world)[1]
+            for number, weight in enumerate(model.parameters()):
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)) * 0.05)
+            seen: list[Tensor] = []
+            model.decoder.register_forward_hook(lambda _, arguments, out: seen.append(out))
+            ours, alone_ = (model(tokens, None, None, labels=asked) for asked in (labels, labels[..., 0].contiguous()))
+            found[name] = ours, _losses(model, seen[0].transpose(0, 1), row), alone_
+    return found
+
+
+def _losses(model: GPTModel, hidden: Tensor, row: Tensor) -> Tensor:
+    """hidden [b, T, h] of the decoder, row [b, T + 3] -> [b, T, 3]."""
+    table = model.embedding.word_embeddings.weight
+    output = table if model.share_embeddings_and_output_weights else model.output_layer.weight
+    length, found = hidden.shape[1], []
+    for depth in range(3):
+        if depth:
+            layer = model.mtp.layers[depth - 1]
+            read = table[row[:, depth : depth + length]]
+            both = torch.cat([_norm(read, layer.enorm), _norm(hidden, layer.hnorm)], -1)
+            put = (both @ layer.eh_proj.weight.T).transpose(0, 1)
+            hidden = _norm(inner_layer(layer)(put, None)[0].transpose(0, 1), layer.final_layernorm)
+        logits = (hidden @ output.T).log_softmax(-1)
+        found.append(-logits.gather(-1, row[:, depth + 1 : depth + 1 + length, None])[..., 0])
+    return torch.stack(found, -1)
+
+
+def _norm(x: Tensor, norm: torch.nn.Module) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight

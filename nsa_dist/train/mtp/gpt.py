@@ -21,6 +21,13 @@ class PredictingGPT(GPTModel):
     the weight that it gives to the losses depends on how tokens are cut: docs/decisions/multi-token-prediction.md.
     """
 
+    def __init__(self, *arguments: Any, **by_name: Any) -> None:
+        super().__init__(*arguments, **by_name)
+        # A last stage that also has the embedding needs no other copy of what is tied to it. Megatron makes one, trains
+        # it on nothing, and asserts that there is none when it saves.
+        if self.post_process and self.share_embeddings_and_output_weights:
+            self.output_layer.weight = None
+
     def _postprocess(
         self, hidden_states: Tensor, labels: Tensor | None = None, packed_seq_params: Any = None, **unused: Any
     ) -> Tensor:
