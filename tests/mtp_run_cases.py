@@ -11,13 +11,13 @@ from torch import Tensor
 from nsa_dist.train import loop
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.model import bare_model
-from nsa_dist.train.mtp.gpt import inner_layer
+from nsa_dist.train.mtp.gpt import inner_layer, layers_of
 from nsa_dist.train.world import entered
 from train_cases import FORK_STEP, StopAfter, copied, run, small_config
 
 STEPS = FORK_STEP + 20
 EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 24, "moe_aux_loss_coeff": 0.05, "moe_layer_freq": [0, 1]}
-# Factors at which no query's choice of blocks is so near that rounding decides it: docs/decisions/multi-token-prediction.md.
+# At these factors no choice of blocks is so near that rounding decides: docs/decisions/multi-token-prediction.md
 MODELS: dict[str, dict] = {
     "one": {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.2},
     "two, tied": {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.2, "tie_embeddings": True},
@@ -108,14 +108,15 @@ def starting(rank: int, base: Path) -> None:
         run(config(base, folder, "one", optimizer=still, **{**sections, "run": keys}))
 
 
-def by_hand(rank: int, base: Path) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def by_hand(rank: int, base: Path) -> dict[str, tuple[Tensor, Tensor, Tensor, list[float]]]:
     """Losses of two rows by the model, by the formulas on whole rows, and by the model of the next token alone.
 
+    And of each layer the share of a head that has positions, in a model whose decoder has none.
     The formulas share the transformer layers with the model, and nothing else behind the decoder's output.
     """
     found = {}
     for name, model_keys in {"untied": {}, "tied": {"tie_embeddings": True}}.items():
-        made = small_config(base, name, model={"mtp_num_layers": 2, **model_keys})
+        made = small_config(base, name, model={"mtp_num_layers": 2, **model_keys}, nsa={"no_rope_freq": 1})
         row = torch.randint(0, 256, (2, 256 + 3), generator=torch.Generator().manual_seed(1))
         tokens, labels = row[:, :256], torch.stack([row[:, k : k + 256] for k in (1, 2, 3)], -1)
         with entered(made, torch.device("cpu")) as world, torch.no_grad():
@@ -123,9 +124,10 @@ def by_hand(rank: int, base: Path) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
             for number, weight in enumerate(model.parameters()):
                 weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)) * 0.05)
             seen: list[Tensor] = []
-            model.decoder.register_forward_hook(lambda _, arguments, out: seen.append(out))
+            model.decoder.register_forward_hook(lambda _, arguments, out, seen=seen: seen.append(out))
             ours, alone_ = (model(tokens, None, None, labels=asked) for asked in (labels, labels[..., 0].contiguous()))
-            found[name] = ours, _losses(model, seen[0].transpose(0, 1), row), alone_
+            turned = [layer.self_attention.rotary.percent for layer in layers_of(model).values()]
+            found[name] = ours, _losses(model, seen[0].transpose(0, 1), row), alone_, turned
     return found
 
 

@@ -156,7 +156,7 @@ class Shape:
 
     @property
     def mtp_projection_parameters(self) -> int:
-        """Of one layer of multi-token prediction: a token's embedding and what was made of an earlier one, to one row."""
+        """Of one layer of multi-token prediction: of an embedding and a hidden state it makes one row."""
         return 2 * self.config.model.hidden_size**2 // self.tensor_size
 
     def stage_multiplications(self, stage: int) -> int:

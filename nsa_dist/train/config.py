@@ -177,8 +177,8 @@ def _check_mtp(config: TrainConfig) -> None:
     depths, length = config.model.num_mtp_layers, config.run.sequence_length
     if depths >= length:
         raise ValueError(
-            f"mtp_num_layers={depths} must be below sequence_length={length}, because the last of these layers predicts "
-            f"the token so many behind the next one, which no sample has; take mtp_num_layers=1"
+            f"mtp_num_layers={depths} must be below sequence_length={length}, because the last of these layers "
+            f"predicts the token so many behind the next one, which no sample has; take mtp_num_layers=1"
         )
 
 

@@ -1,6 +1,5 @@
 """START HERE: one training run, from configuration to the last checkpoint and the pictures."""
 
-import math
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -214,7 +213,7 @@ class _Run:
                 "kind": "train",
                 **position._asdict(),
                 "loss": result.loss,
-                **self.of_mtp(result),
+                **({"mtp_loss": result.mtp_loss} if result.mtp_loss else {}),
                 "grad_norm": result.grad_norm,
                 "lr": result.lr,
                 "tokens": position.samples * run.sequence_length,
@@ -227,11 +226,6 @@ class _Run:
             self.write(self.meter.record(position.step, result.traffic))
         if self.config.model.has_experts:
             self.write(balance.record(self.cutter, position.step, result.experts))
-
-    def of_mtp(self, result: StepResult) -> Record:
-        """What a training record has of multi-token prediction. JSON has no word for the loss where nothing is asked."""
-        losses = [None if math.isnan(loss) else loss for loss in result.mtp_loss]
-        return {"mtp_loss": losses} if losses else {}
 
     def validate(self, step: int) -> None:
         """One validation record, over the same sequences every time; and one of the tasks, if there are any."""

@@ -43,9 +43,9 @@ class Trainable:
 
     @property
     def attentions(self) -> dict[int, NSASelfAttention]:
-        """Those of this stage's layers that have NSA, by layer from 0, those of multi-token prediction behind the others.
+        """Those of this stage's layers that have NSA, by layer from 0: a dense one chooses no blocks and sends nothing.
 
-        A dense one has no gates, chooses no blocks and sends nothing.
+        Layers of multi-token prediction are counted behind the decoder's.
         """
         found = {n: layer.self_attention for n, layer in layers_of(self.bare_model).items()}
         return {n: attention for n, attention in found.items() if isinstance(attention, NSASelfAttention)}

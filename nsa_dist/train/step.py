@@ -34,7 +34,7 @@ class StepResult(NamedTuple):
     stop: bool
     traffic: list[float]  # the sum of all ranks' tables, for `TrafficMeter.record`
     experts: list[float]  # the same for `nsa_dist.train.experts.balance.record`
-    mtp_loss: list[float]  # as `loss`, of each layer of multi-token prediction, over the tokens that it has a label of
+    mtp_loss: list[float | None]  # as `loss`, of each layer of multi-token prediction; None where it had no label
 
     @property
     def is_finite(self) -> bool:
@@ -70,9 +70,10 @@ def train_step(
     def may_move(grad_norm: float) -> bool:
         told = [float(world.is_main and should_stop()), 0.0 if math.isfinite(grad_norm) else 1.0]
         row = torch.cat([totals, torch.tensor(told, dtype=torch.float64, device=world.device), *tables])
-        numbers, depths = world.sum(row).tolist(), len(totals) // 2
-        loss, *mtp_loss = map(_mean, numbers[:depths], numbers[depths : 2 * depths])
-        stop, bad, *rest = numbers[2 * depths :]
+        numbers = world.sum(row).tolist()
+        loss, *others = _means(numbers[: len(totals)])
+        mtp_loss = [None if math.isnan(each) else each for each in others]
+        stop, bad, *rest = numbers[len(totals) :]
         traffic, experts = rest[: len(tables[0])], rest[len(tables[0]) :]
         shown = grad_norm if not bad or not math.isfinite(grad_norm) else math.nan  # another rank's was not finite
         results.append(StepResult(loss, shown, lr, stop > 0, traffic, experts, mtp_loss))
@@ -91,13 +92,16 @@ def evaluate(model: Trainable, cutter: BatchCutter, dataset: SampleSource, num_b
     size = cutter.config.run.global_batch_size
     firsts = range(0, num_batches * size, size)
     sums = [_forward_backward(model, cutter, cutter.micro_batches(dataset, n), forward_only=True) for n in firsts]
-    loss_sum, num_tokens = world.sum(torch.stack(sums).sum(0)).tolist()
-    return _mean(loss_sum, num_tokens)
+    return _means(world.sum(torch.stack(sums).sum(0)).tolist())[0]
 
 
-def _mean(loss_sum: float, num_tokens: float) -> float:
-    """NaN where no token has a label of its own document: nothing can be learnt of such a batch."""
-    return loss_sum / num_tokens if num_tokens else math.nan
+def _means(sums: Sequence[float]) -> list[float]:
+    """[loss sums, tokens] -> nats a token, by depth.
+
+    NaN where no token has a label of its own document: nothing can be learnt of such a batch.
+    """
+    depths = len(sums) // 2
+    return [loss / tokens if tokens else math.nan for loss, tokens in zip(sums[:depths], sums[depths:], strict=True)]
 
 
 def _forward_backward(model: Trainable, cutter: BatchCutter, batches: Iterator[Batch], forward_only: bool) -> Tensor:
@@ -127,12 +131,16 @@ def _forward_step(
     batch = next(batches)
     labels, loss_mask = batch.labels, batch.loss_mask[..., None]
     if len(weights) > 1:
+        assert batch.mtp_labels is not None
+        assert batch.mtp_loss_mask is not None
         labels, loss_mask = joined(labels, batch.mtp_labels), joined(batch.loss_mask, batch.mtp_loss_mask)
     output = model(batch.tokens, batch.position_ids, None, labels=labels, packed_seq_params=batch.packed_seq_params)
     return output, partial(_loss, loss_mask, weights)
 
 
-def _loss(loss_mask: Tensor, weights: Sequence[float], token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _loss(
+    loss_mask: Tensor, weights: Sequence[float], token_losses: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Megatron's form for `calculate_per_token_loss`: the sum over this rank's tokens, and their number.
 
     loss_mask [b, T, depths], token_losses the same, or [b, T] of one depth. The number is that of labels of the next
@@ -142,5 +150,5 @@ def _loss(loss_mask: Tensor, weights: Sequence[float], token_losses: Tensor) -> 
     depths = list(zip(losses.unbind(-1), loss_mask.unbind(-1), strict=True))
     sums, numbers = [(loss * mask).sum() for loss, mask in depths], [mask.sum() for _, mask in depths]
     report = torch.stack([*(loss.detach().double() for loss in sums), *(number.double() for number in numbers)])
-    loss_sum = sum(weight * loss for weight, loss in zip(weights, sums, strict=True))
-    return loss_sum, numbers[0].to(torch.int), {"loss": report}
+    weighed = [weight * loss for weight, loss in zip(weights, sums, strict=True)]
+    return torch.stack(weighed).sum(), numbers[0].to(torch.int), {"loss": report}

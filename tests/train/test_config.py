@@ -65,7 +65,10 @@ def test_defaults_hold_together():
             {"model": EXPERTS | {"moe_shared_expert_intermediate_size": 7}, "parallel": TENSOR},
             "take moe_shared_expert_intermediate_size=8",
         ),
-        ({"model": {"mtp_loss_scaling_factor": 0.3}}, "0.3 without mtp_num_layers.*give mtp_num_layers=1, or leave it out"),
+        (
+            {"model": {"mtp_loss_scaling_factor": 0.3}},
+            "0.3 without mtp_num_layers.*give mtp_num_layers=1, or leave it out",
+        ),
         ({"model": {"mtp_num_layers": 0}}, "mtp_num_layers: .*greater than or equal to 1"),
         (
             {"run": {**RUN, "sequence_length": 128}, "model": {"mtp_num_layers": 128}},

@@ -89,7 +89,9 @@ def test_a_run_from_before_there_were_such_layers_goes_on_without(base, key, val
     older = {name: held for name, held in marker.identity.items() if not name.startswith(later)}
     assert len(older) == len(marker.identity) - 7
     marker.changed(identity=older).write(output.root)
-    with pytest.raises(ValueError, match=rf"model\.{key}: the run has null, given is {value}; the checkpoint's weights"):
+    with pytest.raises(
+        ValueError, match=rf"model\.{key}: the run has null, given is {value}; the checkpoint's weights"
+    ):
         prepare_output(config(base, model={key: value}).resuming())
     prepare_output(config(base).resuming())
 

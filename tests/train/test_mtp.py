@@ -1,4 +1,4 @@
-"""Multi-token prediction: labels against their definition in every cut, and runs in every layout against one process."""
+"""Multi-token prediction: labels against their definition in every cut, runs in every layout against one process."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -7,7 +7,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mtp_run_cases import BACK, OF_FOUR, RUNS, STARTS, STEPS, alone, back, by_hand, config, halfway, over_ranks, starting
+from mtp_run_cases import (
+    BACK,
+    OF_FOUR,
+    RUNS,
+    STARTS,
+    STEPS,
+    alone,
+    back,
+    by_hand,
+    config,
+    halfway,
+    over_ranks,
+    starting,
+)
 from nsa_dist.inference.folder import save_model
 from nsa_dist.train.data.batches import BatchCutter, sequence_plan
 from nsa_dist.train.data.packs import Packer
@@ -111,7 +124,9 @@ def test_labels_are_those_of_the_definition_in_every_cut(tmp_path, cut):
             if one:
                 next_one, *others = rows["labels"][i].tolist(), *(label for label, _ in got)
                 inputs = [next_one, *others][:DEPTHS]  # what the layers read: token i + k, where there is a label
-                assert all(token_ == one + k for k, (token_, (_, w)) in enumerate(zip(inputs, got, strict=True), 1) if w)
+                assert all(
+                    token_ == one + k for k, (token_, (_, w)) in enumerate(zip(inputs, got, strict=True), 1) if w
+                )
         seen += [one for one in rows["tokens"].tolist() if one]
     assert sorted(seen) == sorted(expected), "every token is on one rank"
 
@@ -120,7 +135,9 @@ def test_documents_that_are_too_short_ask_for_nothing():
     found = predicted(sample(1, "packed"), 300)
     assert found["mtp_labels"].shape == (LENGTH, 300)
     assert not found["mtp_loss_mask"][:2].any()
-    assert found["mtp_loss_mask"][2].tolist() == [weight(1, 3), *[0.0] * 299], "of three tokens, the last weighs nothing"
+    assert found["mtp_loss_mask"][2].tolist() == [weight(1, 3), *[0.0] * 299], (
+        "of three tokens, the last weighs nothing"
+    )
     assert found["mtp_loss_mask"][5:250].count_nonzero() == sum(range(244))
 
 
@@ -129,7 +146,8 @@ def test_documents_that_are_too_short_ask_for_nothing():
 
 def test_losses_of_every_depth_are_those_of_the_definition(tmp_path):
     (found,) = run_ranks(1, by_hand, tmp_path)
-    for name, (losses, expected, next_alone) in found.items():
+    for name, (losses, expected, next_alone, turned) in found.items():
+        assert turned == [0.0, 0.0, 1.0, 1.0], "they have positions whatever no_rope_freq says of the decoder's"
         assert losses.shape == (2, LENGTH, 1 + 2), name
         assert torch.equal(losses[..., 0], next_alone), "an evaluation is that of the model without"
         torch.testing.assert_close(losses, expected, rtol=2e-5, atol=1e-5, msg=name)

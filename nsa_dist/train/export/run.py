@@ -22,7 +22,6 @@ from nsa_dist.train.model import bare_model, sharding_metadata
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.world import entered
 
-
 _OF_MTP = ("mtp_num_layers", "mtp_loss_scaling_factor")
 
 

@@ -103,11 +103,11 @@ def _drawn(held: int, wanted: int, folder: Path) -> tuple[str, ...]:
     if wanted <= held:
         return ()
     which = "they" if not held else f"those behind the first {held}"
-    return (f"{folder} has {held} layers of multi-token prediction and the run {wanted}: {which} begin as drawn",)
+    return (f"{folder} has {held or 'no'} layers of multi-token prediction, the run {wanted}: {which} begin as drawn",)
 
 
 def _fill_from_checkpoint(model: GPTModel, path: Path, num_mtp_layers: int) -> None:
-    """Layers of multi-token prediction of which the checkpoint, which has `num_mtp_layers`, has none stay as they are."""
+    """Layers of multi-token prediction behind the `num_mtp_layers` of the checkpoint stay as they are."""
     whole = model.sharded_state_dict(metadata=sharding_metadata(model.config))
     missing = {name for name in whole if name.startswith("mtp.") and int(name.split(".")[2]) >= num_mtp_layers}
     held = {name: x for name, x in whole.items() if name not in missing}

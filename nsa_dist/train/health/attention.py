@@ -96,9 +96,7 @@ class AttentionMeter:
     def _zeros_of(self, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.world.device)
 
-    def _sums(
-        self, layer: int, attention: NSASelfAttention, phi_names: list[str]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _sums(self, layer: int, attention: NSASelfAttention, phi_names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         seen, (_, squares, chosen) = self.seen[layer], self._zeros(phi_names)
         heads = len(seen.chosen)
         first = get_pg_rank(attention.pg_collection.tp) * heads
