@@ -42,5 +42,4 @@ def _left_out(run: Path) -> tuple[str, ...]:
     layers = config_of(OutputDir(run)).model.num_mtp_layers
     if not layers:
         return ()
-    what = "the layer" if layers == 1 else f"the {layers} layers"
-    return (f"{what} of multi-token prediction stayed in the run: the folder has the model that they helped to train",)
+    return (f"layers of multi-token prediction ({layers}) stayed in the run: the folder has the model of the next token",)
