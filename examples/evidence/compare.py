@@ -31,6 +31,7 @@ from nsa_launch.config import load
 from nsa_launch.versions import versions
 
 ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("train", "validation", "tasks", "far_context")  # of records that a line is made of
 
 
 @dataclass
@@ -118,7 +119,7 @@ class Run:
     def result(self, commit: str | None, machine: dict[str, str]) -> dict[str, Any]:
         """Its line, whether it came to its end or not."""
         assert self.process is not None
-        metrics = {kind: read_metrics(self.folder / "metrics.jsonl", kind) for kind in ("train", "validation", "tasks")}
+        metrics = {kind: read_metrics(self.folder / "metrics.jsonl", kind) for kind in KINDS}
         speeds = [record["tokens_per_s"] for record in metrics["train"]]
         return {
             "experiment": self.config.stem,
@@ -130,6 +131,8 @@ class Run:
             "train": [[r["step"], r["tokens"], r["loss"]] for r in metrics["train"]],
             "validation": [[r["step"], r["loss"]] for r in metrics["validation"]],
             "tasks": [{"step": r["step"], **r["tasks"]} for r in metrics["tasks"]],
+            "by_position": [{"step": r["step"], **r.get("by_position", {})} for r in metrics["validation"]],
+            "far_context": [{name: r[name] for name in r if name != "kind"} for r in metrics["far_context"]],
             "command": shlex.join(["python", *self.command[1:]]),  # of any environment
             "configuration": _configuration(self.folder / "config.yaml"),
             "commit": commit,

@@ -2,8 +2,9 @@
 
     python examples/evidence/pictures.py runs/copy-cpu/results.jsonl --out runs/copy-cpu
 
-Draws `losses.png`; where there are tasks also `answers.png`, by step, and for each of them `TASK.png`, heat maps of
-length and depth side by side. Where the lines are of several experiments, as stages are, each has a folder of its own.
+Draws `losses.png` and `positions.png`, losses by place in a document; where there are tasks also `answers.png`, by
+step, and for each of them `TASK.png`, heat maps of length and depth side by side. Where the lines are of several
+experiments, as stages are, each has a folder of its own.
 Runs that failed are left out and named.
 """
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"losses": losses(results), **answers(results)}
+    figures = {"losses": losses(results), **positions(results), **answers(results)}
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=130)
     print(f"drew {', '.join(f'{name}.png' for name in figures)} in {folder}")
@@ -64,6 +65,26 @@ def losses(results: Results) -> Figure:
     axes.legend()
     axes.grid(alpha=0.3)
     return figure
+
+
+def positions(results: Results) -> dict[str, Figure]:
+    """ "positions": losses of the last evaluation by place in the document; none of lines without."""
+    last = {attention: [run.get("by_position", [{}])[-1] for run in runs] for attention, runs in results.items()}
+    curves = {
+        name: [{int(place): loss for place, loss in one.items() if place != "step"} for one in many]
+        for name, many in last.items()
+    }
+    if not all(curve for many in curves.values() for curve in many):
+        return {}
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for index, (attention, many) in enumerate(curves.items()):
+        spread(axes, by_step_of(many), attention, len(many), index)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="bytes of the document before, up to", ylabel="validation loss of text (nats per byte)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return {"positions": figure}
 
 
 def answers(results: Results) -> dict[str, Figure]:

@@ -19,6 +19,8 @@ from nsa_dist.train.mtp.labels import joined
 from nsa_dist.train.traffic import TrafficMeter
 from nsa_dist.train.world import World
 
+_FIRST_PLACE = 6  # losses by place in a document: of its first 64 tokens, then up to 128, ...
+
 
 class StepResult(NamedTuple):
     """Of one step over all ranks: mean loss in nats per token, gradient norm before clipping, the rate used.
@@ -61,7 +63,10 @@ def train_step(
     balance = Balance.begun(model, cutter)
     with meter.counting(model) as counted:
         batches = balance.telling(meter.noting(ahead.micro_batches(first)))
-        totals = _forward_backward(model, cutter, batches, forward_only=False)
+        weights = _weights(cutter)
+        totals = _forward_backward(
+            model, cutter, batches, partial(_training_step, weights=weights), num_pairs=len(weights), forward_only=False
+        )
     ahead.make()  # all is launched, and what follows waits for the device
     lr = model.optimizer.param_groups[0]["lr"]
     tables = [table.to(world.device) for table in (meter.pack(model, counted), balance.pack())]
@@ -85,35 +90,68 @@ def train_step(
     return results[0]
 
 
+class Evaluation(NamedTuple):
+    """Mean losses in nats per token, as in `StepResult`."""
+
+    loss: float
+    by_position: dict[int, float]  # of tokens before this place in their documents, and behind the one ahead of it
+    num_tokens: float
+
+
 @torch.no_grad()
-def evaluate(model: Trainable, cutter: BatchCutter, dataset: SampleSource, num_batches: int, world: World) -> float:
-    """Mean loss in nats per token over the first `num_batches` global batches of `dataset`."""
+def evaluate(
+    model: Trainable, cutter: BatchCutter, dataset: SampleSource, num_batches: int, world: World
+) -> Evaluation:
+    """Over the first `num_batches` global batches of `dataset`."""
     model.module.eval()
-    size = cutter.config.run.global_batch_size
-    firsts = range(0, num_batches * size, size)
-    sums = [_forward_backward(model, cutter, cutter.micro_batches(dataset, n), forward_only=True) for n in firsts]
-    return _means(world.sum(torch.stack(sums).sum(0)).tolist())[0]
+    run = cutter.config.run
+    places = _places(run.sequence_length)
+    step = partial(_evaluation_step, places=places)
+    firsts = range(0, num_batches * run.global_batch_size, run.global_batch_size)
+    sums = [
+        _forward_backward(
+            model, cutter, cutter.micro_batches(dataset, n), step, num_pairs=1 + len(places), forward_only=True
+        )
+        for n in firsts
+    ]
+    totals = world.sum(torch.stack(sums).sum(0)).tolist()
+    loss, *of_places = _means(totals)
+    by_position = {place: mean for place, mean in zip(places, of_places, strict=True) if not math.isnan(mean)}
+    return Evaluation(loss, by_position, totals[1 + len(places)])
+
+
+def _places(length: int) -> list[int]:
+    """Powers of two, the last one no less than `length`."""
+    return [2**n for n in range(_FIRST_PLACE, max(_FIRST_PLACE, (length - 1).bit_length()) + 1)]
+
+
+def _weights(cutter: BatchCutter) -> list[float]:
+    """Of the losses by depth: the next token, then each layer of multi-token prediction."""
+    model = cutter.config.model
+    return [1.0, *(model.mtp_loss_scaling_factor / model.num_mtp_layers for _ in range(model.num_mtp_layers))]
 
 
 def _means(sums: Sequence[float]) -> list[float]:
-    """[loss sums, tokens] -> nats a token, by depth.
+    """[loss sums, tokens] -> nats a token, of each pair.
 
     NaN where no token has a label of its own document: nothing can be learnt of such a batch.
     """
-    depths = len(sums) // 2
-    return [loss / tokens if tokens else math.nan for loss, tokens in zip(sums[:depths], sums[depths:], strict=True)]
+    half = len(sums) // 2
+    return [loss / tokens if tokens else math.nan for loss, tokens in zip(sums[:half], sums[half:], strict=True)]
 
 
-def _forward_backward(model: Trainable, cutter: BatchCutter, batches: Iterator[Batch], forward_only: bool) -> Tensor:
-    """[loss sums by depth, tokens by depth] of this process, fp64; zeros where the pipeline stage computes no loss.
-
-    Depth 0 is the next token, all that an evaluation looks at; those behind it are of multi-token prediction.
-    """
-    (rows, length), sizes = cutter.shape, cutter.config.model
-    depths = 0 if forward_only else sizes.num_mtp_layers
-    weights = [1.0] + [sizes.mtp_loss_scaling_factor / depths] * depths if depths else [1.0]
+def _forward_backward(
+    model: Trainable,
+    cutter: BatchCutter,
+    batches: Iterator[Batch],
+    step: Callable,
+    num_pairs: int,
+    forward_only: bool,
+) -> Tensor:
+    """[loss sums, tokens] of this process, fp64, `num_pairs` of both; zeros where the stage computes no loss."""
+    rows, length = cutter.shape
     micro_losses = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, weights=weights),
+        forward_step_func=step,
         data_iterator=batches,
         model=model.module,
         num_microbatches=cutter.num_micro_batches,
@@ -121,11 +159,11 @@ def _forward_backward(model: Trainable, cutter: BatchCutter, batches: Iterator[B
         micro_batch_size=rows,
         forward_only=forward_only,
     )
-    totals = torch.zeros(2 * len(weights), dtype=torch.float64, device=cutter.world.device)
+    totals = torch.zeros(2 * num_pairs, dtype=torch.float64, device=cutter.world.device)
     return sum((micro["loss"] for micro in micro_losses), totals)
 
 
-def _forward_step(
+def _training_step(
     batches: Iterator[Batch], model: torch.nn.Module, weights: Sequence[float]
 ) -> tuple[Tensor, Callable]:
     batch = next(batches)
@@ -152,3 +190,26 @@ def _loss(
     report = torch.stack([*(loss.detach().double() for loss in sums), *(number.double() for number in numbers)])
     weighed = [weight * loss for weight, loss in zip(weights, sums, strict=True)]
     return torch.stack(weighed).sum(), numbers[0].to(torch.int), {"loss": report}
+
+
+def _evaluation_step(
+    batches: Iterator[Batch], model: torch.nn.Module, places: Sequence[int]
+) -> tuple[Tensor, Callable]:
+    batch = next(batches)
+    output = model(
+        batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=batch.packed_seq_params
+    )
+    return output, partial(_loss_by_place, batch.loss_mask, batch.position_ids, places)
+
+
+def _loss_by_place(
+    loss_mask: Tensor, position_ids: Tensor, places: Sequence[int], token_losses: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """As `_loss`, of all tokens and of those of each place."""
+    weighed = token_losses.float() * loss_mask
+    place = torch.bucketize(position_ids, torch.tensor(places, device=position_ids.device), right=True).flatten()
+    report = []
+    for x in (weighed, loss_mask):
+        sums = torch.zeros(len(places), dtype=torch.float64, device=x.device)
+        report += [x.sum().double()[None], sums.index_add(0, place, x.double().flatten())]
+    return weighed.sum(), loss_mask.sum().to(torch.int), {"loss": torch.cat(report)}

@@ -56,7 +56,9 @@ def test_layers_of_multi_token_prediction_stay_in_the_run(base, tmp_path):
         assert all(4 < loss < 7 for loss in record["mtp_loss"])
     assert not any("mtp_loss" in record for record in records(base, "CP2"))
     (notice,) = write(base / "predicts ahead", tmp_path / "out").notices
-    assert notice == "layers of multi-token prediction (2) stayed in the run: the folder has the model of the next token"
+    assert (
+        notice == "layers of multi-token prediction (2) stayed in the run: the folder has the model of the next token"
+    )
     assert not any("mtp" in name for name, _ in load_model(tmp_path / "out").named_parameters())
     assert write(base / "CP2", tmp_path / "other").notices == ()
 

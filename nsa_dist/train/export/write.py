@@ -42,4 +42,6 @@ def _left_out(run: Path) -> tuple[str, ...]:
     layers = config_of(OutputDir(run)).model.num_mtp_layers
     if not layers:
         return ()
-    return (f"layers of multi-token prediction ({layers}) stayed in the run: the folder has the model of the next token",)
+    return (
+        f"layers of multi-token prediction ({layers}) stayed in the run: the folder has the model of the next token",
+    )
