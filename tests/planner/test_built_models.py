@@ -1,5 +1,7 @@
 """The planner's memory against models that are really built."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from nsa_dist.train.config import ModelSection, RunSection, TrainConfig
 from nsa_dist.train.sections.nsa import NSASection
 from planner_cases import cluster
 from ranks import run_ranks
+from train_cases import small_config
 
 EXPERTS = {
     "num_experts": 6, "moe_router_topk": 2, "moe_ffn_hidden_size": 40, "moe_shared_expert_intermediate_size": 24,
@@ -85,6 +88,35 @@ def _measure(config: TrainConfig, world) -> dict[str, int]:
         "optimizer": _tensor_bytes(model.optimizer.state_dict()),
         "saved": sum(x.untyped_storage().nbytes() for x in saved.values()),
     }
+
+
+STAGES = {
+    "two, untied": {"mtp_num_layers": 2},
+    "one, tied": {"mtp_num_layers": 1, "tie_embeddings": True},
+    "experts": {**EXPERTS, "num_layers": 2, "mtp_num_layers": 1, "moe_layer_freq": [0, 1]},
+}
+
+
+def stage_parameters(rank: int, base: Path) -> dict[str, tuple[int, int]]:
+    """Of a pipeline stage, as it is built and as it is planned."""
+    from nsa_dist.train.model import bare_model
+    from nsa_dist.train.world import entered
+
+    found = {}
+    for name, model in STAGES.items():
+        config = small_config(base, "x", model=model, parallel={"pipeline_model_parallel_size": 2})
+        with entered(config, torch.device("cpu")) as world:
+            built = sum(weight.numel() for weight in bare_model(config, world)[1].parameters())
+        found[name] = built, Shape.of(config, 1, "zigzag").stage_parameters(rank)
+    return found
+
+
+@pytest.mark.slow
+def test_the_last_stage_has_the_layers_of_multi_token_prediction(tmp_path):
+    first, last = run_ranks(2, stage_parameters, tmp_path)
+    for name in STAGES:
+        assert first[name][0] == first[name][1]
+        assert last[name][0] == last[name][1] > first[name][0]
 
 
 def _tensor_bytes(state: object) -> int:

@@ -185,6 +185,9 @@ def test_every_layout_trains_like_one_process(base, name, layout):
     assert [r["step"] for r in got] == list(range(1, STEPS + 1))
     assert largest_difference(got, expected) < 1e-6
     assert largest_ahead(got, expected) < 1e-6
+    both = [records(base, folder, "experts") for folder in (f"{name} {layout}", name)]
+    if name == "experts":
+        assert largest_difference(*both, ("load_balancing_loss", "busiest", "least")) < 1e-6
     got, expected = (records(base, folder, "validation") for folder in (f"{name} {layout}", name))
     assert got[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-6)
 
