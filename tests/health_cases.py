@@ -92,8 +92,8 @@ def spoiled(is_bad: Callable[[int], bool], told: list, firsts: list[int], by: st
         seen.model = model
         return result
 
-    def poisoned(model, cutter, batches, forward_only):
-        totals = forward_backward(model, cutter, batches, forward_only)
+    def poisoned(model, *arguments, forward_only, **others):
+        totals = forward_backward(model, *arguments, forward_only=forward_only, **others)
         if not forward_only and is_bad(seen.first) and dist.get_rank() == dist.get_world_size() - 1:
             if by == "loss":
                 return totals * math.nan
