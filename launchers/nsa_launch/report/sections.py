@@ -79,9 +79,8 @@ def _ahead(train: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, fl
     """Of each layer of multi-token prediction, by step."""
     found: dict[str, list[tuple[float, float]]] = {}
     for record in train:
-        for depth, loss in enumerate(record.get("mtp_loss") or [], 1):
-            if isinstance(loss, int | float):
-                found.setdefault(f"{depth} behind the next token", []).append((record["step"], float(loss)))
+        for path, loss in numbers({"mtp_loss": record.get("mtp_loss")}).items():
+            found.setdefault(path, []).append((record["step"], loss))
     return found
 
 
