@@ -91,7 +91,7 @@ def choose(output: OutputDir, step: int | None = None) -> Chosen:
 def megatron_model(run: Path, step: int) -> Iterator[tuple[TrainConfig, GPTModel]]:
     """Inside, the run's configuration and its whole model in Megatron-core; needs no process group and leaves none.
 
-    Both without layers of multi-token prediction, by which no next token is predicted.
+    Both without layers of multi-token prediction, which predict no next token.
     """
     output = OutputDir(run)
     config = without_mtp(config_of(output))

@@ -1,10 +1,11 @@
 """What the layers of multi-token prediction are to predict, found on whole samples before these are cut over ranks."""
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+NAMES = ("mtp_labels", "mtp_loss_mask")
 
 
 def predicted(sample: Mapping[str, Tensor], num_depths: int) -> dict[str, Tensor]:
@@ -16,16 +17,15 @@ def predicted(sample: Mapping[str, Tensor], num_depths: int) -> dict[str, Tensor
     Both 0 where token i + k is of another document (by "cu_seqlens") or behind the sample: what is known there is not
     what follows on token i, or is not known.
     """
-    labels, mask = sample["labels"], sample["loss_mask"]
-    found = labels.new_zeros(len(labels), num_depths), mask.new_zeros(len(mask), num_depths)
-    for start, end in pairwise(sample["cu_seqlens"].tolist()):
-        for depth in range(1, min(num_depths, end - start - 1) + 1):
-            for moved, row in zip(found, (labels, mask), strict=True):
-                moved[start : end - depth, depth - 1] = row[start + depth : end]
+    rows, bounds = (sample["labels"], sample["loss_mask"]), sample["cu_seqlens"]
+    length = len(rows[0])
+    found = [row.new_zeros(length, num_depths) for row in rows]
+    ends = bounds[1:].repeat_interleave(bounds.diff())  # of the document of each token
+    for depth in range(1, min(num_depths, length - 1) + 1):
+        is_here = torch.arange(depth, length) < ends[: length - depth]
+        for moved, row in zip(found, rows, strict=True):
+            moved[: length - depth, depth - 1] = row[depth:] * is_here
     return dict(zip(NAMES, found, strict=True))
-
-
-NAMES = ("mtp_labels", "mtp_loss_mask")
 
 
 def joined(one: Tensor, others: Tensor) -> Tensor:
