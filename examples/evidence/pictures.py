@@ -104,11 +104,14 @@ def answers(results: Results) -> dict[str, Figure]:
 
 
 def heat_maps(results: Results, task: str) -> Figure:
-    """Length down, depth across, one map for each attention: the mean over seeds at the last evaluation."""
-    figure = Figure(figsize=(4.6 * len(results), 3.2), layout="constrained")
-    for axes, (attention, runs) in zip(
-        figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
-    ):
+    """Length down, depth across, a map for each attention, four in a row: the mean over seeds, last evaluation."""
+    columns = min(len(results), 4)
+    down = -(-len(results) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.2 * down), layout="constrained")
+    places = figure.subplots(down, columns, squeeze=False).flatten()
+    for empty in places[len(results) :]:
+        empty.set_axis_off()
+    for axes, (attention, runs) in zip(places, results.items(), strict=False):
         lengths = [run["tasks"][-1][task]["by_length"] for run in runs]
         rows = [
             [averaged([one[length]["by_depth"][depth] for one in lengths]) for depth in range(len(first["by_depth"]))]
