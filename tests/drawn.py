@@ -144,7 +144,7 @@ def is_small(config: RunConfig) -> bool:
     tokens = run.sequence_length * (run.global_batch_size + run.eval_batches)
     experts = (model.num_experts or 0) * model.expert_hidden_size + (model.moe_shared_expert_intermediate_size or 0)
     width = max(model.hidden_size, model.ffn_hidden_size, model.num_attention_heads * model.head_dim, experts)
-    return config.world_size <= 2 and model.num_layers * tokens * width <= 2**24
+    return config.world_size <= 2 and (model.num_layers + model.num_mtp_layers) * tokens * width <= 2**24
 
 
 def accepted_and_small(home: Path, seeds: Iterable[int], number: int) -> list[int]:

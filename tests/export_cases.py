@@ -36,6 +36,10 @@ LAYOUTS: dict[str, dict] = {
         "parallel": {"context_parallel_size": 2},
         "model": {"num_experts": 3, "moe_router_topk": 1, "moe_router_pre_softmax": True},
     },
+    "predicts ahead": {
+        "parallel": {"pipeline_model_parallel_size": 2},
+        "model": {"mtp_num_layers": 2, "tie_embeddings": True}, "data": {"documents": "packed"},
+    },
 }  # fmt: skip
 
 

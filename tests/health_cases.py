@@ -92,8 +92,8 @@ def spoiled(is_bad: Callable[[int], bool], told: list, firsts: list[int], by: st
         seen.model = model
         return result
 
-    def poisoned(model, cutter, batches, forward_only):
-        totals = forward_backward(model, cutter, batches, forward_only)
+    def poisoned(model, *arguments, forward_only, **others):
+        totals = forward_backward(model, *arguments, forward_only=forward_only, **others)
         if not forward_only and is_bad(seen.first) and dist.get_rank() == dist.get_world_size() - 1:
             if by == "loss":
                 return totals * math.nan
@@ -225,7 +225,7 @@ def one_rank(rank: int, base: Path) -> None:
             attention.layer_number: {
                 name: weight.detach().clone() for name, weight in attention.core_attention.named_parameters()
             }
-            for attention in self.model.attentions
+            for attention in self.model.attentions.values()
         }
         torch.save({"seen": dict(plain), "phi": phi}, base / f"plain {step}.pt")
         return record(self, step)
@@ -234,11 +234,12 @@ def one_rank(rank: int, base: Path) -> None:
         plain.clear()
         hooks = [
             attention.core_attention.register_forward_hook(_keeper(plain, attention.layer_number, attention))
-            for attention in model.attentions
+            for attention in model.attentions.values()
         ]
         with ExitStack() as stack:
             blocks = {
-                a.layer_number: stack.enter_context(a.core_attention.recording_blocks()) for a in model.attentions
+                a.layer_number: stack.enter_context(a.core_attention.recording_blocks())
+                for a in model.attentions.values()
             }
             result = train_step(model, *others)
         for hook in hooks:

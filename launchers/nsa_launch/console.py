@@ -12,7 +12,7 @@ from nsa_dist.train.files.records import MetricsFollower, Record, read_metrics
 from nsa_dist.train.health.record import SLOW
 from nsa_launch.config import RunConfig
 from nsa_launch.hangs.watch import HangWatch
-from nsa_launch.progress import TrainProgress, answers
+from nsa_launch.progress import TrainProgress, answers, losses
 from nsa_launch.ranks import output as rank_output
 from nsa_launch.run_folder import MORE_MEMORY, OUT_OF_MEMORY, PROCESS_DIED, RunFolder
 from nsa_launch.terminal import Terminal
@@ -272,4 +272,4 @@ class LineProgress:
             self._console.say(f"{step}  answers {answers(record)}")
         elif record["kind"] == "train" and (time.monotonic() >= self._due_s or record["step"] == self._total_steps):
             self._due_s = time.monotonic() + _LINE_INTERVAL_S
-            self._console.say(f"{step}  loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s")
+            self._console.say(f"{step}  loss {losses(record)}  {record['tokens_per_s']:,.0f} tokens/s")

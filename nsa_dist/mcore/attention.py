@@ -46,6 +46,8 @@ class PlannedSelfAttention(Attention):
     An `inference_context` has the keys and values so far, and `hidden_states` are the tokens behind them: of all rows
     equally many if it is a static one (`inference/static.py`), of each request its own (`inference/dynamic.py`).
 
+    `has_positions` gives it some whatever `no_rope_freq` says of its number.
+
     Raises ValueError for what the layer does not do: attention biases, cross attention, CUDA graphs of a context; for
     lengths that would let a selection block span two context-parallel ranks.
     """
@@ -59,6 +61,7 @@ class PlannedSelfAttention(Attention):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         plans: PlanCache | None = None,
+        has_positions: bool = False,
         **later_versions: Any,
     ) -> None:
         need_nsa_config(config, type(self).__name__)
@@ -78,7 +81,7 @@ class PlannedSelfAttention(Attention):
             **later_versions,
         )
         self.plans = plans or PlanCache(config)
-        self.rotary = config.rotary_of(layer_number)
+        self.rotary = config.rotary if has_positions else config.rotary_of(layer_number)
         self.core_attention = self._build_core()
         self._build_projections(submodules)
         self._build_norms()

@@ -95,6 +95,7 @@ def nsa_layer_spec(config: NSATransformerConfig, backend: Backend = "local") -> 
 def nsa_mtp_spec(config: NSATransformerConfig, vp_stage: int | None = None, backend: Backend = "local") -> Any:
     """Multi-token prediction by NSA layers, `GPTModel(..., mtp_block_spec=nsa_mtp_spec(config))`.
 
+    They are of the last layer's kind, and have positions whatever `no_rope_freq` says of it.
     None where there is none, in the configuration or on this pipeline stage. Without Transformer Engine its norms are
     those of `nsa_block_spec`, for Megatron's refuse sequence parallelism.
     """
@@ -102,6 +103,8 @@ def nsa_mtp_spec(config: NSATransformerConfig, vp_stage: int | None = None, back
     if not config.mtp_num_layers:
         return None
     layer = layer_spec(config, backend, layer_kinds(config)[-1], PlanCache(config))
+    # Their numbers go on from the decoder's in Megatron-core 0.16, and begin again at 1 in 0.19.
+    layer.submodules.self_attention.params["has_positions"] = True
     block = get_gpt_mtp_block_spec(
         config,
         TransformerBlockSubmodules(layer_specs=[layer]),

@@ -49,7 +49,7 @@ def stage_memory(
     """{kind: bytes} of one pipeline stage that keeps `in_flight` micro batches for their backward."""
     parameters = shape.stage_parameters(stage)
     is_last = stage == shape.num_stages - 1
-    layers = shape.layers_per_stage * in_flight  # layers whose saved tensors are alive together
+    layers = len(shape.mlps(stage)) * in_flight  # layers whose saved tensors are alive together
     kept = 1 if shape.config.model.recompute_attention else layers
     held = as_held(shape.core, strategy, options, cluster)
     keeps_pages = options.fetch.keep_pages and strategy.how == "fetch"
@@ -64,7 +64,7 @@ def stage_memory(
         "compressed": kept * shape.calls * compressed_bytes(shape.core),
         "pages": moment.remote + kept_pages,
         "mailboxes": kept_for_exchanges(shape.core, strategy, options, cluster),
-        "logits": is_last * logits_bytes(shape),
+        "logits": is_last * (1 + shape.mtp_layers(stage)) * logits_bytes(shape),
         "transient": kept * core_saved_bytes(shape) + working_bytes(shape, moment.work, stage),
         "reserved": int(cluster.reserved_bytes.value),
     }
@@ -134,7 +134,10 @@ def working_bytes(shape: Shape, attention: int, stage: int) -> int:
 
 
 def _ends_bytes(shape: Shape, stage: int) -> int:
-    """Token ids before the first layer; the final norm, targets and mask after the last."""
-    norm = (2 * shape.config.model.hidden_size * shape.element_bytes + 4) * shape.norm_share
+    """Token ids before the first layer; the final norm, targets and mask after the last, and after each behind it."""
+    row = shape.config.model.hidden_size * shape.element_bytes
+    norm = (2 * row + 4) * shape.norm_share
     first, last = stage == 0, stage == shape.num_stages - 1
-    return int(shape.tokens * (8 * first + (norm + 9) * last))
+    # Of multi-token prediction: ids, their embeddings, both in one row, the roots of two norms.
+    ahead = shape.mtp_layers(stage) * (8 + (3 * row + 2 * 4) * shape.norm_share + norm + 9)
+    return int(shape.tokens * (8 * first + (norm + 9) * last + ahead))

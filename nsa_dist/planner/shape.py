@@ -46,8 +46,13 @@ class Shape:
         return self.config.parallel.pipeline_model_parallel_size
 
     @property
-    def layers_per_stage(self) -> int:
-        return self.config.model.num_layers // self.num_stages
+    def most_layers(self) -> int:
+        """Of a pipeline stage."""
+        return max(len(self.mlps(stage)) for stage in range(self.num_stages))
+
+    def mtp_layers(self, stage: int) -> int:
+        """Of multi-token prediction: the last stage has all."""
+        return self.config.model.num_mtp_layers if stage == self.num_stages - 1 else 0
 
     @property
     def gpus_per_replica(self) -> int:
@@ -104,10 +109,10 @@ class Shape:
         return (self.heads.dim_k, self.heads.dim_v) if self.config.nsa.compression == "mlp" else ()
 
     def mlps(self, stage: int) -> list[LayerMLP]:
-        """Of the layers of a pipeline stage."""
-        first = stage * self.layers_per_stage
-        has_experts = self.config.model.layers_with_experts[first : first + self.layers_per_stage]
-        return [self._experts if experts else self._mlp for experts in has_experts]
+        """Of the layers of a pipeline stage, those of multi-token prediction among them."""
+        has_experts, per_stage = self.config.model.layers_with_experts, self.config.model.num_layers // self.num_stages
+        here = has_experts[stage * per_stage :][:per_stage] + has_experts[-1:] * self.mtp_layers(stage)
+        return [self._experts if experts else self._mlp for experts in here]
 
     @property
     def _mlp(self) -> LayerMLP:
@@ -149,19 +154,32 @@ class Shape:
     def layer_parameters(self, mlp: LayerMLP) -> int:
         return self.projection_parameters + mlp.parameters + self.phi_parameters + 2 * self.config.model.hidden_size
 
+    @property
+    def mtp_projection_parameters(self) -> int:
+        """Of one layer of multi-token prediction: of an embedding and a hidden state it makes one row."""
+        return 2 * self.config.model.hidden_size**2 // self.tensor_size
+
     def stage_multiplications(self, stage: int) -> int:
-        """Of one token in the linear layers of a stage."""
-        return sum(self.projection_parameters + mlp.active_parameters for mlp in self.mlps(stage))
+        """Of one token in the linear layers of a stage, but for the output layer after the decoder."""
+        ahead = self.mtp_projection_parameters + self.local_vocab * self.config.model.hidden_size
+        layers = sum(self.projection_parameters + mlp.active_parameters for mlp in self.mlps(stage))
+        return layers + self.mtp_layers(stage) * ahead
 
     def stage_parameters(self, stage: int) -> int:
-        """Of one pipeline stage: its layers, the embedding on the first, the final norm and the output on the last."""
+        """Of one pipeline stage: its layers, the embedding on the first, the final norm and the output on the last.
+
+        Layers of multi-token prediction have three norms more, and need the embedding as well.
+        """
         hidden = self.config.model.hidden_size
         embedding = self.local_vocab * hidden
         is_first, is_last = stage == 0, stage == self.num_stages - 1
-        has_output = is_last and not (is_first and self.config.model.tie_embeddings)
+        ahead = self.mtp_layers(stage)
+        has_embedding = is_first or ahead > 0
+        has_output = is_last and not (has_embedding and self.config.model.tie_embeddings)
         return (
             sum(map(self.layer_parameters, self.mlps(stage)))
-            + is_first * embedding
+            + ahead * (self.mtp_projection_parameters + 3 * hidden)
+            + has_embedding * embedding
             + has_output * embedding
             + is_last * hidden
         )

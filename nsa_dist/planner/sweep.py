@@ -158,7 +158,7 @@ def _step_bytes(shape: Shape, strategy: Strategy, options: Options, micro_batche
     once = trips(strategy, options)
     for kind in most.keys() & {"pages", "pages.inside"}:
         most[kind] = most[kind] * (once + again) // once
-    calls = shape.layers_per_stage * micro_batches * shape.calls
+    calls = shape.most_layers * micro_batches * shape.calls
     return {kind: num_bytes * calls for kind, num_bytes in most.items()}
 
 

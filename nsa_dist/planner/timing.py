@@ -32,7 +32,7 @@ def step_time(
     # A pipeline of s stages takes s - 1 micro batches to fill and drain.
     rounds = micro_batches + shape.num_stages - 1
     sequences = rounds * shape.batch
-    calls = shape.layers_per_stage * rounds * shape.calls
+    calls = shape.most_layers * rounds * shape.calls
     exposed = 1 - options.overlap
     attention, forwards = attention_s(shape.core, strategy, cluster), forward_runs(shape)
     compute = {b: calls * (forwards * attention.forward[b] + attention.backward[b]) for b in BRANCHES}
@@ -108,7 +108,7 @@ def tensor_wire_s(shape: Shape, cluster: Cluster) -> float:
     layer_s = 4 * (all_reduce_s(cluster, link, size, hidden) + link.latency_s.value)
     experts = max(sum(mlp.num_experts for mlp in shape.mlps(stage)) for stage in range(shape.num_stages))
     told = (size - 1) / size * shape.plan.tokens_per_rank * experts * (4 + 1 + 4)  # weights, choices; gradients
-    return shape.layers_per_stage * layer_s + told / rate(cluster, link, "all_gather")
+    return shape.most_layers * layer_s + told / rate(cluster, link, "all_gather")
 
 
 def gradient_wire_s(shape: Shape, cluster: Cluster, replicas: int) -> float:

@@ -192,14 +192,15 @@ def _room(plan: Plan) -> Iterator[str]:
 
 def _experts(plan: Plan) -> Iterator[str]:
     """What every rank holds of them, and how their time is counted."""
-    shape = (plan.best or _least(plan)).shape
+    shape, model = (plan.best or _least(plan)).shape, plan.config.model
     held = [mlp for stage in range(shape.num_stages) for mlp in shape.mlps(stage) if mlp.num_experts]
     if not held:
         return
     all_of_them, active = (sum(getattr(mlp, name) for mlp in held) for name in ("parameters", "active_parameters"))
     cut = f", 1/{shape.tensor_size} of each" if shape.tensor_size > 1 else ""
+    layers = model.num_layers + model.num_mtp_layers
     yield (
-        f"Experts: {len(held)} of {shape.config.model.num_layers} layers, {held[0].num_experts} each{cut}, all on "
+        f"Experts: {len(held)} of {layers} layers, {held[0].num_experts} each{cut}, all on "
         f"every rank of a stage; with routers {all_of_them / 1e9:.2f}B parameters, {active / 1e9:.2f}B of them for a "
         f"token. Their time is that of large products, in a loop over experts that are taken evenly: it takes longer."
     )

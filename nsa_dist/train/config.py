@@ -117,6 +117,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check_sections_together(self) -> "TrainConfig":
         _check_sequence(self)
+        _check_mtp(self)
         _check_pack_order(self)
         _check_positions(self)
         _check_task_lengths(self)
@@ -176,6 +177,15 @@ def _check_sequence(config: TrainConfig) -> None:
             f"sequence_length={length} must be a multiple of {formula} * slc_block_len = {chunks} * {block} = "
             f"{chunks * block}, so that every rank holds whole selection blocks; "
             f"take sequence_length={round_up(length, chunks * block)}"
+        )
+
+
+def _check_mtp(config: TrainConfig) -> None:
+    depths, length = config.model.num_mtp_layers, config.run.sequence_length
+    if depths >= length:
+        raise ValueError(
+            f"mtp_num_layers={depths} must be below sequence_length={length}, because the last of these layers "
+            f"predicts the token so many behind the next one, which no sample has; take mtp_num_layers=1"
         )
 
 

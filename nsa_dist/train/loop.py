@@ -215,6 +215,7 @@ class _Run:
                 "kind": "train",
                 **position._asdict(),
                 "loss": result.loss,
+                **({"mtp_loss": result.mtp_loss} if result.mtp_loss else {}),
                 "grad_norm": result.grad_norm,
                 "lr": result.lr,
                 "tokens": position.samples * run.sequence_length,

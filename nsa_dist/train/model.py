@@ -15,11 +15,12 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from nsa_dist.mcore import NSASelfAttention, NSATransformerConfig, nsa_block_spec
+from nsa_dist.mcore import NSASelfAttention, NSATransformerConfig, nsa_block_spec, nsa_mtp_spec
 from nsa_dist.mcore.specs import layer_kinds
 from nsa_dist.rope_scaling import scaling_of
 from nsa_dist.train.config import ModelSection, OptimizerSection, TrainConfig
 from nsa_dist.train.experts.router import SampleRouter, route_by_samples
+from nsa_dist.train.mtp.gpt import PredictingGPT, inner_layer, layers_of
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.tokens.sets import padded_vocab_size
 from nsa_dist.train.world import World
@@ -41,16 +42,18 @@ class Trainable:
         return inner.module if isinstance(inner, Float16Module) else inner
 
     @property
-    def attentions(self) -> list[NSASelfAttention]:
-        """Those of this stage's layers that have NSA: a dense one has no gates, chooses no blocks and sends nothing."""
-        found = (layer.self_attention for layer in self.bare_model.decoder.layers)
-        return [attention for attention in found if isinstance(attention, NSASelfAttention)]
+    def attentions(self) -> dict[int, NSASelfAttention]:
+        """Those of this stage's layers that have NSA, by layer from 0: a dense one chooses no blocks and sends nothing.
+
+        Layers of multi-token prediction are counted behind the decoder's.
+        """
+        found = {n: layer.self_attention for n, layer in layers_of(self.bare_model).items()}
+        return {n: attention for n, attention in found.items() if isinstance(attention, NSASelfAttention)}
 
     @property
     def routers(self) -> dict[int, SampleRouter]:
         """Those of this stage's layers that have experts, by layer from 0."""
-        layers = self.bare_model.decoder.layers
-        found = {layer.layer_number - 1: getattr(layer.mlp, "router", None) for layer in layers}
+        found = {n: getattr(layer.mlp, "router", None) for n, layer in layers_of(self.bare_model).items()}
         return {layer: router for layer, router in found.items() if router is not None}
 
 
@@ -73,10 +76,11 @@ def build(config: TrainConfig, world: World, fill: Callable[[GPTModel], None] | 
 
 def bare_model(config: TrainConfig, world: World) -> tuple[NSATransformerConfig, GPTModel]:
     """This stage's part of the model on its device, without wrappers, and Megatron's configuration of it."""
-    megatron, spec = _layers(config, world)
-    model = GPTModel(
+    megatron, spec, mtp_spec = _layers(config, world)
+    model = (GPTModel if config.model.mtp_num_layers is None else PredictingGPT)(
         config=megatron,
         transformer_layer_spec=spec,
+        mtp_block_spec=mtp_spec,
         vocab_size=padded_vocab_size(config),
         max_sequence_length=config.run.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -91,18 +95,24 @@ def bare_model(config: TrainConfig, world: World) -> tuple[NSATransformerConfig,
     return megatron, model
 
 
-def _layers(config: TrainConfig, world: World) -> tuple[NSATransformerConfig, Any]:
-    """Megatron's configuration and the layers' spec. Refused where either refuses the other's sizes."""
+def _layers(config: TrainConfig, world: World) -> tuple[NSATransformerConfig, Any, Any]:
+    """Megatron's configuration, the layers' spec, and that of multi-token prediction, None where this stage has none.
+
+    Refused where one refuses the other's sizes.
+    """
     try:
         megatron = transformer_config(config, world)
-        block = nsa_block_spec(megatron)
+        block, mtp = nsa_block_spec(megatron), nsa_mtp_spec(megatron)
     except ValueError as error:
         raise Refused(str(error)) from error
-    first = get_transformer_layer_offset(megatron)
-    for layer, has_experts in zip(block.layer_specs, config.model.layers_with_experts[first:], strict=False):
-        if has_experts:
+    first, has_experts = get_transformer_layer_offset(megatron), config.model.layers_with_experts
+    layers = list(zip(block.layer_specs, has_experts[first:], strict=False))
+    if mtp is not None:
+        layers.append((inner_layer(mtp.layer_specs[0].submodules), has_experts[-1]))  # one spec for all of them
+    for layer, with_experts in layers:
+        if with_experts:
             route_by_samples(layer)
-    return megatron, block
+    return megatron, block, mtp
 
 
 def transformer_config(config: TrainConfig, world: World) -> NSATransformerConfig:
@@ -154,6 +164,7 @@ def transformer_config(config: TrainConfig, world: World) -> NSATransformerConfi
         nsa_layout=parallel.layout,
         nsa_pack_order=parallel.pack_order,
         nsa_fetch=parallel.fetch_options(),
+        mtp_num_layers=model.mtp_num_layers,
         **(recompute if model.recompute_attention else {}),
         **_experts(model),
     )

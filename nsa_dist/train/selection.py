@@ -18,11 +18,12 @@ def selected_blocks(model: Trainable, cutter: BatchCutter, dataset: SampleSource
     Runs the first batch of `dataset` through the model, on every process. Of packed documents it is the longest of the
     first micro-batch. None for a stage without NSA layers.
     """
-    if not model.attentions:
+    attentions = [each for layer, each in model.attentions.items() if layer < model.config.num_layers]
+    if not attentions:
         evaluate(model, cutter, dataset, 1, world)
         return None
     pack = next(cutter.micro_batches(dataset, 0)).pack  # which the evaluation finds made, as the newest are kept
-    with model.attentions[-1].core_attention.recording_blocks() as recorded:
+    with attentions[-1].core_attention.recording_blocks() as recorded:
         evaluate(model, cutter, dataset, 1, world)
     first_head = recorded[0][:, 0].contiguous()  # [T, n]
     shards = list(world.cp.all_gather(first_head, "selection"))

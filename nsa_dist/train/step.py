@@ -15,6 +15,7 @@ from nsa_dist.train.data.samples import SampleSource
 from nsa_dist.train.experts.balance import Balance
 from nsa_dist.train.health.finite import asked_before
 from nsa_dist.train.model import Trainable
+from nsa_dist.train.mtp.labels import joined
 from nsa_dist.train.traffic import TrafficMeter
 from nsa_dist.train.world import World
 
@@ -35,6 +36,7 @@ class StepResult(NamedTuple):
     stop: bool
     traffic: list[float]  # the sum of all ranks' tables, for `TrafficMeter.record`
     experts: list[float]  # the same for `nsa_dist.train.experts.balance.record`
+    mtp_loss: list[float | None]  # as `loss`, of each layer of multi-token prediction; None where it had no label
 
     @property
     def is_finite(self) -> bool:
@@ -61,7 +63,10 @@ def train_step(
     balance = Balance.begun(model, cutter)
     with meter.counting(model) as counted:
         batches = balance.telling(meter.noting(ahead.micro_batches(first)))
-        totals = _forward_backward(model, cutter, batches, forward_only=False)
+        weights = _weights(cutter)
+        totals = _forward_backward(
+            model, cutter, batches, partial(_training_step, weights=weights), num_pairs=len(weights), forward_only=False
+        )
     ahead.make()  # all is launched, and what follows waits for the device
     lr = model.optimizer.param_groups[0]["lr"]
     tables = [table.to(world.device) for table in (meter.pack(model, counted), balance.pack())]
@@ -70,10 +75,13 @@ def train_step(
     def may_move(grad_norm: float) -> bool:
         told = [float(world.is_main and should_stop()), 0.0 if math.isfinite(grad_norm) else 1.0]
         row = torch.cat([totals, torch.tensor(told, dtype=torch.float64, device=world.device), *tables])
-        loss_sum, num_tokens, stop, bad, *rest = world.sum(row).tolist()
+        numbers = world.sum(row).tolist()
+        loss, *others = _means(numbers[: len(totals)])
+        mtp_loss = [None if math.isnan(each) else each for each in others]
+        stop, bad, *rest = numbers[len(totals) :]
         traffic, experts = rest[: len(tables[0])], rest[len(tables[0]) :]
         shown = grad_norm if not bad or not math.isfinite(grad_norm) else math.nan  # another rank's was not finite
-        results.append(StepResult(_mean(loss_sum, num_tokens), shown, lr, stop > 0, traffic, experts))
+        results.append(StepResult(loss, shown, lr, stop > 0, traffic, experts, mtp_loss))
         return results[0].is_finite
 
     with asked_before(model.optimizer, may_move):
@@ -98,16 +106,18 @@ def evaluate(
     model.module.eval()
     run = cutter.config.run
     places = _places(run.sequence_length)
+    step = partial(_evaluation_step, places=places)
     firsts = range(0, num_batches * run.global_batch_size, run.global_batch_size)
     sums = [
-        _forward_backward(model, cutter, cutter.micro_batches(dataset, n), forward_only=True, places=places)
+        _forward_backward(
+            model, cutter, cutter.micro_batches(dataset, n), step, num_pairs=1 + len(places), forward_only=True
+        )
         for n in firsts
     ]
-    loss_sum, num_tokens, *of_places = world.sum(torch.stack(sums).sum(0)).tolist()
-    pairs = zip(places, of_places[: len(places)], of_places[len(places) :], strict=True)
-    return Evaluation(
-        _mean(loss_sum, num_tokens), {place: one / count for place, one, count in pairs if count}, num_tokens
-    )
+    totals = world.sum(torch.stack(sums).sum(0)).tolist()
+    loss, *of_places = _means(totals)
+    by_position = {place: mean for place, mean in zip(places, of_places, strict=True) if not math.isnan(mean)}
+    return Evaluation(loss, by_position, totals[1 + len(places)])
 
 
 def _places(length: int) -> list[int]:
@@ -115,22 +125,33 @@ def _places(length: int) -> list[int]:
     return [2**n for n in range(_FIRST_PLACE, max(_FIRST_PLACE, (length - 1).bit_length()) + 1)]
 
 
-def _mean(loss_sum: float, num_tokens: float) -> float:
-    """NaN where no token has a label of its own document: nothing can be learnt of such a batch."""
-    return loss_sum / num_tokens if num_tokens else math.nan
+def _weights(cutter: BatchCutter) -> list[float]:
+    """Of the losses by depth: the next token, then each layer of multi-token prediction."""
+    model = cutter.config.model
+    return [1.0, *(model.mtp_loss_scaling_factor / model.num_mtp_layers for _ in range(model.num_mtp_layers))]
+
+
+def _means(sums: Sequence[float]) -> list[float]:
+    """[loss sums, tokens] -> nats a token, of each pair.
+
+    NaN where no token has a label of its own document: nothing can be learnt of such a batch.
+    """
+    half = len(sums) // 2
+    return [loss / tokens if tokens else math.nan for loss, tokens in zip(sums[:half], sums[half:], strict=True)]
 
 
 def _forward_backward(
     model: Trainable,
     cutter: BatchCutter,
     batches: Iterator[Batch],
+    step: Callable,
+    num_pairs: int,
     forward_only: bool,
-    places: Sequence[int] = (),
 ) -> Tensor:
-    """[loss sum, tokens] of this process, fp64, then the same of each of `places`; zeros where there is no loss."""
+    """[loss sums, tokens] of this process, fp64, `num_pairs` of both; zeros where the stage computes no loss."""
     rows, length = cutter.shape
     micro_losses = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, places=places),
+        forward_step_func=step,
         data_iterator=batches,
         model=model.module,
         num_microbatches=cutter.num_micro_batches,
@@ -138,29 +159,57 @@ def _forward_backward(
         micro_batch_size=rows,
         forward_only=forward_only,
     )
-    totals = torch.zeros(2 + 2 * len(places), dtype=torch.float64, device=cutter.world.device)
+    totals = torch.zeros(2 * num_pairs, dtype=torch.float64, device=cutter.world.device)
     return sum((micro["loss"] for micro in micro_losses), totals)
 
 
-def _forward_step(
-    batches: Iterator[Batch], model: torch.nn.Module, places: Sequence[int] = ()
+def _training_step(
+    batches: Iterator[Batch], model: torch.nn.Module, weights: Sequence[float]
+) -> tuple[Tensor, Callable]:
+    batch = next(batches)
+    labels, loss_mask = batch.labels, batch.loss_mask[..., None]
+    if len(weights) > 1:
+        assert batch.mtp_labels is not None
+        assert batch.mtp_loss_mask is not None
+        labels, loss_mask = joined(labels, batch.mtp_labels), joined(batch.loss_mask, batch.mtp_loss_mask)
+    output = model(batch.tokens, batch.position_ids, None, labels=labels, packed_seq_params=batch.packed_seq_params)
+    return output, partial(_loss, loss_mask, weights)
+
+
+def _loss(
+    loss_mask: Tensor, weights: Sequence[float], token_losses: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Megatron's form for `calculate_per_token_loss`: the sum over this rank's tokens, and their number.
+
+    loss_mask [b, T, depths], token_losses the same, or [b, T] of one depth. The number is that of labels of the next
+    token, by which DeepSeek-V3 divides the losses of all depths.
+    """
+    losses = token_losses.float().view(loss_mask.shape)
+    depths = list(zip(losses.unbind(-1), loss_mask.unbind(-1), strict=True))
+    sums, numbers = [(loss * mask).sum() for loss, mask in depths], [mask.sum() for _, mask in depths]
+    report = torch.stack([*(loss.detach().double() for loss in sums), *(number.double() for number in numbers)])
+    weighed = [weight * loss for weight, loss in zip(weights, sums, strict=True)]
+    return torch.stack(weighed).sum(), numbers[0].to(torch.int), {"loss": report}
+
+
+def _evaluation_step(
+    batches: Iterator[Batch], model: torch.nn.Module, places: Sequence[int]
 ) -> tuple[Tensor, Callable]:
     batch = next(batches)
     output = model(
         batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=batch.packed_seq_params
     )
-    return output, partial(_loss, batch.loss_mask, batch.position_ids, places)
+    return output, partial(_loss_by_place, batch.loss_mask, batch.position_ids, places)
 
 
-def _loss(
+def _loss_by_place(
     loss_mask: Tensor, position_ids: Tensor, places: Sequence[int], token_losses: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Megatron's form for `calculate_per_token_loss`: the sum over this rank's tokens, and their number."""
+    """As `_loss`, of all tokens and of those of each place."""
     weighed = token_losses.float() * loss_mask
-    loss_sum, num_tokens = weighed.sum(), loss_mask.sum()
-    report = [loss_sum.detach().double()[None], num_tokens.double()[None]]
-    if places:
-        place = torch.bucketize(position_ids, torch.tensor(places, device=position_ids.device), right=True).flatten()
-        here = place == torch.arange(len(places), device=place.device)[:, None]  # [places, tokens]
-        report += [(x.detach().double().flatten() * here).sum(1) for x in (weighed, loss_mask)]
-    return loss_sum, num_tokens.to(torch.int), {"loss": torch.cat(report)}
+    place = torch.bucketize(position_ids, torch.tensor(places, device=position_ids.device), right=True).flatten()
+    here = place == torch.arange(len(places), device=place.device)[:, None]  # [places, tokens]
+    report = []
+    for x in (weighed, loss_mask):
+        report += [x.sum().double()[None], (x.double().flatten() * here).sum(1)]
+    return weighed.sum(), loss_mask.sum().to(torch.int), {"loss": torch.cat(report)}

@@ -52,7 +52,8 @@ class Expected:
 class TrafficMeter:
     """Counts a step on every rank and makes a record of the sum. A group of one sends nothing and counts nothing.
 
-    Every rank packs its counts into one table [num_layers, columns], zeros where other ranks hold the layer or head:
+    Every rank packs its counts into one table [layers, columns], those of
+    multi-token prediction behind the others, zeros where other ranks hold the layer or head:
     bytes by kind, the same by the formulas had nobody chosen a remote block, remote blocks chosen by the queries of
     each head, then `_SUMS`; in domains also pages of its shares, and those that neighbours passed on to it.
     """
@@ -73,8 +74,8 @@ class TrafficMeter:
         """Inside, this stage's attention layers count into the yielded {layer from 0: Traffic}."""
         counted: dict[int, Traffic] = {}
         with ExitStack() as stack:
-            for attention in model.attentions if self.is_on else ():
-                traffic = counted[attention.layer_number - 1] = Traffic()
+            for layer, attention in model.attentions.items() if self.is_on else ():
+                traffic = counted[layer] = Traffic()
                 stack.enter_context(attention.core_attention.counting(traffic))
             yield counted
 
@@ -94,8 +95,8 @@ class TrafficMeter:
         kinds = self._kinds
         formula = [sum(micro.sent_bytes.get(kind, 0) for micro in self.expected) for kind in kinds]
         keys = [sum(micro.busiest_keys for micro in self.expected), sum(micro.keys for micro in self.expected)]
-        for attention in model.attentions:
-            layer, traffic = attention.layer_number - 1, counted[attention.layer_number - 1]
+        for layer, attention in model.attentions.items():
+            traffic = counted[layer]
             for kind, num_bytes in traffic.sent_bytes.items():
                 if kind != "layout":
                     table[layer, kinds.index(kind)] = num_bytes
@@ -140,7 +141,8 @@ class TrafficMeter:
 
     @property
     def _table_shape(self) -> tuple[int, int]:
-        return self.config.model.num_layers, self._sums.stop + (2 if self._has_domains else 0)
+        model = self.config.model
+        return model.num_layers + model.num_mtp_layers, self._sums.stop + (2 if self._has_domains else 0)
 
     def _heads_of(self, attention: NSASelfAttention) -> slice:
         """The columns of this tensor-parallel rank's key/value heads."""

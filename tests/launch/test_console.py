@@ -64,13 +64,13 @@ def test_pipes_get_lines_of_progress(tmp_path, folder, capsys):
             '{"kind": "validation", "step": 0, "loss": 5.5}',
             '{"kind": "train", "step": 1, "loss": 5.25, "tokens_per_s": 1500}',
             '{"kind": "train", "step": 2, "loss": 5.0, "tokens_per_s": 1500}',
-            '{"kind": "train", "step": 24, "loss": 4.0, "tokens_per_s": 1500}',
+            '{"kind": "train", "step": 24, "loss": 4.0, "mtp_loss": [4.5, null], "tokens_per_s": 1500}',
         )
         console.update()
     assert capsys.readouterr().out.splitlines() == [
         "step 0/24  validation 5.5000",
         "step 1/24  loss 5.2500  1,500 tokens/s",  # the second comes too soon after it
-        "step 24/24  loss 4.0000  1,500 tokens/s",
+        "step 24/24  loss 4.0000 (mtp 4.5000, -)  1,500 tokens/s",
     ]
 
 

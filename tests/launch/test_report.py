@@ -213,6 +213,14 @@ def test_losses_of_a_tokenizers_tokens_are_by_token(folder):
     assert "2.5000 (step 24), nats per token" in seen["Summary"]
 
 
+def test_losses_of_multi_token_prediction_are_drawn_beside_the_loss(folder):
+    assert not any("mtp" in alt for alt, _ in read(lived(folder)).images)
+    write(folder, *(train(step, mtp_loss=[5.5, None if step == 2 else 6.0]) for step in range(1, 25)))
+    (drawn,) = (alt for alt, _ in read(folder).images if "training" in alt)
+    assert "mtp_loss/0" in drawn
+    assert "mtp_loss/1" in drawn
+
+
 def test_it_has_no_secret_even_where_the_configuration_has(folder):
     path = folder.path / "config.yaml"
     path.write_text(path.read_text().replace("HF_TOKEN: null", f"HF_TOKEN: {SECRET}"))
@@ -249,6 +257,8 @@ SPOILED = [
     '{"kind": "train", "step": "x", "loss": 1}',
     '{"kind": "train", "step": 3, "loss": 2.0, "tokens_per_s": "fast", "grad_norm": null}',
     '{"kind": "train", "step": 4, "loss": NaN, "lr": Infinity}',
+    '{"kind": "train", "step": 5, "loss": 2.0, "mtp_loss": 3}',
+    '{"kind": "train", "step": 6, "loss": 2.0, "mtp_loss": {"a": [null, "b"]}}',
     '{"kind": "traffic", "step": 5}',
     '{"kind": "traffic", "step": 6, "sent_bytes": [1], "layers": {"1": 3}, "union_fraction": {}}',
     '{"kind": "traffic", "step": 7, "sent_bytes": {"a": "b"}, "layers": {"1": {"union_fraction": [[1]]}}}',

@@ -1,5 +1,7 @@
 """The planner's memory against models that are really built."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from nsa_dist.train.config import ModelSection, RunSection, TrainConfig
 from nsa_dist.train.sections.nsa import NSASection
 from planner_cases import cluster
 from ranks import run_ranks
+from train_cases import small_config
 
 EXPERTS = {
     "num_experts": 6, "moe_router_topk": 2, "moe_ffn_hidden_size": 40, "moe_shared_expert_intermediate_size": 24,
@@ -38,6 +41,9 @@ BUILT = {
     "experts": tiny_config("fp32", 2, experts=EXPERTS),
     "experts in bf16": tiny_config("bf16", 1, experts={**EXPERTS, "moe_shared_expert_intermediate_size": None}),
     "an MLP, then experts": tiny_config("fp32", 2, experts={**EXPERTS, "moe_layer_freq": [0, 1]}),
+    "predicts ahead": tiny_config("fp32", 1, experts={"mtp_num_layers": 2}),
+    "predicts ahead in bf16": tiny_config("bf16", 1, experts={"mtp_num_layers": 1}, tie_embeddings=True),
+    "predicts ahead by experts": tiny_config("fp32", 1, experts={**EXPERTS, "mtp_num_layers": 1}),
 }
 
 
@@ -70,8 +76,10 @@ def _measure(config: TrainConfig, world) -> dict[str, int]:
     tokens = torch.arange(length)[None] % 256
     for router in model.routers.values():
         router.tokens = SampleTokens(torch.zeros(length, dtype=torch.int64), 1, length)
+    depths = config.model.num_mtp_layers
+    labels = torch.stack([tokens.roll(-k) for k in range(1, 2 + depths)], -1) if depths else tokens
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = model.module(tokens, torch.arange(length)[None], None, labels=tokens)
+        loss = model.module(tokens, torch.arange(length)[None], None, labels=labels)
     loss.sum().backward()
     model.optimizer.step()
     return {
@@ -80,6 +88,35 @@ def _measure(config: TrainConfig, world) -> dict[str, int]:
         "optimizer": _tensor_bytes(model.optimizer.state_dict()),
         "saved": sum(x.untyped_storage().nbytes() for x in saved.values()),
     }
+
+
+STAGES = {
+    "two, untied": {"mtp_num_layers": 2},
+    "one, tied": {"mtp_num_layers": 1, "tie_embeddings": True},
+    "experts": {**EXPERTS, "num_layers": 2, "mtp_num_layers": 1, "moe_layer_freq": [0, 1]},
+}
+
+
+def stage_parameters(rank: int, base: Path) -> dict[str, tuple[int, int]]:
+    """Of a pipeline stage, as it is built and as it is planned."""
+    from nsa_dist.train.model import bare_model
+    from nsa_dist.train.world import entered
+
+    found = {}
+    for name, model in STAGES.items():
+        config = small_config(base, "x", model=model, parallel={"pipeline_model_parallel_size": 2})
+        with entered(config, torch.device("cpu")) as world:
+            built = sum(weight.numel() for weight in bare_model(config, world)[1].parameters())
+        found[name] = built, Shape.of(config, 1, "zigzag").stage_parameters(rank)
+    return found
+
+
+@pytest.mark.slow
+def test_the_last_stage_has_the_layers_of_multi_token_prediction(tmp_path):
+    first, last = run_ranks(2, stage_parameters, tmp_path)
+    for name in STAGES:
+        assert first[name][0] == first[name][1]
+        assert last[name][0] == last[name][1] > first[name][0]
 
 
 def _tensor_bytes(state: object) -> int:
@@ -116,10 +153,14 @@ def test_saved_tensors_are_those_of_a_built_model(built, name):
     config = BUILT[name]
     shape, kinds = Shape.of(config, 1, "zigzag"), planned(config)
     tokens, e = shape.tokens, shape.element_bytes
-    probabilities = tokens * 256 * 4
+    depths = config.model.num_mtp_layers
+    probabilities = (1 + depths) * tokens * 256 * 4
     core_kv = memory.core_kv_bytes(shape)  # lives in the recomputed core only
     expected = kinds["activations"] + kinds["kv"] - core_kv + probabilities
     # bf16: fp32 input and rows, bf16 output, instead of both in bf16; fp32: input, rows and output instead of two.
     more = 2 * 4 + 2 - 2 * 2 if e == 2 else 3 * 4 - 2 * 4
-    norms = 2 * config.model.num_layers + 1
-    assert built[name]["saved"] == expected + norms * more * tokens * config.model.hidden_size
+    norms = 2 * (config.model.num_layers + depths) + 1
+    # A projection of multi-token prediction reads two norms' outputs in one row. In fp32 each of its three norms keeps
+    # rows beside its input; in bf16 fp32 input and rows, of the embedding and the layer's output instead of bf16.
+    ahead = depths * (2 * (2 * 4 - 2) + 2 * 4 if e == 2 else 3 * 4)
+    assert built[name]["saved"] == expected + (norms * more + ahead) * tokens * config.model.hidden_size

@@ -198,7 +198,7 @@ def test_parallel_sizes_divide_a_rank_of_the_model():
     )
     assert cut.stage_multiplications(1) * 4 == whole.stage_multiplications(0)
     assert cut.phi_parameters * 2 == whole.phi_parameters
-    assert cut.layers_per_stage * 2 == whole.layers_per_stage
+    assert cut.most_layers * 2 == whole.most_layers
     assert memory.stage_activation_bytes(cut, 1) * 4 == memory.stage_activation_bytes(whole, 0)
     both_stages = sum(cut.stage_parameters(stage) for stage in range(2))
     norms = 2048 * (2 * 4 + 1)  # whole on every tensor-parallel rank

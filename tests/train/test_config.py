@@ -65,6 +65,15 @@ def test_defaults_hold_together():
             {"model": EXPERTS | {"moe_shared_expert_intermediate_size": 7}, "parallel": TENSOR},
             "take moe_shared_expert_intermediate_size=8",
         ),
+        (
+            {"model": {"mtp_loss_scaling_factor": 0.3}},
+            "0.3 without mtp_num_layers.*give mtp_num_layers=1, or leave it out",
+        ),
+        ({"model": {"mtp_num_layers": 0}}, "mtp_num_layers: .*greater than or equal to 1"),
+        (
+            {"run": {**RUN, "sequence_length": 128}, "model": {"mtp_num_layers": 128}},
+            "must be below sequence_length=128.*take mtp_num_layers=1",
+        ),
         ({"parallel": {"expert_model_parallel_size": 2}}, "must be 1, because.*leave it out, and cut every expert by"),
         ({"nsa": {"cmp_stride": 17}}, "take cmp_block_len=34"),
         ({"nsa": {"num_slc_blocks": 2}}, "raise it to 3 or force fewer"),
@@ -97,6 +106,14 @@ def test_layers_with_experts(freq, expected):
     model = check({"model": {**EXPERTS, "num_layers": 4, "moe_layer_freq": freq}}).model
     assert list(map(int, model.layers_with_experts)) == expected
     assert check({}).model.layers_with_experts == (False, False)
+
+
+def test_layers_of_multi_token_prediction_are_as_the_last_one():
+    keys = {**EXPERTS, "num_layers": 3, "moe_layer_freq": [1, 1, 0], "attention": ["dense", "dense", "nsa"]}
+    model = check({"model": {**keys, "mtp_num_layers": 2}}).model
+    assert model.with_mtp(model.layers_with_experts) == (True, True, False, False, False)
+    assert model.with_mtp(model.layer_attentions) == ("dense", "dense", "nsa", "nsa", "nsa")
+    assert check({}).model.with_mtp((1, 2)) == (1, 2)
 
 
 def test_fetch_options_reach_the_attention():

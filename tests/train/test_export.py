@@ -10,6 +10,7 @@ from export_cases import LAYOUTS, compared, trained
 from nsa_dist.inference.folder import load_model, save_model
 from nsa_dist.train.export.names import plain_weights
 from nsa_dist.train.export.run import choose, plain_model
+from nsa_dist.train.export.write import write
 from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.refused import Refused
 from ranks import run_ranks
@@ -46,6 +47,20 @@ def test_steps_of_experts_are_recorded(base):
             assert list(record["layers"]) == layers
             assert 0 <= record["least"] < 1 < record["busiest"] <= 4
             assert record["load_balancing_loss"] > 1
+
+
+def test_layers_of_multi_token_prediction_stay_in_the_run(base, tmp_path):
+    """That run is the only one with them that every `make test` trains."""
+    for record in records(base, "predicts ahead"):
+        assert len(record["mtp_loss"]) == 2
+        assert all(4 < loss < 7 for loss in record["mtp_loss"])
+    assert not any("mtp_loss" in record for record in records(base, "CP2"))
+    (notice,) = write(base / "predicts ahead", tmp_path / "out").notices
+    assert (
+        notice == "layers of multi-token prediction (2) stayed in the run: the folder has the model of the next token"
+    )
+    assert not any("mtp" in name for name, _ in load_model(tmp_path / "out").named_parameters())
+    assert write(base / "CP2", tmp_path / "other").notices == ()
 
 
 def test_a_folder_gives_the_model_back(base, tmp_path):

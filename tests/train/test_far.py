@@ -7,7 +7,7 @@ import torch
 
 from nsa_dist.train.data.far import FarContext
 from nsa_dist.train.data.samples import Samples
-from nsa_dist.train.step import _loss, _places
+from nsa_dist.train.step import _loss_by_place, _places
 from ranks import run_ranks
 from train_cases import records, run, small_config, write_texts
 
@@ -46,9 +46,9 @@ def test_places_share_out_the_whole_loss():
     places, position = _places(300), torch.tensor([[0, 63, 64, 255, 256, 299, 7, 130]])
     assert places == [64, 128, 256, 512]
     losses, mask = torch.arange(1.0, 9.0)[None], torch.tensor([[1, 1, 1, 0, 2, 1, 1, 1]])
-    loss, number, report = _loss(mask, position, places, losses)
+    loss, number, report = _loss_by_place(mask, position, places, losses)
     assert (loss, number) == (1 + 2 + 3 + 10 + 6 + 7 + 8, 8)
-    assert report["loss"].tolist() == [37, 8, 1 + 2 + 7, 3, 8, 16, 3, 1, 1, 3]
+    assert report["loss"].tolist() == [37, 1 + 2 + 7, 3, 8, 16, 8, 3, 1, 1, 3]
 
 
 def evaluated(rank: int, base: Path, name: str, documents: str, parallel: dict) -> None:

@@ -49,7 +49,7 @@ OTHER: dict[str, object] = {
     "data.validation_fraction": 0.5, "data.max_file_bytes": 10, "data.tasks": {"recall": 0.5},
     "data.task_lengths": [128], "data.documents": "packed", "model.num_experts": 4, "model.moe_layer_freq": [0, 1],
     "model.moe_ffn_hidden_size": 16, "model.moe_shared_expert_intermediate_size": 16, "model.moe_router_topk": 3,
-    "model.moe_router_pre_softmax": True,
+    "model.moe_router_pre_softmax": True, "model.mtp_num_layers": 1,
 }  # fmt: skip
 
 
@@ -81,14 +81,18 @@ def test_a_run_from_before_documents_were_kept_apart_goes_on_as_it_was(base):
     prepare_output(config(base, data={"documents": "whole"}).resuming())
 
 
-def test_a_run_from_before_there_were_experts_goes_on_without(base):
+@pytest.mark.parametrize(("key", "value"), [("num_experts", 4), ("mtp_num_layers", 1)])
+def test_a_run_from_before_there_were_such_layers_goes_on_without(base, key, value):
     output = begun(base)
     marker = output.marker()
-    older = {key: value for key, value in marker.identity.items() if "moe_" not in key and key != "model.num_experts"}
-    assert len(older) == len(marker.identity) - 6
+    later = ("model.moe_", "model.num_experts", "model.mtp_")
+    older = {name: held for name, held in marker.identity.items() if not name.startswith(later)}
+    assert len(older) == len(marker.identity) - 7
     marker.changed(identity=older).write(output.root)
-    with pytest.raises(ValueError, match=r"model\.num_experts: the run has null, given is 4; the checkpoint's weights"):
-        prepare_output(config(base, model={"num_experts": 4}).resuming())
+    with pytest.raises(
+        ValueError, match=rf"model\.{key}: the run has null, given is {value}; the checkpoint's weights"
+    ):
+        prepare_output(config(base, model={key: value}).resuming())
     prepare_output(config(base).resuming())
 
 

@@ -23,7 +23,7 @@ def make_meter(tmp_path, **parallel) -> TrafficMeter:
 def stage(layer_number: int, tp_rank: int) -> SimpleNamespace:
     """A pipeline stage of one layer."""
     attention = SimpleNamespace(layer_number=layer_number, pg_collection=SimpleNamespace(tp=tp_rank))
-    return SimpleNamespace(attentions=[attention])
+    return SimpleNamespace(attentions={layer_number - 1: attention})
 
 
 @pytest.fixture(autouse=True)

@@ -129,6 +129,7 @@ def refuse_arguments(args: Namespace) -> None:
             )
     _refuse_other_spec(getattr(args, "spec", None))
     _refuse_split_of_projection(getattr(args, "optimizer", "adam"), getattr(args, "muon_split_qkv", False))
+    _refuse_scrambled_labels(args)
 
 
 def _refuse_other_spec(spec: Any) -> None:
@@ -136,6 +137,17 @@ def _refuse_other_spec(spec: Any) -> None:
         raise ValueError(
             f"--spec is {' '.join(spec)!r}, but needs to be nsa_dist's: this script builds NSA layers, and would build "
             f"others there; leave --spec out, or use pretrain_gpt.py"
+        )
+
+
+def _refuse_scrambled_labels(args: Namespace) -> None:
+    """Megatron-core's shift of tokens and labels takes each document of a pack for a zigzag of its own."""
+    size, packs = getattr(args, "context_parallel_size", 1), getattr(args, "dataloader_inter_document_masking", False)
+    if getattr(args, "mtp_num_layers", None) and size > 1 and packs and not getattr(args, "sft", False):
+        raise ValueError(
+            f"--mtp-num-layers with --dataloader-inter-document-masking and --context-parallel-size {size}: the row of "
+            f"a pack is cut as one zigzag, but Megatron-core shifts labels as if each document were one, so tokens at "
+            f"the cuts would learn from wrong ones; leave one of the three out, or train with nsa-dist train"
         )
 
 

@@ -19,6 +19,7 @@ from nsa_dist.train.data.packing import write_corpus
 from nsa_dist.train.data.packs import Pack, Packer, joined
 from nsa_dist.train.data.samples import Samples, SampleSource, split_documents
 from nsa_dist.train.files.output import OutputDir
+from nsa_dist.train.mtp import labels as mtp_labels
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.tasks.source import training_samples
 from nsa_dist.train.tokens import listing, sets
@@ -33,6 +34,8 @@ class Batch:
     labels: Tensor
     loss_mask: Tensor
     position_ids: Tensor
+    mtp_labels: Tensor | None = None  # [..., depths], of the tokens behind the next one
+    mtp_loss_mask: Tensor | None = None
     pack: Pack | None = None
 
     @property
@@ -198,14 +201,24 @@ class BatchCutter:
 
         plan        `Packer.plan`, or None for what need not be planned ahead
         """
-        drawn, rank = [samples[n] for n in numbers], self.world.cp.rank
+        drawn, rank = [self._whole(samples[n]) for n in numbers], self.world.cp.rank
+        names = self._names
         if self.packer is None:
-            return HostBatch({x: torch.stack([self.plan.shard(s[x], rank) for s in drawn]) for x in Samples.names})
+            return HostBatch({x: torch.stack([self.plan.shard(s[x], rank) for s in drawn]) for x in names})
         bounds = joined([sample["cu_seqlens"] for sample in drawn])
         cut, planned = self.packer.cut(bounds), plan(bounds)
-        rows = {name: torch.cat([s[name] for s in drawn]) for name in Samples.names}
+        rows = {name: torch.cat([s[name] for s in drawn]) for name in names}
         parts = {name: (row if cut is None else cut.shard(row, rank))[None] for name, row in rows.items()}
         return HostBatch(parts, bounds, planned)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return Samples.names if self.config.model.mtp_num_layers is None else (*Samples.names, *mtp_labels.NAMES)
+
+    def _whole(self, sample: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All that is to be cut of a sample."""
+        depths = self.config.model.num_mtp_layers
+        return sample if not depths else sample | mtp_labels.predicted(sample, depths)
 
     def _placed(self, part: HostBatch) -> Batch:
         pack = None if self.packer is None or part.bounds is None else self.packer.of(part.bounds, part.planned)

@@ -42,10 +42,11 @@ class Balance:
             yield batch
 
     def pack(self) -> Tensor:
-        """This rank's table [num_layers, num_experts + 1], flattened, fp64; empty for a model without experts."""
+        """This rank's table [layers, num_experts + 1], flattened, fp64; empty for a model without experts."""
         model = self.cutter.config.model
+        num_layers = model.num_layers + model.num_mtp_layers
         columns, device = (model.num_experts or -1) + 1, self.cutter.world.device
-        table = torch.zeros(model.num_layers, columns, dtype=torch.float64, device=device)
+        table = torch.zeros(num_layers, columns, dtype=torch.float64, device=device)
         for layer, router in self.routers.items():
             table[layer] = router.seen
         return table.flatten()
@@ -63,10 +64,10 @@ class Balance:
 def record(cutter: BatchCutter, step: int, summed: Sequence[float]) -> Record:
     """The "experts" record of a step from the sum of all ranks' tables."""
     model = cutter.config.model
-    table = torch.tensor(summed, dtype=torch.float64).view(model.num_layers, -1)
+    table = torch.tensor(summed, dtype=torch.float64).view(model.num_layers + model.num_mtp_layers, -1)
     layers = {
         str(layer + 1): _layer(table[layer].tolist(), cutter.config.run.global_batch_size)
-        for layer, has_experts in enumerate(model.layers_with_experts)
+        for layer, has_experts in enumerate(model.with_mtp(model.layers_with_experts))
         if has_experts
     }
     losses = [layer["load_balancing_loss"] for layer in layers.values()]

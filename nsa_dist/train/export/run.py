@@ -11,7 +11,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 
 from nsa_dist.inference.model import GPT
-from nsa_dist.train.config import TrainConfig
+from nsa_dist.train.config import ModelSection, TrainConfig
 from nsa_dist.train.config_errors import parse
 from nsa_dist.train.export.names import plain_config, plain_weights
 from nsa_dist.train.files.candidates import Damaged, name_of, refusal
@@ -21,6 +21,8 @@ from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.model import bare_model, sharding_metadata
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.world import entered
+
+_OF_MTP = ("mtp_num_layers", "mtp_loss_scaling_factor")
 
 
 class Chosen(NamedTuple):
@@ -87,9 +89,12 @@ def choose(output: OutputDir, step: int | None = None) -> Chosen:
 
 @contextmanager
 def megatron_model(run: Path, step: int) -> Iterator[tuple[TrainConfig, GPTModel]]:
-    """Inside, the run's configuration and its whole model in Megatron-core; needs no process group and leaves none."""
+    """Inside, the run's configuration and its whole model in Megatron-core; needs no process group and leaves none.
+
+    Both without layers of multi-token prediction, which predict no next token.
+    """
     output = OutputDir(run)
-    config = config_of(output)
+    config = without_mtp(config_of(output))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -111,6 +116,12 @@ def config_of(output: OutputDir) -> TrainConfig:
         if section != "data" or (name == "tokens" and value is not None):  # the vocabulary is theirs
             raw.setdefault(section, {})[name] = value
     return parse(TrainConfig, raw, str(output.root / "run.json"))
+
+
+def without_mtp(config: TrainConfig) -> TrainConfig:
+    """The same run, had it predicted the next token alone."""
+    defaults = {name: ModelSection.model_fields[name].default for name in _OF_MTP}
+    return config.model_copy(update={"model": config.model.model_copy(update=defaults)})
 
 
 def _wrong(folder: Path) -> list[str]:

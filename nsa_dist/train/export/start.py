@@ -82,10 +82,12 @@ def first_weights(config: TrainConfig, world: World) -> FirstWeights:
         f"{name} is {getattr(ours, name)}, and {folder} was trained with {getattr(theirs, name)}"
         for name in _differing(theirs, ours)
     )
+    held = config_of(OutputDir(folder)).model.num_mtp_layers if is_run(folder) else 0
+    changed += _drawn(held, config.model.num_mtp_layers, folder)
     if not is_run(folder):
         return FirstWeights(partial(_fill_from_folder, config=config), changed)
     chosen = Chosen(*world.agreed(lambda: choose(OutputDir(folder))))
-    fill = partial(_fill_from_checkpoint, path=OutputDir(folder).checkpoint(chosen.step))
+    fill = partial(_fill_from_checkpoint, path=OutputDir(folder).checkpoint(chosen.step), num_mtp_layers=held)
     return FirstWeights(
         fill, (f"the first weights are those of step {chosen.step} of {folder}", *chosen.notices, *changed)
     )
@@ -96,9 +98,22 @@ def is_run(folder: Path) -> bool:
     return RunMarker.read(folder) is not None
 
 
-def _fill_from_checkpoint(model: GPTModel, path: Path) -> None:
-    state = {"model": model.sharded_state_dict(metadata=sharding_metadata(model.config))}
-    model.load_state_dict(dist_checkpointing.load(state, str(path))["model"])
+def _drawn(held: int, wanted: int, folder: Path) -> tuple[str, ...]:
+    """That some layers of multi-token prediction begin as they were drawn."""
+    if wanted <= held:
+        return ()
+    which = "they" if not held else f"those behind the first {held}"
+    return (f"{folder} has {held or 'no'} layers of multi-token prediction, the run {wanted}: {which} begin as drawn",)
+
+
+def _fill_from_checkpoint(model: GPTModel, path: Path, num_mtp_layers: int) -> None:
+    """Layers of multi-token prediction behind the `num_mtp_layers` of the checkpoint stay as they are."""
+    whole = model.sharded_state_dict(metadata=sharding_metadata(model.config))
+    missing = {name for name in whole if name.startswith("mtp.") and int(name.split(".")[2]) >= num_mtp_layers}
+    held = {name: x for name, x in whole.items() if name not in missing}
+    found = dist_checkpointing.load({"model": held}, str(path))["model"]
+    drawn = {name: x for name, x in model.state_dict().items() if name in missing}
+    model.load_state_dict(found | drawn)
 
 
 def _fill_from_folder(model: GPTModel, config: TrainConfig) -> None:
@@ -106,6 +121,8 @@ def _fill_from_folder(model: GPTModel, config: TrainConfig) -> None:
     plain = load_model(config.run.start_from).state_dict()
     rows = padded_vocab_size(config)
     for name, parameter in model.named_parameters():
+        if name.startswith("mtp."):
+            continue
         whole = plain[_name(name, model, config)]
         if "word_embeddings" in name or "output_layer" in name:
             whole = _as_many_rows(whole, rows)

@@ -6,8 +6,9 @@ from typing import NamedTuple
 from nsa_dist.convert.write import write_dense
 from nsa_dist.inference.folder import save_model
 from nsa_dist.train.export.dense import dense_model, is_dense
-from nsa_dist.train.export.run import plain_model
+from nsa_dist.train.export.run import config_of, plain_model
 from nsa_dist.train.export.tokenizer import tokenizer_files
+from nsa_dist.train.files.output import OutputDir
 
 
 class Written(NamedTuple):
@@ -33,4 +34,14 @@ def write(run: Path, to: Path, step: int | None = None, tokenizer: Path | None =
         plain, chosen = plain_model(run, step)
         save_model(plain, to, tokenizer_files(run, tokenizer))
         kind, weights, dtype = "an NSA model", list(plain.parameters()), plain.config.dtype
-    return Written(kind, sum(x.numel() for x in weights), dtype, chosen.step, chosen.notices)
+    return Written(kind, sum(x.numel() for x in weights), dtype, chosen.step, (*chosen.notices, *_left_out(run)))
+
+
+def _left_out(run: Path) -> tuple[str, ...]:
+    """What people should know of a checkpoint that is in no folder."""
+    layers = config_of(OutputDir(run)).model.num_mtp_layers
+    if not layers:
+        return ()
+    return (
+        f"layers of multi-token prediction ({layers}) stayed in the run: the folder has the model of the next token",
+    )

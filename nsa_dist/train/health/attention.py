@@ -60,9 +60,8 @@ class AttentionMeter:
         self.seen.clear()
         heads = self.config.model.num_query_groups // self.config.parallel.tensor_model_parallel_size
         with ExitStack() as stack:
-            for attention in model.attentions:
-                seen = Seen(*map(self._zeros_of, self._shapes(heads)))
-                self.seen[attention.layer_number - 1] = seen
+            for layer, attention in model.attentions.items():
+                seen = self.seen[layer] = Seen(*map(self._zeros_of, self._shapes(heads)))
 
                 def observe(gates: Tensor, block_indices: Tensor, own_block: Tensor, seen: Seen = seen) -> None:
                     seen.add(gates, block_indices, self._is_free(block_indices, own_block[:, None, None]))
@@ -72,13 +71,12 @@ class AttentionMeter:
 
     def record(self, model: Trainable) -> Mapping[str, dict]:
         """{layer from 1: its values} of the layers that have NSA, on every process. Called on all of them."""
-        held = {attention.layer_number - 1: attention for attention in model.attentions}
-        phi_names = self._phi_names(model)
-        layers = {}
-        for layer, kind in enumerate(self.config.model.layer_attentions):  # one by one: a long sequence has many blocks
+        held, phi_names = model.attentions, self._phi_names(model)
+        layers, sizes = {}, self.config.model
+        for layer, kind in enumerate(sizes.with_mtp(sizes.layer_attentions)):  # one by one: long ones have many blocks
             if kind != "nsa":
                 continue
-            mine = self._sums(held[layer], phi_names) if layer in held else self._zeros(phi_names)
+            mine = self._sums(layer, held[layer], phi_names) if layer in held else self._zeros(phi_names)
             total = self.world.sum(torch.cat([part.flatten() for part in mine])).cpu()
             parts = total.split([part.numel() for part in mine])
             layers[str(layer + 1)] = _values(phi_names, *(x.view(y.shape) for x, y in zip(parts, mine, strict=True)))
@@ -86,7 +84,8 @@ class AttentionMeter:
 
     def _phi_names(self, model: Trainable) -> list[str]:
         """Of any NSA layer: a stage may have none."""
-        mine = [sorted(name for name, _ in layer.core_attention.named_parameters()) for layer in model.attentions[:1]]
+        some = list(model.attentions.values())[:1]
+        mine = [sorted(name for name, _ in layer.core_attention.named_parameters()) for layer in some]
         return next((names for held in self.world.gathered(mine) for names in held), [])
 
     def _zeros(self, phi_names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,8 +96,8 @@ class AttentionMeter:
     def _zeros_of(self, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.world.device)
 
-    def _sums(self, attention: NSASelfAttention, phi_names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        seen, (_, squares, chosen) = self.seen[attention.layer_number - 1], self._zeros(phi_names)
+    def _sums(self, layer: int, attention: NSASelfAttention, phi_names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        seen, (_, squares, chosen) = self.seen[layer], self._zeros(phi_names)
         heads = len(seen.chosen)
         first = get_pg_rank(attention.pg_collection.tp) * heads
         chosen[first : first + heads] = seen.chosen

@@ -1,11 +1,15 @@
-"""The section `model`: sizes of a GPT, what its layers attend by, and experts in the place of their MLPs."""
+"""The section `model`: sizes of a GPT, what its layers attend by, experts in the place of their MLPs, and how many
+tokens ahead it predicts.
+"""
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
 from nsa_dist.config import layer_attentions
 from nsa_dist.train.sections.section import Section, round_up
+
+OfLayer = TypeVar("OfLayer")
 
 
 class ModelSection(Section):
@@ -57,6 +61,14 @@ class ModelSection(Section):
     moe_aux_loss_coeff: float = Field(
         default=0.01, ge=0, description="of the loss that evens the experts' shares of each sample's tokens"
     )
+    mtp_num_layers: int | None = Field(
+        default=None,
+        ge=1,
+        description="layers of multi-token prediction: the k-th predicts the token k behind the next one; null: none",
+    )
+    mtp_loss_scaling_factor: float = Field(
+        default=0.1, ge=0, description="what the mean of their losses weighs beside the loss of the next token"
+    )
 
     @field_validator("attention")
     @classmethod
@@ -94,6 +106,17 @@ class ModelSection(Section):
         return self.num_experts is not None
 
     @property
+    def num_mtp_layers(self) -> int:
+        return self.mtp_num_layers or 0
+
+    def with_mtp(self, layers: tuple[OfLayer, ...]) -> tuple[OfLayer, ...]:
+        """Something of each of the model's layers, and behind them of its layers of multi-token prediction.
+
+        These are as the last one is.
+        """
+        return layers + layers[-1:] * self.num_mtp_layers
+
+    @property
     def expert_hidden_size(self) -> int:
         """Width inside an expert."""
         return self.moe_ffn_hidden_size or self.ffn_hidden_size
@@ -120,6 +143,16 @@ class ModelSection(Section):
                 "moe_router_topk=1 needs moe_router_pre_softmax=true, because the softmax over one expert is 1 "
                 "whatever the router says, and it would not learn; set moe_router_pre_softmax=true, or take "
                 "moe_router_topk=2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mtp(self) -> "ModelSection":
+        factor = self.mtp_loss_scaling_factor
+        if self.mtp_num_layers is None and factor != ModelSection.model_fields["mtp_loss_scaling_factor"].default:
+            raise ValueError(
+                f"mtp_loss_scaling_factor={factor:g} without mtp_num_layers, but it weighs the losses of layers of "
+                f"multi-token prediction, and there are none; give mtp_num_layers=1, or leave it out"
             )
         return self
 

@@ -64,6 +64,15 @@ def test_an_optimizer_that_would_cut_the_projection_wrongly(optimizer):
         refuse_arguments(Namespace(optimizer=optimizer, muon_split_qkv=True))
 
 
+def test_labels_that_would_be_shifted_wrongly():
+    given = {"mtp_num_layers": 1, "context_parallel_size": 2, "dataloader_inter_document_masking": True}
+    with pytest.raises(ValueError, match=r"Megatron-core shifts labels as if.*leave one of the three out"):
+        refuse_arguments(Namespace(**given))
+    for name, value in {"mtp_num_layers": None, "context_parallel_size": 1}.items():
+        refuse_arguments(Namespace(**{**given, name: value}))
+    refuse_arguments(Namespace(**{**given, "dataloader_inter_document_masking": False}))
+
+
 def test_no_argument_is_decided_twice():
     counts = Counter([*REFUSED, *(name for group in (*HONOURED.values(), *IRRELEVANT.values()) for name in group)])
     assert not [name for name, count in counts.items() if count > 1]
