@@ -67,7 +67,10 @@ def tokens() -> Tensor:
 
 
 def everything(rank: int, folder: Path) -> dict[str, Tensor]:
-    """The logits [T, vocabulary] of each variant, in fp64 but for Megatron's angles; `folder / name` has its checkpoint, `like Llama`'s also in LAYOUTS."""
+    """The logits [T, vocabulary] of each variant, in fp64 but for Megatron's angles.
+
+    `folder / name` gets its checkpoint, and that of the first one in LAYOUTS, too.
+    """
     register_safe_globals()
     logits = {}
     with layout(1, 1):

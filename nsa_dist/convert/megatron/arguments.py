@@ -34,7 +34,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "mrope_section": (None,),
     "num_experts": (None,),
     "use_mup": _OFF,
-    "enable_hyper_connections": _OFF,
     "is_hybrid_model": _OFF,
     "hybrid_layer_pattern": (None,),
     "hybrid_override_pattern": (None,),
@@ -63,7 +62,7 @@ def sizes(arguments: Mapping[str, Any], place: Path) -> dict[str, Any]:
     scaling = _scaling(arguments, place)
     try:
         heads = int(arguments["num_attention_heads"])
-        found = {
+        found: dict[str, Any] = {
             "num_layers": int(arguments["num_layers"]),
             "hidden_size": int(arguments["hidden_size"]),
             "num_q_heads": heads,

@@ -1,11 +1,11 @@
 """A `torch_dist` checkpoint of Megatron's, read by one process and without Megatron: nothing in it is executed.
 
-    .metadata           a pickle of torch.distributed.checkpoint: name, shape and dtype of each tensor, and where its
-                        pieces lie. Read with the classes of that format alone; any other name in it is refused.
-    __N_M.distcp        the pieces, each as torch.save writes them. Read with weights_only=True.
-    common.pt           what is no tensor, the arguments of the run among them; from Megatron-core 0.19 on it lies among
-                        the pieces, as `common_state`. Read with weights_only=True, and names that this does not know
-                        (Megatron's enumerations, a signal's) stand for nothing: they are neither imported nor called.
+.metadata           a pickle of torch.distributed.checkpoint: name, shape and dtype of each tensor, and where its
+                    pieces lie. Read with the classes of that format alone; any other name in it is refused.
+__N_M.distcp        the pieces, each as torch.save writes them. Read with weights_only=True.
+common.pt           what is no tensor, the arguments of the run among them; from Megatron-core 0.19 on it lies among
+                    the pieces, as `common_state`. Read with weights_only=True, and names that this does not know
+                    (Megatron's enumerations, a signal's) stand for nothing: they are neither imported nor called.
 """
 
 import io
@@ -13,7 +13,7 @@ import pickle
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Collection
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -34,6 +34,7 @@ _FORMAT = {
     "torch": "Size " + " ".join(name for name, x in vars(torch).items() if isinstance(x, torch.dtype)),
 }
 _KNOWN = {f"{module}.{name}" for module, names in _FORMAT.items() for name in names.split()}
+_PATHS = {"pathlib.PosixPath", "pathlib._local.PosixPath"}  # where it was saved, which nobody asks
 
 
 class Checkpoint(NamedTuple):
@@ -114,7 +115,7 @@ def _iteration(folder: Path) -> Path:
         return folder
     latest = (folder / _LATEST).read_text(encoding="utf-8", errors="replace").strip()
     name = f"iter_{int(latest):07d}" if latest.isascii() and latest.isdigit() else latest
-    if name != "release" and not name.startswith("iter_") or not (folder / name).is_dir():
+    if not (folder / name).is_dir():
         raise ValueError(
             f"{folder / _LATEST} says {latest!r}, and {folder} has no such iteration; name the folder of one that is "
             f"there, such as {folder / 'iter_0000100'}"
@@ -168,6 +169,8 @@ class _OfTheFormat(pickle.Unpickler):
     """Makes objects of the classes of torch.distributed.checkpoint alone."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" in _PATHS:
+            return PurePosixPath
         if f"{module}.{name}" not in _KNOWN:
             raise pickle.UnpicklingError(
                 f"it names {module}.{name}, which is no class of this format, and whatever it is would be called"
@@ -184,9 +187,14 @@ class _Inert:
 
 def _load_inert(content: bytes) -> Any:
     names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
-    inert = [(type("_Inert", (_Inert,), {}), name) for name in names]
+    inert: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+        (type("_Inert", (_Inert,), {}), name) for name in names
+    ]
     with torch.serialization.safe_globals(inert):
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        try:
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # whose text speaks of a way to load it after all
+            raise pickle.UnpicklingError("it holds more than arguments, and would call what it names") from error
 
 
 def _read(path: Path, read: Callable[[], T]) -> T:

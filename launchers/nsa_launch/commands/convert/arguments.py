@@ -17,15 +17,17 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         help="a dense Llama, Qwen 3 or GPT of Megatron-LM as a model of NSA layers",
         **help_words(
             "Write config.json, model.safetensors and train.yaml from a folder as Hugging Face has it, or from a "
-            "torch_dist checkpoint of Megatron-LM. Each branch gets the dense keys and values, and the gates are open for the selected one, so that the logits are the "
-            "dense model's while all blocks are selected. Both models are held in memory. Exit codes: 0 written, 2 "
-            "refused.",
+            "torch_dist checkpoint of Megatron-LM. Each branch gets the dense keys and values, and the gates are open "
+            "for the selected one, so that the logits are the dense model's while all blocks are selected. Both "
+            "models are held in memory. Exit codes: 0 written, 2 refused.",
             "nsa-dist convert models/Llama-3.2-1B --to models/llama-nsa",
             "nsa-dist convert models/Qwen3-0.6B --to models/qwen-nsa --num-slc-blocks 32 --window-len 1024",
             "nsa-dist convert checkpoints/gpt --tokenizer models/Llama-3.2-1B --to models/gpt-nsa",
         ),
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="of config.json and *.safetensors, or what Megatron-LM's --save named")
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="of config.json and *.safetensors, or what Megatron-LM's --save named"
+    )
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     parser.add_argument(
         "--tokenizer",
