@@ -1,6 +1,7 @@
 """Dense GPTs of Megatron-core's own layers, their logits, and checkpoints of them as Megatron-LM saves them."""
 
 import signal
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
@@ -179,3 +181,29 @@ def resaved(source: Path, folder: Path, tensor_parallel: int, pipeline: int) -> 
     state = {"model": model.sharded_state_dict()}
     model.load_state_dict(dist_checkpointing.load(state, str(source / "iter_0000003"))["model"])
     save(model, folder, arguments_of(""))
+
+
+def stacked(vocab_size: int = ARGUMENTS["padded_vocab_size"]) -> dict[str, Tensor]:
+    """Weights of the model of ARGUMENTS by Megatron's names, all layers in one, and an optimizer's."""
+    layer = {
+        "self_attention.linear_qkv.layer_norm_weight": (48,), "self_attention.linear_qkv.weight": (96, 48),
+        "self_attention.linear_proj.weight": (48, 48), "mlp.linear_fc1.layer_norm_weight": (48,),
+        "mlp.linear_fc1.weight": (160, 48), "mlp.linear_fc2.weight": (48, 80),
+    }  # fmt: skip
+    found = {f"decoder.layers.{name}": torch.randn(2, *shape) for name, shape in layer.items()}
+    found |= dict.fromkeys(("embedding.word_embeddings.weight", "output_layer.weight"), torch.randn(vocab_size, 48))
+    norms = ("decoder.final_layernorm.weight", "optimizer.state.exp_avg.decoder.final_layernorm.weight")
+    return found | dict.fromkeys(norms, torch.randn(48))
+
+
+def write_without_megatron(
+    folder: Path, changes: dict | None = None, tensors: dict[str, Tensor] | None = None, **common: object
+) -> Path:
+    """One iteration's folder, as Megatron-core 0.16 writes it, of ARGUMENTS with changes."""
+    arguments = {**ARGUMENTS, **(changes or {})}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is one process
+        weights = stacked(arguments["padded_vocab_size"]) if tensors is None else tensors
+        dcp.save(weights, checkpoint_id=folder, no_dist=True)
+    torch.save({"args": Namespace(**arguments), **common}, folder / "common.pt")
+    return folder

@@ -2,16 +2,14 @@
 
 import pickle
 import shutil
-import warnings
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_checkpoints import ARGUMENTS
+from megatron_checkpoints import ARGUMENTS, stacked
+from megatron_checkpoints import write_without_megatron as write
 from nsa_dist.convert.megatron.arguments import ONLY, sizes
 from nsa_dist.convert.megatron.files import is_megatron
 from nsa_dist.convert.megatron.weights import read_megatron
@@ -19,27 +17,6 @@ from nsa_dist.mcore import settings
 from train_cases import Trap
 
 STACKED = "decoder.layers."
-
-
-def weights() -> dict[str, torch.Tensor]:
-    """Of ARGUMENTS' model, by Megatron's names, all layers in one."""
-    layer = {
-        "self_attention.linear_qkv.layer_norm_weight": (48,), "self_attention.linear_qkv.weight": (96, 48),
-        "self_attention.linear_proj.weight": (48, 48), "mlp.linear_fc1.layer_norm_weight": (48,),
-        "mlp.linear_fc1.weight": (160, 48), "mlp.linear_fc2.weight": (48, 80),
-    }  # fmt: skip
-    found = {f"{STACKED}{name}": torch.randn(2, *shape) for name, shape in layer.items()}
-    found |= {name: torch.randn(256, 48) for name in ("embedding.word_embeddings.weight", "output_layer.weight")}
-    return found | {"decoder.final_layernorm.weight": torch.randn(48)}
-
-
-def write(folder: Path, arguments: dict | None = None, tensors: dict | None = None, **common: object) -> Path:
-    """One iteration's folder, as Megatron-core 0.16 writes it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this is one process
-        dcp.save(weights() if tensors is None else tensors, checkpoint_id=folder, no_dist=True)
-    torch.save({"args": Namespace(**{**ARGUMENTS, **(arguments or {})}), **common}, folder / "common.pt")
-    return folder
 
 
 def read(folder: Path) -> object:
@@ -64,7 +41,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
         ({"use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 4}, "needs one of them at most.*give a"),
         ({"hidden_size": None}, "lack a size.*give a checkpoint that Megatron-LM's own training saved"),
         ({"rotary_percent": 0.25}, "rotary positions turn pairs.*take percent"),
-        ({"padded_vocab_size": 320}, r"embedding.word_embeddings.weight \[256, 48\].*not what its arguments describe"),
+        ({"ffn_hidden_size": 64}, r"linear_fc1.weight \[2, 160, 48\].*not what its arguments describe"),
         ({"num_query_groups": 4}, r"linear_qkv.weight \[2, 96, 48\]"),
         ({"qk_layernorm": True}, "q_norm.weight missing.*as Megatron-LM saved it"),
     ],
@@ -87,7 +64,7 @@ BIAS, NORM = f"{STACKED}self_attention.linear_qkv.bias", f"{STACKED}input_layern
     ],
 )
 def test_a_tensor_without_a_place_and_one_that_is_missing_are_refused(tmp_path, more, less, remedy):
-    tensors = {name: x for name, x in weights().items() if name not in less}
+    tensors = {name: x for name, x in stacked().items() if name not in less}
     with pytest.raises(ValueError, match=remedy):
         read(write(tmp_path / "one", None, tensors | {name: torch.zeros(shape) for name, shape in more.items()}))
 

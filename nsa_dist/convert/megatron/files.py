@@ -99,8 +99,7 @@ def read_arguments(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def read_weights(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, Tensor]:
     """These tensors as a whole, on the CPU. ValueError for pieces that are missing or cut."""
-    for name in names:
-        _check_pieces(checkpoint, name)
+    _check_pieces(checkpoint, names)
     entries = checkpoint.tensors
     found = {name: torch.empty(entries[name].size, dtype=entries[name].properties.dtype) for name in names}
     reader = _Reader(checkpoint)
@@ -123,23 +122,24 @@ def _iteration(folder: Path) -> Path:
     return folder / name
 
 
-def _check_pieces(checkpoint: Checkpoint, name: str) -> None:
+def _check_pieces(checkpoint: Checkpoint, names: Collection[str]) -> None:
     """The pieces make up the whole, and the files hold them: what is not written would be whatever memory holds."""
-    entry = checkpoint.tensors[name]
-    covered = sum(chunk.sizes.numel() for chunk in entry.chunks)
-    if covered != entry.size.numel():
-        raise ValueError(
-            f"{checkpoint.folder / _METADATA} has pieces of {name} with {covered} numbers together, and {name} has "
-            f"{entry.size.numel()}, so a part of it would be unknown; copy the folder again, or take another iteration"
-        )
+    for name in names:
+        entry = checkpoint.tensors[name]
+        covered = sum(chunk.sizes.numel() for chunk in entry.chunks)
+        if covered != entry.size.numel():
+            raise ValueError(
+                f"{checkpoint.folder / _METADATA} has pieces of {name} with {covered} numbers together, and {name} has "
+                f"{entry.size.numel()}, so a part of it would be unknown; copy the folder again, or take another "
+                f"iteration"
+            )
     for index, info in checkpoint.metadata.storage_data.items():
-        if index.fqn == name:
-            path = checkpoint.folder / info.relative_path
-            if not path.is_file() or path.stat().st_size < info.offset + info.length:
-                raise ValueError(
-                    f"{path} is missing or cut, and {name} lies in it; copy the folder again, all files of it, or take "
-                    f"another iteration"
-                )
+        path = checkpoint.folder / info.relative_path
+        if index.fqn in names and (not path.is_file() or path.stat().st_size < info.offset + info.length):
+            raise ValueError(
+                f"{path} is missing or cut, and {index.fqn} lies in it; copy the folder again, all files of it, or "
+                f"take another iteration"
+            )
 
 
 def _bytes_of(checkpoint: Checkpoint, name: str) -> bytes:
