@@ -68,7 +68,8 @@ def read_megatron(folder: Path, tokenizer: str, end_of_document: int) -> DenseMo
     names = [name for name, kind in not_taken.items() if not kind]
     _check(dense, {name: _shape(checkpoint, name) for name in names}, checkpoint.folder)
     found = read_weights(checkpoint, names)
-    centre = 1 if arguments.get("layernorm_zero_centered_gamma") else 0
+    around_zero = any(arguments.get(name) for name in ("layernorm_zero_centered_gamma", "apply_layernorm_1p"))
+    centre = 1 if around_zero else 0  # the second name is of older checkpoints
     return dense._replace(weights={ours: x for name in names for ours, x in _named(name, found[name], dense, centre)})
 
 
