@@ -28,10 +28,10 @@ CASES = [
 @pytest.mark.parametrize("task", ["recall", "copy"])
 @pytest.mark.parametrize(("documents", "layout"), CASES)
 def test_both_tasks_are_learnt_in_every_packing_and_layout(tmp_path, task, documents, layout):
-    """A guess is right once in ten times, one of the digits there in four; eight letters once in 26**8."""
+    """One of the digits that are there is right one time in three; eight letters are once in 26**8 times."""
     seen = learnt(tmp_path, task, documents, layout)
-    assert seen.answers > (0.6 if task == "recall" else 0.3), seen
-    assert seen.far > (0.4 if task == "recall" else 0.3), seen
+    assert seen.answers > (0.7 if task == "recall" else 0.3), seen
+    assert seen.far > (0.5 if task == "recall" else 0.3), seen
 
 
 @pytest.mark.slow
@@ -44,10 +44,10 @@ def test_both_tasks_are_learnt_in_every_packing_and_layout(tmp_path, task, docum
     ],
 )
 def test_tokens_in_another_order_teach_nothing(tmp_path, task, documents, layout):
-    """Of the evidence in the text, or over ranks, which no check can see: nothing is learnt but how digits look."""
+    """In the text, or over ranks, which no check can see: what is learnt is which digits are there."""
     seen = learnt(tmp_path, task, documents, layout)
-    assert seen.answers < 0.35, seen
-    assert seen.far < 0.35, seen
+    assert seen.answers < 0.45, seen
+    assert seen.far < 0.4, seen
 
 
 def learnt(base, task: str, documents: str, layout: str):
