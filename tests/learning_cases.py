@@ -67,7 +67,8 @@ def learn(rank: int, base: Path) -> dict[str, list[float]]:
 # --- in every packing and layout --------------------------------------------------------------------------------------
 
 MOST_PAIRS, GAP = 12, 16  # the gap is as long as the window
-PACKED = 160, 480  # bytes of a text, of a row: no text ends where a rank's part of the row does
+# Bytes of a text, of a row, and rows of a micro-batch, which are cut over ranks as one: no text ends where a part does.
+PACKED = 160, 480, 5
 WHOLE_LAYOUTS: dict[str, dict] = {
     "one process": {},
     "CP2 zigzag": {"context_parallel_size": 2},
@@ -116,11 +117,10 @@ def _rounds(rng: np.random.RandomState, length: int, digits_of_round: Callable[[
 
 def learn_one(rank: int, base: Path, task: str, packed: bool, layout: str) -> Seen:
     """Train on `task` alone: copy, recall or scrambled, whose texts are recall's as far as a model can tell."""
-    text, row = PACKED if packed else (LENGTH, LENGTH)
+    text, row, rows = PACKED if packed else (LENGTH, LENGTH, 16)
     parallel = {"context_parallel_size": 2, "layout": "contiguous"} if layout == WRONG_ORDER else PACKED_LAYOUTS[layout]
     name = "copy" if task == "copy" else "recall"
     drawn = {"recall": recall_in_rounds, "scrambled": scrambled_recall}.get(task, copy)
-    rows = 4 if packed else 16
     done = copying(
         base, "run", "nsa", parallel=parallel,
         data={
