@@ -26,7 +26,7 @@ from torch import Tensor
 from nsa_dist.mcore.cpu import megatron_on_cpu
 from nsa_dist.mcore.norm import RMSNorm
 
-WORLD, TOKENS = 2, 1024
+TOKENS = 1024
 
 # As Megatron-LM's command line names them: those that make a model that can be converted, small.
 ARGUMENTS: dict[str, Any] = {
@@ -69,10 +69,7 @@ def tokens() -> Tensor:
 
 
 def everything(rank: int, folder: Path) -> dict[str, Tensor]:
-    """The logits [T, vocabulary] of each variant, in fp64 but for Megatron's angles.
-
-    `folder / name` gets its checkpoint, and that of the first one in LAYOUTS, too.
-    """
+    """The logits [T, vocabulary] of each variant, in fp64 but for Megatron's angles; its checkpoint in `folder / name`."""
     register_safe_globals()
     logits = {}
     with layout(1, 1):
@@ -82,10 +79,14 @@ def everything(rank: int, folder: Path) -> dict[str, Tensor]:
             save(model, folder / name, arguments_of(name), apart=name == BY_THEMSELVES)
             with torch.no_grad():
                 logits[name] = model.double()(tokens()[None], torch.arange(TOKENS)[None], None)[0]
+    return logits
+
+
+def two_ranks(rank: int, folder: Path) -> None:
+    """What one process saved as "like Llama", loaded and saved in each of LAYOUTS."""
     for name, sizes in LAYOUTS.items():
         with layout(*sizes):
             resaved(folder / "like Llama", folder / name, *sizes)
-    return logits
 
 
 @contextmanager
