@@ -69,7 +69,7 @@ def tokens() -> Tensor:
 
 
 def everything(rank: int, folder: Path) -> dict[str, Tensor]:
-    """The logits [T, vocabulary] of each variant, in fp64 but for Megatron's angles; its checkpoint in `folder / name`."""
+    """The logits [T, vocabulary] of each variant, in fp64 but for angles; its checkpoint is in `folder / name`."""
     register_safe_globals()
     logits = {}
     with layout(1, 1):
