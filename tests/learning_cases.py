@@ -1,16 +1,13 @@
 """Small models that learn to copy and to recall: importable, because spawned processes find their work by name."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
 
-from nsa_dist.cp.plan import ShardPlan
 from nsa_dist.train.config import TrainConfig
-from nsa_dist.train.data.packs import Packer
 from nsa_dist.train.tasks.drawing import LETTERS, Answer, Drawn
 from nsa_dist.train.tasks.kinds import TASKS, copy
 from train_cases import records, run, small_config
@@ -80,7 +77,6 @@ PACKED_LAYOUTS: dict[str, dict] = {
     **WHOLE_LAYOUTS,
     "CP2, each document in a zigzag": {"context_parallel_size": 2, "pack_order": "documents"},
 }
-WRONG_ORDER = "CP2, tokens cut in another order"
 
 
 class Seen(NamedTuple):
@@ -118,11 +114,10 @@ def _rounds(rng: np.random.RandomState, length: int, digits_of_round: Callable[[
 def learn_one(rank: int, base: Path, task: str, packed: bool, layout: str) -> Seen:
     """Train on `task` alone: copy, recall or scrambled, whose texts are recall's as far as a model can tell."""
     text, row, rows = PACKED if packed else (LENGTH, LENGTH, 16)
-    parallel = {"context_parallel_size": 2, "layout": "contiguous"} if layout == WRONG_ORDER else PACKED_LAYOUTS[layout]
     name = "copy" if task == "copy" else "recall"
     drawn = {"recall": recall_in_rounds, "scrambled": scrambled_recall}.get(task, copy)
     done = copying(
-        base, "run", "nsa", parallel=parallel,
+        base, "run", "nsa", parallel=PACKED_LAYOUTS[layout],
         data={
             "folder": base / "texts", "validation_fraction": 0.25, "tasks": {name: 1.0}, "task_lengths": [text],
             "documents": "packed" if packed else "whole",
@@ -133,16 +128,7 @@ def learn_one(rank: int, base: Path, task: str, packed: bool, layout: str) -> Se
         },
         optimizer={"lr": 4e-3 if task == "copy" else 6e-3, "min_lr": 1e-4, "warmup_steps": 20},
     )  # fmt: skip
-    with patch.dict(TASKS, {name: drawn}), another_order() if layout == WRONG_ORDER else nullcontext():
+    with patch.dict(TASKS, {name: drawn}):
         run(done)
     seen = records(base, "run", "tasks")[-1]["tasks"][name]
     return Seen(seen["accuracy"], seen["by_length"][str(text)]["by_depth"][0])
-
-
-def another_order() -> AbstractContextManager:
-    """Tokens go to ranks in a zigzag, and the layers were told of contiguous parts."""
-
-    def zigzag(packer: Packer, bounds: tuple[int, ...]) -> ShardPlan:
-        return ShardPlan.zigzag([0, bounds[-1]], 2, bounds[-1] // 4)
-
-    return patch.object(Packer, "_cut", zigzag)
