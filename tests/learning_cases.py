@@ -61,7 +61,7 @@ def learn(rank: int, base: Path) -> dict[str, list[float]]:
     return {name: [r["tasks"]["copy"]["accuracy"] for r in records(base, name, "tasks")] for name in names}
 
 
-# --- in every packing and layout --------------------------------------------------------------------------------------
+# --- recall, in every packing and layout -------------------------------------------------------------------------------
 
 MOST_PAIRS, GAP = 12, 16  # the gap is as long as the window
 # Bytes of a text, of a row, and rows of a micro-batch, which are cut over ranks as one: no text ends where a part does.
@@ -111,24 +111,21 @@ def _rounds(rng: np.random.RandomState, length: int, digits_of_round: Callable[[
     return Drawn(bytes(text), tuple(answers))
 
 
-def learn_one(rank: int, base: Path, task: str, packed: bool, layout: str) -> Seen:
-    """Train on `task` alone: copy, recall or scrambled, whose texts are recall's as far as a model can tell."""
+def learn_recall(rank: int, base: Path, packed: bool, layout: str, scrambled: bool) -> Seen:
     text, row, rows = PACKED if packed else (LENGTH, LENGTH, 16)
-    name = "copy" if task == "copy" else "recall"
-    drawn = {"recall": recall_in_rounds, "scrambled": scrambled_recall}.get(task, copy)
-    done = copying(
+    config = copying(
         base, "run", "nsa", parallel=PACKED_LAYOUTS[layout],
         data={
-            "folder": base / "texts", "validation_fraction": 0.25, "tasks": {name: 1.0}, "task_lengths": [text],
+            "folder": base / "texts", "validation_fraction": 0.25, "tasks": {"recall": 1.0}, "task_lengths": [text],
             "documents": "packed" if packed else "whole",
         },
         run={
             "steps": STEPS, "sequence_length": row, "global_batch_size": rows, "micro_batch_size": rows,
             "eval_interval": STEPS, "eval_batches": 4, "checkpoint_interval": STEPS,
         },
-        optimizer={"lr": 4e-3 if task == "copy" else 6e-3, "min_lr": 1e-4, "warmup_steps": 20},
+        optimizer={"lr": 6e-3, "min_lr": 1e-4, "warmup_steps": 20},
     )  # fmt: skip
-    with patch.dict(TASKS, {name: drawn}):
-        run(done)
-    seen = records(base, "run", "tasks")[-1]["tasks"][name]
+    with patch.dict(TASKS, recall=scrambled_recall if scrambled else recall_in_rounds):
+        run(config)
+    seen = records(base, "run", "tasks")[-1]["tasks"]["recall"]
     return Seen(seen["accuracy"], seen["by_length"][str(text)]["by_depth"][0])
