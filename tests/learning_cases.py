@@ -61,7 +61,7 @@ def learn(rank: int, base: Path) -> dict[str, list[float]]:
     return {name: [r["tasks"]["copy"]["accuracy"] for r in records(base, name, "tasks")] for name in names}
 
 
-# --- recall, in every packing and layout -------------------------------------------------------------------------------
+# --- recall, in every packing and layout ------------------------------------------------------------------------------
 
 MOST_PAIRS, GAP = 12, 16  # the gap is as long as the window
 # Bytes of a text, of a row, and rows of a micro-batch, which are cut over ranks as one: no text ends where a part does.
