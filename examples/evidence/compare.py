@@ -4,6 +4,7 @@
 
 Every run is a process of its own on one device, through torchrun; `--at-once` of them share it. With `--then` each goes
 on in stages: a stage's file has the keys that are otherwise than in the one before, and takes its weights from there.
+With `--change NAME key=value ...` NSA is also trained with that changed, under that name.
 With `--convert` the dense model of the first stage is also made one with NSA, which goes through the stages beside it.
 OUT gets a folder and a log for each, and `results.jsonl` a line as each ends: the experiment, its whole configuration,
 commit, machine, software, and the losses and answers by step. `pictures.py` draws them. If a run failed, its line says
@@ -31,6 +32,7 @@ from nsa_launch.config import load
 from nsa_launch.versions import versions
 
 ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("train", "validation", "tasks", "far_context")  # of records that a line is made of
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Run:
     gate_logits: Sequence[float] = ()  # of the models that a dense one is converted to when this stage has ended
     before: "Run | None" = None
     converted: float | None = None  # a model that was dense, by its gates' logit
+    change: str = ""  # what the words change, by its name
     started: float = 0.0
     process: subprocess.Popen | None = None
     log: IO[str] | None = field(default=None, repr=False)
@@ -62,7 +65,7 @@ class Run:
     @property
     def kind(self) -> str:
         """What the lines and the pictures call it."""
-        return self.attention if self.converted is None else f"converted-{self.converted:g}"
+        return self.change or (self.attention if self.converted is None else f"converted-{self.converted:g}")
 
     @property
     def folder(self) -> Path:
@@ -118,7 +121,7 @@ class Run:
     def result(self, commit: str | None, machine: dict[str, str]) -> dict[str, Any]:
         """Its line, whether it came to its end or not."""
         assert self.process is not None
-        metrics = {kind: read_metrics(self.folder / "metrics.jsonl", kind) for kind in ("train", "validation", "tasks")}
+        metrics = {kind: read_metrics(self.folder / "metrics.jsonl", kind) for kind in KINDS}
         speeds = [record["tokens_per_s"] for record in metrics["train"]]
         return {
             "experiment": self.config.stem,
@@ -130,7 +133,12 @@ class Run:
             "train": [[r["step"], r["tokens"], r["loss"]] for r in metrics["train"]],
             "validation": [[r["step"], r["loss"]] for r in metrics["validation"]],
             "tasks": [{"step": r["step"], **r["tasks"]} for r in metrics["tasks"]],
-            "command": shlex.join(["python", *self.command[1:]]),  # of any environment
+            "by_position": [{"step": r["step"], **r.get("by_position", {})} for r in metrics["validation"]],
+            "far_context": [{name: r[name] for name in r if name != "kind"} for r in metrics["far_context"]],
+            "command": _of_any_environment(self.command),
+            "before": [
+                _of_any_environment(command) for command in self.conversion
+            ],  # what made the model it starts from
             "configuration": _configuration(self.folder / "config.yaml"),
             "commit": commit,
             "machine": machine,
@@ -153,6 +161,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="X",
         help="the dense one, at its first stage's end, by a gate logit each",
     )
+    parser.add_argument(
+        "--change",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "key=value"),
+        help="NSA with these changed; may be given again",
+    )
     parser.add_argument("--out", type=Path, required=True, help="a folder; runs that it holds are not overwritten")
     parser.add_argument("--attention", nargs="+", default=["dense", "nsa"], help="words or patterns, [nsa,dense]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1234])
@@ -166,12 +182,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             "--convert makes NSA of what dense attention has learnt; give --then STAGE.yaml and --attention dense"
         )
+    if len(set(arguments.convert)) < len(arguments.convert):
+        parser.error("--convert has a logit twice, and their runs would be one folder; give each once")
+    changes = {name: words for name, *words in arguments.change}
+    if len(changes) < len(arguments.change) or {"dense", "nsa"} & changes.keys() or not all(changes.values()):
+        parser.error("--change takes a name of its own, which the lines have in place of nsa, and what is changed")
     arguments.out.mkdir(parents=True, exist_ok=True)
     stages = _stages([arguments.config, *arguments.then], arguments.out)
     runs = [
         Run(stages, attention, seed, arguments.out, arguments.words, arguments.convert if attention == "dense" else ())
         for seed in arguments.seeds
         for attention in arguments.attention
+    ]
+    runs += [
+        Run(stages, "nsa", seed, arguments.out, [*arguments.words, *words], change=name)
+        for seed in arguments.seeds
+        for name, words in changes.items()
     ]
     commit, machine, failed = arguments.commit or _commit(), _machine(), 0
     for run in _ended(runs, arguments.at_once):
@@ -221,6 +247,10 @@ def _said(result: dict[str, Any]) -> str:
     speed = f", {result['tokens_per_s']:,.0f} tokens/s" if result["tokens_per_s"] else ""
     end = "" if result["exit_code"] == 0 else f" (exit code {result['exit_code']}: see its log)"
     return f"{result['attention']} seed {result['seed']}: {loss}{answers}{speed}, {result['seconds']:.0f} s{end}"
+
+
+def _of_any_environment(command: Sequence[str]) -> str:
+    return shlex.join(["python", *command[1:]])
 
 
 def _configuration(path: Path) -> Any:

@@ -2,8 +2,9 @@
 
     python examples/evidence/pictures.py runs/copy-cpu/results.jsonl --out runs/copy-cpu
 
-Draws `losses.png`; where there are tasks also `answers.png`, by step, and for each of them `TASK.png`, heat maps of
-length and depth side by side. Where the lines are of several experiments, as stages are, each has a folder of its own.
+Draws `losses.png` and `positions.png`, losses by place in a document; where there are tasks also `answers.png`, by
+step, and for each of them `TASK.png`, heat maps of length and depth side by side. Where the lines are of several
+experiments, as stages are, each has a folder of its own.
 Runs that failed are left out and named.
 """
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"losses": losses(results), **answers(results)}
+    figures = {"losses": losses(results), **positions(results), **answers(results)}
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=130)
     print(f"drew {', '.join(f'{name}.png' for name in figures)} in {folder}")
@@ -66,6 +67,26 @@ def losses(results: Results) -> Figure:
     return figure
 
 
+def positions(results: Results) -> dict[str, Figure]:
+    """ "positions": losses of the last evaluation by place in the document; none of lines without."""
+    last = {attention: [run.get("by_position", [{}])[-1] for run in runs] for attention, runs in results.items()}
+    curves = {
+        name: [{int(place): loss for place, loss in one.items() if place != "step"} for one in many]
+        for name, many in last.items()
+    }
+    if not all(curve for many in curves.values() for curve in many):
+        return {}
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for index, (attention, many) in enumerate(curves.items()):
+        spread(axes, by_step_of(many), attention, len(many), index)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="bytes of the document before, up to", ylabel="validation loss of text (nats per byte)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return {"positions": figure}
+
+
 def answers(results: Results) -> dict[str, Figure]:
     """By name of the picture: "answers" over steps, and a heat map for each task."""
     tasks = list(dict.fromkeys(name for runs in results.values() for run in runs for name in names_of(run)))
@@ -83,11 +104,14 @@ def answers(results: Results) -> dict[str, Figure]:
 
 
 def heat_maps(results: Results, task: str) -> Figure:
-    """Length down, depth across, one map for each attention: the mean over seeds at the last evaluation."""
-    figure = Figure(figsize=(4.6 * len(results), 3.2), layout="constrained")
-    for axes, (attention, runs) in zip(
-        figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
-    ):
+    """Length down, depth across, a map for each attention, four in a row: the mean over seeds, last evaluation."""
+    columns = min(len(results), 4)
+    down = -(-len(results) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.2 * down), layout="constrained")
+    places = figure.subplots(down, columns, squeeze=False).flatten()
+    for empty in places[len(results) :]:
+        empty.set_axis_off()
+    for axes, (attention, runs) in zip(places, results.items(), strict=False):
         lengths = [run["tasks"][-1][task]["by_length"] for run in runs]
         rows = [
             [averaged([one[length]["by_depth"][depth] for one in lengths]) for depth in range(len(first["by_depth"]))]

@@ -66,6 +66,12 @@ class RunSection(Section):
     overwrite: bool = Field(default=False, description="start afresh in an output_dir that holds a run, removing it")
     eval_interval: int = Field(default=50, ge=1, description="steps from one evaluation to the next")
     eval_batches: int = Field(default=4, ge=1, description="global batches of one evaluation")
+    eval_far_context: int | None = Field(
+        default=None,
+        ge=1,
+        description="evaluations also say what far context is worth: the loss of the last so many tokens of documents "
+        "of three times as many, as they are and with all that is twice as far back scrambled; null: not asked",
+    )
     checkpoint_interval: int = Field(default=100, ge=1, description="steps from one checkpoint to the next")
     keep_checkpoints: int = Field(default=2, ge=1, description="the newest so many; older ones are removed")
     log_interval: int = Field(default=1, ge=1, description="steps from one record of metrics to the next")
@@ -114,6 +120,7 @@ class TrainConfig(Section):
         _check_pack_order(self)
         _check_positions(self)
         _check_task_lengths(self)
+        _check_far_context(self)
         _check_model_parallel(self)
         _check_warmup(self)
         return self
@@ -211,6 +218,16 @@ def _check_task_lengths(config: TrainConfig) -> None:
             f"task_lengths={config.data.task_lengths} with sequence_length={most}: the text of a task is {least} bytes "
             f"at least, as questions take some, and lies in one sequence; give lengths from {least} to "
             f"sequence_length, or a longer sequence_length"
+        )
+
+
+def _check_far_context(config: TrainConfig) -> None:
+    kept, length = config.run.eval_far_context, config.run.sequence_length
+    if kept is not None and 3 * kept > length:
+        raise ValueError(
+            f"eval_far_context={kept} with sequence_length={length}: the last {kept} tokens are judged, the {kept} "
+            f"before them stay, and as many at least must lie further back; take {length // 3} at most, or a longer "
+            f"sequence_length"
         )
 
 

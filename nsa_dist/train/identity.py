@@ -69,6 +69,7 @@ OF_TEXTS = {"data.folder", "data.pattern", "data.validation_fraction", "data.max
 FREE = {
     "run.start_from",  # a run that goes on has its own weights
     "run.steps", "run.micro_batch_size", "run.global_batch_size", "run.eval_interval", "run.eval_batches",
+    "run.eval_far_context",
     "run.checkpoint_interval", "run.keep_checkpoints", "run.log_interval", "run.not_finite",
     "run.not_finite_limit", "run.health_interval", "run.replica_check_interval", "model.recompute_attention",
     "model.moe_aux_loss_coeff",

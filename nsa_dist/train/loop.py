@@ -15,7 +15,9 @@ from nsa_dist.train.checkpoint import Position
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.data.ahead import Ahead
 from nsa_dist.train.data.batches import BatchCutter, Datasets, build_datasets, sequence_plan
+from nsa_dist.train.data.far import FarContext
 from nsa_dist.train.data.packs import Packer
+from nsa_dist.train.data.samples import SampleSource
 from nsa_dist.train.experts import balance
 from nsa_dist.train.export.start import FirstWeights, first_weights
 from nsa_dist.train.files import notices
@@ -31,7 +33,7 @@ from nsa_dist.train.hooks import Hooks
 from nsa_dist.train.model import Trainable, build
 from nsa_dist.train.prepare import note_settings, prepare_output
 from nsa_dist.train.selection import selected_blocks
-from nsa_dist.train.step import StepResult, evaluate, train_step
+from nsa_dist.train.step import Evaluation, StepResult, evaluate, train_step
 from nsa_dist.train.tasks.score import task_record
 from nsa_dist.train.tokens.sets import vocab_size
 from nsa_dist.train.traffic import TrafficMeter
@@ -229,12 +231,21 @@ class _Run:
     def validate(self, step: int) -> None:
         """One validation record, over the same sequences every time; and one of the tasks, if there are any."""
         self.hooks.on_phase("validation", step)
-        self.validation_loss = evaluate(
-            self.model, self.cutter, self.datasets.validation, self.config.run.eval_batches, self.world
-        )
-        self.write({"kind": "validation", "step": step, "loss": self.validation_loss})
+        found = self._evaluated(self.datasets.validation)
+        self.validation_loss = found.loss
+        by_position = {str(place): loss for place, loss in found.by_position.items()}
+        self.write({"kind": "validation", "step": step, "loss": found.loss, "by_position": by_position})
+        if (kept := self.config.run.eval_far_context) is not None:
+            whole, scrambled = (
+                self._evaluated(FarContext(self.datasets.validation, kept, scrambled)) for scrambled in (False, True)
+            )
+            losses = {"loss": whole.loss, "loss_scrambled": scrambled.loss} if whole.num_tokens else {}
+            self.write({"kind": "far_context", "step": step, "kept": kept, "tokens": int(whole.num_tokens), **losses})
         if self.config.data.tasks:
             self.write(task_record(self.config, self.model, self.cutter, step, self.world))
+
+    def _evaluated(self, samples: SampleSource) -> Evaluation:
+        return evaluate(self.model, self.cutter, samples, self.config.run.eval_batches, self.world)
 
     def write(self, record: Record) -> None:
         if self.log is not None:

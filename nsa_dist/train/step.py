@@ -1,7 +1,7 @@
 """One optimizer step and one evaluation, over Megatron's forward-backward schedules."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from nsa_dist.train.health.finite import asked_before
 from nsa_dist.train.model import Trainable
 from nsa_dist.train.traffic import TrafficMeter
 from nsa_dist.train.world import World
+
+_FIRST_PLACE = 6  # losses by place in a document: of its first 64 tokens, then up to 128, ...
 
 
 class StepResult(NamedTuple):
@@ -80,15 +82,37 @@ def train_step(
     return results[0]
 
 
+class Evaluation(NamedTuple):
+    """Mean losses in nats per token, as in `StepResult`."""
+
+    loss: float
+    by_position: dict[int, float]  # of tokens before this place in their documents, and behind the one ahead of it
+    num_tokens: float
+
+
 @torch.no_grad()
-def evaluate(model: Trainable, cutter: BatchCutter, dataset: SampleSource, num_batches: int, world: World) -> float:
-    """Mean loss in nats per token over the first `num_batches` global batches of `dataset`."""
+def evaluate(
+    model: Trainable, cutter: BatchCutter, dataset: SampleSource, num_batches: int, world: World
+) -> Evaluation:
+    """Over the first `num_batches` global batches of `dataset`."""
     model.module.eval()
-    size = cutter.config.run.global_batch_size
-    firsts = range(0, num_batches * size, size)
-    sums = [_forward_backward(model, cutter, cutter.micro_batches(dataset, n), forward_only=True) for n in firsts]
-    loss_sum, num_tokens = world.sum(torch.stack(sums).sum(0)).tolist()
-    return _mean(loss_sum, num_tokens)
+    run = cutter.config.run
+    places = _places(run.sequence_length)
+    firsts = range(0, num_batches * run.global_batch_size, run.global_batch_size)
+    sums = [
+        _forward_backward(model, cutter, cutter.micro_batches(dataset, n), forward_only=True, places=places)
+        for n in firsts
+    ]
+    loss_sum, num_tokens, *of_places = world.sum(torch.stack(sums).sum(0)).tolist()
+    pairs = zip(places, of_places[: len(places)], of_places[len(places) :], strict=True)
+    return Evaluation(
+        _mean(loss_sum, num_tokens), {place: one / count for place, one, count in pairs if count}, num_tokens
+    )
+
+
+def _places(length: int) -> list[int]:
+    """Powers of two, the last one no less than `length`."""
+    return [2**n for n in range(_FIRST_PLACE, max(_FIRST_PLACE, (length - 1).bit_length()) + 1)]
 
 
 def _mean(loss_sum: float, num_tokens: float) -> float:
@@ -96,11 +120,17 @@ def _mean(loss_sum: float, num_tokens: float) -> float:
     return loss_sum / num_tokens if num_tokens else math.nan
 
 
-def _forward_backward(model: Trainable, cutter: BatchCutter, batches: Iterator[Batch], forward_only: bool) -> Tensor:
-    """[loss sum, tokens] of this process, fp64; zeros where the pipeline stage computes no loss."""
+def _forward_backward(
+    model: Trainable,
+    cutter: BatchCutter,
+    batches: Iterator[Batch],
+    forward_only: bool,
+    places: Sequence[int] = (),
+) -> Tensor:
+    """[loss sum, tokens] of this process, fp64, then the same of each of `places`; zeros where there is no loss."""
     rows, length = cutter.shape
     micro_losses = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=partial(_forward_step, places=places),
         data_iterator=batches,
         model=model.module,
         num_microbatches=cutter.num_micro_batches,
@@ -108,21 +138,30 @@ def _forward_backward(model: Trainable, cutter: BatchCutter, batches: Iterator[B
         micro_batch_size=rows,
         forward_only=forward_only,
     )
-    totals = torch.zeros(2, dtype=torch.float64, device=cutter.world.device)
+    totals = torch.zeros(2 + 2 * len(places), dtype=torch.float64, device=cutter.world.device)
     return sum((micro["loss"] for micro in micro_losses), totals)
 
 
-def _forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+def _forward_step(
+    batches: Iterator[Batch], model: torch.nn.Module, places: Sequence[int] = ()
+) -> tuple[Tensor, Callable]:
     batch = next(batches)
     output = model(
         batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=batch.packed_seq_params
     )
-    return output, partial(_loss, batch.loss_mask)
+    return output, partial(_loss, batch.loss_mask, batch.position_ids, places)
 
 
-def _loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _loss(
+    loss_mask: Tensor, position_ids: Tensor, places: Sequence[int], token_losses: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Megatron's form for `calculate_per_token_loss`: the sum over this rank's tokens, and their number."""
-    loss_sum = (token_losses.float() * loss_mask).sum()
-    num_tokens = loss_mask.sum()
-    report = torch.stack([loss_sum.detach().double(), num_tokens.double()])
-    return loss_sum, num_tokens.to(torch.int), {"loss": report}
+    weighed = token_losses.float() * loss_mask
+    loss_sum, num_tokens = weighed.sum(), loss_mask.sum()
+    report = [loss_sum.detach().double()[None], num_tokens.double()[None]]
+    if places:
+        place = torch.bucketize(position_ids, torch.tensor(places, device=position_ids.device), right=True).flatten()
+        for x in (weighed, loss_mask):
+            sums = torch.zeros(len(places), dtype=torch.float64, device=x.device)
+            report.append(sums.index_add(0, place, x.detach().double().flatten()))
+    return loss_sum, num_tokens.to(torch.int), {"loss": torch.cat(report)}

@@ -48,7 +48,9 @@ right = {"dense": 1.0, "nsa": 0.5}[attention]
 task = {"accuracy": right, "answers": 8, "by_length": {"256": {"accuracy": right, "answers": 8,
         "by_depth": [right, right, None, None, None]}}}
 records = [{"kind": "train", "step": 4, "tokens": 1024, "loss": 2.0, "tokens_per_s": 100.0},
-           *({"kind": "validation", "step": step, "loss": 5.0 - step} for step in (0, 4)),
+           *({"kind": "validation", "step": step, "loss": 5.0 - step, "by_position": {"64": 5.0, "128": 4.5 - step}}
+             for step in (0, 4)),
+           {"kind": "far_context", "step": 4, "kept": 20, "tokens": 40, "loss": 2.0, "loss_scrambled": 2.5},
            *({"kind": "tasks", "step": step, "tasks": {"copy": task, "recall": task}} for step in (0, 4))]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\\n" for record in records))
 sys.exit(code)
@@ -80,6 +82,8 @@ def test_every_run_has_a_line_with_what_repeats_it(compared, capsys):
     )  # fmt: skip
     assert one["validation"] == [[0, 5.0], [4, 1.0]]
     assert one["tasks"][-1]["copy"]["accuracy"] == 1.0
+    assert one["by_position"][-1] == {"step": 4, "64": 5.0, "128": 0.5}
+    assert one["far_context"] == [{"step": 4, "kept": 20, "tokens": 40, "loss": 2.0, "loss_scrambled": 2.5}]
     assert one["tokens_per_s"] == 100.0
     assert {"torch", "python"} <= one["versions"].keys()
     assert one["machine"].keys() >= {"processor", "system"}
@@ -101,7 +105,7 @@ def test_pictures_are_of_the_runs_that_ended(compared, tmp_path, monkeypatch, ca
     assert pictures.main([str(out / "results.jsonl"), "--out", str(tmp_path / "drawn")]) == 0
     assert "left out: nsa seed 2 ended with exit code 3" in capsys.readouterr().out
     drawn = {path.name: matplotlib.image.imread(path) for path in (tmp_path / "drawn").iterdir()}
-    assert drawn.keys() == {"losses.png", "answers.png", "copy.png", "recall.png"}
+    assert drawn.keys() == {"losses.png", "positions.png", "answers.png", "copy.png", "recall.png"}
     assert all(picture.std() > 0.01 for picture in drawn.values())
 
 
@@ -133,6 +137,30 @@ def test_stages_follow_one_another_and_are_drawn_apart(tmp_path, monkeypatch):
     assert {path.parent.name for path in (tmp_path / "drawn").rglob("losses.png")} == {"copy-cpu", "longer"}
 
 
+def test_a_change_is_trained_beside_both_kinds_under_its_name(tmp_path, monkeypatch):
+    compare, words = example("compare", monkeypatch), {}
+
+    def command(run) -> list[str]:
+        words[run.name] = (run.attention, list(run.words))
+        return [sys.executable, "-c", CHILD, str(run.folder), run.attention, "0"]
+
+    monkeypatch.setattr(compare.Run, "command", property(command))
+    given = [str(COPY), "run.steps=4", "--out", str(tmp_path / "out"), "--at-once", "4", "--commit", "abc"]
+    change = ["--change", "mean", "nsa.compression=mean", "--change", "short", "nsa.window_len=8"]
+    assert compare.main([*given, *change]) == 0
+    assert words == {
+        "dense-seed1234": ("dense", ["run.steps=4"]),
+        "nsa-seed1234": ("nsa", ["run.steps=4"]),
+        "mean-seed1234": ("nsa", ["run.steps=4", "nsa.compression=mean"]),
+        "short-seed1234": ("nsa", ["run.steps=4", "nsa.window_len=8"]),
+    }
+    lines = [json.loads(line) for line in (tmp_path / "out/results.jsonl").open()]
+    assert {line["attention"] for line in lines} == {"dense", "nsa", "mean", "short"}
+    for wrong in (["dense", "nsa.window_len=8"], ["mean"], ["mean", "a=1", "--change", "mean", "a=2"]):
+        with pytest.raises(SystemExit):
+            compare.main([*given, "--change", *wrong])
+
+
 def test_what_dense_attention_learnt_goes_on_with_nsa_too(tmp_path, monkeypatch):
     """Converted once, when the first of three stages has ended; from there on it starts from itself."""
     compare, made = example("compare", monkeypatch), {}
@@ -160,6 +188,13 @@ def test_what_dense_attention_learnt_goes_on_with_nsa_too(tmp_path, monkeypatch)
     assert export[-3:] == [str(out / "dense-seed1"), "--to", str(out / "converted-4-seed1-2-dense")]
     assert {"--gate-logit=4.0", "--num-slc-blocks=4", "--window-len=24", "--compression=mlp"} <= {*convert}
     assert made["converted-4-seed1-3"] == (out / "converted-4-seed1-2", [])
+    before = {(each["experiment"], each["attention"]): each["before"] for each in lines}
+    assert [text.split()[:4] for text in before["2", "converted-4"]] == [
+        ["python", "-m", "nsa_launch", "export"], ["python", "-m", "nsa_launch", "convert"],
+    ]  # fmt: skip
+    assert before["3", "converted-4"] == before["2", "dense"] == []
+    with pytest.raises(SystemExit):
+        compare.main([*words, "--convert", "4", "4.0"])
 
 
 @pytest.mark.parametrize("words", [["--convert", "4"], ["--then", str(COPY), "--convert", "4", "--attention", "nsa"]])

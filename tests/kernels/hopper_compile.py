@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 import triton
+from parameters import check_parameters
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.jit import JITFunction
@@ -34,7 +35,9 @@ class _Driver:
 def _compile(kernel: JITFunction, grid):
     def launch(*args, **options):
         if isinstance(kernel, GluonJITFunction):
-            shared = kernel.warmup(*args, grid=grid, **options).metadata.shared
+            made = kernel.warmup(*args, grid=grid, **options)
+            check_parameters(made, kernel, args, options)
+            shared = made.metadata.shared
             assert shared <= SHARED_MEMORY, f"{kernel.fn.__name__} needs {shared} bytes of shared memory"
             compiled.add(f"{kernel.fn.__module__.removeprefix('nsa_kernels.')}.{kernel.fn.__name__}")
 

@@ -44,15 +44,19 @@ class _Driver:
 
 
 def _compile(kernel: JITFunction, grid):
+    from parameters import check_parameters
+
     def launch(*args, **options):
         assert not isinstance(kernel, GluonJITFunction), f"{kernel.fn.__name__} is for Hopper GPUs alone"
         name = f"{kernel.fn.__module__.removeprefix('nsa_kernels.')}.{kernel.fn.__name__}"
         try:
-            shared = kernel.warmup(*args, grid=grid, **options).metadata.shared
+            compiled = kernel.warmup(*args, grid=grid, **options)
         except Exception as error:
             failed.append(f"{name} with {options}: {type(error).__name__}: {error}")
             return
-        print(name, shared, flush=True)
+        if compiled.metadata.target.backend == "cuda":
+            check_parameters(compiled, kernel, args, options)
+        print(name, compiled.metadata.shared, flush=True)
 
     return launch
 

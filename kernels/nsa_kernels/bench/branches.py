@@ -92,6 +92,7 @@ def branches(x: LayerInputs) -> Iterator[Branch]:
         "slc_block_len": length,
     }
     slc = _attention("slc", "selected_attention", x, x.raw["slc"], selection, pairs, gates[..., 1])
+    slc.options["short"] = bounds.short
     yield slc
 
     pairs = int((bounds.position + 1 - bounds.win_begin).sum())

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from nsa_dist import NSAConfig
+from nsa_kernels import ShortRows
 from nsa_kernels.bench.cases import Case
+from nsa_kernels.selected.short import ShortPlaces
 
 CONFIG = NSAConfig()  # the paper's sizes
 
@@ -90,6 +92,7 @@ class Bounds:
     cmp_end: Tensor
     win_begin: Tensor
     block_table: Tensor
+    short: ShortRows | None  # queries that choose all the blocks they see
 
     @classmethod
     def of(cls, case: Case, device: str) -> "Bounds":
@@ -104,4 +107,15 @@ class Bounds:
             cmp_end=((position + 1 - length + stride) // stride).clamp(0, num_cmp).to(torch.int32),
             win_begin=(position + 1 - CONFIG.window_len).clamp(min=0),
             block_table=pages.expand(case.num_kv_heads, -1).contiguous(),
+            short=cls._short(position),
         )
+
+    @staticmethod
+    def _short(position: Tensor) -> ShortRows | None:
+        """As the layer has it for one document; None where all queries are, so that the selected kernels run at all."""
+        length, place = CONFIG.slc_block_len, position.cpu()
+        end = (place + 1).clamp(max=CONFIG.num_slc_blocks * length)
+        is_short = place < end
+        if bool(is_short.all()):
+            return None
+        return ShortRows.of(ShortPlaces(is_short[::length], torch.where(is_short, 0, end), end, None), position)

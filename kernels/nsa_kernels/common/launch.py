@@ -30,6 +30,7 @@ class Launch:
     metadata: Any
     grid: tuple[int, int, int]
     constants: tuple  # the parameters that were given by name, in the order of the signature
+    compiled: Any = None  # triton's, of which `direct` reads what each parameter is; None: of a made-up kernel
 
     def __call__(self, stream: int, arguments: Sequence[Any]) -> None:
         self.run(
@@ -82,7 +83,7 @@ class Kernel:
             self._launches.clear()
         constants = tuple(options[parameter.name] for parameter in self.jit.params[len(arguments) :])
         x, y, z = (*grid, 1, 1)[:3]
-        launch = Launch(compiled.run, compiled.function, compiled.packed_metadata, (x, y, z), constants)
+        launch = Launch(compiled.run, compiled.function, compiled.packed_metadata, (x, y, z), constants, compiled)
         self._launches[key] = launch
         return launch
 

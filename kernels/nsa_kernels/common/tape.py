@@ -12,7 +12,8 @@ launches depend on their shapes alone. Tensors that it reaches otherwise are con
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_iter, tree_unflatten
 from triton.runtime import driver
 
+from nsa_kernels.common.direct import Pointer, Ready, Tiles, ready
 from nsa_kernels.common.launch import Launch, Listener, is_watched
 
 _MOST_TAPES = 64  # of one `Tapes`: shapes that never come back must not fill the memory
@@ -156,6 +158,19 @@ class _Launch:
 
 
 @dataclass(frozen=True)
+class _ReadyLaunch:
+    """A launch whose parameters lie ready for the driver."""
+
+    launch: Ready
+    tensors: list[tuple[Pointer | Tiles, int, int]]  # and the slot of each, bytes behind the first of its tensor
+
+    def __call__(self, slots: list, stream: int) -> None:
+        for tensor, slot, offset in self.tensors:
+            tensor.put(slots[slot].data_ptr() + offset)
+        self.launch(stream)
+
+
+@dataclass(frozen=True)
 class Tape:
     """The steps of one recording."""
 
@@ -164,6 +179,7 @@ class Tape:
     results: list[_Place | Tensor]
     constants: list[Tensor]  # kept for the addresses in the steps
     obstacle: str  # why the function cannot be repeated; empty if it can
+    lock: Lock = field(default_factory=Lock)  # one thread at a time: addresses lie in the steps
 
     @classmethod
     def of(cls, body: Body, inputs: list[Tensor]) -> "Tape":
@@ -180,8 +196,9 @@ class Tape:
             return body(inputs)
         slots: list[Tensor | None] = [*inputs, *[None] * (self.num_slots - len(inputs))]
         inputs.clear()
-        for step in self.steps:
-            step(slots, stream)
+        with self.lock:
+            for step in self.steps:
+                step(slots, stream)
         return [place.of(slots) if isinstance(place, _Place) else place for place in self.results]
 
 
@@ -229,7 +246,12 @@ class _Recording(TorchDispatchMode, Listener):
             else:
                 tiles.append((pointer, type(x), {**vars(x), "base": None}, base.dtype))
             template[number] = None
-        self.steps.append(_Launch(launch, template, pointers, tiles))
+        prepared = ready(launch, arguments)
+        if prepared is None:
+            self.steps.append(_Launch(launch, template, pointers, tiles))
+        else:
+            places = [*pointers, *(pointer for pointer, *_ in tiles)]
+            self.steps.append(_ReadyLaunch(prepared, [(prepared.tensors[n], slot, at) for n, slot, at in places]))
 
     def place_of(self, x: Tensor) -> _Place | Tensor:
         """Where a repetition finds it; itself if it is a constant."""

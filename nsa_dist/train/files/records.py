@@ -11,7 +11,8 @@ from typing import Any
 
 # `kind`, `step`, and by name numbers, or mappings and lists of them. The kinds: "start" (how the sequence is shared),
 # "train", "traffic" (what `nsa_dist.train.traffic` says of a step), "validation", "health" (`nsa_dist.train.health`),
-# "not_finite" (a step that moved no weight, and what was done), "tasks" (`nsa_dist.train.tasks.score`).
+# "not_finite" (a step that moved no weight, and what was done), "tasks" (`nsa_dist.train.tasks.score`), "far_context"
+# (`nsa_dist.train.data.far`).
 Record = Mapping[str, Any]
 
 _WITH_LOSS = ("train", "validation")
