@@ -1,1 +1,2 @@
-"""From a dense model in a folder of Hugging Face's to one of NSA layers in a folder that `nsa_dist.inference` reads."""
+"""From a dense model, in a folder of Hugging Face's or a checkpoint of Megatron-LM's, to one of NSA layers in a folder
+that `nsa_dist.inference` reads."""

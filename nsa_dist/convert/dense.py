@@ -1,7 +1,7 @@
 """A dense Llama or Qwen 3 in a folder as Hugging Face writes them: `config.json` and `*.safetensors`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ class DenseModel(NamedTuple):
     tokenizer: str  # "huggingface", or "bytes" if the folder says so: a row of the embedding is a byte
     sequence_length: int | None  # the longest that it was trained on
     weights: dict[str, Tensor]
-    not_read: tuple[str, ...]  # keys of config.json that say nothing of what is computed, as far as is known here
+    not_read: tuple[str, ...]  # what was there, says nothing of what is computed as far as is known, and was left
 
 
 def read_dense(folder: Path) -> DenseModel:
@@ -58,7 +58,7 @@ def read_dense(folder: Path) -> DenseModel:
     read = _sizes(raw, folder / "config.json")
     found = _weights(folder)
     dense = DenseModel(**read, weights=found, not_read=tuple(sorted(raw.keys() - _SIZES - _ONLY.keys())))
-    expected = _shapes(dense)
+    expected = weight_shapes(dense)
     given = {name: tuple(x.shape) for name, x in found.items()}
     wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
     if wrong:
@@ -77,7 +77,7 @@ def _config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{folder / 'config.json'} cannot be read ({error}), and it has the sizes of the model; give a folder as "
-            f"Hugging Face has it, with config.json and *.safetensors"
+            f"Hugging Face has it, with config.json and *.safetensors, or a torch_dist checkpoint of Megatron-LM"
         ) from error
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in _KINDS:
@@ -146,7 +146,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     return {name: x for name, x in weights.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def _shapes(dense: DenseModel) -> dict[str, tuple[int, ...]]:
+def weight_shapes(dense: DenseModel) -> dict[str, tuple[int, ...]]:
     hidden, ffn, dim = dense.hidden_size, dense.ffn_hidden_size, dense.head_dim
     q, kv = dense.num_q_heads * dim, dense.num_kv_heads * dim
     of_layer: dict[str, tuple[int, ...]] = {
@@ -163,3 +163,17 @@ def _shapes(dense: DenseModel) -> dict[str, tuple[int, ...]]:
     for layer in range(dense.num_layers):
         shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
     return shapes
+
+
+def each_of_qkv(weight: Tensor, dense: DenseModel) -> Iterator[tuple[str, Tensor]]:
+    """Out of Megatron's linear_qkv, whose rows are of each key/value head [ q of its query heads | k | v ]."""
+    widths = [dense.num_q_heads // dense.num_kv_heads * dense.head_dim, dense.head_dim, dense.head_dim]
+    parts = weight.unflatten(0, (dense.num_kv_heads, -1)).split(widths, 1)
+    for part, of_heads in zip("qkv", parts, strict=True):
+        yield f"self_attn.{part}_proj", of_heads.flatten(0, 1).contiguous()
+
+
+def each_of_mlp(weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Out of Megatron's linear_fc1, whose rows are [ gate | up ]."""
+    for part, rows in zip(("gate", "up"), weight.chunk(2), strict=True):
+        yield f"mlp.{part}_proj", rows.contiguous()

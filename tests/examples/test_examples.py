@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from nsa_dist import NSAConfig
+from nsa_dist.convert.megatron.weights import read_megatron
+from nsa_dist.convert.nsa import converted
 from nsa_dist.mcore import megatron_lm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -122,12 +126,33 @@ def test_stock_megatron_lm_refuses_what_the_layers_would_not_do(tmp_path):
     assert "write --position-embedding-type rope" in done.stdout + done.stderr
 
 
-def start(folder: Path, ranks: int, words: str) -> subprocess.CompletedProcess:
+@pytest.mark.slow
+@pytest.mark.skipif(MEGATRON_LM is None, reason="needs Megatron-LM: MEGATRON_LM=/path/to/a/checkout runs this")
+def test_checkpoints_of_stock_megatron_lm_convert(tmp_path):
+    """Dense layers; saved by one process, and loaded and saved by two that share tensors, or layers."""
+    script = Path(MEGATRON_LM) / "pretrain_gpt.py"
+    dense = "--position-embedding-type rope --attention-dropout 0 --no-rope-fusion --train-iters 1 --lr 0 --min-lr 0"
+    layouts = {"one": (1, ""), "TP2": (2, "--tensor-model-parallel-size 2"), "PP2": LAYOUTS["PP2"]}
+    found = {}
+    for name, (ranks, words) in layouts.items():
+        load = "" if name == "one" else f"--load {tmp_path / 'one'} --finetune --exit-on-missing-checkpoint"
+        save = f"--save {tmp_path / name} --save-interval 1"
+        said(start(tmp_path, ranks, f"{dense} {words} {load} {save}", script, SMALL))
+        found[name] = read_megatron(tmp_path / name, "bytes", 0)
+    one = found["one"]
+    assert (one.num_layers, one.num_kv_heads, one.vocab_size, len(one.weights)) == (2, 2, 256, 3 + 2 * 9)
+    assert converted(one, NSAConfig())(torch.arange(200)).isfinite().all()
+    for other in found.values():
+        assert all(torch.equal(other.weights[name], x) for name, x in one.weights.items())
+
+
+def start(
+    folder: Path, ranks: int, words: str, script: Path = EXAMPLES / "megatron_lm/pretrain_nsa.py", size: str = ""
+) -> subprocess.CompletedProcess:
     """Megatron-LM on the CPU; data of its own making, the same for every layout."""
     on_cpu = Path(__file__).parent / "megatron_lm_on_cpu.py"
-    script = EXAMPLES / "megatron_lm/pretrain_nsa.py"
     path = os.pathsep.join([MEGATRON_LM, os.environ.get("PYTHONPATH", "")])
-    words = [*TORCHRUN, ranks, on_cpu, script, *SMALL.split(), *words.split()]
+    words = [*TORCHRUN, ranks, on_cpu, script, *(size or f"{SMALL} {NSA}").split(), *words.split()]
     return run(folder, *words, PYTHONPATH=path, TORCHDYNAMO_DISABLE="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
 
 
@@ -149,5 +174,6 @@ SMALL = f"""
 --lr-decay-style constant --calculate-per-token-loss --transformer-impl local --no-gradient-accumulation-fusion
 --no-masked-softmax-fusion --no-persist-layer-norm --no-bias-swiglu-fusion --no-bias-dropout-fusion
 --distributed-backend gloo --mock-data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size 255 --num-workers 0
---ckpt-format torch_dist --log-interval 1 --eval-iters 1 --eval-interval 100 --nsa-num-slc-blocks 4 --nsa-window-len 64
+--ckpt-format torch_dist --log-interval 1 --eval-iters 1 --eval-interval 100
 """
+NSA = "--nsa-num-slc-blocks 4 --nsa-window-len 64"

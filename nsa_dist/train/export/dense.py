@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nsa_dist.convert.dense import DenseModel
+from nsa_dist.convert.dense import DenseModel, each_of_mlp, each_of_qkv
 from nsa_dist.train.config import TrainConfig
 from nsa_dist.train.export.names import plain_config, plain_weights
 from nsa_dist.train.export.run import Chosen, choose, config_of, megatron_model
@@ -72,13 +72,9 @@ def _named(weights: Mapping[str, Tensor], model: DenseModel) -> Iterator[tuple[s
             continue
         _, layer, rest = name.split(".", 2)
         prefix = f"model.layers.{layer}."
-        if rest == "attention.qkv.weight":  # of each key/value head [ q of its query heads | k | v ]
-            widths = [model.num_q_heads // model.num_kv_heads * model.head_dim, model.head_dim, model.head_dim]
-            parts = x.unflatten(0, (model.num_kv_heads, -1)).split(widths, 1)
-            for part, of_heads in zip("qkv", parts, strict=True):
-                yield f"{prefix}self_attn.{part}_proj.weight", of_heads.flatten(0, 1).contiguous()
+        if rest == "attention.qkv.weight":
+            yield from ((f"{prefix}{part}.weight", rows) for part, rows in each_of_qkv(x, model))
         elif rest == "mlp.up.weight":
-            for part, rows in zip(("gate", "up"), x.chunk(2), strict=True):
-                yield f"{prefix}mlp.{part}_proj.weight", rows.contiguous()
+            yield from ((f"{prefix}{part}.weight", rows) for part, rows in each_of_mlp(x))
         else:
             yield prefix + _OF_LAYER[rest], x

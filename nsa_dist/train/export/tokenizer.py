@@ -1,16 +1,14 @@
 """The tokenizer of a run's tokens: the run has their numbers and its digest, a folder has the file."""
 
 import hashlib
-import json
 from pathlib import Path
 
-from nsa_dist.inference.text import TOKENIZER, TOKENIZER_CONFIG
+from nsa_dist.convert.tokenizer import files_of
+from nsa_dist.inference.text import TOKENIZER
 from nsa_dist.train.export.run import config_of
 from nsa_dist.train.files.output import OutputDir
 from nsa_dist.train.refused import Refused
 from nsa_dist.train.tokens.sets import read_all
-
-_BESIDE = (TOKENIZER_CONFIG, "special_tokens_map.json")
 
 
 def tokenizer_files(run: Path, folder: Path | None) -> dict[str, bytes]:
@@ -33,15 +31,11 @@ def tokenizer_files(run: Path, folder: Path | None) -> dict[str, bytes]:
             f"(SHA-256 {about['sha256'][:12]}...): the run has the numbers alone; give --tokenizer DIR, the folder "
             f"that nsa-dist data build was given"
         )
-    content = (folder / TOKENIZER).read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
+    files = files_of(folder, about["end_of_document"])
+    digest = hashlib.sha256(files[TOKENIZER]).hexdigest()
     if digest != about["sha256"]:
         raise Refused(
             f"{folder / TOKENIZER} has SHA-256 {digest[:12]}..., and the tokens of {run} were built with "
             f"{about['sha256'][:12]}..., so one number would be two tokens; give the folder as it was then"
         )
-    beside = {name: (folder / name).read_bytes() for name in _BESIDE if (folder / name).is_file()}
-    if TOKENIZER_CONFIG not in beside:
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": about["end_of_document"]}
-        beside[TOKENIZER_CONFIG] = (json.dumps(config) + "\n").encode()
-    return {TOKENIZER: content, **beside}
+    return files

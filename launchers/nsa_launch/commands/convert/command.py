@@ -7,11 +7,16 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from nsa_dist.config import NSAConfig
-from nsa_dist.convert.dense import read_dense
+from nsa_dist.convert.dense import DenseModel, read_dense
+from nsa_dist.convert.megatron.files import is_megatron
+from nsa_dist.convert.megatron.weights import read_megatron
 from nsa_dist.convert.nsa import converted
+from nsa_dist.convert.tokenizer import files_of
 from nsa_dist.inference.folder import save_model
 from nsa_dist.inference.model import GPTConfig
+from nsa_dist.inference.text import TOKENIZER
 from nsa_dist.train.refused import Refused
+from nsa_dist.train.tokens.tokenizers import BYTES, Tokenizer, opened
 
 TRAIN = "train.yaml"
 
@@ -24,6 +29,8 @@ class Request(NamedTuple):
     sizes: dict[str, int]  # of NSAConfig
     compression: Literal["mlp", "mean"]
     gate_logit: float
+    tokenizer: str | None  # the word bytes, or a folder
+    end_of_document: str | None  # a token of that folder's
 
 
 def run(request: Request) -> None:
@@ -31,16 +38,51 @@ def run(request: Request) -> None:
     to = request.to
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise Refused(f"--to {to} is there and not empty, and nothing is overwritten; name a new folder, or empty it")
-    dense = read_dense(request.folder)
+    dense, tokenizer = _dense(request)
     model = converted(dense, NSAConfig(**request.sizes), compression=request.compression, gate_logit=request.gate_logit)
-    save_model(model, to)
+    save_model(model, to, tokenizer)
     (to / TRAIN).write_text(_run_of(model.config, to), encoding="utf-8")
     count = sum(x.numel() for x in model.parameters())
     print(f"{to}: {count:,} weights, {model.config.dtype}; {to / TRAIN} trains them on")
     sizes = model.config.nsa
     print(f"the logits are the dense model's up to {sizes.num_slc_blocks * sizes.slc_block_len} tokens")
     if dense.not_read:
-        print(f"not read of config.json: {', '.join(dense.not_read)}")
+        print(f"not read of {request.folder}: {', '.join(dense.not_read)}")
+
+
+def _dense(request: Request) -> tuple[DenseModel, dict[str, bytes]]:
+    """The dense model, and the files of its tokenizer. Refused for a tokenizer of more tokens than it has rows."""
+    folder, tokenizer = request.folder, _tokenizer(request)
+    if is_megatron(folder):
+        if tokenizer is None:
+            raise Refused(
+                f"{folder} is a checkpoint of Megatron-LM, which has the numbers of tokens alone, and no --tokenizer "
+                f"was given: it says what a row of the embedding stands for, and which token ends a document; give "
+                f"--tokenizer DIR, a folder with {TOKENIZER}, or --tokenizer bytes"
+            )
+        dense = read_megatron(folder, tokenizer.about["kind"], tokenizer.end_of_document)
+    else:
+        dense = read_dense(folder)
+    if tokenizer is None:
+        return dense, files_of(folder, None) if (folder / TOKENIZER).is_file() else {}
+    if tokenizer.vocab_size > dense.vocab_size:
+        raise Refused(
+            f"--tokenizer {request.tokenizer} has {tokenizer.vocab_size} tokens, and the model {dense.vocab_size} rows "
+            f"for them, so it is another model's; give the one that the model was trained with"
+        )
+    dense = dense._replace(tokenizer=tokenizer.about["kind"], end_of_document=tokenizer.end_of_document)
+    if request.tokenizer in (None, BYTES):
+        return dense, {}
+    return dense, files_of(Path(request.tokenizer).expanduser(), tokenizer.about["end_of_document"])
+
+
+def _tokenizer(request: Request) -> Tokenizer | None:
+    if request.tokenizer is None and request.end_of_document is not None:
+        raise Refused(
+            f"--end-of-document {request.end_of_document} was given without --tokenizer, whose token it is; give "
+            f"--tokenizer DIR, too, or leave it out"
+        )
+    return None if request.tokenizer is None else opened(request.tokenizer, request.end_of_document)
 
 
 def _run_of(config: GPTConfig, to: Path) -> str:
