@@ -71,8 +71,7 @@ class ShardPlan:
     layout: str
     _cache: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def __reduce__(self) -> tuple[type["ShardPlan"], tuple]:
-        """A copy, and what is read of a pickled plan, derive anew: launches that are kept belong to this process."""
+    def __reduce__(self) -> tuple:  # a copy derives anew: launches that are kept belong to this process
         return type(self), (self.cu_seqlens, self.cp_size, self.block_len, self.layout)
 
     def __post_init__(self) -> None:
@@ -139,7 +138,7 @@ class ShardPlan:
         unit = self.block_len
         if self.deals_documents:
             unit *= self.cp_size * self.chunks_per_rank
-        padded = (_round_up(b - a, unit) for a, b in pairwise(self.cu_seqlens))
+        padded = (-(-(b - a) // unit) * unit for a, b in pairwise(self.cu_seqlens))
         return tuple(accumulate(padded, initial=0))
 
     @cached_property
@@ -147,7 +146,8 @@ class ShardPlan:
         """Bounds of the parts of the stream that are dealt to the ranks one by one: [num_regions + 1]."""
         if self.deals_documents:
             return self.stream_starts
-        return (0, _round_up(self.stream_starts[-1], self.block_len * self.cp_size * self.chunks_per_rank))
+        unit = self.block_len * self.cp_size * self.chunks_per_rank
+        return (0, -(-self.stream_starts[-1] // unit) * unit)
 
     @property
     def tokens_per_rank(self) -> int:
@@ -378,10 +378,6 @@ def runs(starts: Tensor, lengths: Tensor) -> Tensor:
     """
     before = lengths.cumsum(0) - lengths
     return (starts - before).repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def _on_host(numbers: Sequence[int]) -> Tensor:
