@@ -29,6 +29,7 @@ from nsa_dist.train.loop import TrainResult, train
 
 ROOT = Path(__file__).parent.parent
 STEPS, FORK_STEP, KILL_STEP, BF16_STEPS = 6, 2, 5, 4
+KEPT = 80  # tokens whose far context is asked for
 
 # Every layout goes on from one checkpoint of a single process.
 LAYOUTS: dict[str, dict] = {
@@ -349,3 +350,10 @@ def tiny_config() -> dict:
 
 def stops(rank: int, base: Path, name: str) -> TrainResult:
     return run(small_config(base, name), StopAfter(FORK_STEP))
+
+
+def evaluates_far_context(rank: int, base: Path, name: str, documents: str, parallel: dict) -> None:
+    one = {"steps": 2, "eval_interval": 2, "checkpoint_interval": 2, "eval_far_context": KEPT}
+    config = small_config(base, name, parallel=parallel, optimizer={"warmup_steps": 1})
+    config = config.model_copy(update={"run": config.run.model_copy(update=one)})
+    run(config.model_copy(update={"data": config.data.model_copy(update={"documents": documents})}))

@@ -1,7 +1,5 @@
 """Losses by place in a document, and of its end with what is far scrambled: of what they say, over ranks the same."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -9,9 +7,7 @@ from nsa_dist.train.data.far import FarContext
 from nsa_dist.train.data.samples import Samples
 from nsa_dist.train.step import _loss_by_place, _places
 from ranks import run_ranks
-from train_cases import records, run, small_config, write_texts
-
-KEPT = 80
+from train_cases import KEPT, evaluates_far_context, records, small_config, write_texts
 
 
 class Drawn:
@@ -51,18 +47,11 @@ def test_places_share_out_the_whole_loss():
     assert report["loss"].tolist() == [37, 1 + 2 + 7, 3, 8, 16, 8, 3, 1, 1, 3]
 
 
-def evaluated(rank: int, base: Path, name: str, documents: str, parallel: dict) -> None:
-    one = {"steps": 2, "eval_interval": 2, "checkpoint_interval": 2, "eval_far_context": KEPT}
-    config = small_config(base, name, parallel=parallel, optimizer={"warmup_steps": 1})
-    config = config.model_copy(update={"run": config.run.model_copy(update=one)})
-    run(config.model_copy(update={"data": config.data.model_copy(update={"documents": documents})}))
-
-
 @pytest.mark.parametrize("documents", ["whole", "packed"])
 def test_two_ranks_say_what_one_says(tmp_path, documents):
     write_texts(tmp_path / "texts")
     for size in (1, 2):
-        run_ranks(size, evaluated, tmp_path, f"cp{size}", documents, {"context_parallel_size": size})
+        run_ranks(size, evaluates_far_context, tmp_path, f"cp{size}", documents, {"context_parallel_size": size})
     for which, names in (("validation", ("loss",)), ("far_context", ("loss", "loss_scrambled", "tokens"))):
         one, two = (records(tmp_path, f"cp{size}", which) for size in (1, 2))
         assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 2]
