@@ -221,6 +221,21 @@ def test_losses_of_multi_token_prediction_are_drawn_beside_the_loss(folder):
     assert "mtp_loss/1" in drawn
 
 
+def test_losses_by_place_and_of_far_context_are_drawn(folder):
+    lived(folder)
+    by_place = {"64": 5.0, "128": 4.5}
+    write(
+        folder,
+        *({"kind": "validation", "step": step, "loss": 4.7, "by_position": by_place} for step in (0, 12)),
+        {"kind": "far_context", "step": 12, "kept": 80, "tokens": 160, "loss": 4.0, "loss_scrambled": 4.1},
+    )
+    images = [alt for alt, _ in read(folder).images]
+    (drawn,) = (alt for alt in images if "by place in the document" in alt)
+    assert "64" in drawn
+    assert "128" in drawn
+    assert any("loss_scrambled" in alt for alt in images)
+
+
 def test_it_has_no_secret_even_where_the_configuration_has(folder):
     path = folder.path / "config.yaml"
     path.write_text(path.read_text().replace("HF_TOKEN: null", f"HF_TOKEN: {SECRET}"))
@@ -259,6 +274,7 @@ SPOILED = [
     '{"kind": "train", "step": 4, "loss": NaN, "lr": Infinity}',
     '{"kind": "train", "step": 5, "loss": 2.0, "mtp_loss": 3}',
     '{"kind": "train", "step": 6, "loss": 2.0, "mtp_loss": {"a": [null, "b"]}}',
+    '{"kind": "validation", "step": 7, "loss": 2.0, "by_position": [{"64": "a"}, null]}',
     '{"kind": "traffic", "step": 5}',
     '{"kind": "traffic", "step": 6, "sent_bytes": [1], "layers": {"1": 3}, "union_fraction": {}}',
     '{"kind": "traffic", "step": 7, "sent_bytes": {"a": "b"}, "layers": {"1": {"union_fraction": [[1]]}}}',

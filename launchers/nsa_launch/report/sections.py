@@ -58,29 +58,30 @@ def state(facts: Facts) -> str:
 
 
 def losses(facts: Facts) -> str:
-    """Training and validation loss, those of multi-token prediction, gradient norm and learning rate."""
+    """Training and validation loss, those of multi-token prediction and by place, gradient norm and learning rate."""
     train, validation = facts.records.get("train", []), facts.records.get("validation", [])
     marks = [record["step"] for record in facts.records.get("start", []) if record["step"] > 0]
     both = {
         "training": charts.series_of(train, ["loss"]).get("loss", []),
         "validation": charts.series_of(validation, ["loss"]).get("loss", []),
-        **_ahead(train),
+        **_by_name(train, "mtp_loss"),
     }
     note = '<p class="note">Dotted lines: the steps at which it was started again.</p>' if marks else ""
     others = [("grad_norm", "gradient norm", True), ("lr", "learning rate", False)]
     return (
         charts.lines({k: v for k, v in both.items() if v}, f"loss ({facts.loss_unit})", marks, dots=["validation"])
         + note
+        + charts.lines(_by_name(validation, "by_position"), "validation loss by place in the document, up to", marks)
         + "".join(charts.lines(_renamed(train, name, label), label, marks, log=log) for name, label, log in others)
     )
 
 
-def _ahead(train: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """Of each layer of multi-token prediction, by step."""
+def _by_name(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[tuple[float, float]]]:
+    """Of each number that the records have under `key`, by step."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for record in train:
-        for path, loss in numbers({"mtp_loss": record.get("mtp_loss")}).items():
-            found.setdefault(path, []).append((record["step"], loss))
+    for record in records:
+        for path, loss in numbers({key: record.get(key)}).items():
+            found.setdefault(path.removeprefix("by_position/"), []).append((record["step"], loss))
     return found
 
 
