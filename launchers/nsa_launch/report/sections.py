@@ -71,7 +71,7 @@ def losses(facts: Facts) -> str:
     return (
         charts.lines({k: v for k, v in both.items() if v}, f"loss ({facts.loss_unit})", marks, dots=["validation"])
         + note
-        + charts.lines(_by_name(validation, "by_position"), "validation loss by place in the document, up to", marks)
+        + charts.lines(_by_name(validation, "by_position"), "validation loss by place", marks)
         + "".join(charts.lines(_renamed(train, name, label), label, marks, log=log) for name, label, log in others)
     )
 
@@ -81,7 +81,7 @@ def _by_name(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[t
     found: dict[str, list[tuple[float, float]]] = {}
     for record in records:
         for path, loss in numbers({key: record.get(key)}).items():
-            found.setdefault(path.removeprefix("by_position/"), []).append((record["step"], loss))
+            found.setdefault(path.replace("by_position/", "up to "), []).append((record["step"], loss))
     return found
 
 
