@@ -64,24 +64,24 @@ def losses(facts: Facts) -> str:
     both = {
         "training": charts.series_of(train, ["loss"]).get("loss", []),
         "validation": charts.series_of(validation, ["loss"]).get("loss", []),
-        **_by_name(train, "mtp_loss"),
+        **_by_name(train, "mtp_loss", "mtp_loss/"),
     }
     note = '<p class="note">Dotted lines: the steps at which it was started again.</p>' if marks else ""
     others = [("grad_norm", "gradient norm", True), ("lr", "learning rate", False)]
     return (
         charts.lines({k: v for k, v in both.items() if v}, f"loss ({facts.loss_unit})", marks, dots=["validation"])
         + note
-        + charts.lines(_by_name(validation, "by_position"), "validation loss by place", marks)
+        + charts.lines(_by_name(validation, "by_position", "up to "), "validation loss by place", marks)
         + "".join(charts.lines(_renamed(train, name, label), label, marks, log=log) for name, label, log in others)
     )
 
 
-def _by_name(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[tuple[float, float]]]:
-    """Of each number that the records have under `key`, by step."""
+def _by_name(records: Sequence[Mapping[str, Any]], key: str, prefix: str) -> dict[str, list[tuple[float, float]]]:
+    """Of each number that the records have under `key`, by step; it is called `prefix` and its own name."""
     found: dict[str, list[tuple[float, float]]] = {}
     for record in records:
         for path, loss in numbers({key: record.get(key)}).items():
-            found.setdefault(path.replace("by_position/", "up to "), []).append((record["step"], loss))
+            found.setdefault(prefix + path.removeprefix(f"{key}/"), []).append((record["step"], loss))
     return found
 
 
