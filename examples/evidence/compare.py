@@ -14,6 +14,7 @@ so, and the exit code is 1.
 import argparse
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -183,8 +184,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(set(arguments.convert)) < len(arguments.convert):
         parser.error("--convert has a logit twice, and their runs would be one folder; give each once")
     changes = {name: words for name, *words in arguments.change}
-    if len(changes) < len(arguments.change) or {"dense", "nsa"} & changes.keys() or not all(changes.values()):
-        parser.error("--change takes a name of its own, which the lines have in place of nsa, and what is changed")
+    taken = [name for name in changes if not re.fullmatch(r"(?!converted-|dense$|nsa$)[\w-]+", name)]
+    if taken or len(changes) < len(arguments.change) or not all(changes.values()):
+        parser.error(
+            "--change takes what is changed behind a name of its own, of letters, digits and dashes, which lines and "
+            "folders have in place of nsa"
+        )
     arguments.out.mkdir(parents=True, exist_ok=True)
     stages = _stages([arguments.config, *arguments.then], arguments.out)
     runs = [

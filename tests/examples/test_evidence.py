@@ -156,7 +156,9 @@ def test_a_change_is_trained_beside_both_kinds_under_its_name(tmp_path, monkeypa
     }
     lines = [json.loads(line) for line in (tmp_path / "out/results.jsonl").open()]
     assert {line["attention"] for line in lines} == {"dense", "nsa", "mean", "short"}
-    for wrong in (["dense", "nsa.window_len=8"], ["mean"], ["mean", "a=1", "--change", "mean", "a=2"]):
+    twice = ["mean", "a=1", "--change", "mean", "a=2"]
+    names = [[name, "nsa.window_len=8"] for name in ("dense", "nsa", "converted-4", "../mean", "a/b", "a b", "")]
+    for wrong in (["mean"], twice, *names):
         with pytest.raises(SystemExit):
             compare.main([*given, "--change", *wrong])
 
