@@ -15,6 +15,7 @@ from torch import Tensor
 from nsa_dist.config import NSAConfig
 from nsa_dist.cp.device import put_on
 from nsa_dist.cp.plan import ShardPlan, runs
+from nsa_kernels.common.sizes import round_up
 
 
 class HaloPieces(NamedTuple):
@@ -118,7 +119,7 @@ def _compute(plan: ShardPlan, cfg: NSAConfig, rank: int, key_alignment: int) -> 
     # One left halo for the straddling compressed blocks (l - d rows: starts are multiples of d) and one for the
     # window, which is whole blocks so that an extended row and its stream position agree modulo the block length.
     cmp_halo, _ = _halo(plan, rank, cfg.cmp_block_len - cfg.cmp_stride)
-    win_halo, reach = _halo(plan, rank, -(-(cfg.window_len - 1) // plan.block_len) * plan.block_len)
+    win_halo, reach = _halo(plan, rank, round_up(cfg.window_len - 1, plan.block_len))
 
     num_cmp = ((torch.tensor(plan.cu_seqlens).diff() - cfg.cmp_block_len) // cfg.cmp_stride + 1).clamp(min=0)
     first_cmp = torch.cat([torch.zeros(1, dtype=torch.int64), num_cmp.cumsum(0)])  # [num_docs + 1]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist.cp.device import on_host, put_on
+from nsa_kernels.common.sizes import round_up
 
 LAYOUTS = ("zigzag", "contiguous", "zigzag_documents", "contiguous_documents")
 
@@ -138,7 +139,7 @@ class ShardPlan:
         unit = self.block_len
         if self.deals_documents:
             unit *= self.cp_size * self.chunks_per_rank
-        padded = (-(-(b - a) // unit) * unit for a, b in pairwise(self.cu_seqlens))
+        padded = (round_up(b - a, unit) for a, b in pairwise(self.cu_seqlens))
         return tuple(accumulate(padded, initial=0))
 
     @cached_property
@@ -146,8 +147,7 @@ class ShardPlan:
         """Bounds of the parts of the stream that are dealt to the ranks one by one: [num_regions + 1]."""
         if self.deals_documents:
             return self.stream_starts
-        unit = self.block_len * self.cp_size * self.chunks_per_rank
-        return (0, -(-self.stream_starts[-1] // unit) * unit)
+        return (0, round_up(self.stream_starts[-1], self.block_len * self.cp_size * self.chunks_per_rank))
 
     @property
     def tokens_per_rank(self) -> int:

@@ -15,7 +15,8 @@ from nsa_dist.train.sections.data import LEAST_TASK_LENGTH, DataSection
 from nsa_dist.train.sections.model import ModelSection
 from nsa_dist.train.sections.nsa import NSASection
 from nsa_dist.train.sections.parallel import ParallelSection
-from nsa_dist.train.sections.section import Section, named, round_up
+from nsa_dist.train.sections.section import Section, named
+from nsa_kernels.common.sizes import round_up
 
 VOCAB_SIZE = 256  # a token is a byte
 END_OF_DOCUMENT = 0  # a byte that text does not contain

@@ -5,6 +5,11 @@ def cdiv(number: int, by: int) -> int:
     return -(-number // by)
 
 
+def round_up(number: int, multiple: int) -> int:
+    """The least multiple that is not below `number`."""
+    return cdiv(number, multiple) * multiple
+
+
 def next_power_of_2(number: int) -> int:
     """The least power of two that is not below `number`, which is positive."""
     return 1 << (number - 1).bit_length()

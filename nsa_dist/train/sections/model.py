@@ -7,7 +7,8 @@ from typing import Literal, TypeVar
 from pydantic import Field, field_validator, model_validator
 
 from nsa_dist.config import layer_attentions
-from nsa_dist.train.sections.section import Section, round_up
+from nsa_dist.train.sections.section import Section
+from nsa_kernels.common.sizes import round_up
 
 OfLayer = TypeVar("OfLayer")
 

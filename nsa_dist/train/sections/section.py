@@ -49,9 +49,5 @@ def named(place: Any) -> Any:
     return place
 
 
-def round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 def _members(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) or (annotation,)
