@@ -241,7 +241,7 @@ class _Run:
                 self._evaluated(FarContext(self.datasets.validation, kept, scrambled)) for scrambled in (False, True)
             )
             losses = {"loss": whole.loss, "loss_scrambled": scrambled.loss} if whole.num_tokens else {}
-            self.write({"kind": "far_context", "step": step, "kept": kept, "tokens": int(whole.num_tokens), **losses})
+            self.write({"kind": "far_context", "step": step, "kept": kept, "tokens": whole.num_tokens, **losses})
         if self.config.data.tasks:
             self.write(task_record(self.config, self.model, self.cutter, step, self.world))
 

@@ -95,7 +95,7 @@ class Evaluation(NamedTuple):
 
     loss: float
     by_position: dict[int, float]  # of tokens before this place in their documents, and behind the one ahead of it
-    num_tokens: float
+    num_tokens: int
 
 
 @torch.no_grad()
@@ -117,7 +117,8 @@ def evaluate(
     totals = world.sum(torch.stack(sums).sum(0)).tolist()
     loss, *of_places = _means(totals)
     by_position = {place: mean for place, mean in zip(places, of_places, strict=True) if not math.isnan(mean)}
-    return Evaluation(loss, by_position, totals[1 + len(places)])
+    copies = cutter.config.parallel.tensor_model_parallel_size  # tensor-parallel ranks hold the same tokens
+    return Evaluation(loss, by_position, int(totals[1 + len(places)]) // copies)
 
 
 def _places(length: int) -> list[int]:

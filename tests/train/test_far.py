@@ -47,18 +47,22 @@ def test_places_share_out_the_whole_loss():
     assert report["loss"].tolist() == [37, 1 + 2 + 7, 3, 8, 16, 8, 3, 1, 1, 3]
 
 
+LAYOUTS = {"CP2": {"context_parallel_size": 2}, "TP2": {"tensor_model_parallel_size": 2}}
+
+
 @pytest.mark.parametrize("documents", ["whole", "packed"])
 def test_two_ranks_say_what_one_says(tmp_path, documents):
     write_texts(tmp_path / "texts")
-    for size in (1, 2):
-        run_ranks(size, evaluates_far_context, tmp_path, f"cp{size}", documents, {"context_parallel_size": size})
-    for which, names in (("validation", ("loss",)), ("far_context", ("loss", "loss_scrambled", "tokens"))):
-        one, two = (records(tmp_path, f"cp{size}", which) for size in (1, 2))
-        assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 2]
-        for a, b in zip(one, two, strict=True):
-            assert [b[name] for name in names] == pytest.approx([a[name] for name in names], rel=1e-6)
-            assert b.get("by_position", {}) == pytest.approx(a.get("by_position", {}), rel=1e-6)
-    validation, far = (records(tmp_path, "cp1", which)[-1] for which in ("validation", "far_context"))
+    run_ranks(1, evaluates_far_context, tmp_path, "one", documents, {})
+    for name, parallel in LAYOUTS.items():
+        run_ranks(2, evaluates_far_context, tmp_path, name, documents, parallel)
+        for which, names in (("validation", ("loss",)), ("far_context", ("loss", "loss_scrambled", "tokens"))):
+            one, two = (records(tmp_path, folder, which) for folder in ("one", name))
+            assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 2]
+            for a, b in zip(one, two, strict=True):
+                assert [b[number] for number in names] == pytest.approx([a[number] for number in names], rel=1e-6)
+                assert b.get("by_position", {}) == pytest.approx(a.get("by_position", {}), rel=1e-6)
+    validation, far = (records(tmp_path, "one", which)[-1] for which in ("validation", "far_context"))
     assert validation["by_position"].keys() == {"64", "128", "256"}
     if documents == "whole":  # every place has as many tokens as it is long
         assert validation["loss"] == pytest.approx(
